@@ -1,0 +1,9 @@
+"""The one error that says: the input is wrong, not the program."""
+
+
+class InputError(ValueError):
+    """Bad input, found before any device work.
+
+    The message says what was given, why it cannot be, and what to set instead. `train.py` and the
+    command line print it as one line and exit with status 2; in a notebook it is a ValueError.
+    """
