@@ -1,0 +1,500 @@
+"""The GPT: a decoder-only transformer as pure functions over one parameter tree, in Flax Linen.
+
+The alphabet, here and wherever shape is part of the thought: B batch, T time, D model width,
+N heads, K key/value heads, H head size, F hidden width, V vocabulary, L layers.
+
+    params = init(model, key)                                 # a plain nested dict, float32
+    logits_BTV = model.apply({"params": params}, tokens_BT)
+    ... = model.apply({"params": params}, tokens_BT, rngs={"dropout": key})   # dropout on
+
+Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
+`blocks/i/{norm1,norm2}/{scale,b}`, `blocks/i/{q,k,v,o,up,gate,down}/{w,b}`,
+`blocks/i/{q_norm,k_norm}/scale`. Stacked for scan, the same without `i`, with a leading L.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.attention import attention, choose
+from jaxgpt.errors import InputError
+from jaxgpt.parallel import constrain
+
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture: what the parameters mean. The defaults are GPT-2's, at a small size."""
+
+    L: int = 6
+    """Layers."""
+    D: int = 384
+    """Width of the residual stream."""
+    N: int = 6
+    """Attention heads."""
+    K: int = 0
+    """Key/value heads, fewer than N for grouped-query attention; 0: as many as N."""
+    H: int = 0
+    """Size of a head; 0: D / N."""
+    F: int = 0
+    """Hidden width of the MLP; 0: 4 D."""
+    T: int = 256
+    """Context length, in tokens."""
+    V: int = 0
+    """Vocabulary, before padding to a multiple of 128; 0: the tokenizer's."""
+    position: Literal["learned", "rotary"] = "learned"
+    """Learned absolute positions (GPT-2) or rotary ones (Su et al. 2021, half-split)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm (GPT-2) or RMSNorm (Zhang and Sennrich 2019)."""
+    norm_eps: float = 1e-5
+    """Added to the variance in norms."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """GELU in its tanh form (GPT-2), SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms."""
+    tied: bool = True
+    """The output layer is the token embedding."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys, before rotation (Henry et al. 2020)."""
+    window: int = 0
+    """Sliding window of attention, in tokens; 0: all of the past."""
+    global_every: int = 0
+    """With a window, every so many layers one sees all of the past; 0: none does."""
+    logit_softcap: float = 0.0
+    """Logits become cap * tanh(logits / cap) (Gemma 2); 0: as they are."""
+    dropout: float = 0.0
+    """Share dropped of embeddings, attention weights and residual branches in training."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual outputs get it divided by sqrt(2 L)."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letters of parameter shapes, with V padded: what every layer reads its shape from."""
+        return {
+            "L": self.L,
+            "D": self.D,
+            "N": self.N,
+            "K": self.K or self.N,
+            "H": self.H or self.D // self.N,
+            "F": self.F or 4 * self.D,
+            "T": self.T,
+            "V": -(-self.V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        }
+
+    def windows(self) -> list[int]:
+        """Each layer's sliding window, 0 where it sees all of the past."""
+        every = self.global_every
+        return [
+            0 if not self.window or (every and layer % every == every - 1) else self.window
+            for layer in range(self.L)
+        ]
+
+    def check(self) -> None:
+        """Raises InputError where the sizes cannot be."""
+        for letter in "LDNT":
+            if getattr(self, letter) < 1:
+                raise InputError(f"model.{letter}={getattr(self, letter)}; set it to 1 or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value < 0:
+                raise InputError(f"model.{field.name}={value} is negative; set it to 0 or more")
+        if not self.H and self.D % self.N:
+            raise InputError(
+                f"model.N={self.N} heads do not divide model.D={self.D}; "
+                f"set D to a multiple of {self.N}, or the head size H"
+            )
+        if self.N % self.sizes["K"]:
+            raise InputError(
+                f"model.K={self.K} key/value heads do not divide model.N={self.N} heads; "
+                f"set K to a divisor of {self.N}"
+            )
+        if self.position == "rotary" and self.sizes["H"] % 2:
+            raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
+        if self.dropout >= 1:
+            raise InputError(f"model.dropout={self.dropout} drops everything; set it below 1")
+        if self.norm_eps <= 0:
+            raise InputError(f"model.norm_eps={self.norm_eps}; set it above 0")
+        if self.global_every and not self.window:
+            raise InputError(f"model.global_every={self.global_every} needs model.window > 0")
+
+    def build(self, compute: "ComputeConfig") -> "GPT":
+        """The model, to run as `compute` (resolved) says."""
+        self.check()
+        if compute.layers == "scan" and len(set(self.windows())) > 1:
+            raise InputError(
+                "compute.layers=scan runs one block for all layers, but model.global_every="
+                f"{self.global_every} makes them differ; set compute.layers=unrolled"
+            )
+        return GPT(self, compute)
+
+    def flops_per_token(self, causal: bool = False) -> float:
+        """Training FLOPs per token, forward and backward, without rematerialization.
+
+        6 per weight of the matmuls and 12 L N H T for attention scores and values (Chowdhery et
+        al. 2022, appendix B); `causal` counts only the half of them that is needed.
+        """
+        s = self.sizes
+        qkvo = 2 * s["D"] * s["H"] * (s["N"] + s["K"])
+        mlp = (3 if self.mlp == "swiglu" else 2) * s["D"] * s["F"]
+        seen = sum(min(window or self.T, self.T) for window in self.windows())
+        attention_flops = 12 * s["N"] * s["H"] * seen * (0.5 if causal else 1.0)
+        return 6.0 * (self.L * (qkvo + mlp) + s["V"] * s["D"]) + attention_flops
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the same parameters are run: nothing here changes what they mean."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations and matmul inputs; auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    layers: Literal["unrolled", "scan"] = "unrolled"
+    """Unrolled over separate leaves (fastest to run) or scanned over stacked ones (to compile)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
+    attention: Literal["auto", "plain", "chunked", "cudnn", "splash"] = "auto"
+    """Implementation of attention; auto: the fastest that can run."""
+
+    def resolve(
+        self, model: GPTConfig, platform: str, segments: bool = False
+    ) -> tuple["ComputeConfig", str]:
+        """This config with no `auto` left, for a platform, and a line that says what was chosen.
+
+        `segments`: whether documents will be masked from each other.
+        """
+        accelerator = platform in ("tpu", "gpu", "cuda")
+        dtype: Any = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if accelerator else "float32"
+        name, why = choose(
+            self.attention,
+            platform,
+            dtype=dtype,
+            H=model.sizes["H"],
+            T=model.T,
+            dropout=model.dropout,
+            segments=segments,
+        )
+        resolved = ComputeConfig(dtype, self.layers, self.remat, name)  # type: ignore[arg-type]
+        return resolved, f"{dtype}, layers {self.layers}, attention {name} ({why})"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+    """`einsum(equation, x, w)` in `dtype`, accumulated in float32, returned in `out_dtype`.
+
+    The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
+    plain differentiation of a float32-accumulating product would leave as slow mixed ones. A weight's
+    gradient is in the weight's dtype, straight from the accumulator.
+    """
+    y = jnp.einsum(
+        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return y.astype(out_dtype)
+
+
+def _matmul_forward(equation, x, w, dtype, out_dtype):
+    return matmul(equation, x, w, dtype, out_dtype), (x, w)
+
+
+def _matmul_backward(equation, dtype, out_dtype, saved, dy):
+    x, w = saved
+    inputs, out = equation.split("->")
+    x_letters, w_letters = inputs.split(",")
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dy, x_, w_ = dy.astype(dtype), x.astype(dtype), w.astype(dtype)
+    dx = product(f"{out},{w_letters}->{x_letters}", dy, w_).astype(x.dtype)
+    dw = product(f"{x_letters},{out}->{w_letters}", x_, dy).astype(w.dtype)
+    return dx, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nn.Module):
+    """A linear layer is its equation: `Linear(cfg, "BTD,DNH->BTNH")` has w [D, N, H], b [N, H]."""
+
+    cfg: GPTConfig
+    equation: str
+    dtype: Any
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The equation applied to x, plus the bias where the config has them."""
+        x_letters, rest = self.equation.split(",")
+        w_letters, out = rest.split("->")
+        init = nn.initializers.normal(self.cfg.init_std * self.scale)
+        w = self.param("w", *_leaf(self.cfg, w_letters, init))
+        y = matmul(self.equation, x, w, self.dtype, self.dtype)
+        if self.cfg.bias:
+            b_letters = "".join(letter for letter in out if letter not in x_letters[:2])
+            b = self.param("b", *_leaf(self.cfg, b_letters, nn.initializers.zeros))
+            y = y + b.astype(self.dtype)[None, None]
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32, returned in the input's dtype."""
+
+    cfg: GPTConfig
+    letter: str = "D"
+    kind: str = ""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x normalised, scaled, and shifted where the config has biases."""
+        layernorm = (self.kind or self.cfg.norm) == "layernorm"
+        scale = self.param("scale", *_leaf(self.cfg, self.letter, nn.initializers.ones))
+        y = x.astype(jnp.float32)
+        if layernorm:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.cfg.norm_eps)
+        lead = (None,) * (x.ndim - 1)
+        y = y * scale[lead]
+        if layernorm and self.cfg.bias:
+            y = y + self.param("b", *_leaf(self.cfg, self.letter, nn.initializers.zeros))[lead]
+        return y.astype(x.dtype)
+
+
+def _leaf(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...], Any]:
+    """Arguments of `param`: the initializer with its letters, the shape they spell, float32."""
+    shape = tuple(cfg.sizes[letter] for letter in letters)
+    return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
+
+
+def rotary_tables(positions_BT: jax.Array, H: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H)."""
+    wavelengths = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angles = positions_BT[..., None].astype(jnp.float32) * wavelengths[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pair (i, i + H/2) of each head by its position's angle (Su et al. 2021)."""
+    cos, sin = (table[:, :, None] for table in tables)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each after a norm and added to the residual stream."""
+
+    cfg: GPTConfig
+    compute: ComputeConfig
+    window: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, rotary: Any = None, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """The residual stream after the layer; the None is `nn.scan`'s unused output."""
+        cfg = self.cfg
+        linear = partial(Linear, cfg, dtype=jnp.dtype(self.compute.dtype))
+        to_residual = partial(linear, scale=1 / math.sqrt(2 * cfg.L))
+        drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
+
+        x_BTD = constrain(x_BTD, "BTD")
+        y_BTD = Norm(cfg, name="norm1")(x_BTD)
+        q_BTNH = linear("BTD,DNH->BTNH", name="q")(y_BTD)
+        k_BTKH = linear("BTD,DKH->BTKH", name="k")(y_BTD)
+        v_BTKH = linear("BTD,DKH->BTKH", name="v")(y_BTD)
+        if cfg.qk_norm:
+            q_BTNH = Norm(cfg, "H", "rmsnorm", name="q_norm")(q_BTNH)
+            k_BTKH = Norm(cfg, "H", "rmsnorm", name="k_norm")(k_BTKH)
+        if cfg.position == "rotary":
+            q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
+        out_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            implementation=self.compute.attention,
+            window=self.window,
+            segments_BT=segments_BT,
+            drop=drop if cfg.dropout and self.has_rng("dropout") else None,
+        )
+        x_BTD = x_BTD + drop(to_residual("BTNH,NHD->BTD", name="o")(out_BTNH))
+
+        y_BTD = Norm(cfg, name="norm2")(x_BTD)
+        h_BTF = linear("BTD,DF->BTF", name="up")(y_BTD)
+        if cfg.mlp == "swiglu":
+            h_BTF = nn.silu(linear("BTD,DF->BTF", name="gate")(y_BTD)) * h_BTF
+        elif cfg.mlp == "relu2":
+            h_BTF = jnp.square(nn.relu(h_BTF))
+        else:
+            h_BTF = nn.gelu(h_BTF, approximate=True)
+        x_BTD = x_BTD + drop(to_residual("BTF,FD->BTD", name="down")(h_BTF))
+        return x_BTD, None
+
+
+class Unrolled(nn.Module):
+    """The layers one after another, over separate leaves: block i's are in the subtree `i`."""
+
+    cfg: GPTConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, *context: Any) -> tuple[jax.Array, None]:
+        """The residual stream after all layers."""
+        block = _remat(self.compute)
+        for layer, window in enumerate(self.cfg.windows()):
+            x_BTD, _ = block(self.cfg, self.compute, window, name=str(layer))(x_BTD, *context)
+        return x_BTD, None
+
+
+def _remat(compute: ComputeConfig) -> Any:
+    if compute.remat == "none":
+        return Block
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    scanned = compute.layers == "scan"
+    return nn.remat(Block, policy=policies[compute.remat], prevent_cse=not scanned)
+
+
+def _scanned(cfg: GPTConfig, compute: ComputeConfig) -> Any:
+    scan = nn.scan(
+        _remat(compute),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=cfg.L,
+        metadata_params={nn.PARTITION_NAME: "L"},
+    )
+    return scan(cfg, compute, cfg.windows()[0])
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer (Radford et al. 2019, and its modern relatives by config)."""
+
+    cfg: GPTConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        """The tree: embeddings, blocks, the final norm, the output layer."""
+        cfg, compute = self.cfg, self.compute
+        normal = nn.initializers.normal(cfg.init_std)
+        self.wte = self.param("wte", *_leaf(cfg, "VD", normal))
+        if cfg.position == "learned":
+            self.wpe = self.param("wpe", *_leaf(cfg, "TD", normal))
+        self.blocks = (_scanned if compute.layers == "scan" else Unrolled)(cfg, compute)
+        self.norm = Norm(cfg)
+        if not cfg.tied:
+            self.head = self.param("head", *_leaf(cfg, "VD", normal))
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the output layer reads, [B, T, D] in the compute dtype.
+
+        Positions count from 0 in each row unless given; tokens see only their own segment where
+        segments are given. Dropout is on where a `dropout` rng is.
+        """
+        cfg = self.cfg
+        T = tokens_BT.shape[1]
+        if T > cfg.T:
+            raise InputError(f"{T} tokens do not fit the context of {cfg.T}; give at most {cfg.T}")
+        if positions_BT is None:
+            positions_BT = jnp.arange(T)[None]
+        rotary = None
+        x_BTD = self.wte[tokens_BT]
+        if cfg.position == "learned":
+            x_BTD = x_BTD + jnp.broadcast_to(self.wpe[positions_BT], x_BTD.shape)
+        else:
+            rotary = rotary_tables(positions_BT, cfg.sizes["H"], cfg.rope_theta)
+        x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")
+        x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
+        x_BTD, _ = self.blocks(x_BTD, rotary, segments_BT)
+        return constrain(self.norm(x_BTD), "BTD")
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V padded], float32; those of padding are -inf and never sampled."""
+        hidden_BTD = self.hidden(tokens_BT, positions_BT, segments_BT)
+        w_VD = self.wte if self.cfg.tied else self.head
+        return logits(self.cfg, hidden_BTD, w_VD)
+
+
+def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
+    """The output layer: float32 logits [B, T, V padded], soft-capped; padding is -inf."""
+    logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, w_VD, hidden_BTD.dtype, jnp.float32)
+    logits_BTV = constrain(logits_BTV, "BTV")
+    if cfg.logit_softcap:
+        logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+    if cfg.sizes["V"] == cfg.V:
+        return logits_BTV
+    real = jnp.arange(cfg.sizes["V"]) < cfg.V
+    return jnp.where(real[None, None], logits_BTV, -jnp.inf)
+
+
+def output_weights(cfg: GPTConfig, params: Any) -> jax.Array:
+    """The leaf the output layer reads, [V padded, D]: the token embedding where they are tied."""
+    return params["wte"] if cfg.tied else params["head"]
+
+
+def init(model: GPT, key: jax.Array) -> Any:
+    """A new parameter tree: a nested dict of float32 arrays."""
+    return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+
+
+def letters(model: GPT) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Each parameter's path with its letters and shape; no array is made."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
+    return {
+        tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves
+    }
+
+
+def count(model: GPT, padded: bool = False) -> int:
+    """Number of parameters, those of vocabulary padding left out unless asked for."""
+    cfg = model.cfg
+    total = sum(math.prod(shape) for _, shape in letters(model).values())
+    extra = (cfg.sizes["V"] - cfg.V) * cfg.D * (1 if cfg.tied else 2)
+    return total if padded else total - extra
+
+
+def stack(tree: Any) -> Any:
+    """Separate leaves `blocks/i/...` to stacked ones `blocks/...` with a leading L, in any tree.
+
+    Works on everything shaped like the parameters, such as a whole train state with its moments.
+    """
+
+    def one(params: Any) -> Any:
+        if not _has_blocks(params):
+            return params
+        layers = [params["blocks"][str(i)] for i in range(len(params["blocks"]))]
+        return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+    return jax.tree.map(one, tree, is_leaf=_has_blocks)
+
+
+def unstack(tree: Any, L: int) -> Any:
+    """The inverse of `stack`: leaves with a leading L to one subtree `blocks/i` for each layer."""
+
+    def one(params: Any) -> Any:
+        if not _has_blocks(params):
+            return params
+        stacked = params["blocks"]
+        layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
+        return {**params, "blocks": layers}
+
+    return jax.tree.map(one, tree, is_leaf=_has_blocks)
+
+
+def _has_blocks(tree: Any) -> bool:
+    return isinstance(tree, dict) and "blocks" in tree

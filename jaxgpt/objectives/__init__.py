@@ -1,0 +1,15 @@
+"""Objectives: every way of training is a loss over the same parameter tree.
+
+An objective is a frozen dataclass that is called as
+
+    objective(model, params, batch, key) -> (loss_sum, {"loss": Mean(total, count), ...})
+
+It returns sums, never means: the step divides once, by the count of "loss", so that any split of
+the batch over devices or micro-batches gives the same gradient. `key` is None in evaluation, where
+nothing is random.
+"""
+
+from jaxgpt.objectives.chunks import Mean
+from jaxgpt.objectives.next_token import NextToken
+
+__all__ = ["Mean", "NextToken"]

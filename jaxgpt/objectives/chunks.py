@@ -1,0 +1,112 @@
+"""Losses over the vocabulary without the logits of the batch: a few positions at a time.
+
+The gradient of a sum of token losses is computed in the forward pass, chunk by chunk, while the
+chunk's logits are at hand, so that neither pass ever holds a [B, T, V] array or computes the output
+layer twice.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.parallel import constrain
+
+
+class Mean(NamedTuple):
+    """A mean that is not yet taken: add totals and counts, divide at the end."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """total / count; not a number where nothing was counted."""
+        return self.total / self.count
+
+
+# loss(hidden_BtD, w_VD, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
+ChunkLoss = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked_sum(
+    loss: ChunkLoss, size: int, hidden_BTD: jax.Array, w_VD: jax.Array, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, Any]:
+    """Adds `loss` up over chunks of `size` positions of every row: (loss_sum, sums to report).
+
+    The loss is differentiable in `hidden_BTD` and `w_VD`; the arrays [B, T] of `batch` are
+    constants, and the sums to report have no gradient.
+    """
+
+    def part(hidden_BtD, chunk):
+        return loss(hidden_BtD, w_VD, chunk), None
+
+    return _sweep(part, size, hidden_BTD, batch)[0]
+
+
+def _forward(loss, size, hidden_BTD, w_VD, batch):
+    w_VD = constrain(w_VD, "V-")  # under FSDP the table is gathered once, not once a chunk
+
+    def part(hidden_BtD, chunk):
+        total, gradient, report = jax.vjp(
+            lambda hidden_BtD, w_VD: loss(hidden_BtD, w_VD, chunk), hidden_BtD, w_VD, has_aux=True
+        )
+        dhidden_BtD, dw_VD = gradient(jnp.ones_like(total))
+        return (total, report, dw_VD), dhidden_BtD
+
+    (total, report, dw_VD), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
+    return (total, report), (dhidden_BTD, dw_VD, batch)
+
+
+def _backward(loss, size, saved, cotangents):
+    dhidden_BTD, dw_VD, batch = saved
+    g = cotangents[0]
+    zeros = jax.tree.map(_no_gradient, batch)
+    return (dhidden_BTD * g).astype(dhidden_BTD.dtype), dw_VD * g, zeros
+
+
+chunked_sum.defvjp(_forward, _backward)
+
+
+def _no_gradient(x: jax.Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _sweep(part: Callable[..., Any], size: int, hidden_BTD: jax.Array, batch: Any) -> Any:
+    """Calls part(hidden_BtD, chunk of batch) -> (sums, array_Bt... or None) on every chunk.
+
+    The sums are added up; the arrays are joined along T again.
+    """
+    B, T, _ = hidden_BTD.shape
+    size = min(size, T)
+    whole, left = divmod(T, size)
+
+    def at(start: Any, length: int) -> Any:
+        cut = partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1
+        )
+        return part(constrain(cut(hidden_BTD), "BTD"), jax.tree.map(cut, batch))
+
+    def add(sums: Any, start: jax.Array) -> Any:
+        more, out = at(start, size)
+        return jax.tree.map(jnp.add, sums, more), out
+
+    shapes, _ = jax.eval_shape(lambda: at(0, size))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, outs = jax.lax.scan(add, zeros, jnp.arange(whole) * size)
+
+    def joined(chunks: jax.Array) -> jax.Array:
+        return jnp.moveaxis(chunks, 0, 1).reshape(B, whole * size, *chunks.shape[3:])
+
+    outs = jax.tree.map(joined, outs)
+    if left:
+        more, out = at(whole * size, left)
+        sums = jax.tree.map(jnp.add, sums, more)
+        outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), outs, out)
+    return sums, outs

@@ -1,0 +1,79 @@
+"""Pretraining: predict the next token."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPT, GPTConfig, logits, output_weights
+from jaxgpt.objectives.chunks import Mean, chunked_sum
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, in nats, with optional smoothing and z-loss."""
+
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, 5)."""
+    chunk: int = 32
+    """Positions of each row whose logits exist at once; more is faster where memory allows."""
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 0:
+                raise InputError(f"objective.{field.name}={value} is negative; set it to 0 or more")
+        if self.label_smoothing >= 1:
+            raise InputError(
+                f"objective.label_smoothing={self.label_smoothing} leaves nothing of the target; "
+                "set it below 1"
+            )
+        if self.chunk < 1:
+            raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
+
+    def __call__(
+        self, model: GPT, params: Any, batch: dict[str, jax.Array], key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Mean]]:
+        """Loss sum over the batch, and "loss": the cross-entropy alone, weighted by `weights`.
+
+        `batch` has tokens, targets, weights [B, T], and may have positions and segments.
+        """
+        hidden_BTD = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segments"),
+            rngs=None if key is None else {"dropout": key},
+            method="hidden",
+        )
+        rest = {"targets": batch["targets"], "weights": batch["weights"]}
+
+        def loss(hidden_BtD, w_VD, chunk):
+            return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_VD), **chunk)
+
+        w_VD = output_weights(model.cfg, params)
+        loss_sum, cross_entropy = chunked_sum(loss, self.chunk, hidden_BTD, w_VD, rest)
+        return loss_sum, {"loss": Mean(cross_entropy, batch["weights"].sum())}
+
+    def of_logits(
+        self, cfg: GPTConfig, logits_BTV: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The objective and the cross-entropy of logits [B, T, V padded], summed over tokens."""
+        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+        ids_V = jnp.arange(logits_BTV.shape[-1])[None, None]
+        # A comparison instead of an index: its gradient is a comparison, not a scatter.
+        chosen_BT = jnp.where(ids_V == targets[..., None], logits_BTV, 0).sum(-1)
+        cross_entropy_BT = log_z_BT - chosen_BT
+        objective_BT = cross_entropy_BT
+        if self.label_smoothing:
+            real = jnp.where(ids_V < cfg.V, logits_BTV, 0)
+            uniform_BT = log_z_BT - real.sum(-1) / cfg.V
+            objective_BT += self.label_smoothing * (uniform_BT - cross_entropy_BT)
+        if self.z_loss:
+            objective_BT += self.z_loss * jnp.square(log_z_BT)
+        return (weights * objective_BT).sum(), (weights * cross_entropy_BT).sum()

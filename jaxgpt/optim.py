@@ -1,0 +1,152 @@
+"""Optimizers: Optax's, put together from one dataclass, with the masks read off parameter paths.
+
+`build` gives the schedule and the gradient transformation; the step applies it. Matrices and
+embeddings decay, norms and biases do not; Muon takes the matrices of the blocks and leaves
+embeddings, output layer, norms and biases to Adam.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+
+from jaxgpt.errors import InputError
+
+Letters = dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and what guards it."""
+
+    name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
+    """AdamW, Muon for matrices (with AdamW for the rest), Lion or Adafactor."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After warm-up: decay by cosine or linearly, or stay and decay at the end (wsd)."""
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+    final: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    decay: float = 0.2
+    """Share of all steps in which wsd decays, linearly."""
+    beta1: float = 0.9
+    """Decay of the first moment (momentum)."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings, times the learning rate."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under Muon; the rest uses `learning_rate`."""
+    ema: float = 0.0
+    """Decay of a running average of the parameters, which evaluation then uses; 0: none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When the loss or gradient is not finite: end the run, or leave the step out and go on."""
+
+    def check(self, steps: int) -> None:
+        """Raises InputError where a field cannot be."""
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"optim.{name}={getattr(self, name)}; set it above 0")
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optim.{name}={getattr(self, name)}; set it in [0, 1)")
+        for name in ("final", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"optim.{name}={getattr(self, name)}; set it in [0, 1]")
+        for name in ("weight_decay", "clip", "warmup"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optim.{name}={getattr(self, name)}; set it to 0 or more")
+        if self.warmup >= steps:
+            raise InputError(
+                f"optim.warmup={self.warmup} leaves none of train.steps={steps}; "
+                f"set warmup below {steps}"
+            )
+
+
+def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to `peak`, then the config's decay to `final` of it."""
+    after = steps - cfg.warmup
+    if cfg.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, after, alpha=cfg.final)
+    elif cfg.schedule == "linear":
+        decay = optax.linear_schedule(peak, peak * cfg.final, after)
+    elif cfg.schedule == "wsd":
+        falling = max(1, min(after, round(cfg.decay * steps)))
+        decay = optax.linear_schedule(peak, peak * cfg.final, falling, after - falling)
+    else:
+        decay = optax.constant_schedule(peak)
+    if not cfg.warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup), decay], [cfg.warmup])
+
+
+def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTransformation:
+    """The optimizer for parameters of these letters and paths, over so many steps."""
+    cfg.check(steps)
+    rate = schedule(cfg, cfg.learning_rate, steps)
+    decays = {path: path[-1] not in ("b", "scale") for path in letters}
+
+    def decay_mask(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: decays[_keys(path)], tree)
+
+    if cfg.name == "adamw":
+        tx = optax.adamw(
+            rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
+        )
+    elif cfg.name == "lion":
+        tx = optax.lion(
+            rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask
+        )
+    elif cfg.name == "adafactor":
+        tx = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(cfg.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(rate),
+        )
+    else:
+        tx = _muon(cfg, letters, rate, schedule(cfg, cfg.muon_learning_rate, steps), decay_mask)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
+
+
+def _muon(cfg: OptimConfig, letters: Letters, rate: Any, muon_rate: Any, decay_mask: Any) -> Any:
+    def dimensions(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: matrix_axes(_keys(path), letters[_keys(path)][0]), params
+        )
+
+    return optax.contrib.muon(
+        muon_rate,
+        weight_decay=cfg.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=cfg.beta1,
+        adam_b2=cfg.beta2,
+        adam_weight_decay=0.0,
+        adam_learning_rate=rate,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
+    """Which axes of a block's matrix are summed over and which are its output, or None.
+
+    Read off the letters: D is the input of q, k, v, up and gate and the output of o and down; the
+    leading L of stacked leaves is neither, so each layer is orthogonalized by itself.
+    """
+    if path[0] != "blocks" or path[-1] != "w":
+        return None
+    axes = [axis for axis, letter in enumerate(names) if letter != "L"]
+    reads = axes[:1] if names[axes[0]] == "D" else axes[:-1]
+    writes = [axis for axis in axes if axis not in reads]
+    return optax.contrib.MuonDimensionNumbers(tuple(reads), tuple(writes))
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path)

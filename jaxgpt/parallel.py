@@ -1,0 +1,131 @@
+"""Where arrays live: one table from the letters of the alphabet to the axes of a device mesh.
+
+Every array of the model, its parameters and its optimizer state is laid out by its letters alone,
+so data parallelism, FSDP and tensor parallelism are sizes of mesh axes and nothing in the model
+changes. `pmap` is the twin without a mesh: the same step, mapped over the devices.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Which mesh axes split a dimension, by its letter; a letter not listed is never split. From left to
+# right in a shape, an axis serves the first letter that wants it: in an activation BTD the batch
+# takes `fsdp`, in a parameter DF the width does.
+TABLE = {
+    "B": ("data", "fsdp"),
+    "V": ("tensor",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "D": ("fsdp",),
+}
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over the devices; -1 takes all devices that are left."""
+
+    mode: Literal["jit", "pmap"] = "jit"
+    """`jit` over the mesh below, or its twin `pmap` (data parallel only)."""
+    data: int = -1
+    """Devices that hold the same parameters and different rows of the batch."""
+    fsdp: int = 1
+    """Devices that split rows of the batch and the parameters too (FSDP, ZeRO-3)."""
+    tensor: int = 1
+    """Devices that split heads, hidden units and vocabulary (Megatron's tensor parallelism)."""
+
+
+def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
+    """The device mesh of a config: axes `data`, `fsdp`, `tensor`, over all devices by default.
+
+    Raises InputError where the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if sum(size == -1 for size in sizes.values()) > 1 or any(
+        size < 1 and size != -1 for size in sizes.values()
+    ):
+        raise InputError(f"parallel {given}: sizes are 1 or more, and at most one is -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != len(devices):
+        raise InputError(
+            f"parallel {given} does not make up {len(devices)} devices; "
+            f"set sizes whose product is {len(devices)}, or one of them to -1"
+        )
+    if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
+        raise InputError(f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit")
+    return Mesh(
+        np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def spec(letters: str | tuple[str, ...]) -> P:
+    """The PartitionSpec of a shape: `spec("BTD")` is `P(("data", "fsdp"), None, None)`."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for letter in letters:
+        axes = tuple(axis for axis in TABLE.get(letter, ()) if axis not in used)
+        used.update(axes)
+        entries.append(axes or None)
+    return P(*entries)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Lays out an activation by its letters, under a mesh; elsewhere (one device, pmap) nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "fsdp" not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(letters))
+
+
+def check_splits(sizes: dict[str, int], mesh: Mesh) -> None:
+    """Raises InputError where a size of the model does not divide over its mesh axes."""
+    for letter, size in sizes.items():
+        ways = math.prod(mesh.shape[axis] for axis in TABLE.get(letter, ()))
+        if size % ways:
+            axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in TABLE[letter])
+            raise InputError(
+                f"{letter}={size} does not split over {axes}; use a multiple of {ways}, "
+                f"or a parallel size that divides {size}"
+            )
+
+
+def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a train state (arrays or ShapeDtypeStructs).
+
+    `letters` maps a parameter's path to its (letters, shape). A leaf whose path ends in that path
+    and whose shape is the same, as Adam's moments and averages of the parameters are, lies as the
+    parameter does; every other leaf is on all devices.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        for start in range(len(keys)):
+            names, shape = letters.get(keys[start:], (None, None))
+            if names is not None and tuple(leaf.shape) == tuple(shape):
+                return NamedSharding(mesh, spec(names))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch, as global arrays split over the batch axes of the mesh."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            NamedSharding(mesh, spec("B" + "T" * (rows.ndim - 1))), rows
+        )
+        for name, rows in batch.items()
+    }

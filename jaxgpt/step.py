@@ -1,0 +1,102 @@
+"""The train state and the one step that every objective shares."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt.objectives import Mean
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training; with the config and the data, it is the run.
+
+    `frozen` is a tree that an objective reads and nothing writes: a reference model, a teacher.
+    """
+
+    step: jax.Array
+    params: Any
+    opt: Any
+    key: jax.Array
+    ema: Any = None
+    frozen: Any = None
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> Any:
+    """The state before the first step; `key` seeds all randomness of training."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    loss_fn: Any,
+    tx: optax.GradientTransformation,
+    micro: int = 1,
+    ema: float = 0.0,
+    axis: str | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update of the parameters, by the gradient of (sum of losses) / (sum of counts).
+
+    `loss_fn(params, batch, key) -> (loss_sum, {"loss": Mean, ...})`. The batch is taken in `micro`
+    equal parts whose gradients add up, and over the devices of the mapped `axis` where there is
+    one; nothing is divided before the end, so every split gives the same gradient. The randomness
+    is that of (state.key, step, part, device). Metrics are the objective's Means, the norm of the
+    gradient and `finite`: where the loss or gradient is not finite the state stays as it was, but
+    for the step number.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    if axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+    def part(rows: dict[str, jax.Array], key: jax.Array) -> Any:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, rows, key)
+        return loss, metrics, grads
+
+    if micro == 1:
+        sums = part(batch, key)
+    else:
+        # Row r goes to part r % micro: each device's rows stay on it.
+        parts = jax.tree.map(
+            lambda rows: rows.reshape(-1, micro, *rows.shape[1:]).swapaxes(0, 1), batch
+        )
+        first = jax.eval_shape(part, jax.tree.map(lambda rows: rows[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def add(sums: Any, numbered: Any) -> tuple[Any, None]:
+            number, rows = numbered
+            more = part(rows, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, sums, more), None
+
+        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(micro), parts))
+
+    loss, metrics, grads = sums if axis is None else jax.lax.psum(sums, axis)
+    grads = jax.tree.map(lambda g: g / metrics["loss"].count, grads)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if ema:
+        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+    keep = partial(jax.tree.map, partial(jnp.where, finite))
+    state = state._replace(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt=keep(opt, state.opt),
+        ema=keep(average, state.ema),
+    )
+    return state, {**metrics, "grad_norm": norm, "finite": finite}
+
+
+def eval_step(
+    params: Any, batch: dict[str, jax.Array], *, loss_fn: Any, axis: str | None = None
+) -> dict[str, Mean]:
+    """The objective's Means on one batch, without randomness."""
+    _, metrics = loss_fn(params, batch, None)
+    return metrics if axis is None else jax.lax.psum(metrics, axis)
