@@ -7,3 +7,10 @@ class InputError(ValueError):
     The message says what was given, why it cannot be, and what to set instead. `train.py` and the
     command line print it as one line and exit with status 2; in a notebook it is a ValueError.
     """
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: a loss that is not finite, a disk that is full.
+
+    The message says what happened, at which step, and which checkpoint is good.
+    """

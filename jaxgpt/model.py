@@ -13,7 +13,7 @@ Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -407,9 +407,10 @@ class GPT(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None]
         rotary = None
-        x_BTD = self.wte[tokens_BT]
+        # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
+        x_BTD = constrain(constrain(self.wte, "V-")[tokens_BT], "BTD")
         if cfg.position == "learned":
-            x_BTD = x_BTD + jnp.broadcast_to(self.wpe[positions_BT], x_BTD.shape)
+            x_BTD += jnp.broadcast_to(constrain(self.wpe, "T-")[positions_BT], x_BTD.shape)
         else:
             rotary = rotary_tables(positions_BT, cfg.sizes["H"], cfg.rope_theta)
         x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")
@@ -448,12 +449,18 @@ def output_weights(cfg: GPTConfig, params: Any) -> jax.Array:
 
 def init(model: GPT, key: jax.Array) -> Any:
     """A new parameter tree: a nested dict of float32 arrays."""
-    return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+    return nn.unbox(_boxed(model, key))
+
+
+def _boxed(model: GPT, key: jax.Array) -> Any:
+    # One token, which only plain attention takes; the parameters are the same for all.
+    plain = model.clone(compute=replace(model.compute, attention="plain"))
+    return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def letters(model: GPT) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]:
     """Each parameter's path with its letters and shape; no array is made."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = jax.eval_shape(partial(_boxed, model), jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
     return {
         tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves

@@ -6,13 +6,16 @@ changes. `pmap` is the twin without a mesh: the same step, mapped over the devic
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
 from jaxgpt.errors import InputError
 
@@ -90,14 +93,22 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
-def check_splits(sizes: dict[str, int], mesh: Mesh) -> None:
-    """Raises InputError where a size of the model does not divide over its mesh axes."""
+def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh) -> None:
+    """Raises InputError where the batch or a size of the model does not divide over the mesh."""
+
+    def ways(letter: str) -> int:
+        return math.prod(mesh.shape[axis] for axis in TABLE.get(letter, ()))
+
+    if batch % (ways("B") * micro):
+        raise InputError(
+            f"batch={batch} does not split over {ways('B')} devices x micro={micro}; "
+            f"use a multiple of {ways('B') * micro}"
+        )
     for letter, size in sizes.items():
-        ways = math.prod(mesh.shape[axis] for axis in TABLE.get(letter, ()))
-        if size % ways:
+        if size % ways(letter):
             axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in TABLE[letter])
             raise InputError(
-                f"{letter}={size} does not split over {axes}; use a multiple of {ways}, "
+                f"{letter}={size} does not split over {axes}; use a multiple of {ways(letter)}, "
                 f"or a parallel size that divides {size}"
             )
 
@@ -121,11 +132,73 @@ def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh)
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as global arrays split over the batch axes of the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            NamedSharding(mesh, spec("B" + "T" * (rows.ndim - 1))), rows
+@dataclass(frozen=True)
+class Layout:
+    """The devices of a run, and how a step of pure functions is put on them.
+
+    `letters` are the parameters' paths with their letters and shapes (`model.letters`). In both
+    modes a step is `step(state, batch, axis=None) -> (state, metrics)`; compiled, it can be called
+    with nothing else in context.
+    """
+
+    mode: str
+    mesh: Mesh
+    letters: dict[tuple[str, ...], tuple]
+
+    def shardings(self, tree: Any) -> Any:
+        """Where each leaf of a state-shaped tree lies."""
+        if self.mode == "pmap":
+            here = SingleDeviceSharding(self.mesh.devices.flat[0])
+            return jax.tree.map(lambda _: here, tree)
+        return tree_shardings(tree, self.letters, self.mesh)
+
+    def abstract(self, make: Callable[[], Any]) -> Any:
+        """The tree that `make` would return, as ShapeDtypeStructs in their places."""
+        tree = jax.eval_shape(make)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            self.shardings(tree),
         )
-        for name, rows in batch.items()
-    }
+
+    def create(self, make: Callable[[], Any]) -> Any:
+        """The tree that `make` returns, each leaf made in its place and never whole elsewhere."""
+        shardings = self.shardings(jax.eval_shape(make))
+        if self.mode == "pmap":
+            return jax.jit(make, out_shardings=shardings)()
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=shardings)()
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """This process's rows of a batch, split over the devices."""
+        if self.mode == "pmap":
+            devices = jax.local_device_count()
+            return {k: rows.reshape(devices, -1, *rows.shape[1:]) for k, rows in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(
+                NamedSharding(self.mesh, spec("B" + "T" * (rows.ndim - 1))), rows
+            )
+            for name, rows in batch.items()
+        }
+
+    def compile_step(self, step: Callable[..., Any], state: Any, batch: Any) -> Callable[..., Any]:
+        """`step` for states and batches like these; the state given to it is consumed."""
+        if self.mode == "pmap":
+            return _pmap(step)
+        out = (self.shardings(state), NamedSharding(self.mesh, P()))
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+            return jitted.lower(state, batch).compile()
+
+    def compile_eval(self, step: Callable[..., Any], params: Any, batch: Any) -> Callable[..., Any]:
+        """`step(params, batch, axis=None) -> metrics` for parameters and batches like these."""
+        if self.mode == "pmap":
+            return _pmap(step)
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
+            return jitted.lower(params, batch).compile()
+
+
+def _pmap(step: Callable[..., Any]) -> Callable[..., Any]:
+    # Compiles when first called: ahead of time, jax >= 0.10 would want the state replicated.
+    return jax.pmap(partial(step, axis="devices"), "devices", in_axes=(None, 0), out_axes=None)

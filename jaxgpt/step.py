@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgpt.model import stack, unstack
 from jaxgpt.objectives import Mean
 
 
@@ -24,10 +25,29 @@ class TrainState(NamedTuple):
     frozen: Any = None
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> Any:
+def init_state(
+    params: Any, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
+) -> TrainState:
     """The state before the first step; `key` seeds all randomness of training."""
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average)
+
+
+def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
+    """The state as a checkpoint holds it: the parameters apart, and every layer's leaves apart.
+
+    The form is the same for layers run unrolled and scanned (over stacked leaves, of L layers).
+    """
+    state = unstack(state, L) if scanned else state
+    rest = {"step": state.step, "opt": state.opt, "key": state.key}
+    saved = {"params": state.params, "train": rest, "ema": state.ema}
+    return {name: tree for name, tree in saved.items() if tree is not None}
+
+
+def from_saved(saved: dict[str, Any], scanned: bool) -> TrainState:
+    """The inverse of `to_saved`."""
+    state = TrainState(params=saved["params"], ema=saved.get("ema"), **saved["train"])
+    return stack(state) if scanned else state
 
 
 def train_step(

@@ -1,0 +1,269 @@
+"""Our training step against transformers' GPT-2 under torch.compile: same size, tokens and machine.
+
+    python benchmarks/train_step.py --dtype bfloat16
+
+Both sides train a GPT-2 from random weights with AdamW (decay on matrices and embeddings only) and
+clipping at 1.0, on the same tokens, drawn by Zipf's law. Each side lives in its own process, so its
+memory is its own; the parent lets them run a few steps in turn, never both at once, and whoever
+began a round is second in the next. On a shared machine, trust the ratio within a round and the
+CPU time. torch and transformers are needed here only: `pip install torch transformers`.
+"""
+
+import importlib.util
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import numpy as np
+
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The size of the model and of the measurement."""
+
+    layers: int = 6
+    """Layers of both models."""
+    width: int = 384
+    """Width of the residual stream."""
+    heads: int = 6
+    """Attention heads."""
+    context: int = 256
+    """Tokens in a row."""
+    batch: int = 8
+    """Rows in a step."""
+    vocabulary: int = 50304
+    """Different tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32 (torch: autocast)."""
+    rounds: int = 8
+    """Times each side is measured."""
+    steps: int = 4
+    """Steps of each side in a round."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A trainer: `step(tokens, targets)` returns the loss, on the device; `wait` makes it a float."""
+
+    description: str
+    step: Callable[[np.ndarray, np.ndarray], Any]
+    wait: Callable[[Any], float]
+    device_memory: Callable[[], int]
+
+
+def batches(options: Options) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and targets [B, T] without end; a token's frequency falls as 1 / rank."""
+    random = np.random.default_rng(0)
+    while True:
+        uniform = random.random((options.batch, options.context + 1))
+        ids = (options.vocabulary**uniform).astype(np.int32) - 1
+        yield ids[:, :-1], ids[:, 1:]
+
+
+def jaxgpt(options: Options) -> Side:
+    """Our step, as `train.py` runs it on one device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
+    import jax
+
+    from jaxgpt import model as gpt
+    from jaxgpt import optim
+    from jaxgpt.objectives import NextToken
+    from jaxgpt.step import init_state, train_step
+
+    device = jax.devices()[0]
+    cfg = gpt.GPTConfig(
+        L=options.layers,
+        D=options.width,
+        N=options.heads,
+        T=options.context,
+        V=options.vocabulary,
+    )
+    compute, how = gpt.ComputeConfig(dtype=options.dtype).resolve(cfg, device.platform)
+    model = cfg.build(compute)
+    adamw = optim.OptimConfig(
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        warmup=0,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        clip=CLIP,
+    )
+    tx = optim.build(adamw, gpt.letters(model), steps=1)
+    params = gpt.init(model, jax.random.key(0))
+    state = init_state(params, tx, jax.random.key(1), ema=False)
+    update = jax.jit(
+        partial(train_step, loss_fn=partial(NextToken(), model), tx=tx), donate_argnums=0
+    )
+    weights = np.ones((options.batch, options.context), np.float32)
+
+    def step(tokens: np.ndarray, targets: np.ndarray) -> Any:
+        nonlocal state
+        batch = {"tokens": tokens, "targets": targets, "weights": weights}
+        state, metrics = update(state, batch)
+        return state, metrics["loss"]
+
+    def wait(result: Any) -> float:
+        return float(jax.block_until_ready(result)[1].value)
+
+    return Side(
+        f"jaxgpt: jax {jax.__version__} on {device.device_kind}; {how}",
+        step,
+        wait,
+        lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
+    )
+
+
+def torch_compile(options: Options) -> Side:
+    """transformers' GPT2LMHeadModel, compiled, with the fused AdamW."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32, which is JAX's default there
+    torch.manual_seed(0)
+    cfg = transformers.GPT2Config(
+        n_layer=options.layers,
+        n_embd=options.width,
+        n_head=options.heads,
+        n_positions=options.context,
+        vocab_size=options.vocabulary,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = transformers.GPT2LMHeadModel(cfg).to(device).train()
+    parameters = list(model.parameters())
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPS,
+        fused=True,
+    )
+
+    @torch.compile
+    def loss_of(tokens: Any, targets: Any) -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            logits = model(tokens).logits
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def step(tokens: np.ndarray, targets: np.ndarray) -> Any:
+        put = partial(torch.tensor, dtype=torch.int64, device=device)
+        loss = loss_of(put(tokens), put(targets))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def wait(loss: Any) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss.item()
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    on_gpu = device == "cuda"
+    return Side(
+        f"torch.compile: {versions} on {torch.cuda.get_device_name() if on_gpu else 'cpu'}",
+        step,
+        wait,
+        torch.cuda.max_memory_allocated if on_gpu else lambda: 0,
+    )
+
+
+def serve(build: Callable[[Options], Side], options: Options, pipe: Connection) -> None:
+    """A child's life: runs as many steps as it is told, and answers with what they took."""
+    side, data = build(options), batches(options)
+    pipe.send(side.description)
+    while steps := pipe.recv():
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            result = side.step(*next(data))
+        loss = side.wait(result)
+        pipe.send((time.perf_counter() - start, time.process_time() - cpu, loss))
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, side.device_memory()))
+
+
+def main(options: Options) -> None:
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise SystemExit(f"{name} is the other side of this benchmark; pip install {name}")
+    spawn = multiprocessing.get_context("spawn")
+    pipes, children = [], []
+    for build in (jaxgpt, torch_compile):
+        ours, theirs = spawn.Pipe()
+        children.append(spawn.Process(target=serve, args=(build, options, theirs)))
+        children[-1].start()
+        theirs.close()
+        pipes.append(ours)
+
+    def run(pipe: Connection, steps: int) -> tuple[float, float, float]:
+        pipe.send(steps)
+        return pipe.recv()
+
+    print(options)
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, ", end="")
+    print(f"Python {platform.python_version()}; a random guess has loss", end=" ")
+    print(f"log V = {math.log(options.vocabulary):.3f}")
+    for pipe in pipes:
+        print(pipe.recv())
+    first = [run(pipe, 1) for pipe in pipes]  # compiles
+    print("compiled: " + " and ".join(f"{seconds:.0f} s" for seconds, _, _ in first))
+    for pipe in pipes:
+        run(pipe, 2)
+
+    tokens = options.steps * options.batch * options.context
+    rates: list[list[float]] = [[], []]
+    cpus: list[list[float]] = [[], []]
+    losses = [0.0, 0.0]
+    for number in range(options.rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            seconds, cpu, losses[side] = run(pipes[side], options.steps)
+            rates[side].append(tokens / seconds)
+            cpus[side].append(cpu / options.steps)
+        us, them = rates[0][-1], rates[1][-1]
+        print(f"round {number + 1}: {us:,.0f} and {them:,.0f} tokens/s, ratio {us / them:.3f}")
+    memories = [run(pipe, 0) for pipe in pipes]
+    for child in children:
+        child.join()
+
+    print(f"\n{'':14} tokens/s  CPU s/step  peak RSS GiB  peak GPU GiB  first loss  last loss")
+    for side, name in enumerate(("jaxgpt", "torch.compile")):
+        rss, gpu = (size / 2**30 for size in memories[side])
+        print(
+            f"{name:14} {statistics.median(rates[side]):8,.0f}  {statistics.median(cpus[side]):10.3f}"
+            f"  {rss:12.2f}  {gpu:12.2f}  {first[side][2]:10.3f}  {losses[side]:9.3f}"
+        )
+    ratios = sorted(us / them for us, them in zip(*rates, strict=True))
+    ratio = statistics.median(ratios)
+    cpu_ratio = statistics.median(them / us for us, them in zip(*cpus, strict=True))
+    print(
+        f"\njaxgpt / torch.compile: {ratio:.3f} times the tokens/s (median of {len(ratios)} rounds, "
+        f"{ratios[0]:.3f} to {ratios[-1]:.3f}); by CPU time {cpu_ratio:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options, description=__doc__))

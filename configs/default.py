@@ -1,0 +1,26 @@
+"""The embedded default: a small GPT on the Python standard library, no network needed.
+
+Command:   python train.py
+Hardware:  a laptop; 2 CPU cores are enough
+Data:      the source of the running interpreter's standard library, about 12 MB without its tests
+Time:      TODO
+Expect:    TODO
+"""
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+config = Config(
+    model=GPTConfig(
+        L=4, D=256, N=4, T=256, position="rotary", norm="rmsnorm", mlp="relu2", bias=False, qk_norm=True
+    ),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),
+    data=DataConfig(paths=("python",), val_fraction=0.05),
+    optim=OptimConfig(name="muon", learning_rate=3e-3, schedule="wsd", warmup=20, final=0.0, decay=0.5),
+    train=TrainConfig(steps=300, batch=16, eval_every=100, eval_batches=10, prompt="def main("),
+    checkpoint=CheckpointConfig(every=100),
+)

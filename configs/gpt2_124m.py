@@ -1,0 +1,27 @@
+"""GPT-2 124M, as published, on a web text of your own: about half a million tokens a step.
+
+Command:   python train.py configs/gpt2_124m.py --data.paths "fineweb/*.parquet"
+Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)
+Data:      any large text; FineWeb or OpenWebText as parquet with a `text` column
+Time:      not run
+Expect:    not run; nanoGPT reports a validation loss of about 2.85 on OpenWebText after 600,000
+           steps, and GPT-2's own weights 3.11 there
+"""
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import NextToken
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+config = Config(
+    model=GPTConfig(L=12, N=12, D=768, T=1024),
+    tokenizer=TokenizerConfig(kind="gpt2"),
+    data=DataConfig(paths=("fineweb/*.parquet",), val_fraction=0.001),
+    objective=NextToken(chunk=128),
+    optim=OptimConfig(learning_rate=6e-4, warmup=2000, final=0.1),
+    train=TrainConfig(steps=600_000, batch=480, micro=30, eval_every=1000, eval_batches=20),
+    checkpoint=CheckpointConfig(every=1000),
+)

@@ -1,0 +1,41 @@
+"""A small model of today: rotary positions, RMSNorm, squared ReLU, grouped queries, QK-norm, Muon.
+
+Command:   python train.py configs/modern.py --data.paths "fineweb/*.parquet"
+Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)
+Data:      as in gpt2_124m.py
+Time:      not run
+Expect:    not run
+"""
+
+from dataclasses import replace
+
+from gpt2_124m import config as base
+
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import NextToken
+from jaxgpt.optim import OptimConfig
+
+config = replace(
+    base,
+    name="",
+    model=GPTConfig(
+        L=12,
+        D=768,
+        N=6,
+        K=2,
+        H=128,
+        T=1024,
+        position="rotary",
+        norm="rmsnorm",
+        mlp="relu2",
+        bias=False,
+        tied=False,
+        qk_norm=True,
+        logit_softcap=15.0,
+    ),
+    objective=NextToken(z_loss=1e-4, chunk=128),
+    optim=OptimConfig(
+        name="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="wsd", warmup=200, final=0.0
+    ),
+    train=replace(base.train, steps=20_000),
+)

@@ -1,0 +1,22 @@
+"""Shakespeare by characters, in nanoGPT's size for a CPU.
+
+Command:   python train.py configs/shakespeare_cpu.py --data.paths tinyshakespeare.txt
+Hardware:  any; nanoGPT's setting `--device=cpu`
+Data:      tinyshakespeare.txt, 1.1 MB, from github.com/karpathy/char-rnn (data/tinyshakespeare)
+Time:      see the README's results
+Expect:    a validation loss of at most 1.88, nanoGPT's published figure
+"""
+
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+config = Config(
+    model=GPTConfig(L=4, N=4, D=128, T=64, bias=False),
+    tokenizer=TokenizerConfig(kind="characters"),
+    data=DataConfig(paths=("tinyshakespeare.txt",), val_fraction=0.1, stride=1),
+    optim=OptimConfig(learning_rate=1e-3, warmup=100, final=0.1, beta2=0.99),
+    train=TrainConfig(steps=2000, batch=12, eval_every=250),
+)

@@ -1,0 +1,237 @@
+"""The whole experiment as one frozen dataclass: a Python file, then `--a.b value` overrides.
+
+Each part is declared beside the code that reads it; this module puts the parts together, reads a
+config file, lets the command line override any field, and writes JSON that reads back equal.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.objectives import NextToken
+from jaxgpt.optim import OptimConfig
+from jaxgpt.parallel import ParallelConfig
+from jaxgpt.telemetry import TelemetryConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and what to look at on the way."""
+
+    steps: int = 1000
+    """Updates of the parameters, in total."""
+    batch: int = 32
+    """Rows of T tokens in a step, over all devices and processes."""
+    micro: int = 1
+    """Parts a batch is taken in, to save memory; the gradient is the same."""
+    log_every: int = 10
+    """Steps between lines of the log; the device is waited for only then."""
+    eval_every: int = 250
+    """Steps between evaluations on the validation set, and one at the end; 0: only at the end."""
+    eval_batches: int = 0
+    """Batches of an evaluation, spread over the validation set; 0: all of it."""
+    prompt: str = "\n"
+    """What the sample at the end begins with."""
+    sample_tokens: int = 200
+    """Tokens in the sample at the end; 0: none."""
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        for name in ("steps", "batch", "micro", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
+        for name in ("eval_every", "eval_batches", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"train.{name}={getattr(self, name)}; set it to 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment: everything that decides what a run does."""
+
+    name: str = ""
+    """The run's folder under `runs`; empty: the config file's name."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: int = 1337
+    """Of initial weights, data order and dropout."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    """The architecture."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """How it is run."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to ids."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    objective: NextToken = field(default_factory=NextToken)
+    """What is minimised."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it is minimised."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """On which devices."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """For how long."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """What is shown."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be, before text or device is touched."""
+        self.train.check()
+        self.model.check()
+        self.tokenizer.check()
+        self.data.check()
+        self.objective.check()
+        self.optim.check(self.train.steps)
+        self.checkpoint.check()
+
+
+# What a run cannot change when it resumes: the parameters or the tokens would mean something else.
+FIXED = ("model", "tokenizer")
+
+
+def refuse_changed(saved: dict[str, Any], now: Config) -> None:
+    """Raises InputError that names each field in which a run cannot be resumed as `now`."""
+    current = to_dict(now)
+    changes = [
+        f"{part}.{name} was {saved[part].get(name)}, is {value}"
+        for part in FIXED
+        for name, value in current[part].items()
+        if saved[part].get(name) != value
+    ]
+    if changes:
+        raise InputError(
+            f"{now.folder} holds a run of another {' and '.join(FIXED)}: {'; '.join(changes)}. "
+            "Set it back to resume, or set another name"
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: Any, values: Any, path: str = "") -> Any:
+    """The inverse of `to_dict`, strict: InputError for a missing, unknown or ill-typed field.
+
+    JSON may write the float 1.0 as 1; nothing else is converted but lists to tuples.
+    """
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(values, dict):
+            raise InputError(f"{path or 'config'}={values!r} is not a table of fields")
+        hints = typing.get_type_hints(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise InputError(f"{path}{name} is not an option; {hint}")
+        return cls(
+            **{
+                name: from_dict(hints[name], value, f"{path}{name}.")
+                for name, value in values.items()
+            }
+        )
+    where = path.rstrip(".")
+    origin, options = typing.get_origin(cls), typing.get_args(cls)
+    if origin is Literal:
+        if values not in options:
+            raise InputError(f"{where}={values!r}; set it to one of {', '.join(map(str, options))}")
+        return values
+    if origin is tuple:
+        if not isinstance(values, list | tuple):
+            raise InputError(f"{where}={values!r} is not a list")
+        return tuple(from_dict(options[0], v, f"{where}[{i}].") for i, v in enumerate(values))
+    if cls is float and isinstance(values, int) and not isinstance(values, bool):
+        return float(values)
+    if not isinstance(values, cls) or (isinstance(values, bool) and cls is not bool):
+        raise InputError(f"{where}={values!r} is not a value of type {cls.__name__}")
+    return values
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes the config as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read(path: str | Path) -> Config:
+    """The config of a Python file that assigns `config`, or of a JSON file written by `save`.
+
+    Raises InputError where there is no such file, no `config` in it, or a field is ill-typed. A
+    config without a name gets the file's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), known, 1, 0.5)
+        raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    if path.suffix == ".json":
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}") from None
+        config = from_dict(Config, values)
+    else:
+        config = _execute(path)
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def _execute(path: Path) -> Config:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is neither Python (.py) nor JSON (.json)")
+    module = types.ModuleType(spec.name)
+    module.__file__ = str(path)
+    # A config may be made of the others in its folder: `from gpt2_124m import config as base`.
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(f"{path} does not run: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise InputError(
+            f"{path} has no `config`; assign one: config = jaxgpt.config.Config(name=..., ...)"
+        )
+    return from_dict(Config, to_dict(config))
+
+
+def from_command_line(args: list[str], default: Path) -> Config:
+    """The config of `[FILE] [--a.b value ...]`; without a file, that of `default`.
+
+    `--help` explains every field and exits; an unknown or ill-typed option exits with status 2 and
+    names the nearest right one.
+    """
+    import tyro
+
+    has_file = bool(args) and not args[0].startswith("-")
+    base = read(args[0] if has_file else default)
+    return tyro.cli(
+        Config,
+        prog="train.py [configs/FILE.py]",
+        description="Trains a GPT: a config file, then any field of it as --a.b value.",
+        default=base,
+        args=args[1:] if has_file else args,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )

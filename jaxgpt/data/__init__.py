@@ -1,0 +1,25 @@
+"""From text to batches: a path names documents, a tokenizer makes them streams, steps cut rows.
+
+corpus = prepare(cfg, tokenizer)
+batches = Batches(corpus, cfg, context=1024, batch=16, seed=0)
+batches.batch(step)                        # pure: the same rows whenever it is asked
+for batch in prefetch(batches.batch, start=step): ...
+for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
+"""
+
+from jaxgpt.data.ahead import prefetch
+from jaxgpt.data.batches import Batches, eval_batches
+from jaxgpt.data.corpus import Corpus, DataConfig, prepare, refuse_changed, texts
+from jaxgpt.data.tokens import TokenStream
+
+__all__ = [
+    "Batches",
+    "Corpus",
+    "DataConfig",
+    "TokenStream",
+    "eval_batches",
+    "prefetch",
+    "prepare",
+    "refuse_changed",
+    "texts",
+]

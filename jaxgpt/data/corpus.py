@@ -1,0 +1,189 @@
+"""From paths to token streams: what is trained on, what is held out, and how to know it again."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxgpt.data.sources import Source, content_digest, measure, open_source
+from jaxgpt.data.split import FEW, split
+from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
+from jaxgpt.errors import InputError
+from jaxgpt.tokenizer import Tokenizer
+
+FORMAT = 1  # of a cache entry; a new number makes old entries unused
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is trained on, and how rows are cut from it."""
+
+    paths: tuple[str, ...] = ("python",)
+    """Each 'python' (the standard library), a file (text, JSON lines, parquet), a folder, a glob,
+    or 'tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]'."""
+    weights: tuple[float, ...] = ()
+    """The share of each path in every batch; empty: in proportion to size."""
+    val_paths: tuple[str, ...] = ()
+    """What to validate on; empty: a part of `paths`, held out."""
+    val_fraction: float = 0.1
+    """The part held out where there are no `val_paths`: documents by a hash of their content, and
+    the tail of each where there are fewer than 100; 0: no validation."""
+    text_field: str = "text"
+    """Where the text is: field of JSON lines, column of parquet, feature of a TFDS data set."""
+    documents: Literal["joined", "masked"] = "joined"
+    """Whether the documents in one row see each other."""
+    stride: int = 0
+    """Tokens from the start of a row to the start of the next; 0: the context length."""
+    shuffle: bool = True
+    """Rows in random order, a new one every epoch; else in the order of the text."""
+    workers: int = 0
+    """Threads that turn text into tokens; 0: one for each core."""
+    cache: str = ""
+    """Folder of the tokens; empty: $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        if not self.paths:
+            raise InputError("data.paths is empty; set it to 'python' or to files of your own")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise InputError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.paths)} paths; "
+                "give one for each, or none"
+            )
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise InputError(f"data.weights={self.weights}; each must be positive and finite")
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"data.val_fraction={self.val_fraction}; set it from 0 to below 1")
+        if self.stride < 0 or self.workers < 0:
+            raise InputError(
+                f"data.stride={self.stride} and data.workers={self.workers} cannot be negative"
+            )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of all paths."""
+
+    parts: tuple[TokenStream, ...]
+    """What is trained on, for each path."""
+    val: TokenStream
+    """What is held out or the `val_paths`; may be empty."""
+    fingerprint: dict[str, Any]
+    """What decided the tokens, in named fields of JSON."""
+
+    @property
+    def train(self) -> TokenStream:
+        """What is trained on, one path after the other."""
+        return join(self.parts)
+
+
+def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    """Turns the text of `cfg` into tokens, or finds them in the cache where that was done before.
+
+    Raises InputError, before anything is encoded, for paths that cannot be read as text.
+    """
+    cfg.check()
+    held_out = 0.0 if cfg.val_paths else cfg.val_fraction
+    fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
+    sources = [open_source(path, cfg.text_field) for path in (*cfg.paths, *cfg.val_paths)]
+    digests = [content_digest(source) for source in sources]
+    cache = _cache_folder(cfg)
+    entries = []
+    for digest, fraction in zip(digests, fractions, strict=True):
+        identity = json.dumps([FORMAT, FEW, digest, fraction, tokenizer.fingerprint])
+        entries.append(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
+    for source in sources:
+        if source.skipped:
+            _say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
+    todo = [work for work in zip(sources, fractions, entries, strict=True) if not work[2].exists()]
+    sizes = [measure(source) for source, _, _ in todo]
+    for (source, fraction, entry), size in zip(todo, sizes, strict=True):
+        with writing(cache):
+            if not entry.exists():  # another process may have made it meanwhile
+                _encode(source, size, fraction, entry, tokenizer, cfg.workers)
+
+    streams = [read_tokens(entry) for entry in entries]
+    parts = tuple(stream["train"] for stream in streams[: len(cfg.paths)])
+    val_parts = [stream["train"] for stream in streams[len(cfg.paths) :]]
+    val = join(val_parts or [stream["val"] for stream in streams])
+    if held_out and not len(val):
+        raise InputError(
+            f"data.val_fraction={held_out} holds out nothing of {join(parts).documents} documents; "
+            "raise it, or set data.val_paths"
+        )
+    fingerprint = {
+        "files": digests[: len(cfg.paths)],
+        "val_files": digests[len(cfg.paths) :],
+        "val_fraction": held_out,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    return Corpus(parts, val, fingerprint)
+
+
+def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
+    """The text of the training documents, to make a tokenizer of; with `held_out`, all text.
+
+    A document of more than a mebibyte comes in several parts. Raises InputError as `prepare` does.
+    """
+    cfg.check()
+    sources = [open_source(path, cfg.text_field) for path in cfg.paths]
+    fraction = 0.0 if cfg.val_paths or held_out else cfg.val_fraction
+    if held_out:
+        sources += [open_source(path, cfg.text_field) for path in cfg.val_paths]
+    for source in sources:
+        measure(source)
+    for source in sources:
+        for name, document in split(source, fraction):
+            if name == "train":
+                yield from document
+
+
+def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises InputError that names what differs between the fingerprints of a run and of now."""
+    now = json.loads(json.dumps(now))
+    changes = [
+        f"{name} was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if changes:
+        raise InputError(
+            f"the data is not what this run was trained on: {'; '.join(changes)}. Set it back to "
+            "resume, or start a new run from these parameters"
+        )
+
+
+def _encode(
+    source: Source, size: int, val_fraction: float, entry: Path, tokenizer: Tokenizer, workers: int
+) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    began = time.perf_counter()
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(source.path, total=size)
+        documents = split(source, val_fraction)
+        write_tokens(entry, documents, tokenizer, workers, lambda bytes: bar.advance(task, bytes))
+    seconds = time.perf_counter() - began
+    tokens = {name: len(stream) for name, stream in read_tokens(entry).items()}
+    _say(
+        f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
+        f"{size / 1e6:.1f} MB in {seconds:.1f} s"
+    )
+
+
+def _cache_folder(cfg: DataConfig) -> Path:
+    root = cfg.cache or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
+    return Path(root).expanduser() / "tokens"
+
+
+def _say(line: str) -> None:
+    print(f"data: {line}", file=sys.stderr)

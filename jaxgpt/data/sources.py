@@ -1,0 +1,173 @@
+"""From a path to the documents behind it. A path is
+
+python      the standard library of the running interpreter, without its tests (12 MB)
+a file      `.jsonl` and `.ndjson`: a document a line; `.parquet`: a document a row; else text
+a folder    recursively, the files with a suffix in `FOLDER_SUFFIXES`; the rest is `skipped`
+a glob      every file it matches, whatever its suffix; `**` is any depth
+tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]
+            a TFDS data set prepared as array_record or parquet, read without TensorFlow; SPLIT
+            is `train`, or whatever TFDS understands, as `train[:10%]`
+"""
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+from jaxgpt.data import formats
+from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.errors import InputError
+
+# fmt: off
+FOLDER_SUFFIXES = (
+    ".txt", ".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet",
+    ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs",
+)
+# fmt: on
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The documents behind a path, and the files they are read from, in a fixed order."""
+
+    path: str
+    files: tuple[str, ...]
+    documents: Callable[[], Iterator[Document]]
+    """Begins a new pass; raises InputError at the first thing that is not text."""
+    selection: str = ""
+    """What decides the documents besides the bytes of the files: formats, field, split."""
+    skipped: tuple[str, ...] = ()
+    """Files of a folder that were not taken, each with the reason."""
+
+
+def open_source(path: str, text_field: str = "text") -> Source:
+    """The source at `path`, checked as far as is possible without reading it all.
+
+    Raises InputError for a path that is not there, an empty file, a folder or glob without text, a
+    parquet file without the column `text_field`, a data set that TFDS cannot open.
+    """
+    if path == "python":
+        return _from_files(path, _standard_library(), text_field)
+    if path.startswith("tfds:"):
+        return _from_tfds(path, text_field)
+    place = os.path.expanduser(path)
+    if os.path.isdir(place):
+        files, skipped = _list_folder(place)
+        if not files:
+            raise InputError(
+                f"the folder {path} holds no text: of its {len(skipped)} files none is visible, "
+                f"not empty and one of {' '.join(FOLDER_SUFFIXES)}; a glob takes any name"
+            )
+        return _from_files(path, files, text_field, skipped)
+    if os.path.exists(place):
+        return _from_files(path, (place,), text_field)
+    if glob.has_magic(place):
+        files = tuple(sorted(filter(os.path.isfile, glob.glob(place, recursive=True))))
+        if not files:
+            raise InputError(f"no file matches {path}; check the pattern (** is any depth)")
+        return _from_files(path, files, text_field)
+    raise InputError(f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'")
+
+
+def measure(source: Source) -> int:
+    """The size of the text in bytes of UTF-8, by reading it once.
+
+    Raises InputError, naming file and place, for whatever is not text, and if there is no text.
+    """
+    size = sum(utf8_size(piece) for document in source.documents() for piece in document)
+    if not size:
+        raise InputError(f"{source.path} holds no text: all its documents are empty")
+    return size
+
+
+def content_digest(source: Source) -> str:
+    """SHA-256 over the bytes of all files and how they are read; not over their names."""
+
+    def file_digest(file: str) -> str:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, source.files))
+    return hashlib.sha256("\n".join([source.selection, *digests]).encode()).hexdigest()
+
+
+def _from_files(
+    path: str, files: tuple[str, ...], text_field: str, skipped: tuple[str, ...] = ()
+) -> Source:
+    for file in files:
+        formats.check(file, text_field)
+    kinds = [formats.kind_of(file) for file in files]
+    return Source(
+        path,
+        files,
+        lambda: chain.from_iterable(formats.documents(file, text_field) for file in files),
+        selection="" if set(kinds) == {"text"} else f"{text_field} in {kinds}",
+        skipped=skipped,
+    )
+
+
+def _standard_library() -> tuple[str, ...]:
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - NOT_LIBRARY
+        found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return tuple(sorted(file for file in found if os.path.getsize(file)))
+
+
+def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    taken, skipped = [], []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            file = os.path.join(folder, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if any(part.startswith(".") for part in os.path.relpath(file, root).split(os.sep)):
+                skipped.append(f"{file}: hidden")
+            elif suffix not in FOLDER_SUFFIXES:
+                skipped.append(f"{file}: not taken from a folder by its suffix")
+            elif not os.path.getsize(file):
+                skipped.append(f"{file}: empty")
+            else:
+                taken.append(file)
+    return tuple(sorted(taken)), tuple(sorted(skipped))
+
+
+def _from_tfds(path: str, text_field: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    spec, _, data_dir = path.removeprefix("tfds:").partition("@")
+    name, _, split = spec.partition("#")
+    split = split or "train"
+    try:
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+        records = builder.as_data_source(split)
+        info = builder.info.splits[split]
+    except Exception as error:  # TFDS raises whatever it likes for a bad name, AssertionError too
+        raise InputError(
+            f"TFDS cannot open {path}: {str(error).strip().splitlines()[0]} Prepare it beforehand "
+            "with file_format='array_record' or 'parquet', and name its folder after @"
+        ) from error
+    if len(records) != info.num_examples:
+        raise InputError(
+            f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
+            f"{info.num_examples}; prepare the data set with file_format='array_record'"
+        )
+    if text_field not in builder.info.features:
+        fields = ", ".join(builder.info.features)
+        raise InputError(f"{path} has no '{text_field}'; set data.text_field to one of: {fields}")
+
+    def documents() -> Iterator[Document]:
+        for number, record in enumerate(records):
+            yield (formats.field_text(record, text_field, f"{path} record {number}"),)
+
+    return Source(
+        path,
+        tuple(str(file) for file in info.filepaths),
+        documents,
+        selection=f"{text_field} of {builder.info.full_name}, {split}",
+    )

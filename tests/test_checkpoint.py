@@ -1,0 +1,474 @@
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import checkpoint
+from jaxgpt.checkpoint import CheckpointConfig, Checkpoints
+from jaxgpt.errors import InputError, TrainingError
+
+
+class Train(NamedTuple):
+    step: jax.Array
+    key: jax.Array
+    opt: optax.OptState
+    ema: None = None
+
+
+def on(devices):
+    """A function that spreads an array's first dimension over so many devices."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    return lambda x: NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 8 == 0 else P())
+
+
+def make_state(seed=0):
+    key = jax.random.key(seed)
+    params = {
+        "blocks": {"0": {"w": jax.random.normal(key, (16, 24)), "b": jnp.full(3, seed / 3)}},
+        "wte": jax.random.normal(key, (8, 16)).astype(jnp.bfloat16),
+    }
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(optax.adam(1e-3), {"blocks": {"0": {"w": True, "b": False}}, "wte": True}),
+    )
+    state = {
+        "params": params,
+        "train": Train(jnp.int32(seed), jax.random.key(7, impl="rbg"), tx.init(params)),
+    }
+    return jax.device_put(state, jax.tree.map(on(8), state))
+
+
+def abstract(state, sharding=None):
+    """Shapes and dtypes alone; without a sharding, those that the arrays have."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding(x) if sharding else x.sharding
+        ),
+        state,
+    )
+
+
+def numbers(leaf):
+    """An array as its bytes, so that equality is to the bit."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and numbers(x) == numbers(y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "shakespeare" / "checkpoints"
+
+
+def save(folder, *steps, losses=(), **options):
+    """Saves the states `make_state(step)`; returns the open checkpoints."""
+    checkpoints = Checkpoints(folder, CheckpointConfig(**options))
+    for i, step in enumerate(steps):
+        metrics = {"val_loss": losses[i]} if losses else None
+        checkpoints.save(step, make_state(step), {"config": {"L": 2}}, metrics)
+    checkpoints.wait()
+    return checkpoints
+
+
+def flip_a_bit(file, choose=random):
+    data = bytearray(file.read_bytes())
+    place = choose.randrange(len(data) * 8)
+    data[place // 8] ^= 1 << place % 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("devices", [8, 2, 1])
+def test_a_state_saved_on_8_devices_restores_bit_equal(folder, devices):
+    state = make_state()
+    target = abstract(state, on(devices))
+    restored = save(folder, 0).restore(0, target)
+    assert same(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+        lambda x: x.sharding, target
+    )
+    # The key is a key again: it draws the same numbers.
+    draws = [jax.random.uniform(s["train"].key, (4,)) for s in (state, restored)]
+    np.testing.assert_array_equal(*draws)
+
+
+def test_without_a_sharding_a_leaf_is_restored_on_the_first_device(folder):
+    target = jax.eval_shape(make_state)
+    restored = save(folder, 0).restore(0, target)
+    assert same(restored, make_state())
+    assert {d for x in jax.tree.leaves(restored) for d in x.devices()} == {jax.devices()[0]}
+
+
+def test_what_is_saved_is_the_state_at_the_call_though_its_buffers_are_reused(folder):
+    overwrite = jax.jit(lambda x: -x, donate_argnums=0)
+    spread = NamedSharding(on(8)(np.zeros(8)).mesh, P("data"))
+    x = jax.device_put(np.arange(8 * 50_000, dtype=np.float32).reshape(8, -1), spread)
+    expected = np.array(x)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"params": {"x": x}}, {})
+    for _ in range(5):
+        x = overwrite(x)
+    jax.block_until_ready(x)
+    restored = checkpoints.restore(1, {"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
+    np.testing.assert_array_equal(restored["params"]["x"], expected)
+
+
+def test_saving_goes_on_in_the_background(folder, monkeypatch):
+    hashes = checkpoint._hashes
+    monkeypatch.setattr(checkpoint, "_hashes", lambda *a: (time.sleep(0.5), hashes(*a))[1])
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, make_state(1), {})
+    assert checkpoints.steps() == []
+    checkpoints.wait()
+    assert checkpoints.steps() == [1]
+
+
+def test_the_manifest_lists_the_sha256_of_every_file(folder):
+    save(folder, 5)
+    listed = dict(
+        reversed(line.split("  ")) for line in (folder / "5/SHA256SUMS").read_text().splitlines()
+    )
+    found = {
+        str(file.relative_to(folder / "5")): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in (folder / "5").rglob("*")
+        if file.is_file() and file.name != "SHA256SUMS"
+    }
+    assert listed == found and {"config.json", "metrics.json", "leaves.json"} < set(found)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
+def test_sha256sum_checks_a_checkpoint_by_hand(folder):
+    save(folder, 5)
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder / "5").returncode == 0
+    flip_a_bit(folder / "5" / "params" / "_METADATA")
+    assert subprocess.run(check, cwd=folder / "5", capture_output=True).returncode == 1
+
+
+def test_20_of_20_flipped_bits_are_refused_by_the_name_of_the_file(folder):
+    checkpoints, target, choose = save(folder, 5), abstract(make_state()), random.Random(0)
+    files = [f for f in sorted((folder / "5").rglob("*")) if f.is_file()]
+    for file in choose.choices(files, k=20):
+        whole = file.read_bytes()
+        flip_a_bit(file, choose)
+        name = "" if file.name == "SHA256SUMS" else str(file.relative_to(folder / "5"))
+        with pytest.raises(InputError, match=name):
+            checkpoints.restore(5, target)
+        file.write_bytes(whole)
+    assert same(checkpoints.restore(5, target), make_state(5))
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda file: file.unlink(), "params/_METADATA: missing"),
+        (lambda file: os.truncate(file, 10), "params/_METADATA: changed"),
+        (lambda file: (file.parent / "extra").touch(), "params/extra: unlisted"),
+    ],
+)
+def test_missing_truncated_and_foreign_files_are_refused_by_name(folder, harm, said):
+    checkpoints = save(folder, 5)
+    harm(folder / "5" / "params" / "_METADATA")
+    with pytest.raises(InputError, match=said):
+        checkpoints.restore(5, abstract(make_state()))
+    with pytest.raises(InputError, match=said):
+        checkpoint.load_params(folder / "5")
+
+
+def test_latest_passes_over_a_damaged_step_and_says_so(folder, caplog):
+    checkpoints = save(folder, 5, 10)
+    (folder / "10" / "train" / "_METADATA").unlink()
+    assert checkpoints.latest() == 5
+    assert "10 is damaged" in caplog.text and "train/_METADATA: missing" in caplog.text
+    assert same(checkpoints.restore(5, abstract(make_state())), make_state(5))
+
+
+def test_a_save_cut_short_is_no_checkpoint_and_is_cleaned_up(folder):
+    save(folder, 5, 10).close()
+    (folder / "10" / "SHA256SUMS").unlink()
+    (folder / "15.orbax-checkpoint-tmp").mkdir()
+    (folder / "notes").mkdir()
+    assert checkpoint.find(folder).name == "5"
+    assert Checkpoints(folder).latest() == 5
+    assert sorted(os.listdir(folder)) == ["5", "notes"]
+
+
+def test_the_latest_and_the_best_are_kept(folder):
+    losses = [3.0, 1.5, 2.0, float("nan"), 2.5]
+    checkpoints = save(folder, 1, 2, 3, 4, 5, losses=losses, keep=2)
+    assert checkpoints.steps() == [2, 4, 5]
+    assert (checkpoints.best(), checkpoints.latest()) == (2, 5)
+    assert same(checkpoints.restore(2, abstract(make_state())), make_state(2))
+
+
+def test_the_best_may_be_step_0(folder):
+    assert save(folder, 0, 1, 2, losses=[1.0, 2.0, 3.0], keep=1).steps() == [0, 2]
+
+
+def test_without_keep_best_only_the_latest_are_kept(folder):
+    checkpoints = save(folder, 1, 2, 3, losses=[1.0, 2.0, 3.0], keep=1, keep_best=False)
+    assert checkpoints.steps() == [3]
+
+
+def test_without_a_validation_loss_there_is_no_best(folder):
+    assert save(folder, 1).best() is None
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda p: p | {"wte": jax.ShapeDtypeStruct((8, 32), jnp.bfloat16)}, r"bfloat16\[8,32\]"),
+        (lambda p: p | {"wte": jax.ShapeDtypeStruct((8, 16), jnp.float32)}, r"float32\[8,16\]"),
+        (lambda p: {"blocks": p["blocks"]}, "nothing"),
+    ],
+)
+def test_another_shape_dtype_or_tree_is_refused_by_path(folder, change, said):
+    target = abstract(make_state())
+    target["params"] = change(target["params"])
+    message = rf"params/wte: saved bfloat16\[8,16\], wanted {said}"
+    with pytest.raises(InputError, match=message):
+        save(folder, 5).restore(5, target)
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_params(folder, target["params"])
+
+
+def test_a_leaf_that_was_not_saved_is_refused_by_path(folder):
+    target = abstract(make_state())
+    target["params"]["head"] = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(InputError, match=r"params/head/w: saved nothing, wanted float32\[2\]"):
+        save(folder, 5).restore(5, target)
+
+
+def test_another_kind_of_key_is_refused(folder):
+    target = abstract(make_state())
+    target["train"] = target["train"]._replace(key=jax.eval_shape(lambda: jax.random.key(0)))
+    with pytest.raises(InputError, match=r"train/key: saved key<rbg>\[\], wanted key<fry>\[\]"):
+        save(folder, 5).restore(5, target)
+
+
+def test_an_item_that_was_not_saved_is_refused(folder):
+    with pytest.raises(InputError, match="no 'ema'; it has params, train"):
+        save(folder, 5).restore(5, {"ema": {}})
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder):
+    with pytest.raises(InputError, match=r"no checkpoint of step 7 .* there are: 5, 10"):
+        save(folder, 5, 10).restore(7, abstract(make_state()))
+
+
+def test_params_load_alone_on_one_device_from_a_run_its_checkpoints_or_a_step(folder):
+    save(folder, 5, 10)
+    for path in (folder.parent, folder, folder / "10"):
+        shutil.rmtree(folder / "10" / "train", ignore_errors=True)
+        params = checkpoint.load_params(path)
+        assert same(params, make_state(10)["params"])
+        assert {d for x in jax.tree.leaves(params) for d in x.devices()} == {jax.devices()[0]}
+
+
+def test_params_load_onto_the_shardings_given(folder):
+    save(folder, 5)
+    target = abstract(make_state()["params"])
+    params = checkpoint.load_params(folder, target)
+    assert same(params, make_state(5)["params"])
+    assert params["wte"].sharding == target["wte"].sharding
+
+
+def test_a_checkpoint_describes_itself(folder):
+    describe = {"config": {"L": 2, "lr": 1e-3}, "tokenizer": {"ranks": ["é", 1]}, "lineage": []}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(5, make_state(), describe, {"val_loss": np.float32(1.5)})
+    checkpoints.wait()
+    described = checkpoint.read(folder.parent)
+    assert described["leaves"]["params"]["wte"] == "bfloat16[8,16]"
+    assert described["metrics"] == {"step": 5, "val_loss": 1.5}
+    assert {name: described[name] for name in describe} == describe
+    assert json.loads((folder / "5" / "tokenizer.json").read_text()) == describe["tokenizer"]
+
+
+def test_a_wrong_path_is_refused_with_the_runs_there_are(folder):
+    save(folder, 5)
+    with pytest.raises(InputError, match=r"looked for .*did you mean .*/runs/shakespeare\?"):
+        checkpoint.load_params(folder.parent.with_name("shakespear"))
+    with pytest.raises(InputError, match=r"there are .*/runs/shakespeare"):
+        checkpoint.read(folder.parent.with_name("zzz"))
+
+
+def test_a_run_without_a_checkpoint_yet_is_refused(folder):
+    folder.mkdir(parents=True)
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        checkpoint.read(folder.parent)
+
+
+def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
+    save(folder, 5)
+    (folder / "5" / "params" / "_METADATA").unlink()
+    with pytest.raises(InputError, match=r"every checkpoint .* is damaged"):
+        checkpoint.load_params(folder.parent)
+
+
+@pytest.mark.parametrize(
+    "state, describe, said",
+    [
+        ({"params": {"w": np.ones(2)}}, {"config": {"x": object()}}, "config.*JSON"),
+        ({"params": {"w": np.ones(2)}}, {"config": {"x": float("nan")}}, "config.*JSON"),
+        ({"params": {"w": np.ones(2)}}, {"metrics": {}}, "metrics"),
+        ({"params": {"w": 1.0}}, {}, "params/w is a float"),
+        ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "same path"),
+    ],
+)
+def test_what_cannot_be_saved_exactly_is_refused(folder, state, describe, said):
+    with pytest.raises(InputError, match=said):
+        Checkpoints(folder).save(1, state, describe)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("options", [{"every": -1}, {"keep": 0}])
+def test_a_config_that_cannot_be_is_refused(folder, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Checkpoints(folder, CheckpointConfig(**options))
+
+
+def test_saving_a_step_again_keeps_it_and_mends_a_damaged_one(folder):
+    checkpoints = save(folder, 5)
+    written = (folder / "5" / "SHA256SUMS").stat().st_mtime_ns
+    checkpoints.save(5, make_state(5), {})
+    checkpoints.wait()
+    assert (folder / "5" / "SHA256SUMS").stat().st_mtime_ns == written
+    flip_a_bit(folder / "5" / "leaves.json")
+    checkpoints.save(5, make_state(5), {})
+    assert checkpoints.latest() == 5
+
+
+def test_a_resume_from_an_older_step_replaces_the_later_ones_once_it_has_saved(folder):
+    save(folder, 10, 20).close()
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(InputError, match="holds step 20"):
+        checkpoints.save(15, make_state(15), {})
+    checkpoints.restore(10, abstract(make_state()))
+    assert checkpoints.steps() == [10, 20]
+    checkpoints.save(15, make_state(15), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 15]
+
+
+def test_importing_touches_no_device():
+    code = """
+        import jaxgpt.checkpoint
+        from jax._src import xla_bridge
+        assert not xla_bridge._backends
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+# A run whose state at step k is k everywhere: random bits, so that it does not compress, plus k.
+WORKER = """
+    import resource, signal, sys
+    import jax.numpy as jnp, numpy as np
+    from jaxgpt.checkpoint import Checkpoints, CheckpointConfig
+    from jaxgpt.errors import TrainingError
+
+    noise = np.random.default_rng(0).random((256, 1024), np.float32)
+    def state(step):
+        return {"params": {"w": jnp.asarray(noise + step)}, "train": {"step": jnp.int32(step)}}
+"""
+
+
+def run_worker(body, *args):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER) + textwrap.dedent(body), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def expect_step(folder, step):
+    noise = np.random.default_rng(0).random((256, 1024), np.float32)
+    target = {
+        "params": {"w": jax.ShapeDtypeStruct(noise.shape, noise.dtype)},
+        "train": {"step": jax.ShapeDtypeStruct((), jnp.int32)},
+    }
+    restored = Checkpoints(folder).restore(step, target)
+    assert restored["train"]["step"] == step
+    np.testing.assert_array_equal(restored["params"]["w"], noise + np.float32(step))
+
+
+def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_good(folder):
+    body = """
+        checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=1))
+        step = checkpoints.latest() or 0
+        while True:
+            step += 1
+            checkpoints.save(step, state(step), {"config": {}})
+            print(step, flush=True)
+    """
+    reached = 0
+    for _ in range(4):
+        worker = run_worker(body, folder)
+        assert int(worker.stdout.readline()) == reached + 1
+        time.sleep(0.2 + 0.5 * random.random())
+        worker.send_signal(signal.SIGKILL)
+        # The line is printed while its step is being saved: the one before it is complete.
+        started = [reached + 1, *map(int, worker.communicate()[0].split())][-1]
+        reached = Checkpoints(folder).latest()
+        assert reached in (started - 1, started, started + 1)
+        expect_step(folder, reached)
+
+
+def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):
+    body = """
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(1, state(1), {})
+        checkpoints.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        for step, meet in (2, checkpoints.wait), (3, lambda: checkpoints.save(4, state(4), {})):
+            checkpoints.save(step, state(step), {})
+            try:
+                meet()
+            except TrainingError as error:
+                print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        checkpoints.save(5, state(5), {})
+        checkpoints.close()
+    """
+    worker = run_worker(body, folder)
+    out, err = worker.communicate()
+    assert worker.returncode == 0, err
+    assert out.splitlines() == [
+        f"the checkpoint of step {step} was not saved: File too large; step 1 in {folder} is good"
+        for step in (2, 3)
+    ]
+    assert "_SignalingThread" not in err
+    assert sorted(os.listdir(folder)) == ["1", "5"]
+    expect_step(folder, 1)
+    expect_step(folder, 5)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(folder):
+    folder.parent.mkdir(parents=True)
+    folder.touch()
+    with pytest.raises(TrainingError, match=r"step 1 was not saved.*no earlier"):
+        Checkpoints(folder).save(1, make_state(), {})

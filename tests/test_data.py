@@ -1,0 +1,542 @@
+"""From text to batches: no token is lost, and batch k is the same whoever asks for it, and when."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgpt import data
+from jaxgpt.data import formats, tokens
+from jaxgpt.data.ahead import map_ahead
+from jaxgpt.data.corpus import Corpus
+from jaxgpt.data.tokens import TokenStream
+from jaxgpt.errors import InputError
+from jaxgpt.tokenizer import TokenizerConfig, build
+
+BYTES = build(TokenizerConfig(kind="bytes"), [])
+EOT = BYTES.eot
+WORDS = "a bright cold day in April, and the clocks were striking thirteen; 42 änderte sich\n\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of text, or of JSON lines if given several texts, and returns its path."""
+
+    def write(name, text):
+        content = (
+            text if isinstance(text, str) else "\n".join(json.dumps({"text": t}) for t in text)
+        )
+        (tmp_path / name).write_bytes(content.encode())
+        return str(tmp_path / name)
+
+    return write
+
+
+def prepare(*paths, tokenizer=BYTES, **options):
+    return data.prepare(data.DataConfig(paths=paths, **options), tokenizer)
+
+
+def corpus_of(*streams, eot=EOT):
+    """A corpus in memory; a number stands for a stream 0, 1, 2, ... of that length."""
+    arrays = [np.arange(s) if isinstance(s, int) else np.asarray(s) for s in streams]
+    parts = tuple(TokenStream([array], eot) for array in arrays)
+    return Corpus(parts, TokenStream([], eot), {"files": []})
+
+
+def batches_of(corpus, context=8, batch=4, seed=0, process=(0, 1), **options):
+    options.setdefault("paths", tuple("abc"[: len(corpus.parts)]))
+    return data.Batches(
+        corpus,
+        data.DataConfig(**options),
+        context=context,
+        batch=batch,
+        seed=seed,
+        process_index=process[0],
+        process_count=process[1],
+    )
+
+
+def rows(batches, count):
+    """The first `count` rows, inputs and last target."""
+    steps = range(-(-count // batches.batch_size))
+    joined = [np.c_[b["tokens"], b["targets"][:, -1]] for b in map(batches.batch, steps)]
+    return np.concatenate(joined)[:count]
+
+
+# From text to tokens
+
+
+def test_every_document_is_preceded_by_eot_and_counted(write):
+    texts = ["one", "zwei ä", "", "four"]
+    corpus = prepare(write("a.jsonl", texts), val_fraction=0.0)
+    expected = [token for text in texts for token in [EOT, *BYTES.encode(text)]]
+    assert corpus.train[:].tolist() == expected
+    assert (corpus.train.documents, corpus.train.bytes) == (4, len("".join(texts).encode()))
+    assert len(corpus.val) == 0
+
+
+def test_a_single_text_gives_its_last_tenth_by_characters(write, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", 100)
+    text = WORDS * 50 + "ä" * 333
+    corpus = prepare(write("a.txt", text))
+    cut = int(0.9 * len(text))
+    assert corpus.train[:].tolist() == [EOT, *BYTES.encode(text[:cut])]
+    assert corpus.val[:].tolist() == [EOT, *BYTES.encode(text[cut:])]
+
+
+def test_of_many_documents_whole_ones_are_held_out_by_their_content(write):
+    texts = [f"document {number}" for number in range(3000)]
+    cfg = data.DataConfig(paths=(write("a.jsonl", texts + texts[:1000]),))
+    train, all_texts = list(data.texts(cfg)), list(data.texts(cfg, held_out=True))
+    held_out = Counter(all_texts) - Counter(train)
+    assert all_texts == texts + texts[:1000]
+    assert not set(train) & set(held_out)
+    assert 0.08 < len(held_out) / 3000 < 0.12
+
+    corpus = data.prepare(cfg, BYTES)
+    assert corpus.train.documents == len(train)
+    assert corpus.val.bytes == sum(len(text) for text in held_out.elements())
+
+    fewer = data.DataConfig(paths=(write("b.jsonl", texts[:1500]),))
+    assert set(data.texts(fewer)) == set(train) & set(texts[:1500])
+
+
+def test_val_paths_are_validated_on_whole_and_leave_the_paths_whole(write):
+    a, b = write("a.txt", "train " * 10), write("b.txt", "validate " * 10)
+    corpus = prepare(a, val_paths=(b,))
+    assert corpus.train[:].tolist() == [EOT, *BYTES.encode("train " * 10)]
+    assert corpus.val[:].tolist() == [EOT, *BYTES.encode("validate " * 10)]
+    assert "".join(data.texts(data.DataConfig(paths=(a,), val_paths=(b,)))) == "train " * 10
+
+
+def test_nothing_held_out_is_refused(write):
+    path = write("a.jsonl", [f"document {number}" for number in range(200)])
+    with pytest.raises(InputError, match=r"val_fraction=1e-12 holds out nothing of 200"):
+        prepare(path, val_fraction=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters", "bytes"])
+def test_tokens_of_a_text_in_pieces_are_those_of_the_whole(write, monkeypatch, kind):
+    text = (WORDS + "  x=1\r\n\t\t'''it's'''   \n" + "word" * 40 + " " * 30) * 20
+    tokenizer = build(TokenizerConfig(kind=kind, vocab_size=300), [text])
+    monkeypatch.setattr(formats, "BLOCK", 37)
+    monkeypatch.setattr(tokens, "PIECE", 64)
+    corpus = prepare(write("a.txt", text), tokenizer=tokenizer, val_fraction=0.0)
+    assert corpus.train[:].tolist() == [tokenizer.eot, *tokenizer.encode(text)]
+
+
+def test_many_threads_give_the_tokens_of_one(write, monkeypatch, tmp_path):
+    monkeypatch.setattr(tokens, "PIECE", 100)
+    path = write("a.jsonl", [WORDS * (number % 7) + str(number) for number in range(400)])
+    one, many = (
+        prepare(path, workers=workers, cache=str(tmp_path / str(workers))) for workers in (1, 8)
+    )
+    assert len(list((tmp_path / "8" / "tokens").glob("*/index.json"))) == 1
+    np.testing.assert_array_equal(one.train[:], many.train[:])
+    np.testing.assert_array_equal(one.val[:], many.val[:])
+
+
+def test_shards_are_one_sequence(write, monkeypatch, tmp_path):
+    path = write("a.txt", WORDS * 20)
+    whole = prepare(path, cache=str(tmp_path / "whole")).train[:]
+    monkeypatch.setattr(tokens, "SHARD", 100)
+    stream = prepare(path, cache=str(tmp_path / "shards")).train
+    assert len(stream.shards) == -(-len(whole) // 100)
+    for start in range(0, len(whole) + 10, 33):
+        for stop in (start, start + 1, start + 67, start + 345):
+            np.testing.assert_array_equal(stream[start:stop], whole[start:stop])
+
+
+# The cache
+
+
+class Counting:
+    """A tokenizer that counts the characters it encodes, and may be made to fail."""
+
+    def __init__(self, fail_after=None):
+        self.encoded, self.fail_after = 0, fail_after
+
+    def __getattr__(self, name):
+        return getattr(BYTES, name)
+
+    def encode_array(self, text):
+        self.encoded += len(text)
+        if self.fail_after is not None and self.encoded > self.fail_after:
+            raise RuntimeError("the tokenizer broke")
+        return BYTES.encode_array(text)
+
+
+def test_text_is_encoded_once(write):
+    path = write("a.txt", WORDS * 3)
+    first, second = Counting(), Counting()
+    corpora = prepare(path, tokenizer=first), prepare(path, tokenizer=second)
+    assert (first.encoded, second.encoded) == (len(WORDS * 3), 0)
+    np.testing.assert_array_equal(corpora[0].train[:], corpora[1].train[:])
+
+
+def test_changed_content_is_encoded_anew(write):
+    prepare(write("a.txt", "content " * 20))
+    stamp = os.stat(write("a.txt", "content " * 20))
+    path = write("a.txt", "CONTENT " * 20)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert prepare(path, val_fraction=0.0).train[1:].tobytes()[::2] == b"CONTENT " * 20
+
+
+@pytest.mark.parametrize("change", [{"val_fraction": 0.2}, {"text_field": "body"}])
+def test_changed_rules_are_encoded_anew(tmp_path, change):
+    lines = [json.dumps({"text": f"text {n}", "body": f"body {n}"}) for n in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare(str(tmp_path / "a.jsonl"))
+    counting = Counting()
+    prepare(str(tmp_path / "a.jsonl"), tokenizer=counting, **change)
+    assert counting.encoded == len("text 0") * 9
+
+
+def test_a_failure_leaves_nothing_behind(write, monkeypatch, tmp_path):
+    monkeypatch.setattr(tokens, "PIECE", 50)
+    path, cache = write("a.txt", WORDS * 30), tmp_path / "cache"
+    with pytest.raises(RuntimeError, match="the tokenizer broke"):
+        prepare(path, tokenizer=Counting(fail_after=500), cache=str(cache))
+    assert [file.name for file in (cache / "tokens").iterdir()] == ["lock"]
+
+
+KILLED = """
+import os, signal, sys
+from jaxgpt import data
+from jaxgpt.data import tokens
+from jaxgpt.tokenizer import TokenizerConfig, build
+append, tokens.PIECE = tokens._append, 50
+def append_and_die(entry, split, shards, array):
+    append(entry, split, shards, array)
+    if sum(shards) > 500:
+        os.kill(os.getpid(), signal.SIGKILL)
+tokens._append = append_and_die
+cfg = data.DataConfig(paths=(sys.argv[1],), cache=sys.argv[2])
+data.prepare(cfg, build(TokenizerConfig(kind="bytes"), []))
+"""
+
+
+def test_a_killed_run_leaves_no_half_entry(write, tmp_path):
+    path, cache = write("a.txt", WORDS * 30), tmp_path / "cache"
+    root = Path(data.__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, path, str(cache)]
+    assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
+    left = [entry.suffix for entry in (cache / "tokens").iterdir() if entry.is_dir()]
+    assert left == [".partial"]
+
+    corpus = prepare(path, cache=str(cache), val_fraction=0.0)
+    assert corpus.train[:].tolist() == [EOT, *BYTES.encode(WORDS * 30)]
+    assert not list((cache / "tokens").glob("*.partial"))
+
+
+def test_runs_at_the_same_time_encode_once(write):
+    path, counting, corpora = write("a.txt", WORDS * 200), Counting(), []
+    threads = [
+        threading.Thread(target=lambda: corpora.append(prepare(path, tokenizer=counting)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(corpora) == 4
+    assert counting.encoded == len(WORDS * 200)
+
+
+def test_a_damaged_entry_is_refused(write, tmp_path):
+    path = write("a.txt", WORDS * 30)
+    prepare(path, cache=str(tmp_path / "cache"))
+    (shard,) = tmp_path.glob("cache/tokens/*/train-00000.bin")
+    os.truncate(shard, 100)
+    with pytest.raises(InputError, match=r"train-00000.bin is damaged; delete"):
+        prepare(path, cache=str(tmp_path / "cache"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(write):
+    path = write("a.txt", WORDS)
+    with pytest.raises(InputError, match=r"cannot write to .*a.txt/tokens.*set data.cache"):
+        prepare(path, cache=path)
+
+
+def test_bad_text_is_refused_before_anything_is_encoded(write, tmp_path):
+    good, bad = write("a.txt", WORDS), write("b.txt", WORDS + "\0")
+    counting = Counting()
+    with pytest.raises(InputError, match="binary"):
+        prepare(good, bad, tokenizer=counting, cache=str(tmp_path / "cache"))
+    assert counting.encoded == 0
+
+
+# Training batches
+
+
+@pytest.mark.parametrize(("length", "stride"), [(9, 8), (100, 8), (105, 8), (106, 3), (57, 0)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_has_each_window_once_and_every_token(length, stride, shuffle):
+    batches = batches_of(corpus_of(length), stride=stride, shuffle=shuffle)
+    last = length - 9
+    starts = sorted({*range(0, last + 1, stride or 8), last})
+    for epoch in range(3):
+        seen = rows(batches, (epoch + 1) * len(starts))[epoch * len(starts) :]
+        assert sorted(seen[:, 0]) == starts
+    assert set(seen.ravel()) == set(range(length))
+    assert batches.windows == len(starts)
+
+
+def test_targets_are_the_next_tokens():
+    batch = batches_of(corpus_of(100)).batch(2)
+    np.testing.assert_array_equal(batch["targets"], batch["tokens"] + 1)
+    assert batch["weights"].dtype == np.float32
+    assert batch["tokens"].dtype == batch["targets"].dtype == np.int32
+    assert (batch["weights"] == 1).all()
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    orders = [tuple(rows(batches_of(corpus_of(801), seed=seed), 300)[:, 0]) for seed in (0, 1)]
+    epochs = [order[start : start + 100] for order in orders for start in (0, 100, 200)]
+    assert len(set(epochs)) == 6
+    assert tuple(sorted(epochs[0])) not in epochs
+
+
+def test_without_shuffle_rows_are_in_the_order_of_the_text():
+    assert rows(batches_of(corpus_of(801), shuffle=False), 100)[:, 0].tolist() == [
+        *range(0, 800, 8)
+    ]
+
+
+def test_a_batch_is_a_pure_function_of_its_step():
+    corpus = corpus_of(1000, 500)
+    options = {"weights": (0.5, 0.5), "documents": "masked"}
+    forward = [batches_of(corpus, **options).batch(step) for step in range(20)]
+    again = batches_of(corpus, **options)
+    for step in (19, 3, 3, 11):
+        for name, array in again.batch(step).items():
+            np.testing.assert_array_equal(array, forward[step][name])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_global_batch_is_the_same_for_any_number_of_processes(count):
+    corpus = corpus_of(1000)
+    for step in (0, 7, 50):
+        parts = [batches_of(corpus, process=(i, count)).batch(step) for i in range(count)]
+        for name, whole in batches_of(corpus).batch(step).items():
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole)
+
+
+def test_paths_are_mixed_by_their_weights():
+    short, long = np.arange(100), np.arange(1000, 9000)
+    batches = batches_of(corpus_of(short, long), weights=(3.0, 1.0), batch=40)
+    for step in (0, 5, 99):
+        share = (batches.batch(step)["tokens"][:, 0] < 1000).mean()
+        assert abs(share - 0.75) <= 1 / 40
+    seen = Counter(rows(batches, 1600)[:, 0].tolist())
+    short_counts = [seen[start] for start in [*range(0, 88, 8), 91]]
+    assert max(short_counts) - min(short_counts) <= 1
+    assert max(count for start, count in seen.items() if start >= 1000) == 1
+
+
+def test_without_weights_paths_are_joined():
+    corpus = corpus_of(np.arange(20), np.arange(20, 101))
+    assert rows(batches_of(corpus, shuffle=False), 13)[:, 0].tolist() == [*range(0, 96, 8), 92]
+
+
+def segments_and_positions_by_loop(row, eot):
+    segments, positions, segment, position = [], [], 0, 0
+    for index, token in enumerate(row):
+        if token == eot:
+            segment += 1
+            position = 0
+        elif index:
+            position += 1
+        segments.append(segment)
+        positions.append(position)
+    return segments, positions
+
+
+def test_masked_documents_have_their_own_segments_and_positions():
+    random = np.random.default_rng(0)
+    stream = np.where(random.random(3000) < 0.15, 7, random.integers(8, 20, 3000))
+    batch = batches_of(corpus_of(stream, eot=7), context=32, documents="masked").batch(3)
+    for row, segments, positions in zip(
+        batch["tokens"], batch["segments"], batch["positions"], strict=True
+    ):
+        assert (segments.tolist(), positions.tolist()) == segments_and_positions_by_loop(row, 7)
+    assert batch["segments"].dtype == batch["positions"].dtype == np.int32
+
+
+def test_joined_documents_have_no_segments():
+    assert set(batches_of(corpus_of(100)).batch(0)) == {"tokens", "targets", "weights"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 100}, r"a gives 100 tokens .* context of at most 99"),
+        ({"stride": 9}, r"data.stride=9 skips tokens between windows of 8; set it to at most 8"),
+        ({"batch": 5, "process": (0, 2)}, r"batch=5 does not split over 2 .* a multiple of 2"),
+        ({"batch": 0}, "batch=0"),
+        ({"seed": -1}, "seed=-1; set it to 0 or more"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        batches_of(corpus_of(100), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paths": ()}, "data.paths is empty"),
+        ({"paths": ("a", "b"), "weights": (1.0,)}, "1 numbers for 2 paths"),
+        ({"weights": (0.0,)}, "must be positive"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"stride": -1}, "data.stride=-1"),
+        ({"workers": -1}, "data.workers=-1"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        data.DataConfig(**options).check()
+
+
+# Validation batches
+
+
+def evaluate(stream, context=8, batch=4, limit=0, process=(0, 1), **options):
+    return list(
+        data.eval_batches(
+            stream,
+            data.DataConfig(**options),
+            context=context,
+            batch=batch,
+            limit=limit,
+            process_index=process[0],
+            process_count=process[1],
+        )
+    )
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 33, 34, 100])
+def test_every_validation_token_is_a_target_once(length):
+    batches = evaluate(TokenStream([np.arange(length)], EOT))
+    targets = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
+    assert targets.tolist() == list(range(1, length))
+    inputs = np.concatenate([batch["tokens"][batch["weights"] == 1] for batch in batches])
+    assert inputs.tolist() == list(range(length - 1))
+    assert {batch["tokens"].shape for batch in batches} == {(4, 8)}
+
+
+def test_processes_share_the_validation_batches():
+    stream = TokenStream([np.arange(90)], EOT)
+    halves = [evaluate(stream, process=(index, 2)) for index in (0, 1)]
+    for whole, *parts in zip(evaluate(stream), *halves, strict=True):
+        for name in whole:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
+
+
+def test_limited_validation_is_spread_evenly():
+    stream = TokenStream([np.arange(8 * 100 + 1)], EOT)
+    (first, second) = evaluate(stream, limit=2, batch=5)
+    starts = np.concatenate([first["tokens"][:, 0], second["tokens"][:, 0]])
+    assert starts.tolist() == [*range(0, 800, 80)]
+    assert len(evaluate(stream, limit=1000)) == len(evaluate(stream)) == 25
+
+
+def test_validation_masks_documents_too():
+    stream = TokenStream([np.asarray([7, 1, 2, 7, 3, 4, 5, 7, 6])], 7)
+    (batch,) = evaluate(stream, batch=1, documents="masked")
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+
+
+def test_validation_without_tokens_is_refused():
+    with pytest.raises(InputError, match=r"0 tokens to validate on; set data.val_paths"):
+        evaluate(TokenStream([], EOT))
+
+
+# Ahead of time
+
+
+def test_prefetch_gives_the_batches_in_order():
+    batches = batches_of(corpus_of(1000))
+    ahead = data.prefetch(batches.batch, start=5)
+    for step, batch in zip(range(5, 12), ahead, strict=False):
+        np.testing.assert_array_equal(batch["tokens"], batches.batch(step)["tokens"])
+
+
+def test_prefetch_works_ahead_by_its_depth_and_no_further():
+    asked = []
+    ahead = data.prefetch(lambda step: asked.append(step) or step, start=10, depth=3)
+    assert list(islice(ahead, 4)) == [10, 11, 12, 13]
+    ahead.close()
+    assert asked in ([*range(10, 16)], [*range(10, 17)])
+
+
+def test_prefetch_raises_where_the_failed_batch_is_asked_for():
+    def batch(step):
+        return 10 // (2 - step)
+
+    ahead = data.prefetch(batch)
+    assert [next(ahead), next(ahead)] == [5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+
+
+def test_closing_ends_the_threads():
+    before = threading.active_count()
+    ahead = map_ahead(str, iter(range(1000)), workers=4, depth=8)
+    assert next(ahead) == "0"
+    assert threading.active_count() > before
+    ahead.close()
+    assert threading.active_count() == before
+
+
+# Knowing it again
+
+
+def test_an_unchanged_fingerprint_is_accepted_after_json(write):
+    path = write("a.txt", WORDS * 9)
+    batches = batches_of(prepare(path), weights=(1.0,))
+    saved = json.loads(json.dumps(batches.fingerprint))
+    data.refuse_changed(saved, batches_of(prepare(path), weights=(1.0,)).fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": 4}, "context was 8, is 4; stride was 8, is 4"),
+        ({"batch": 2}, "batch was 4, is 2"),
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"stride": 5}, "stride was 8, is 5"),
+        ({"shuffle": False}, "shuffle was True, is False"),
+        ({"documents": "masked"}, "documents was joined, is masked"),
+        ({"weights": (1.0,)}, r"weights was \[\], is \[1.0\]"),
+    ],
+)
+def test_a_changed_batch_is_refused_by_field(change, message):
+    corpus = corpus_of(100)
+    with pytest.raises(InputError, match=f"{message}. Set it back"):
+        data.refuse_changed(
+            batches_of(corpus).fingerprint, batches_of(corpus, **change).fingerprint
+        )
+
+
+def test_a_changed_text_or_tokenizer_is_refused_by_field(write):
+    cfg = data.DataConfig(paths=(write("a.txt", WORDS),))
+    saved = data.prepare(cfg, BYTES).fingerprint
+    characters = build(TokenizerConfig(kind="characters"), [WORDS])
+    with pytest.raises(InputError, match=r"on: tokenizer was \w+, is \w+\. "):
+        data.refuse_changed(saved, data.prepare(cfg, characters).fingerprint)
+    with pytest.raises(InputError, match=r"on: val_fraction was 0.1, is 0.2\. "):
+        data.refuse_changed(saved, data.prepare(replace(cfg, val_fraction=0.2), BYTES).fingerprint)
+    write("a.txt", WORDS + ".")
+    with pytest.raises(InputError, match=r"on: files was \['\w+'\], is \['\w+'\]\. "):
+        data.refuse_changed(saved, data.prepare(cfg, BYTES).fingerprint)
