@@ -167,6 +167,16 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     return values
 
 
+def summary(config: Config) -> str:
+    """The config on a terminal: a line for each part."""
+    lines = []
+    for name, value in to_dict(config).items():
+        fields = value.items() if isinstance(value, dict) else ((name, value),)
+        label = name if isinstance(value, dict) else ""
+        lines.append(f"{label:<12} " + " ".join(f"{k}={v!r}" for k, v in fields))
+    return "\n".join(lines)
+
+
 def save(config: Config, path: Path) -> None:
     """Writes the config as JSON."""
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Work done in threads, ahead of the one who asks for it."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -12,7 +12,7 @@ Out = TypeVar("Out")
 
 def map_ahead(
     function: Callable[[In], Out], inputs: Iterable[In], workers: int, depth: int
-) -> Iterator[Out]:
+) -> Generator[Out, None, None]:
     """`map(function, inputs)` in order, with at most `depth` results in work or waiting.
 
     `inputs` is drawn in the caller's thread. An exception of `function` is raised where its result
@@ -31,6 +31,8 @@ def map_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def prefetch(batch: Callable[[int], Out], start: int = 0, depth: int = 2) -> Iterator[Out]:
+def prefetch(
+    batch: Callable[[int], Out], start: int = 0, depth: int = 2
+) -> Generator[Out, None, None]:
     """`batch(start), batch(start + 1), ...`, each made in a thread while the one before is used."""
     return map_ahead(batch, count(start), workers=1, depth=depth + 1)

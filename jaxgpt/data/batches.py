@@ -14,7 +14,9 @@ the same for any number of processes; each makes its own rows of it.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +27,10 @@ from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+# Grain's shuffle needs no memory, but walks through 65,536 numbers to order even a dozen: below
+# this number of windows a permutation takes its place.
+GRAIN_SHUFFLES = 1 << 16
 
 
 class Batches:
@@ -143,14 +149,33 @@ def _order(firsts: Sequence[int], weights: Sequence[float], seed: int | None) ->
     import grain
 
     parts = []
-    for index, (first, end) in enumerate(pairwise(firsts)):
-        part = grain.MapDataset.range(first, end)
-        if seed is not None:
+    for path, (first, end) in enumerate(pairwise(firsts)):
+        windows = grain.MapDataset.range(first, end)
+        if seed is None:
+            parts.append(windows.repeat())
+        elif len(windows) < GRAIN_SHUFFLES:
+            numbers = grain.MapDataset.range(sys.maxsize)
+            parts.append(numbers.map(_permutations(first, end, (seed, path))))
+        else:
             # Grain adds the epoch to the seed: near seeds must not give the epochs of each other.
-            (mixed,) = np.random.SeedSequence((seed, index)).generate_state(1)
-            part = part.shuffle(seed=int(mixed))
-        parts.append(part.repeat())
+            (mixed,) = np.random.SeedSequence((seed, path)).generate_state(1)
+            parts.append(windows.shuffle(seed=int(mixed)).repeat())
     return grain.MapDataset.mix(parts, weights) if weights else parts[0]
+
+
+def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int], int]:
+    """The k-th of the numbers from `first` to `end`, permuted again and again."""
+
+    @lru_cache(maxsize=2)
+    def epoch(number: int) -> np.ndarray:
+        bits = np.random.MT19937(np.random.SeedSequence((*seed, number)))
+        return first + np.random.RandomState(bits).permutation(end - first)  # frozen, says numpy
+
+    def kth(k: int) -> int:
+        number, place = divmod(k, end - first)
+        return int(epoch(number)[place])
+
+    return kth
 
 
 def _stack(windows: Sequence[np.ndarray], context: int, eot: int | None) -> Batch:

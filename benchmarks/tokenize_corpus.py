@@ -1,0 +1,96 @@
+"""Tokenizes a text file larger than one wants in memory, and reports speed and peak memory.
+
+    python benchmarks/tokenize_corpus.py --gigabytes 2
+
+The file is made of pieces of the Python standard library in random order, and is one document. The
+other side is the same encoding in one call per mebibyte, in one thread, on a sample of the file.
+"""
+
+import argparse
+import os
+import platform
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tiktoken
+
+from jaxgpt import data
+from jaxgpt.tokenizer import TokenizerConfig, build
+
+SAMPLE = 32  # mebibytes
+
+
+def write_file(file: Path, size: int) -> None:
+    """Writes about `size` bytes of UTF-8 text: files of the library, in random order."""
+    documents = [text.encode() for text in data.texts(data.DataConfig(), held_out=True)]
+    shuffled = random.Random(0)
+    with open(file, "wb") as out:
+        while out.tell() < size:
+            out.write(shuffled.choice(documents))
+
+
+def peak_mib(who: int) -> float:
+    """Peak resident memory; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--workers", type=int, default=0, help="threads; 0: one for each core")
+    args = parser.parse_args()
+
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"tiktoken {tiktoken.__version__}"
+    )
+    began = time.perf_counter()
+    cfg = TokenizerConfig(vocab_size=args.vocab_size)
+    tokenizer = build(cfg, data.texts(data.DataConfig()))
+    print(f"trained {args.vocab_size} ids in {time.perf_counter() - began:.1f} s")
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "corpus.txt"
+        write_file(file, int(args.gigabytes * 1e9))
+        size = file.stat().st_size
+
+        with open(file, newline="", encoding="utf-8") as text:
+            sample = [text.read(1 << 20) for _ in range(SAMPLE)]
+        began, used = time.perf_counter(), time.process_time()
+        for piece in sample:
+            tokenizer.encode_array(piece)
+        sample_size = sum(len(piece.encode()) for piece in sample)
+        single = sample_size / (time.perf_counter() - began)
+        single_cpu = sample_size / (time.process_time() - used)
+
+        data_cfg = data.DataConfig(paths=(str(file),), cache=folder, workers=args.workers)
+        before = peak_mib(resource.RUSAGE_SELF)
+        began, used = time.perf_counter(), time.process_time()
+        corpus = data.prepare(data_cfg, tokenizer)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        began = time.perf_counter()
+        data.prepare(data_cfg, tokenizer)
+        again = time.perf_counter() - began
+
+    tokens = len(corpus.train) + len(corpus.val)
+    print(f"{size / 1e9:.2f} GB, {tokens:,} tokens, {size / tokens:.2f} bytes per token")
+    print(f"prepare      {seconds:8.1f} s  {size / seconds / 1e6:6.2f} MB/s, all passes included")
+    print(f"one thread                {single / 1e6:6.2f} MB/s, encoding alone")
+    print(f"ratio                     {size / seconds / single:6.2f}")
+    print(f"by CPU time               {size / cpu / single_cpu:6.2f} (1: nothing but encoding)")
+    print(f"from the cache {again:6.1f} s")
+    children = peak_mib(resource.RUSAGE_CHILDREN)
+    print(
+        f"peak memory {peak_mib(resource.RUSAGE_SELF):.0f} MiB, {before:.0f} of it before prepare"
+    )
+    print(f"peak memory of children {children:.0f} MiB: there are threads, no processes")
+
+
+if __name__ == "__main__":
+    main()
