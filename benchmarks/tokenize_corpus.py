@@ -2,7 +2,7 @@
 
     python benchmarks/tokenize_corpus.py --gigabytes 2
 
-The file is made of pieces of the Python standard library in random order, and is one document. The
+The file is made of the Python standard library's modules in random order, and is one document. The
 other side is the same encoding in one call per mebibyte, in one thread, on a sample of the file.
 """
 
@@ -33,10 +33,10 @@ def write_file(file: Path, size: int) -> None:
             out.write(shuffled.choice(documents))
 
 
-def peak_mib(who: int) -> float:
-    """Peak resident memory; Linux counts in KiB, macOS in bytes."""
+def peak_mib() -> float:
+    """Peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(who).ru_maxrss * unit / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         single_cpu = sample_size / (time.process_time() - used)
 
         data_cfg = data.DataConfig(paths=(str(file),), cache=folder, workers=args.workers)
-        before = peak_mib(resource.RUSAGE_SELF)
+        before = peak_mib()
         began, used = time.perf_counter(), time.process_time()
         corpus = data.prepare(data_cfg, tokenizer)
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
@@ -85,11 +85,7 @@ def main() -> None:
     print(f"ratio                     {size / seconds / single:6.2f}")
     print(f"by CPU time               {size / cpu / single_cpu:6.2f} (1: nothing but encoding)")
     print(f"from the cache {again:6.1f} s")
-    children = peak_mib(resource.RUSAGE_CHILDREN)
-    print(
-        f"peak memory {peak_mib(resource.RUSAGE_SELF):.0f} MiB, {before:.0f} of it before prepare"
-    )
-    print(f"peak memory of children {children:.0f} MiB: there are threads, no processes")
+    print(f"peak memory {peak_mib():.0f} MiB in the one process; {before:.0f} MiB before prepare")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.attention import attention, choose
 from jaxgpt.errors import InputError
@@ -233,7 +234,7 @@ class Linear(nn.Module):
         w_letters, out = rest.split("->")
         init = nn.initializers.normal(self.cfg.init_std * self.scale)
         w = self.param("w", *_leaf(self.cfg, w_letters, init))
-        y = matmul(self.equation, x, w, self.dtype, self.dtype)
+        y = checkpoint_name(matmul(self.equation, x, w, self.dtype, self.dtype), "linear")
         if self.cfg.bias:
             b_letters = "".join(letter for letter in out if letter not in x_letters[:2])
             b = self.param("b", *_leaf(self.cfg, b_letters, nn.initializers.zeros))
@@ -353,7 +354,7 @@ class Unrolled(nn.Module):
 def _remat(compute: ComputeConfig) -> Any:
     if compute.remat == "none":
         return Block
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    policies = {"dots": jax.checkpoint_policies.save_only_these_names("linear"), "full": None}
     scanned = compute.layers == "scan"
     return nn.remat(Block, policy=policies[compute.remat], prevent_cse=not scanned)
 

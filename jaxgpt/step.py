@@ -96,7 +96,7 @@ def train_step(
 
     loss, metrics, grads = sums if axis is None else jax.lax.psum(sums, axis)
     grads = jax.tree.map(lambda g: g / metrics["loss"].count, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     updates, opt = tx.update(grads, state.opt, state.params)

@@ -1,11 +1,19 @@
-"""Eight CPU devices for every test, strict ranks, and no cache outside the test's own folder."""
+"""Eight CPU devices for every test, strict ranks, and caches of the tests' own."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Tests share compiled programs, with the programs they start too: most are the same few.
+if "JAXGPT_TEST_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="jaxgpt-tests-")
+    os.environ["JAXGPT_TEST_CACHE"] = _cache.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXGPT_TEST_CACHE"] + "/compiled"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

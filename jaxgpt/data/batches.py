@@ -90,7 +90,7 @@ class Batches:
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`, from 0 on; the same whenever it is asked for."""
         first = step * self.batch_size
-        windows = [self._window(self._order[first + row]) for row in self.rows]
+        windows = [self._window(self._order(first + row)) for row in self.rows]
         return _stack(windows, self.context, self.streams[0].eot if self.masked else None)
 
     def _window(self, number: int) -> np.ndarray:
@@ -144,10 +144,23 @@ def _rows(batch: int, process_index: int, process_count: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _order(firsts: Sequence[int], weights: Sequence[float], seed: int | None) -> Any:
-    """A Grain data set of window numbers without end; `firsts` are the first ones of each path."""
-    import grain
+def _order(
+    firsts: Sequence[int], weights: Sequence[float], seed: int | None
+) -> Callable[[int], int]:
+    """The k-th window number, for any k; `firsts` are the first numbers of each path, and the end.
 
+    A Grain data set gives it. Without Grain, which some CUDA machines lack, few windows of joined
+    paths have the same order.
+    """
+    try:
+        import grain
+    except ImportError:
+        if weights or firsts[-1] >= GRAIN_SHUFFLES:
+            raise InputError(
+                "data.weights, and corpora of many rows, need Grain: pip install grain"
+            ) from None
+        count = firsts[-1]
+        return (lambda k: k % count) if seed is None else _permutations(0, count, (seed, 0))
     parts = []
     for path, (first, end) in enumerate(pairwise(firsts)):
         windows = grain.MapDataset.range(first, end)
@@ -160,7 +173,7 @@ def _order(firsts: Sequence[int], weights: Sequence[float], seed: int | None) ->
             # Grain adds the epoch to the seed: near seeds must not give the epochs of each other.
             (mixed,) = np.random.SeedSequence((seed, path)).generate_state(1)
             parts.append(windows.shuffle(seed=int(mixed)).repeat())
-    return grain.MapDataset.mix(parts, weights) if weights else parts[0]
+    return (grain.MapDataset.mix(parts, weights) if weights else parts[0]).__getitem__
 
 
 def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int], int]:

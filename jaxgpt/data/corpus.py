@@ -105,7 +105,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     for (source, fraction, entry), size in zip(todo, sizes, strict=True):
         with writing(cache):
             if not entry.exists():  # another process may have made it meanwhile
-                _encode(source, size, fraction, entry, tokenizer, cfg.workers)
+                _write(source, size, fraction, entry, tokenizer, cfg.workers)
 
     streams = [read_tokens(entry) for entry in entries]
     parts = tuple(stream["train"] for stream in streams[: len(cfg.paths)])
@@ -128,15 +128,14 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
 def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
     """The text of the training documents, to make a tokenizer of; with `held_out`, all text.
 
-    A document of more than a mebibyte comes in several parts. Raises InputError as `prepare` does.
+    It is read as it is asked for, and a document of more than a mebibyte comes in several parts.
+    Raises InputError where it meets what `prepare` would refuse.
     """
     cfg.check()
     sources = [open_source(path, cfg.text_field) for path in cfg.paths]
     fraction = 0.0 if cfg.val_paths or held_out else cfg.val_fraction
     if held_out:
         sources += [open_source(path, cfg.text_field) for path in cfg.val_paths]
-    for source in sources:
-        measure(source)
     for source in sources:
         for name, document in split(source, fraction):
             if name == "train":
@@ -158,14 +157,21 @@ def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _encode(
+def _write(
     source: Source, size: int, val_fraction: float, entry: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TimeRemainingColumn())
     began = time.perf_counter()
     quiet = not console.is_terminal
     with Progress(*columns, console=console, disable=quiet, transient=True) as bar:

@@ -27,7 +27,7 @@ def split(source: Source, val_fraction: float) -> Iterator[tuple[Split, Document
         elif few:
             length = sum(map(len, document))
             cut = int((1 - val_fraction) * length)
-            if cut:
+            if cut or not length:
                 yield "train", _slice(document, 0, cut)
             if cut < length:
                 yield "val", _slice(document, cut, length)
@@ -38,6 +38,8 @@ def split(source: Source, val_fraction: float) -> Iterator[tuple[Split, Document
 def _slice(document: Document, start: int, stop: int) -> Iterator[str]:
     at = 0
     for piece in document:
+        if at >= stop:
+            return
         if part := piece[max(start - at, 0) : max(stop - at, 0)]:
             yield part
         at += len(piece)

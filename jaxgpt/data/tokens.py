@@ -5,7 +5,8 @@ An entry of the cache is a folder named by a SHA-256 over all that decides its t
 by a rename when it is complete, so it is whole or not there. One process writes at a time, under a
 lock that ends with it; what a killed process left behind is removed by the next one.
 
-Text is encoded in threads, not processes: tiktoken works outside the interpreter's lock.
+Text is encoded in threads, not processes: tiktoken works outside the interpreter's lock, and
+threads need no copies, no second interpreter and no guard around the main program.
 """
 
 import bisect
@@ -91,8 +92,9 @@ def write_tokens(
 ) -> None:
     """Encodes `documents` into a new entry, with `workers` threads, or one a core if 0.
 
-    Memory holds a few pieces of text for each thread, however long the corpus or a document is.
-    `progress` is called with the number of bytes of text encoded since the last call.
+    Memory holds a few pieces of text for each thread, however long the corpus or a document is, as
+    long as the tokenizer finds places to cut it. `progress` is called with the number of bytes of
+    text encoded since the last call.
     """
     workers = workers or os.cpu_count() or 1
     partial = entry.with_suffix(".partial")
@@ -180,16 +182,16 @@ def _encode(
     """Tokens, number of documents and bytes of the group, for each split in it."""
     encoded = {}
     for wanted in {split for split, _, _ in group}:
-        parts, documents, bytes = [], 0, 0
+        parts: list[np.ndarray] = []
+        documents = bytes = 0
         for split, begins, text in group:
             if split == wanted:
                 if begins:
-                    parts.append([tokenizer.eot])
+                    parts.append(np.asarray([tokenizer.eot], np.uint32))
                     documents += 1
                 parts.append(tokenizer.encode_array(text))
                 bytes += utf8_size(text)
-        tokens = np.concatenate(parts).astype(tokenizer.dtype)
-        encoded[wanted] = (tokens, documents, bytes)
+        encoded[wanted] = (np.concatenate(parts).astype(tokenizer.dtype), documents, bytes)
     return encoded
 
 

@@ -1,0 +1,363 @@
+"""The promises of `train.py` as a program: resume, signals, bad input, what it writes down."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxgpt
+import train
+from jaxgpt import checkpoint, parallel
+from jaxgpt.cli import main as command
+
+MAKE_MESH = parallel.make_mesh
+ROOT = Path(train.__file__).parent
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards hex bold jackals".split()
+
+# A run of seconds, with all that is random in it: dropout, shuffling, an average of parameters.
+TINY = """
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+config = Config(
+    model=GPTConfig(L=2, D=32, N=2, T=16, dropout=0.1),
+    tokenizer=TokenizerConfig(kind="characters"),
+    data=DataConfig(paths=("text.txt",)),
+    optim=OptimConfig(learning_rate=1e-2, warmup=2, ema=0.9),
+    train=TrainConfig(steps=6, batch=8, log_every=1, eval_every=3, sample_tokens=0),
+    checkpoint=CheckpointConfig(every=3, keep=9),
+)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a config, a text, and nothing else."""
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices(WORDS, k=2000)))
+    (tmp_path / "tiny.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    # One device, for speed; `eight_devices` takes the others back.
+    one = partial(MAKE_MESH, devices=jax.devices()[:1])
+    monkeypatch.setattr(train.parallel, "make_mesh", one)
+    return tmp_path
+
+
+@pytest.fixture
+def eight_devices(here, monkeypatch):
+    """A run takes all of the tests' devices."""
+    monkeypatch.setattr(train.parallel, "make_mesh", MAKE_MESH)
+
+
+def run(*options: str, name: str = "a", config: str = "tiny.py") -> int:
+    return train.main([config, "--name", name, *options])
+
+
+def state_of(name: str, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by path; of the random key, its numbers."""
+    folder = Path("runs") / name / "checkpoints" / str(step)
+    state = {}
+    for item, leaves in checkpoint.read(folder)["leaves"].items():
+        wanted: dict = {}
+        for path, spec in leaves.items():
+            *parents, leaf = path.split("/")
+            node = wanted
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            dtype, shape = spec.rstrip("]").split("[")
+            node[leaf] = (
+                jax.eval_shape(lambda: jax.random.key(0))
+                if dtype.startswith("key")
+                else jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype)
+            )
+        tree = checkpoint.load_params(folder, wanted, item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            state[f"{item}/{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    return state
+
+
+def losses_of(name: str) -> dict[int, float]:
+    lines = (Path("runs") / name / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+def assert_same_run(one: str, other: str, step: int) -> None:
+    first, second = state_of(one, step), state_of(other, step)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[path], path, strict=True)
+    assert losses_of(one) == losses_of(other)
+
+
+def cut_back(name: str, to: str, step: int) -> None:
+    """Copies a run as it was when it had only the checkpoint of one step."""
+    shutil.copytree(Path("runs") / name, Path("runs") / to)
+    for folder in (Path("runs") / to / "checkpoints").iterdir():
+        if folder.name != str(step):
+            shutil.rmtree(folder)
+
+
+def spawn(*options: str, name: str) -> subprocess.Popen:
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    args = [sys.executable, str(ROOT / "train.py"), "tiny.py", "--name", name, *options]
+    return subprocess.Popen(
+        args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(name: str, step: int) -> None:
+    """Until the log of a run in another process has a step."""
+    for _ in range(1200):
+        if (Path("runs") / name / "metrics.jsonl").exists() and step in losses_of(name):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{name} never took step {step}")
+
+
+def test_resume_is_bit_exact(here):
+    assert run() == 0
+    cut_back("a", "b", 3)
+    assert run(name="b") == 0
+    assert_same_run("a", "b", 6)
+
+
+def test_resume_is_bit_exact_after_sigkill(here):
+    options = ("--train.steps", "40", "--checkpoint.every", "5", "--train.eval_every", "0")
+    whole = spawn(*options, name="whole")
+    cut = spawn(*options, name="cut")
+    for step in (8, 27):
+        wait_for_step("cut", step)
+        cut.send_signal(signal.SIGKILL)
+        cut.communicate()
+        cut = spawn(*options, name="cut")
+    assert cut.communicate()[0] and cut.returncode == 0
+    assert whole.communicate()[0] and whole.returncode == 0
+    assert_same_run("whole", "cut", 40)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status(here, number, status):
+    options = ("--train.steps", "5000", "--checkpoint.every", "0", "--train.eval_every", "0")
+    process = spawn(*options, name="a")
+    wait_for_step("a", 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output
+    (saved,) = Path("runs/a/checkpoints").iterdir()
+    assert max(losses_of("a")) == int(saved.name)
+    assert f"stopped after step {saved.name}" in output
+
+
+def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, eight_devices):
+    exact = ("--model.dropout", "0")
+    assert run(*exact) == 0
+    for name, options in {
+        "scan": ("--compute.layers", "scan"),
+        "fsdp": ("--parallel.data", "1", "--parallel.fsdp", "8"),
+        "pmap": ("--parallel.mode", "pmap"),
+    }.items():
+        cut_back("a", name, 3)
+        assert run(*exact, *options, name=name) == 0
+        first, second = state_of("a", 6), state_of(name, 6)
+        for path, leaf in first.items():
+            np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-4, err_msg=path)
+
+
+def test_the_loss_falls_and_everything_is_written(here, capsys):
+    assert run("--train.steps", "60", "--train.eval_every", "20", "--train.sample_tokens", "5") == 0
+    output = capsys.readouterr().out
+    assert "where the time went" in output and "step 60/60" in output
+    losses = losses_of("a")
+    assert sorted(losses) == list(range(1, 61))
+    assert losses[60] < losses[1] - 0.5
+    assert abs(losses[1] - np.log(28)) < 0.2  # 26 letters, space and end of text
+    records = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in records if "val_loss" in r} == {20, 40, 60}
+    assert sum(records[-1]["goodput"].values()) > 0
+    assert Path("runs/a/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path("runs/a/config.json").read_text())["model"]["V"] == 28
+
+
+def test_bits_per_byte_is_the_loss_per_byte_of_text(here):
+    assert run() == 0
+    lines = Path("runs/a/metrics.jsonl").read_text().splitlines()
+    (record,) = (r for r in map(json.loads, lines) if "val_loss" in r and r["step"] == 6)
+    text = Path("text.txt").read_text()
+    held_out = len(text) - int(0.9 * len(text))  # one byte a character, one token a byte
+    assert record["val_bits_per_byte"] == pytest.approx(
+        record["val_loss"] / np.log(2) * held_out / held_out, rel=1e-3
+    )
+
+
+def test_a_trained_model_loads_from_its_folder_alone_and_writes(here, capsys):
+    assert run() == 0
+    text = Path("text.txt")
+    text.unlink()
+    config, params, tokenizer = jaxgpt.load("runs/a")
+    assert config.model.D == 32 and params["wte"].shape == (128, 32)
+    assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
+    capsys.readouterr()
+    assert command(["generate", "runs/a", "the q", "--tokens", "9", "--seed", "3"]) == 0
+    written = capsys.readouterr().out
+    assert written == jaxgpt.load("runs/a")("the q", 9, seed=3) + "\n"
+    assert written.startswith("the q") and len(written) == len("the q") + 9 + 1
+
+
+def test_loading_takes_the_average_of_the_parameters(here):
+    assert run() == 0
+    state = state_of("a", 6)
+    loaded = jaxgpt.load("runs/a").params
+    np.testing.assert_array_equal(loaded["wte"], state["ema/['wte']"])
+    assert np.abs(state["ema/['wte']"] - state["params/['wte']"]).max() > 0
+
+
+def test_steps_that_do_not_log_never_wait_for_the_device(here, monkeypatch):
+    reads: list[str] = []
+    array = type(jnp.zeros(()))
+    for name in ("_value", "block_until_ready", "__array__"):
+        original = getattr(array, name)
+        if isinstance(original, property):
+            spy = property(lambda self, f=original.fget, n=name: (reads.append(n), f(self))[1])
+        else:
+
+            def spy(self, *args, f=original, n=name, **kwargs):
+                reads.append(n)
+                return f(self, *args, **kwargs)
+
+        monkeypatch.setattr(array, name, spy)
+
+    reads_at: dict[int, int] = {}
+    layout = train.parallel.Layout
+    compile_step = layout.compile_step
+
+    def watched(self, *args):
+        step = compile_step(self, *args)
+
+        def counted(state, batch):
+            reads_at[len(reads_at)] = len(reads)
+            return step(state, batch)
+
+        return counted
+
+    monkeypatch.setattr(layout, "compile_step", watched)
+    quiet = ("--train.steps", "12", "--checkpoint.every", "0", "--train.eval_every", "0")
+    assert run(*quiet, "--train.log_every", "6") == 0
+    during = [reads_at[i + 1] - reads_at[i] for i in range(11)]
+    assert during[5] > 0, "the log at step 6 reads nothing, so this test sees nothing"
+    assert during[:5] + during[6:] == [0] * 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(here, capsys):
+    broken = ("--optim.learning_rate", "1e30", "--optim.clip", "0", "--optim.name", "lion")
+    assert run(*broken, "--checkpoint.every", "1") == 1
+    error = capsys.readouterr().err
+    assert "not finite" in error and "optim.nonfinite=skip" in error
+    for step in Path("runs/a/checkpoints").iterdir():
+        assert all(np.isfinite(leaf).all() for leaf in state_of("a", int(step.name)).values())
+
+
+def test_steps_that_are_not_finite_are_skipped_where_asked(here):
+    broken = ("--optim.learning_rate", "1e30", "--optim.clip", "0", "--optim.name", "lion")
+    assert run(*broken, "--optim.nonfinite", "skip") == 0
+    assert all(np.isfinite(leaf).all() for leaf in state_of("a", 6).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--data.paths", "nowhere.txt"), ("nowhere.txt",)),
+        (("--train.batch", "30"), ("batch=30", "8 devices", "multiple of 8")),
+        (("--train.batch", "8", "--train.micro", "2"), ("micro=2", "multiple of 16")),
+        (("--model.N", "3"), ("model.N=3", "model.D=32", "multiple of 3")),
+        (("--model.T", "100000"), ("tokens", "context")),
+        (("--parallel.fsdp", "3"), ("fsdp=3", "8 devices")),
+        (("--parallel.data", "1", "--parallel.tensor", "8"), ("N=2", "tensor=8")),
+        (("--optim.warmup", "6"), ("optim.warmup=6", "train.steps=6")),
+        (("--compute.attention", "cudnn"), ("cudnn", "GPU")),
+        (("--train.steps", "0"), ("train.steps=0",)),
+        (("--model.dropout", "1"), ("model.dropout",)),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_set(eight_devices, capsys, options, words):
+    assert run(*options) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ")
+    for word in words:
+        assert word in error
+    assert not Path("runs/a/checkpoints").exists()
+
+
+def test_a_file_that_is_empty_or_binary_is_refused(here, capsys):
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(b"text\x00\xff\xfe")
+    for name in ("empty.txt", "binary.txt"):
+        assert run("--data.paths", name) == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_config_file_without_config_is_refused(here, capsys):
+    Path("odd.py").write_text("settings = 1\n")
+    assert run(config="odd.py") == 2
+    assert "no `config`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (("--model.L", "3"), "model.L"),
+        (("--seed", "7"), "seed"),
+        (("--data.stride", "4"), "stride"),
+        (("--data.documents", "masked"), "documents"),
+        (("--tokenizer.kind", "bytes"), "tokenizer.kind"),
+        (("--train.batch", "16"), "batch"),
+    ],
+)
+def test_what_would_make_a_run_another_one_is_refused_on_resume(here, capsys, options, field):
+    assert run() == 0
+    assert run(*options, "--train.steps", "9") == 2
+    assert field in capsys.readouterr().err
+
+
+def test_a_changed_text_is_refused_on_resume(here, capsys):
+    assert run() == 0
+    with Path("text.txt").open("a") as file:
+        file.write(" and more")
+    assert run("--train.steps", "9") == 2
+    assert "files" in capsys.readouterr().err
+
+
+def test_training_further_goes_on_from_the_last_step(here, capsys):
+    assert run() == 0
+    assert run("--train.steps", "9") == 0
+    assert "resumed after step 6" in capsys.readouterr().out
+    assert max(losses_of("a")) == 9
+    assert checkpoint.read("runs/a")["lineage"]["resumed_after"] == [6]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(here, caplog):
+    assert run() == 0
+    expected = losses_of("a")
+    file = max(Path("runs/a/checkpoints/6/params").rglob("*"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert run() == 0
+    assert "damaged" in caplog.text
+    assert losses_of("a") == expected
