@@ -150,9 +150,7 @@ class Run:
         parts = [evaluate(params, self.layout.put(batch)) for batch in held_out]
         values = as_numbers(jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts)), "val_")
         tokens_per_byte = (len(val) - 1) / val.bytes
-        return values | {
-            "val_bits_per_byte": values["val_loss"] / math.log(2) * tokens_per_byte
-        }
+        return values | {"val_bits_per_byte": values["val_loss"] / math.log(2) * tokens_per_byte}
 
     def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         """Saves a state in the background, with all that describes it."""
@@ -221,9 +219,13 @@ def prepare(cfg: config.Config) -> Run:
         "tokenizer": text.to_json(),
         "data": batches.fingerprint,
         "versions": versions(),
-        "lineage": {"started_from": None, "resumed_after": [
-            *saved.get("lineage", {}).get("resumed_after", []), *([start] if start else [])
-        ]},
+        "lineage": {
+            "started_from": None,
+            "resumed_after": [
+                *saved.get("lineage", {}).get("resumed_after", []),
+                *([start] if start else []),
+            ],
+        },
     }
     step = partial(train_step, loss_fn=loss_fn, tx=tx, micro=cfg.train.micro, ema=cfg.optim.ema)
     evaluate = partial(eval_step, loss_fn=loss_fn)

@@ -16,11 +16,21 @@ from jaxgpt.tokenizer import TokenizerConfig
 
 config = Config(
     model=GPTConfig(
-        L=4, D=256, N=4, T=256, position="rotary", norm="rmsnorm", mlp="relu2", bias=False, qk_norm=True
+        L=4,
+        D=256,
+        N=4,
+        T=256,
+        position="rotary",
+        norm="rmsnorm",
+        mlp="relu2",
+        bias=False,
+        qk_norm=True,
     ),
     tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),
     data=DataConfig(paths=("python",), val_fraction=0.05),
-    optim=OptimConfig(name="muon", learning_rate=3e-3, schedule="wsd", warmup=20, final=0.0, decay=0.5),
+    optim=OptimConfig(
+        name="muon", learning_rate=3e-3, schedule="wsd", warmup=20, final=0.0, decay=0.5
+    ),
     train=TrainConfig(steps=300, batch=16, eval_every=100, eval_batches=10, prompt="def main("),
     checkpoint=CheckpointConfig(every=100),
 )

@@ -35,7 +35,12 @@ config = replace(
     ),
     objective=NextToken(z_loss=1e-4, chunk=128),
     optim=OptimConfig(
-        name="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="wsd", warmup=200, final=0.0
+        name="muon",
+        learning_rate=3e-3,
+        muon_learning_rate=0.02,
+        schedule="wsd",
+        warmup=200,
+        final=0.0,
     ),
     train=replace(base.train, steps=20_000),
 )

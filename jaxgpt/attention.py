@@ -128,7 +128,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
         splash_attention_mask as masks,
     )
 
-    _, T, N, H = q_BTNH.shape
+    _, T, _, H = q_BTNH.shape
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
         heads = q_BTNH.shape[2]

@@ -11,12 +11,10 @@ from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import TokenizerConfig, build, report
 from jaxgpt.trained import load
 
-Positional = tyro.conf.Positional
-
 
 def generate(
-    path: Positional[str],
-    prompt: Positional[str],
+    path: tyro.conf.Positional[str],
+    prompt: tyro.conf.Positional[str],
     tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -36,7 +34,7 @@ def generate(
 
 
 def tokenize(
-    paths: Positional[tuple[str, ...]] = ("python",),
+    paths: tyro.conf.Positional[tuple[str, ...]] = ("python",),
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = TokenizerConfig(),  # noqa: B008
 ) -> None:
     """Report how small and how fast a tokenizer makes a text.

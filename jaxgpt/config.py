@@ -144,7 +144,8 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise InputError(f"{path}{name} is not an option; {hint}")
-        return cls(
+        make: Any = cls
+        return make(
             **{
                 name: from_dict(hints[name], value, f"{path}{name}.")
                 for name, value in values.items()

@@ -13,7 +13,7 @@ Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -192,12 +192,10 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any, out_dtype: Any
     """`einsum(equation, x, w)` in `dtype`, accumulated in float32, returned in `out_dtype`.
 
     The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
-    plain differentiation of a float32-accumulating product would leave as slow mixed ones. A weight's
-    gradient is in the weight's dtype, straight from the accumulator.
+    plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
+    gradient of a weight is in the weight's dtype, straight from the accumulator.
     """
-    y = jnp.einsum(
-        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-    )
+    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
     return y.astype(out_dtype)
 
 
@@ -449,19 +447,23 @@ def output_weights(cfg: GPTConfig, params: Any) -> jax.Array:
 
 
 def init(model: GPT, key: jax.Array) -> Any:
-    """A new parameter tree: a nested dict of float32 arrays."""
-    return nn.unbox(_boxed(model, key))
+    """A new parameter tree: a nested dict of float32 arrays, the same for both ways to run layers.
+
+    All layers are drawn at once, stacked: one program to compile instead of L.
+    """
+    params = nn.unbox(_boxed(model, key, "scan"))
+    return params if model.compute.layers == "scan" else unstack(params, model.cfg.L)
 
 
-def _boxed(model: GPT, key: jax.Array) -> Any:
+def _boxed(model: GPT, key: jax.Array, layers: Literal["unrolled", "scan"]) -> Any:
     # One token, which only plain attention takes; the parameters are the same for all.
-    plain = model.clone(compute=replace(model.compute, attention="plain"))
+    plain = model.clone(compute=ComputeConfig("float32", layers, "none", "plain"))
     return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def letters(model: GPT) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]:
     """Each parameter's path with its letters and shape; no array is made."""
-    boxed = jax.eval_shape(partial(_boxed, model), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0), model.compute.layers))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
     return {
         tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves

@@ -101,9 +101,7 @@ def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTrans
             rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
         )
     elif cfg.name == "lion":
-        tx = optax.lion(
-            rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask
-        )
+        tx = optax.lion(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask)
     elif cfg.name == "adafactor":
         tx = optax.chain(
             optax.scale_by_factored_rms(),

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jax.sharding import SingleDeviceSharding
 
 from jaxgpt.errors import InputError
 
@@ -69,9 +68,7 @@ def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
         )
     if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
         raise InputError(f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit")
-    return Mesh(
-        np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(letters: str | tuple[str, ...]) -> P:

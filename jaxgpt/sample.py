@@ -70,4 +70,3 @@ def _decode(model, new, top_k, greedy, params, window_T, length, temperature, ke
         return (window_T.at[length - 1].set(token), length), token
 
     return jax.lax.scan(one, (window_T, length), jax.random.split(key, new))[1]
-

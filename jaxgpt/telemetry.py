@@ -1,42 +1,62 @@
 """What a run shows and writes down: progress, metrics, where the time went, a picture of the loss.
 
-`metrics.jsonl` always gets every record. TensorBoard and Weights & Biases are options that can never
-stop a run: the first thing that goes wrong there is said once, and they are off.
+`metrics.jsonl` always gets every record. TensorBoard and Weights & Biases are options that can
+never stop a run: each works in a thread of its own, and the first thing that goes wrong there, a
+hanging network included, is said once on stderr and switches it off.
 """
 
 import json
+import logging
 import math
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-BUCKETS = ("init", "compile", "data", "step", "save", "eval")
+import jax
 
-# Dense bfloat16 (V100 and T4: float16) peaks in TFLOP/s, without sparsity, from the makers' data
-# sheets: cloud.google.com/tpu/docs for TPUs, NVIDIA's data sheets for GPUs.
+from jaxgpt.errors import TrainingError
+
+BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
+
+# Peaks of one jax device in TFLOP/s: dense bfloat16 products summed in float32 (float16 on V100 and
+# T4, which have no bfloat16), without sparsity. By `device_kind`, without NVIDIA's name before it.
+# Sources: the "System architecture" pages of cloud.google.com/tpu/docs; NVIDIA's data sheets, which
+# often print the figure with sparsity, twice this; for GeForce the GA102 and Ada white papers.
+# A jax device is half a chip on TPU v2, v3 and 7x, a chip elsewhere.
 PEAK_TFLOPS = {
-    "TPU v2": 45,
-    "TPU v3": 123,
+    "TPU v2": 45 / 2,
+    "TPU v3": 123 / 2,
     "TPU v4": 275,
     "TPU v5 lite": 197,
-    "TPU v5e": 197,
     "TPU v5": 459,
-    "TPU v5p": 459,
     "TPU v6 lite": 918,
-    "TPU v6e": 918,
+    "TPU7x": 2307 / 2,
     "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-SXM2-32GB": 125,
+    "Tesla V100-PCIE-16GB": 112,
     "Tesla T4": 65,
-    "NVIDIA L4": 121,
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H200": 989,
+    "A100-SXM4-40GB": 312,
+    "A100-SXM4-80GB": 312,
+    "A100-PCIE-40GB": 312,
+    "A100 80GB PCIe": 312,
+    "L4": 121,
+    "L40S": 362,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100 80GB HBM3": 989,
+    "H200": 989,
+    "GeForce RTX 3090": 71,
+    "GeForce RTX 4090": 165,
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,14 +68,14 @@ class TelemetryConfig:
     tensorboard: bool = False
     """Also write TensorBoard's event files, with tensorboardX."""
     wandb: bool = False
-    """Also send metrics to Weights & Biases (pip install wandb)."""
+    """Also send metrics to Weights & Biases (pip install wandb; WANDB_MODE=offline keeps them)."""
     wandb_project: str = "jaxgpt"
     """The project there."""
 
 
 def peak_flops(device_kind: str) -> float | None:
     """A device's peak in FLOP/s by jax's name for its kind, or None where it is not known."""
-    tflops = PEAK_TFLOPS.get(device_kind)
+    tflops = PEAK_TFLOPS.get(device_kind.removeprefix("NVIDIA "))
     return None if tflops is None else tflops * 1e12
 
 
@@ -67,13 +87,15 @@ class Goodput:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
-        self._began = self._mark = now()
+        self._mark = now()
         self._stack = ["other"]
-        self._seconds = dict.fromkeys((*BUCKETS, "other"), 0.0)
+        self._seconds = dict.fromkeys(BUCKETS, 0.0)
 
     @contextmanager
     def __call__(self, bucket: str) -> Iterator[None]:
-        """Counts the time of a block in a bucket."""
+        """Counts the time of a block in a bucket, one of `BUCKETS`."""
+        if bucket not in BUCKETS:
+            raise ValueError(f"no bucket {bucket!r}; there are {', '.join(BUCKETS)}")
         self._turn()
         self._stack.append(bucket)
         try:
@@ -90,9 +112,11 @@ class Goodput:
     def table(self) -> str:
         """The buckets with their seconds and shares of the wall time."""
         seconds = self.seconds()
-        total = sum(seconds.values())
-        rows = [f"  {name:<8}{s:>9.1f} s {s / total:>6.1%}" for name, s in seconds.items()]
-        return "\n".join([*rows, f"  {'wall':<8}{total:>9.1f} s"])
+        wall = sum(seconds.values())
+        return "\n".join(
+            f"  {name:<8}{s:>9.1f} s {s / max(wall, 1e-9):>7.1%}"
+            for name, s in [*seconds.items(), ("wall", wall)]
+        )
 
     def _turn(self) -> None:
         now = self._now()
@@ -105,6 +129,7 @@ class Telemetry:
 
     `steps` is the number of steps in total, `start` how many are done; `flops_per_token` and the
     devices' kind make MFU where the peak is known. `clock` tells training time from all other.
+    Of several processes, only the first shows and writes.
     """
 
     def __init__(
@@ -119,16 +144,24 @@ class Telemetry:
         devices: list[Any],
         clock: Goodput,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.steps, self.clock = folder, steps, clock
         self._tokens_per_step = tokens_per_step
         peak = peak_flops(devices[0].device_kind)
-        self._tokens_per_peak = None if peak is None else peak * len(devices) / flops_per_token
-        self._file = _reopen(folder / "metrics.jsonl", start)
-        self._sinks = _sinks(folder, cfg)
-        self._display = _display(cfg.progress, start, steps)
-        self._last = (start, self._training_seconds())
+        self._peak_tokens = None if peak is None else peak * len(devices) / flops_per_token
+        self._step = start
+        self._measured = (start, self._training_seconds())
         self._loss = self._val_loss = self._rate = math.nan
+        self._file: Any = None
+        self._sinks: list[_Sink] = []
+        self._display: Any = _Silent()
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _reopen(folder / "metrics.jsonl", start)
+            if cfg.tensorboard:
+                self._sinks.append(_Sink("tensorboard", lambda: _tensorboard(folder, start)))
+            if cfg.wandb:
+                self._sinks.append(_Sink("wandb", lambda: _wandb(folder, cfg.wandb_project)))
+            self._display = _display(cfg.progress, start, steps)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -137,27 +170,28 @@ class Telemetry:
         self.close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes a record of a step: numbers by name. What is not finite is written as null."""
+        """Writes a record of a step: numbers by name. What is not finite is written as null.
+
+        Raises TrainingError where the file cannot be written.
+        """
+        self._step = step
         self._loss = values.get("loss", self._loss)
         self._val_loss = values.get("val_loss", self._val_loss)
-        self._record({"step": step, **values})
-        for sink in list(self._sinks):
-            try:
-                sink(step, values)
-            except Exception as error:
-                self._drop(sink, error)
+        self._record(values)
+        for sink in self._sinks:
+            sink.put(step, values)
 
     def rate(self, step: int) -> dict[str, float]:
         """Tokens per second since this was last asked, training alone; and MFU if known."""
-        last, seconds = self._last
+        last, seconds = self._measured
         now = self._training_seconds()
-        self._last = (step, now)
-        if step == last:
+        if step == last or now == seconds:
             return {}
-        self._rate = (step - last) * self._tokens_per_step / max(now - seconds, 1e-9)
+        self._measured = (step, now)
+        self._rate = (step - last) * self._tokens_per_step / (now - seconds)
         rates = {"tokens_per_second": self._rate}
-        if self._tokens_per_peak is not None:
-            rates["mfu"] = self._rate / self._tokens_per_peak
+        if self._peak_tokens is not None:
+            rates["mfu"] = self._rate / self._peak_tokens
         return rates
 
     def show(self, step: int) -> None:
@@ -170,137 +204,188 @@ class Telemetry:
         self._display.say(text)
 
     def close(self) -> None:
-        """Ends the display and writes where the time went."""
+        """Ends the display, writes where the time went, and gives the options 10 s to finish."""
         self._display.close()
-        self._record({"goodput": {k: round(v, 3) for k, v in self.clock.seconds().items()}})
-        self._file.close()
-        for sink in list(self._sinks):
-            try:
-                sink(None, {})
-            except Exception as error:
-                self._drop(sink, error)
+        for sink in self._sinks:
+            sink.close()
+        if self._file is not None:
+            with self._file:
+                seconds = self.clock.seconds()
+                self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
         return seconds["step"] + seconds["data"]
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _record(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        record = {"step": self._step, **values, "time": round(time.time(), 3)}
         finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
         }
-        self._file.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
-
-    def _drop(self, sink: Any, error: Exception) -> None:
-        self._sinks.remove(sink)
-        print(f"warning: {sink.__name__} is off: {error}", file=sys.stderr)
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"step {self._step} could not be written to {self._file.name}: {error.strerror}; "
+                "the newest checkpoint is good, and the same command goes on from there"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that was torn by a kill is left out."""
+    """The records of a `metrics.jsonl`, whose last line may be torn: a kill cut it short.
+
+    Any other line that is no record is left out with a warning.
+    """
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+                continue
+        if number < len(lines):
+            logger.warning("%s: line %d is not a record and is left out", path, number)
     return records
 
 
 def _reopen(path: Path, start: int) -> Any:
     """The file, holding one history: records after step `start` were of a run that was cut off."""
-    kept = [record for record in read_metrics(path) if record.get("step", 0) <= start]
+    kept = [r for r in read_metrics(path) if start and r.get("step", 0) <= start]
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept if start))
+    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
     part.replace(path)
     return path.open("a")
 
 
-def _sinks(folder: Path, cfg: TelemetryConfig) -> list[Callable[[int | None, dict], None]]:
-    """Functions of (step, values) that pass records on; a step of None closes."""
-    made = []
-    for wanted, make in ((cfg.tensorboard, _tensorboard), (cfg.wandb, _wandb)):
-        if wanted:
+class _Sink:
+    """A place for records that may be missing, fail or hang: it is fed from a thread of its own.
+
+    `connect` returns two functions: one takes (step, values), the other ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]],
+    ) -> None:
+        self.name = name
+        self._connect = connect
+        self._works = True
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(1000)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, step: int, values: dict[str, float]) -> None:
+        """Passes a record on; never waits."""
+        if self._works:
             try:
-                made.append(make(folder, cfg))
-            except Exception as error:
-                print(f"warning: {make.__name__[1:]} is off: {error}", file=sys.stderr)
-    return made
+                self._queue.put_nowait((step, values))
+            except queue.Full:
+                self._switch_off("it does not keep up: 1000 records wait")
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Waits so long for the records that are on their way."""
+        if self._works:
+            with suppress(queue.Full):
+                self._queue.put_nowait(None)
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                self._switch_off(f"it did not finish within {seconds:g} s")
+
+    def _run(self) -> None:
+        try:
+            send, finish = self._connect()
+            while (record := self._queue.get()) is not None:
+                send(*record)
+            finish()
+        except BaseException as error:  # SystemExit too: nothing said here is for the run
+            self._switch_off(f"{type(error).__name__}: {error}")
+
+    def _switch_off(self, why: str) -> None:
+        if self._works:
+            self._works = False
+            print(f"warning: {self.name} is off: {why}", file=sys.stderr)
 
 
-def _tensorboard(folder: Path, cfg: TelemetryConfig) -> Callable[[int | None, dict], None]:
+def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callable[[], None]]:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    # Steps of an earlier history, after `start`, are no longer shown.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
-    def tensorboard(step: int | None, values: dict[str, float]) -> None:
+    def send(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        if step is None:
-            writer.close()
 
-    return tensorboard
+    return send, writer.close
 
 
-def _wandb(folder: Path, cfg: TelemetryConfig) -> Callable[[int | None, dict], None]:
-    import wandb as client
+def _wandb(folder: Path, project: str) -> tuple[Callable[..., None], Callable[[], None]]:
+    import wandb
 
-    run = client.init(
-        project=cfg.wandb_project,
-        name=folder.name,
-        id=folder.name,
-        dir=str(folder),
-        resume="allow",
-        settings=client.Settings(init_timeout=30, silent=True),
-    )
+    # Silent, it neither asks for a key at the terminal nor prints into the display.
+    settings = wandb.Settings(silent=True, init_timeout=60)
+    name = folder.name
+    run = wandb.init(project=project, name=name, group=name, dir=str(folder), settings=settings)
+    # A resumed run goes back some steps, which W&B's own step count may not.
+    run.define_metric("*", step_metric="step")
 
-    def wandb(step: int | None, values: dict[str, float]) -> None:
-        if step is None:
-            run.finish()
-        else:
-            run.log(values, step=step)
+    def send(step: int, values: dict[str, float]) -> None:
+        run.log({"step": step, **values})
 
-    return wandb
+    return send, run.finish
 
 
-class _Lines:
+class _Silent:
+    """Shows nothing."""
+
+    def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Lines(_Silent):
     """A line for every call: for files and notebooks."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
-        width = len(str(self.steps))
-        parts = [f"step {step:>{width}}/{self.steps}", f"loss {loss:.4f}"]
-        if math.isfinite(val_loss):
-            parts.append(f"val {val_loss:.4f}")
-        parts += [f"{rate:,.0f} tokens/s", f"{_clock(left)} left"]
-        print(" | ".join(parts), flush=True)
+        width = max(5, len(str(self.steps)))
+        now = " | ".join(_numbers(loss, val_loss, rate, left))
+        print(f"step {step:>{width}}/{self.steps} | {now}", flush=True)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def close(self) -> None:
-        pass
 
-
-class _Live:
+class _Live(_Silent):
     """One line that changes in place, under everything else that is printed."""
 
     def __init__(self, start: int, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
-        self.bar = Progress(*columns, expand=True)
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
+        self.bar = Progress(*columns, expand=True, refresh_per_second=2)
         self.task = self.bar.add_task("", total=steps, completed=start, now="compiling")
         self.bar.start()
 
     def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
-        now = f"loss {loss:.3f}"
-        if math.isfinite(val_loss):
-            now += f"  val {val_loss:.3f}"
-        now += f"  {rate:,.0f} tok/s  {_clock(left)} left"
+        now = "  ".join(_numbers(loss, val_loss, rate, left))
         self.bar.update(self.task, completed=step, now=now)
 
     def say(self, text: str) -> None:
@@ -310,28 +395,22 @@ class _Live:
         self.bar.stop()
 
 
-class _Silent(_Lines):
-    def show(self, *_: Any) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
+def _numbers(loss: float, val_loss: float, rate: float, left: float) -> list[str]:
+    """What is known of loss, validation loss, speed and time left, as text."""
+    known = [f"loss {loss:.4f}"]
+    if not math.isnan(val_loss):
+        known.append(f"val {val_loss:.4f}")
+    if math.isfinite(rate):
+        known += [f"{rate:,.0f} tok/s", f"{timedelta(seconds=round(left))} left"]
+    return known
 
 
 def _display(progress: str, start: int, steps: int) -> Any:
     if progress == "none":
-        return _Silent(steps)
+        return _Silent()
     if progress == "auto" and sys.stdout.isatty():
         return _Live(start, steps)
     return _Lines(steps)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def plot(folder: Path) -> Path | None:
@@ -346,23 +425,20 @@ def plot(folder: Path) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    styles = {
-        "loss": {"label": "training", "color": "#9aa5b1", "linewidth": 1.0},
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"label": "training", "color": "#7b8794", "linewidth": 1.0},
         "val_loss": {"label": "validation", "color": "#c2410c", "marker": "o", "markersize": 4},
     }
-    drawn = False
     for name, style in styles.items():
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-            drawn = True
-    if not drawn:
+    if not axes.lines:
         return None
-    axes.set(title=folder.name, xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
     figure.savefig(path)
     return path

@@ -39,7 +39,7 @@ MODERN = GPTConfig(
     global_every=2,
     logit_softcap=3.0,
 )
-UNIFORM = replace(MODERN, global_every=0)  # all layers alike, so that they can be scanned
+UNIFORM = replace(MODERN, L=2, global_every=0)  # all layers alike, so that they can be scanned
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 50, (3, 12))
 BATCH = {"tokens": TOKENS, "targets": TOKENS[:, ::-1], "weights": np.ones((3, 12), np.float32)}
@@ -70,7 +70,7 @@ def logits_of(gpt, tokens, *args, **kwargs):
 @cache
 def loss_grads(gpt):
     """Gradients of the loss at `random_params`, with dropout where the config has it."""
-    key = jax.random.key(3) if gpt.cfg.dropout else None
+    key = jax.random.key(3, impl="rbg") if gpt.cfg.dropout else None
     grad = jax.jit(jax.grad(lambda params: NextToken()(gpt, params, BATCH, key)[0]))
     return jax.device_get(grad(random_params(gpt)))
 
@@ -264,7 +264,7 @@ def test_first_loss_is_the_logarithm_of_the_vocabulary(cfg):
     def first(key):
         return NextToken()(gpt, model.init(gpt, key), BATCH, None)
 
-    _, metrics = first(jax.random.key(0))
+    _, metrics = first(jax.random.key(0, impl="rbg"))  # quick to compile
     assert metrics["loss"].value == pytest.approx(math.log(50), abs=0.05)
 
 
@@ -283,7 +283,7 @@ def test_one_batch_can_be_memorised():
 def test_scan_over_stacked_layers_equals_unrolled():
     unrolled, scanned = UNIFORM.build(PLAIN), UNIFORM.build(replace(PLAIN, layers="scan"))
     np.testing.assert_allclose(logits_of(scanned, TOKENS), logits_of(unrolled, TOKENS), atol=2e-6)
-    grads = jax.jit(partial(model.unstack, L=3))(loss_grads(scanned))
+    grads = jax.jit(partial(model.unstack, L=2))(loss_grads(scanned))
     assert_trees_close(grads, loss_grads(unrolled), rtol=1e-4, atol=1e-5)
 
 
@@ -298,13 +298,13 @@ def test_stack_and_unstack_are_inverse_on_a_whole_state(name):
         rng = np.random.default_rng(0)
         return jax.tree.map(lambda x: np.float32(rng.standard_normal(x.shape)), abstract)
 
-    stack, unstack = jax.jit(model.stack), jax.jit(partial(model.unstack, L=3))
+    stack, unstack = jax.jit(model.stack), jax.jit(partial(model.unstack, L=2))
     separate, stacked = state("unrolled"), state("scan")
     assert_trees_equal(unstack(stack(separate)), separate)
     assert_trees_equal(stack(unstack(stacked)), stacked)
     assert jax.tree.map(np.shape, stack(separate)) == jax.tree.map(np.shape, stacked)
     average = stack(separate).ema["blocks"]["q"]["w"]
-    np.testing.assert_array_equal(average[2], separate.ema["blocks"]["2"]["q"]["w"])
+    np.testing.assert_array_equal(average[1], separate.ema["blocks"]["1"]["q"]["w"])
 
 
 def assert_trees_equal(a, b):
@@ -352,9 +352,7 @@ def test_remat_recomputes_what_it_says(layers):
 @pytest.mark.parametrize(("layers", "remat"), [("unrolled", "dots"), ("scan", "full")])
 def test_remat_leaves_the_gradient_as_it_is(layers, remat):
     compute, cfg = replace(PLAIN, layers=layers), replace(GPT2, dropout=0.2)
-    grads, exact = (
-        loss_grads(cfg.build(how)) for how in (replace(compute, remat=remat), compute)
-    )
+    grads, exact = (loss_grads(cfg.build(how)) for how in (replace(compute, remat=remat), compute))
     assert_trees_close(grads, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -394,7 +392,7 @@ def test_dropout_is_on_only_with_a_key_and_differs_by_key():
     still = logits_of(gpt, TOKENS)
     np.testing.assert_array_equal(logits_of(dropping, TOKENS), still)
     one, again, other = (
-        logits_of(dropping, TOKENS, rngs={"dropout": jax.random.key(seed)})
+        logits_of(dropping, TOKENS, rngs={"dropout": jax.random.key(seed, impl="rbg")})
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, again)
@@ -409,12 +407,9 @@ def test_each_of_embeddings_attention_and_residual_branches_is_dropped():
         capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
         mutable="intermediates",
     )
-    key = jax.random.key(0)
+    key = jax.random.key(0, impl="rbg")
     _, seen = jax.jit(watched)({"params": random_params(gpt)}, TOKENS, rngs={"dropout": key})
-    shares = {
-        out.shape: float((out == 0).mean())
-        for out in jax.tree.leaves(seen["intermediates"])
-    }
+    shares = {out.shape: float((out == 0).mean()) for out in jax.tree.leaves(seen["intermediates"])}
     embeddings_and_branches, weights = (3, 12, 16), (3, 4, 1, 12, 12)
     assert shares[embeddings_and_branches] == pytest.approx(0.5, abs=0.1)
     assert shares[weights] == pytest.approx(1 - 0.5 * 78 / 144, abs=0.1)  # 78 of 144 are causal

@@ -23,7 +23,7 @@ from jaxgpt.cli import main as command
 
 MAKE_MESH = parallel.make_mesh
 ROOT = Path(train.__file__).parent
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards hex bold jackals".split()
+WORDS = ("the quick brown fox jumps over a lazy dog", "while wizards hex bold jackals")
 
 # A run of seconds, with all that is random in it: dropout, shuffling, an average of parameters.
 TINY = """
@@ -49,7 +49,7 @@ config = Config(
 def here(tmp_path, monkeypatch):
     """A folder with a config, a text, and nothing else."""
     rng = random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(rng.choices(WORDS, k=2000)))
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices(" ".join(WORDS).split(), k=2000)))
     (tmp_path / "tiny.py").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     # One device, for speed; `eight_devices` takes the others back.

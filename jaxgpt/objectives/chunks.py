@@ -6,8 +6,9 @@ layer twice.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 from jaxgpt.parallel import constrain
 
 
-class Mean(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
     """A mean that is not yet taken: add totals and counts, divide at the end."""
 
     total: jax.Array
@@ -59,6 +62,8 @@ def _forward(loss, size, hidden_BTD, w_VD, batch):
         return (total, report, dw_VD), dhidden_BtD
 
     (total, report, dw_VD), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
+    # Whole on each device until the loop ends: the devices add up once, not once a chunk.
+    dw_VD = constrain(constrain(dw_VD, "V-"), "VD")
     return (total, report), (dhidden_BTD, dw_VD, batch)
 
 
@@ -88,9 +93,7 @@ def _sweep(part: Callable[..., Any], size: int, hidden_BTD: jax.Array, batch: An
     whole, left = divmod(T, size)
 
     def at(start: Any, length: int) -> Any:
-        cut = partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1
-        )
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1)
         return part(constrain(cut(hidden_BTD), "BTD"), jax.tree.map(cut, batch))
 
     def add(sums: Any, start: jax.Array) -> Any:
