@@ -95,8 +95,9 @@ def train(cfg: config.Config, signals: "Signals") -> int:
             saves = last or due(step, cfg.checkpoint.every)
             if due(step, cfg.train.log_every) or evals or saves:
                 # The newest step may still run while the log is written, unless it is looked at.
+                newest = evals or saves or step == start + 1
                 with clock("step"):
-                    report(step if evals or saves else step - 1)
+                    report(step if newest else step - 1)
                 log.log(step, {**log.rate(step), "learning_rate": float(rate(step - 1))})
             val_loss = None
             if evals and len(run.corpus.val):
@@ -173,6 +174,8 @@ def prepare(cfg: config.Config) -> Run:
     else:
         alphabet = cfg.tokenizer.kind == "characters"  # must hold the validation text too
         text = tokenizer.build(cfg.tokenizer, data.texts(cfg.data, held_out=alphabet))
+    if cfg.train.sample_tokens:
+        text.encode(cfg.train.prompt)  # raises now, not after training
     cfg = replace(cfg, model=replace(cfg.model, V=text.vocab_size))
     if saved:
         config.refuse_changed(saved["config"], cfg)

@@ -5,8 +5,8 @@
 Both sides train a GPT-2 from random weights with AdamW (decay on matrices and embeddings only) and
 clipping at 1.0, on the same tokens, drawn by Zipf's law. Each side lives in its own process, so its
 memory is its own; the parent lets them run a few steps in turn, never both at once, and whoever
-began a round is second in the next. On a shared machine, trust the ratio within a round and the
-CPU time. torch and transformers are needed here only: `pip install torch transformers`.
+began a round is second in the next. Run it on an idle machine. torch and transformers are needed
+here only: `pip install torch transformers`.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Side:
-    """A trainer: `step(tokens, targets)` returns the loss, on the device; `wait` makes it a float."""
+    """A trainer: `step(tokens, targets)` starts a step; `wait` ends it and returns its loss."""
 
     description: str
     step: Callable[[np.ndarray, np.ndarray], Any]
@@ -145,6 +145,8 @@ def torch_compile(options: Options) -> Side:
         embd_pdrop=0.0,
         resid_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
         use_cache=False,
         attn_implementation="sdpa",
     )
@@ -250,16 +252,18 @@ def main(options: Options) -> None:
     print(f"\n{'':14} tokens/s  CPU s/step  peak RSS GiB  peak GPU GiB  first loss  last loss")
     for side, name in enumerate(("jaxgpt", "torch.compile")):
         rss, gpu = (size / 2**30 for size in memories[side])
+        rate, cpu = statistics.median(rates[side]), statistics.median(cpus[side])
         print(
-            f"{name:14} {statistics.median(rates[side]):8,.0f}  {statistics.median(cpus[side]):10.3f}"
+            f"{name:14} {rate:8,.0f}  {cpu:10.3f}"
             f"  {rss:12.2f}  {gpu:12.2f}  {first[side][2]:10.3f}  {losses[side]:9.3f}"
         )
     ratios = sorted(us / them for us, them in zip(*rates, strict=True))
     ratio = statistics.median(ratios)
     cpu_ratio = statistics.median(them / us for us, them in zip(*cpus, strict=True))
     print(
-        f"\njaxgpt / torch.compile: {ratio:.3f} times the tokens/s (median of {len(ratios)} rounds, "
-        f"{ratios[0]:.3f} to {ratios[-1]:.3f}); by CPU time {cpu_ratio:.3f}"
+        f"\njaxgpt / torch.compile: {ratio:.3f} times the tokens/s "
+        f"(median of {len(ratios)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}); "
+        f"by CPU time {cpu_ratio:.3f}"
     )
 
 

@@ -2,10 +2,11 @@
 
 `build` gives the schedule and the gradient transformation; the step applies it. Matrices and
 embeddings decay, norms and biases do not; Muon takes the matrices of the blocks and leaves
-embeddings, output layer, norms and biases to Adam.
+embeddings, output layer, norms and biases to AdamW.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -96,10 +97,12 @@ def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTrans
     def decay_mask(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: decays[_keys(path)], tree)
 
-    if cfg.name == "adamw":
-        tx = optax.adamw(
-            rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
-        )
+    tx = optax.adamw(
+        rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
+    )
+    if cfg.name == "muon":
+        muon = _muon(cfg, letters, schedule(cfg, cfg.muon_learning_rate, steps))
+        tx = optax.partition({"muon": muon, "adamw": tx}, partial(_labels, letters))
     elif cfg.name == "lion":
         tx = optax.lion(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask)
     elif cfg.name == "adafactor":
@@ -109,27 +112,26 @@ def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTrans
             optax.add_decayed_weights(cfg.weight_decay, decay_mask),
             optax.scale_by_learning_rate(rate),
         )
-    else:
-        tx = _muon(cfg, letters, rate, schedule(cfg, cfg.muon_learning_rate, steps), decay_mask)
     return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
 
 
-def _muon(cfg: OptimConfig, letters: Letters, rate: Any, muon_rate: Any, decay_mask: Any) -> Any:
-    def dimensions(params: Any) -> Any:
+def _muon(cfg: OptimConfig, letters: Letters, rate: optax.Schedule) -> Any:
+    def axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: matrix_axes(_keys(path), letters[_keys(path)][0]), params
         )
 
     return optax.contrib.muon(
-        muon_rate,
-        weight_decay=cfg.weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_b1=cfg.beta1,
-        adam_b2=cfg.beta2,
-        adam_weight_decay=0.0,
-        adam_learning_rate=rate,
-        muon_weight_dimension_numbers=dimensions,
+        rate, weight_decay=cfg.weight_decay, muon_weight_dimension_numbers=axes
     )
+
+
+def _labels(letters: Letters, params: Any) -> Any:
+    def one(path: Any, _: Any) -> str:
+        is_matrix = matrix_axes(_keys(path), letters[_keys(path)][0]) is not None
+        return "muon" if is_matrix else "adamw"
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:

@@ -158,13 +158,16 @@ class Bytes(Tokenizer):
     eot = 256
     pieces = (*(bytes([byte]) for byte in range(256)), EOT.encode())
 
-    def encode_array(self, text: str) -> np.ndarray:  # noqa: D102
+    def encode_array(self, text: str) -> np.ndarray:
+        """The bytes of `text`, uint32[T]."""
         return np.frombuffer(_encoded(text), np.uint8).astype(np.uint32)
 
-    def safe_cut(self, text: str) -> int:  # noqa: D102
+    def safe_cut(self, text: str) -> int:
+        """The end: bytes do not depend on each other."""
         return len(text)
 
-    def content(self) -> dict[str, Any]:  # noqa: D102
+    def content(self) -> dict[str, Any]:
+        """Nothing but the kind."""
         return {"kind": self.kind}
 
 
@@ -197,10 +200,12 @@ class Characters(Tokenizer):
             )
         return ids
 
-    def safe_cut(self, text: str) -> int:  # noqa: D102
+    def safe_cut(self, text: str) -> int:
+        """The end: characters do not depend on each other."""
         return len(text)
 
-    def content(self) -> dict[str, Any]:  # noqa: D102
+    def content(self) -> dict[str, Any]:
+        """The alphabet."""
         return {"kind": self.kind, "alphabet": self.alphabet}
 
 
@@ -216,7 +221,7 @@ class BPE(Tokenizer):
     # those before it wherever no split crosses it and no run of white space is shortened. "/" may
     # follow punctuation and newlines in one split of o200k_base.
     _CUT = re.compile(r".*(?:(?<=\S)(?= )|(?<=\S\n)(?=[^\s/]))", re.DOTALL)
-    _LONG_SPACE = re.compile(rf"\s{{{LONGEST_SPACE}}}")
+    _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}")
 
     def __init__(
         self, kind: Kind, ranks: Sequence[bytes], pattern: str, specials: dict[str, int]
@@ -243,7 +248,8 @@ class BPE(Tokenizer):
         if self.decode(self.encode(ascii)) != ascii:
             raise InputError("pattern does not match all text; what it leaves out would be lost")
 
-    def encode_array(self, text: str) -> np.ndarray:  # noqa: D102
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, uint32[T]; InputError for endless white space."""
         # tiktoken would replace half a surrogate pair in silence.
         if not text.isascii():
             _encoded(text)
@@ -254,11 +260,13 @@ class BPE(Tokenizer):
             )
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
-    def safe_cut(self, text: str) -> int:  # noqa: D102
+    def safe_cut(self, text: str) -> int:
+        """The last place that no split of a known pattern crosses, or 0; see `_CUT`."""
         cut = self._CUT.match(text)
         return cut.end() if cut else 0
 
-    def content(self) -> dict[str, Any]:  # noqa: D102
+    def content(self) -> dict[str, Any]:
+        """The ranks in base64, in order, with the pattern and the special tokens."""
         return {
             "kind": self.kind,
             "pattern": self.pattern,

@@ -256,16 +256,35 @@ def test_a_window_ends_influence():
     assert differs.tolist() == [2 <= t < 6 for t in range(12)]
 
 
-@pytest.mark.parametrize("cfg", [GPT2, MODERN], ids=["gpt2", "modern"])
-def test_first_loss_is_the_logarithm_of_the_vocabulary(cfg):
-    gpt = replace(cfg, L=1).build(PLAIN)
+@cache
+def initial(layers):
+    gpt = replace(MODERN, L=2, D=64, F=256, global_every=0).build(replace(PLAIN, layers=layers))
+    key = jax.random.key(0, impl="rbg")  # quick to compile
+    return gpt, jax.jit(partial(model.init, gpt))(key)
 
-    @jax.jit
-    def first(key):
-        return NextToken()(gpt, model.init(gpt, key), BATCH, None)
 
-    _, metrics = first(jax.random.key(0, impl="rbg"))  # quick to compile
+def test_first_loss_is_the_logarithm_of_the_vocabulary():
+    gpt, params = initial("scan")
+    _, metrics = jax.jit(partial(NextToken(), gpt))(params, BATCH, None)
     assert metrics["loss"].value == pytest.approx(math.log(50), abs=0.05)
+
+
+def test_initial_weights_have_their_standard_deviations():
+    gpt, params = initial("scan")
+    std, residual = gpt.cfg.init_std, gpt.cfg.init_std / math.sqrt(2 * 2)
+    leaves = {"wte": std, "head": std, "q": std, "k": std, "v": std, "up": std, "gate": std}
+    leaves |= {"o": residual, "down": residual}
+    for name, expected in leaves.items():
+        w = params[name] if name in params else params["blocks"][name]["w"]
+        assert np.std(w) == pytest.approx(expected, rel=0.1)
+        assert abs(np.mean(w)) < 0.1 * expected
+    assert (params["norm"]["scale"] == 1).all()
+    w_LDNH = params["blocks"]["q"]["w"]
+    assert not (w_LDNH[0] == w_LDNH[1]).any()  # each layer has its own
+
+
+def test_initial_weights_are_the_same_stacked_and_unrolled():
+    assert_trees_equal(jax.jit(model.stack)(initial("unrolled")[1]), initial("scan")[1])
 
 
 def test_one_batch_can_be_memorised():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from jaxgpt.tokenizer import (
 
 CORPUS = inspect.getsource(argparse) + "Ça coûte 1234 €, n'est-ce pas ?\n天地玄黃\n\n" * 20
 # Characters on which the patterns of tiktoken, or two readings of "white space", could differ.
-TRICKY = "aZéſ天1٣ \t\n\r\x0b\x1c\x85\xa0\u2028\u3000!'/.sT\u0301🙂_"
+TRICKY = "aZé\u017f天。1٣ \t\n\r\x0b\x1c\x85\xa0\u2028\u3000!'/.sT\u0301🙂_"
 tricky_text = st.text(st.sampled_from(TRICKY), max_size=30) | st.lists(
     st.sampled_from(["don't", "I'LL", "x = 12345", "\n", "\n\n", "  ", "\r\n", "!\n/", "。", " a"])
 ).map("".join)
@@ -77,12 +78,12 @@ every_tokenizer = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL.key
 
 
 def plain_bpe(text, pattern, ranks):
-    """Byte pair encoding as the paper has it: merge the pair of the lowest rank until none is left."""
+    """Byte pair encoding as in the paper: merge the pair of lowest rank until there is none."""
     tokens = []
     for split in regex.findall(pattern, text):
         parts = [bytes([byte]) for byte in split.encode()]
         while True:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
             if not pairs or min(pairs) == len(ranks):
                 break
             i = pairs.index(min(pairs))
@@ -92,12 +93,14 @@ def plain_bpe(text, pattern, ranks):
 
 
 @every_tokenizer
+@settings(deadline=None)
 @given(text=st.text(st.sampled_from(TRICKY)))
 def test_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), trained()], ids=["bytes", "bpe"])
+@settings(deadline=None)
 @given(text=st.text())
 def test_bytes_and_bpe_take_any_text(tokenizer, text):
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
@@ -138,6 +141,7 @@ def test_characters_are_numbered_as_in_nanogpt():
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
+@settings(deadline=None)
 @given(text=st.text(st.sampled_from("aZé天1٣ \t\n\r!'/.sT\u0301🙂_"), max_size=40))
 @example(text="I'll don't DON'T  12345 x_1!\r\n\n  /")
 def test_bpe_is_the_plain_algorithm(kind, text):
@@ -185,7 +189,7 @@ def test_a_long_document_is_sampled_too(monkeypatch):
 
 
 def test_vocab_size_without_room_is_refused():
-    with pytest.raises(InputError, match="vocab_size=256 .* set it to 257 or more"):
+    with pytest.raises(InputError, match=r"vocab_size=256 .* set it to 257 or more"):
         build(TokenizerConfig("bpe", vocab_size=256), [CORPUS])
 
 
@@ -318,7 +322,7 @@ def test_any_other_change_of_the_json_is_found():
 
 
 @every_tokenizer
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(text=tricky_text, more=tricky_text)
 @example(text="end.\nA", more="")
 @example(text="end!\n/", more="\n")
@@ -489,7 +493,7 @@ def test_a_cache_that_cannot_be_written_is_named(serve, monkeypatch, tmp_path):
     vocab, encoder, _ = gpt2_files()
     publish(monkeypatch, serve({"/vocab.bpe": vocab}), vocab, encoder)
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(InputError, match="cannot write to .*set TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(InputError, match=r"cannot write to .*set TIKTOKEN_CACHE_DIR"):
         build(TokenizerConfig("gpt2"), [])
 
 
