@@ -60,7 +60,7 @@ def train(cfg: config.Config, signals: "Signals") -> int:
         clock=clock,
     )
     feed = data.prefetch(lambda step: run.layout.put(run.batches.batch(step)), start)
-    rate = optim.schedule(cfg.optim, cfg.optim.learning_rate, steps)
+    rate = jax.jit(optim.schedule(cfg.optim, cfg.optim.learning_rate, steps))
     pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
 
     def report(upto: int) -> None:
@@ -90,7 +90,8 @@ def train(cfg: config.Config, signals: "Signals") -> int:
                 state, metrics = take_step(state, batch)
             pending.append((step, metrics))
 
-            last = step == steps or signals.received > 0
+            stopped = signals.received  # read once: what is decided on it must agree
+            last = step == steps or stopped > 0
             evals = step == steps or due(step, cfg.train.eval_every)
             saves = last or due(step, cfg.checkpoint.every)
             if due(step, cfg.train.log_every) or evals or saves:
@@ -110,13 +111,13 @@ def train(cfg: config.Config, signals: "Signals") -> int:
                     run.save(step, state, val_loss)
             if due(step, cfg.train.log_every) or last:
                 log.show(step)
-            if signals.received:
+            if last:
                 break
         with clock("save"):
             run.checkpoints.wait()
-    if signals.received:
+    if stopped:
         print(f"stopped after step {step}, which is saved; the same command goes on from there")
-        return 128 + signals.received
+        return 128 + stopped
     print(f"\nwhere the time went\n{clock.table()}")
     print(f"\nloss curve   {telemetry.plot(cfg.folder)}")
     print(f"checkpoint   {run.checkpoints.folder / str(steps)}")

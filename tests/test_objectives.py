@@ -73,9 +73,9 @@ def test_chunked_loss_and_gradient_equal_numpy_on_all_logits(objective, chunk):
     def loss(hidden, w):
         return chunked_sum(token_losses, chunk, hidden, w, rest)
 
-    (total, cross_entropy), (dhidden, dw) = jax.jit(
-        jax.value_and_grad(loss, (0, 1), has_aux=True)
-    )(hidden, w)
+    (total, cross_entropy), (dhidden, dw) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        hidden, w
+    )
     exact = numpy_loss(objective, 50, hidden, w, **rest)
     np.testing.assert_allclose((total, cross_entropy), exact[:2], rtol=1e-6)
     np.testing.assert_allclose(dhidden, exact[2], atol=1e-5)

@@ -160,6 +160,7 @@ def test_a_signal_saves_and_exits_with_its_status(here, number, status):
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == status, output
+    assert Path("runs/a/checkpoints").is_dir(), output
     (saved,) = Path("runs/a/checkpoints").iterdir()
     assert max(losses_of("a")) == int(saved.name)
     assert f"stopped after step {saved.name}" in output
