@@ -60,7 +60,6 @@ def train(cfg: config.Config, signals: "Signals") -> int:
         clock=clock,
     )
     feed = data.prefetch(lambda step: run.layout.put(run.batches.batch(step)), start)
-    rate = jax.jit(optim.schedule(cfg.optim, cfg.optim.learning_rate, steps))
     pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
 
     def report(upto: int) -> None:
@@ -99,7 +98,7 @@ def train(cfg: config.Config, signals: "Signals") -> int:
                 newest = evals or saves or step == start + 1
                 with clock("step"):
                     report(step if newest else step - 1)
-                log.log(step, {**log.rate(step), "learning_rate": float(rate(step - 1))})
+                log.log(step, log.rate(step))
             val_loss = None
             if evals and len(run.corpus.val):
                 with clock("eval"):
@@ -231,7 +230,14 @@ def prepare(cfg: config.Config) -> Run:
             ],
         },
     }
-    step = partial(train_step, loss_fn=loss_fn, tx=tx, micro=cfg.train.micro, ema=cfg.optim.ema)
+    step = partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        micro=cfg.train.micro,
+        ema=cfg.optim.ema,
+        rate=optim.schedule(cfg.optim, cfg.optim.learning_rate, cfg.train.steps),
+    )
     evaluate = partial(eval_step, loss_fn=loss_fn)
     return Run(
         cfg, checkpoints, describe, corpus, batches, layout, step, evaluate, start or 0, state

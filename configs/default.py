@@ -31,6 +31,6 @@ config = Config(
     optim=OptimConfig(
         name="muon", learning_rate=3e-3, schedule="wsd", warmup=20, final=0.0, decay=0.5
     ),
-    train=TrainConfig(steps=500, batch=8, eval_every=100, eval_batches=20, prompt="def main("),
+    train=TrainConfig(steps=400, batch=8, eval_every=100, eval_batches=20, prompt="def main("),
     checkpoint=CheckpointConfig(every=100),
 )

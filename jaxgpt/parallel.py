@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.errors import InputError
@@ -145,8 +145,9 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """Where each leaf of a state-shaped tree lies."""
         if self.mode == "pmap":
-            here = SingleDeviceSharding(self.mesh.devices.flat[0])
-            return jax.tree.map(lambda _: here, tree)
+            # As pmap returns it, so that no step is compiled again for a state lying elsewhere.
+            everywhere = NamedSharding(Mesh(self.mesh.devices.ravel(), ("devices",)), P())
+            return jax.tree.map(lambda _: everywhere, tree)
         return tree_shardings(tree, self.letters, self.mesh)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
@@ -181,7 +182,7 @@ class Layout:
     def compile_step(self, step: Callable[..., Any], state: Any, batch: Any) -> Callable[..., Any]:
         """`step` for states and batches like these; the state given to it is consumed."""
         if self.mode == "pmap":
-            return _pmap(step)
+            return _pmap(step, donate_argnums=0).lower(state, batch).compile()
         out = (self.shardings(state), NamedSharding(self.mesh, P()))
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
@@ -190,12 +191,12 @@ class Layout:
     def compile_eval(self, step: Callable[..., Any], params: Any, batch: Any) -> Callable[..., Any]:
         """`step(params, batch, axis=None) -> metrics` for parameters and batches like these."""
         if self.mode == "pmap":
-            return _pmap(step)
+            return _pmap(step).lower(params, batch).compile()
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
             return jitted.lower(params, batch).compile()
 
 
-def _pmap(step: Callable[..., Any]) -> Callable[..., Any]:
-    # Compiles when first called: ahead of time, jax >= 0.10 would want the state replicated.
-    return jax.pmap(partial(step, axis="devices"), "devices", in_axes=(None, 0), out_axes=None)
+def _pmap(step: Callable[..., Any], **settings: Any) -> Any:
+    mapped = partial(step, axis="devices")
+    return jax.pmap(mapped, "devices", in_axes=(None, 0), out_axes=None, **settings)

@@ -58,6 +58,7 @@ def train_step(
     tx: optax.GradientTransformation,
     micro: int = 1,
     ema: float = 0.0,
+    rate: optax.Schedule | None = None,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update of the parameters, by the gradient of (sum of losses) / (sum of counts).
@@ -66,7 +67,7 @@ def train_step(
     equal parts whose gradients add up, and over the devices of the mapped `axis` where there is
     one; nothing is divided before the end, so every split gives the same gradient. The randomness
     is that of (state.key, step, part, device). Metrics are the objective's Means, the norm of the
-    gradient and `finite`: where the loss or gradient is not finite the state stays as it was, but
+    gradient, the learning rate where `rate` is given, and `finite`: where the loss or gradient is not finite the state stays as it was, but
     for the step number.
     """
     key = jax.random.fold_in(state.key, state.step)
@@ -106,12 +107,14 @@ def train_step(
         average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
     keep = partial(jax.tree.map, partial(jnp.where, finite))
     state = state._replace(
-        step=state.step + 1,
         params=keep(params, state.params),
         opt=keep(opt, state.opt),
         ema=keep(average, state.ema),
     )
-    return state, {**metrics, "grad_norm": norm, "finite": finite}
+    report = {**metrics, "grad_norm": norm, "finite": finite}
+    if rate is not None:
+        report["learning_rate"] = rate(state.step)
+    return state._replace(step=state.step + 1), report
 
 
 def eval_step(

@@ -11,7 +11,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-import jaxgpt.model
 from jaxgpt import model, optim
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
@@ -84,17 +83,16 @@ class Run(NamedTuple):
 
     state: dict
     metrics: list
-    evaluation: dict
     shardings: dict
     consumed: bool
     said: str
 
 
 @cache
-def trained(gpt, name, micro=1):
+def trained(gpt, name, micro):
     layout = layout_of(gpt, name)
     state = layout.create(partial(new_state, gpt))
-    loss_fn = partial(NextToken(chunk=3), gpt)
+    loss_fn = partial(NextToken(chunk=4), gpt)
     step = partial(train_step, loss_fn=loss_fn, tx=optimizer(gpt), micro=micro, ema=0.9)
     with Stderr() as stderr:
         compiled = layout.compile_step(step, state, layout.put(batch(0)))
@@ -102,14 +100,9 @@ def trained(gpt, name, micro=1):
     for seed in range(4):
         state, more = compiled(state, layout.put(batch(seed)))
         metrics.append(more)
-    evaluate = layout.compile_eval(
-        partial(eval_step, loss_fn=loss_fn), state.params, layout.put(batch(9))
-    )
-    evaluation = evaluate(state.params, layout.put(batch(9)))
     return Run(
         jax.device_get(state._replace(key=jax.random.key_data(state.key))),
         jax.device_get(metrics),
-        jax.device_get(evaluation),
         jax.tree.map(lambda x: x.sharding, state),
         all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)),
         stderr.text,
@@ -136,10 +129,9 @@ MODELS = {"tied": TIED, "untied": UNTIED}
 SPLITS = [
     ("tied", "data", 1),
     ("tied", "fsdp", 1),
-    ("tied", "fsdp x tensor", 1),
     ("tied", "data x fsdp x tensor", 2),
     ("tied", "pmap", 1),
-    ("untied", "data x fsdp x tensor", 1),
+    ("untied", "fsdp x tensor", 1),
     ("untied", "pmap", 2),
 ]
 
@@ -147,10 +139,9 @@ SPLITS = [
 @pytest.mark.parametrize(("kind", "name", "micro"), SPLITS)
 def test_every_split_trains_as_one_device(kind, name, micro):
     gpt = MODELS[kind]
-    one, run = trained(gpt, "one device"), trained(gpt, name, micro)
+    one, run = trained(gpt, "one device", 1), trained(gpt, name, micro)
     for here, there in zip(run.metrics, one.metrics, strict=True):
         assert_trees_close(here, there, rtol=1e-5)
-    assert_trees_close(run.evaluation, one.evaluation, rtol=1e-5)
     assert_trees_close(run.state.params, one.state.params, atol=1e-4)
     assert_trees_close(run.state.ema, one.state.ema, atol=1e-4)
     assert np.abs(run.state.params["wte"] - random_params(gpt)["wte"]).max() > 0.03
@@ -161,31 +152,52 @@ def assert_trees_close(a, b, **tolerances):
     jax.tree.map(partial(np.testing.assert_allclose, **tolerances), a, b)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp x tensor"])
-def test_nothing_is_rematerialized_involuntarily(name):
-    assert "Involuntary full rematerialization" not in trained(TIED, name).said
+@pytest.mark.parametrize("name", ["one device", "data x fsdp x tensor", "pmap"])
+def test_every_split_evaluates_alike(name):
+    layout = layout_of(TIED, name)
+    params = layout.create(lambda: jax.tree.map(jnp.asarray, random_params(TIED)))
+    rows, objective = batch(0), NextToken(chunk=4)
+    step = partial(eval_step, loss_fn=partial(objective, TIED))
+    loss = layout.compile_eval(step, params, layout.put(rows))(params, layout.put(rows))["loss"]
+    logits = TIED.apply({"params": random_params(TIED)}, rows["tokens"])
+    total, _ = objective.of_logits(TIED.cfg, logits, rows["targets"], rows["weights"])
+    np.testing.assert_allclose(loss, (total, rows["weights"].sum()), rtol=1e-5)
 
 
-def test_without_its_constraints_the_model_would_be_rematerialized(monkeypatch):
-    monkeypatch.setattr(jaxgpt.model, "constrain", lambda x, letters: x)
-    unconstrained = trained.__wrapped__(TIED, "fsdp x tensor")
-    assert "Involuntary full rematerialization" in unconstrained.said
+REMATERIALIZED = "Involuntary full rematerialization"
 
 
-@pytest.mark.parametrize("name", ["data", "fsdp", "fsdp x tensor", "pmap"])
+@pytest.mark.parametrize(("kind", "name"), [("tied", "fsdp"), ("untied", "fsdp x tensor")])
+def test_nothing_is_rematerialized_involuntarily(kind, name):
+    assert REMATERIALIZED not in trained(MODELS[kind], name, 1).said
+
+
+def test_involuntary_rematerialization_would_be_noticed():
+    with jax.set_mesh(make_mesh(LAYOUTS["data x fsdp x tensor"])), Stderr() as stderr:
+        rows, columns = P("data", None), P(None, "fsdp")
+
+        def move(x):
+            x = jnp.sin(jax.lax.with_sharding_constraint(x, rows))
+            return jax.lax.with_sharding_constraint(x, columns) + 1
+
+        jax.jit(move).lower(np.zeros((8, 8), np.float32)).compile()
+    assert REMATERIALIZED in stderr.text
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp"])
 def test_the_state_stays_where_it_was_made(name):
     layout = layout_of(TIED, name)
     made = layout.create(partial(new_state, TIED))
-    after, told = trained(TIED, name).shardings, layout.abstract(partial(new_state, TIED))
+    after, told = trained(TIED, name, 1).shardings, layout.abstract(partial(new_state, TIED))
     for x, there, abstract in zip(*map(jax.tree.leaves, (made, after, told)), strict=True):
         assert abstract.sharding == x.sharding
         assert (abstract.shape, abstract.dtype) == (x.shape, x.dtype)
         assert there.is_equivalent_to(x.sharding, x.ndim)
 
 
-@pytest.mark.parametrize("name", ["one device", "data", "fsdp", "fsdp x tensor"])
+@pytest.mark.parametrize("name", ["one device", "data", "fsdp", "pmap"])
 def test_a_step_consumes_the_state_it_is_given(name):
-    assert trained(TIED, name).consumed
+    assert trained(TIED, name, 1).consumed
 
 
 def test_moments_and_average_lie_as_their_parameters():
@@ -214,7 +226,7 @@ def test_fsdp_divides_the_state_by_the_devices():
             x.addressable_shards[device].data.nbytes
             for x in jax.tree.leaves(state._replace(key=None))
         )
-        assert one / 8 <= held < 1.1 * one / 8
+        assert one / 8 <= held < 1.2 * one / 8
 
 
 def test_a_batch_is_split_by_rows():
