@@ -67,8 +67,8 @@ def train_step(
     equal parts whose gradients add up, and over the devices of the mapped `axis` where there is
     one; nothing is divided before the end, so every split gives the same gradient. The randomness
     is that of (state.key, step, part, device). Metrics are the objective's Means, the norm of the
-    gradient, the learning rate where `rate` is given, and `finite`: where the loss or gradient is not finite the state stays as it was, but
-    for the step number.
+    gradient, the learning rate where `rate` is given, and `finite`: where the loss or gradient is
+    not finite the state stays as it was, but for the step number.
     """
     key = jax.random.fold_in(state.key, state.step)
     if axis is not None:
