@@ -3,8 +3,9 @@
 Command:   python train.py
 Hardware:  a laptop; 2 CPU cores are enough
 Data:      the source of the running interpreter's standard library, about 12 MB without its tests
-Time:      TODO
-Expect:    TODO
+Time:      500 steps of this took 397 s on two cores that other work shared; these 400 not run yet
+Expect:    a validation loss of about 4.1 (500 steps: 4.05, 1.66 bits per byte), and a sample with
+           the look of Python and little of its sense
 """
 
 from jaxgpt.checkpoint import CheckpointConfig

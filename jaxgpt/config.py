@@ -130,13 +130,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: Any, values: Any, path: str = "") -> Any:
-    """The inverse of `to_dict`, strict: InputError for a missing, unknown or ill-typed field.
+    """The inverse of `to_dict`, strict: InputError for an unknown or ill-typed field.
 
-    JSON may write the float 1.0 as 1; nothing else is converted but lists to tuples.
+    A field that is not there has its default. JSON may write the float 1.0 as 1; nothing else is
+    converted but lists to tuples.
     """
     if dataclasses.is_dataclass(cls):
         if not isinstance(values, dict):
-            raise InputError(f"{path or 'config'}={values!r} is not a table of fields")
+            raise InputError(f"{path.rstrip('.') or 'config'}={values!r} is not a table of fields")
         hints = typing.get_type_hints(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
@@ -213,12 +214,18 @@ def _execute(path: Path) -> Config:
     module.__file__ = str(path)
     # A config may be made of the others in its folder: `from gpt2_124m import config as base`.
     sys.path.insert(0, str(path.parent))
+    known = set(sys.modules)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
         raise InputError(f"{path} does not run: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
+        # Another folder's may have the same names.
+        for name in set(sys.modules) - known:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).resolve().parent == path.resolve().parent:
+                del sys.modules[name]
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise InputError(

@@ -28,9 +28,11 @@ def generate(
     empty prompt, an id outside the vocabulary, or a setting that cannot be.
     """
     cfg = model.cfg
-    prompt = np.asarray(prompt, np.int32)
+    prompt = np.asarray(prompt)
     if not prompt.size:
         raise InputError("the prompt has no tokens; give at least one")
+    if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+        raise InputError(f"the prompt is {prompt.dtype}{list(prompt.shape)}; give one row of ids")
     if prompt.min() < 0 or prompt.max() >= cfg.V:
         raise InputError(f"the prompt has ids outside the vocabulary of {cfg.V}")
     if not (np.isfinite(temperature) and temperature >= 0):

@@ -8,6 +8,7 @@ hanging network included, is said once on stderr and switches it off.
 import json
 import logging
 import math
+import os
 import queue
 import sys
 import threading
@@ -55,6 +56,9 @@ PEAK_TFLOPS = {
     "GeForce RTX 3090": 71,
     "GeForce RTX 4090": 165,
 }
+
+# Seconds given to TensorBoard and W&B to begin or to finish.
+PATIENCE = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -204,14 +208,14 @@ class Telemetry:
         self._display.say(text)
 
     def close(self) -> None:
-        """Ends the display, writes where the time went, and gives the options 10 s to finish."""
+        """Ends the display, writes where the time went, and lets the options finish."""
         self._display.close()
         for sink in self._sinks:
             sink.close()
+        seconds = self.clock.seconds()
+        self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
         if self._file is not None:
-            with self._file:
-                seconds = self.clock.seconds()
-                self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
+            self._file.close()
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
@@ -229,8 +233,11 @@ class Telemetry:
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
+            file, self._file = self._file, None
+            with suppress(OSError):  # what is left in its buffer fails again
+                file.close()
             raise TrainingError(
-                f"step {self._step} could not be written to {self._file.name}: {error.strerror}; "
+                f"step {self._step} could not be written to {file.name}: {error.strerror}; "
                 "the newest checkpoint is good, and the same command goes on from there"
             ) from error
 
@@ -288,14 +295,14 @@ class _Sink:
             except queue.Full:
                 self._switch_off("it does not keep up: 1000 records wait")
 
-    def close(self, seconds: float = 10.0) -> None:
-        """Waits so long for the records that are on their way."""
+    def close(self) -> None:
+        """Waits, but not forever, for the records that are on their way."""
         if self._works:
             with suppress(queue.Full):
                 self._queue.put_nowait(None)
-            self._thread.join(seconds)
+            self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                self._switch_off(f"it did not finish within {seconds:g} s")
+                self._switch_off(f"it did not finish within {PATIENCE:g} s")
 
     def _run(self) -> None:
         try:
@@ -304,7 +311,7 @@ class _Sink:
                 send(*record)
             finish()
         except BaseException as error:  # SystemExit too: nothing said here is for the run
-            self._switch_off(f"{type(error).__name__}: {error}")
+            self._switch_off(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _switch_off(self, why: str) -> None:
         if self._works:
@@ -326,12 +333,14 @@ def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callabl
 
 
 def _wandb(folder: Path, project: str) -> tuple[Callable[..., None], Callable[[], None]]:
+    # Silent, it neither asks for a key at the terminal nor prints into the display. The times end a
+    # hanging network: the program's exit waits for W&B's own threads.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{PATIENCE:g}")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{PATIENCE:g}")
     import wandb
 
-    # Silent, it neither asks for a key at the terminal nor prints into the display.
-    settings = wandb.Settings(silent=True, init_timeout=60)
-    name = folder.name
-    run = wandb.init(project=project, name=name, group=name, dir=str(folder), settings=settings)
+    run = wandb.init(project=project, name=folder.name, group=folder.name, dir=str(folder))
     # A resumed run goes back some steps, which W&B's own step count may not.
     run.define_metric("*", step_metric="step")
 

@@ -1,0 +1,259 @@
+import dataclasses
+import re
+import shlex
+import sys
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxgpt import config, model
+from jaxgpt.config import Config, from_command_line, from_dict, read, to_dict
+from jaxgpt.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DEFAULT = CONFIGS / "default.py"
+FILES = sorted(CONFIGS.glob("*.py"))
+
+
+def leaves(value, path=""):
+    """Every option of a config: {"a.b": value}."""
+    if not dataclasses.is_dataclass(value):
+        return {path: value}
+    found = {}
+    for field in dataclasses.fields(value):
+        inner = f"{path}.{field.name}" if path else field.name
+        found |= leaves(getattr(value, field.name), inner)
+    return found
+
+
+def altered(value):
+    """The same config with another value in every field."""
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        return type(value)(
+            **{
+                name: next(o for o in typing.get_args(hint) if o != getattr(value, name))
+                if typing.get_origin(hint) is typing.Literal
+                else altered(getattr(value, name))
+                for name, hint in hints.items()
+            }
+        )
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return ("one", "two") if value and isinstance(value[0], str) else ()
+    return value + "x" if isinstance(value, str) else value + 1
+
+
+def test_every_field_survives_json(tmp_path):
+    cfg = altered(Config())
+    same = [path for path, value in leaves(Config()).items() if leaves(cfg)[path] == value]
+    assert set(same) <= {"data.weights", "data.val_paths"}  # empty tuples, given below
+    cfg = replace(cfg, data=replace(cfg.data, weights=(0.25, 3.0), val_paths=("held out",)))
+    config.save(cfg, tmp_path / "config.json")
+    assert read(tmp_path / "config.json") == cfg
+    assert from_dict(Config, to_dict(cfg)) == cfg
+
+
+def test_a_config_says_all_of_itself_on_a_terminal():
+    text = config.summary(altered(Config()))
+    for path, value in leaves(altered(Config())).items():
+        shown = list(value) if isinstance(value, tuple) else value
+        assert f"{path.split('.')[-1]}={shown!r}" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"modle": {}}, "modle is not an option; did you mean model?"),
+        ({"train": {"stepz": 3}}, "train.stepz is not an option; did you mean steps?"),
+        ({"train": {"qqq": 3}}, "train.qqq is not an option; there are steps, batch, micro"),
+        ({"train": 3}, "train=3 is not a table of fields"),
+        ([], "config=[] is not a table of fields"),
+        ({"train": {"steps": "3"}}, "train.steps='3' is not a value of type int"),
+        ({"train": {"steps": 3.0}}, "train.steps=3.0 is not a value of type int"),
+        ({"train": {"steps": True}}, "train.steps=True is not a value of type int"),
+        ({"optim": {"clip": True}}, "optim.clip=True is not a value of type float"),
+        ({"model": {"bias": 1}}, "model.bias=1 is not a value of type bool"),
+        ({"model": {"norm": "batch"}}, "model.norm='batch'; set it to one of layernorm, rmsnorm"),
+        ({"data": {"paths": "all"}}, "data.paths='all' is not a list"),
+        ({"data": {"paths": ["a", 1]}}, "data.paths[1]=1 is not a value of type str"),
+        ({"name": None}, "name=None is not a value of type str"),
+    ],
+    ids=str,
+)
+def test_what_is_not_a_config_is_refused(values, says):
+    with pytest.raises(InputError) as error:
+        from_dict(Config, values)
+    assert says in str(error.value)
+
+
+def test_json_may_write_a_float_without_its_point():
+    clip = from_dict(Config, {"optim": {"clip": 2}}).optim.clip
+    assert (clip, type(clip)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("empty.py", "", "has no `config`"),
+        ("other.py", "config = {'steps': 3}", "has no `config`"),
+        ("broken.py", "config = (", "does not run"),
+        ("wrong.py", "from jaxgpt.config import Config\nconfig = Config(sed=3)", "sed"),
+        (
+            "ill.py",
+            "from jaxgpt.config import Config\nconfig = Config(seed='3')",
+            "seed='3' is not a value of type int",
+        ),
+        ("broken.json", "{", "is not JSON"),
+        ("unknown.json", '{"sed": 3}', "did you mean seed?"),
+        ("config.yaml", "seed: 3", "neither Python (.py) nor JSON (.json)"),
+    ],
+)
+def test_a_file_without_a_config_is_refused(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name)
+    assert says in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match=r"no config file .*did you mean .*shakespeare_cpu\.py\?"):
+        read(CONFIGS / "shakespear_cpu.py")
+
+
+def test_a_config_without_a_name_has_the_name_of_its_file(tmp_path):
+    text = "from jaxgpt.config import Config\nconfig = Config({})"
+    (tmp_path / "mine.py").write_text(text.format(""))
+    (tmp_path / "named.py").write_text(text.format("name='other'"))
+    assert read(tmp_path / "mine.py").name == "mine"
+    assert read(tmp_path / "named.py").folder == Path("runs/other")
+
+
+def test_a_config_is_made_of_those_in_its_own_folder(tmp_path):
+    before = list(sys.path)
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        base = f"from jaxgpt.config import Config\nconfig = Config(seed={seed})"
+        (tmp_path / folder / "base.py").write_text(base)
+        (tmp_path / folder / "child.py").write_text("from base import config")
+    assert [read(tmp_path / folder / "child.py").seed for folder in "ab"] == [1, 2]
+    assert sys.path == before
+
+
+def test_the_command_line_overrides_the_file():
+    cfg = from_command_line(
+        [
+            str(CONFIGS / "gpt2_124m.py"),
+            *("--seed", "7", "--model.L", "3", "--model.bias", "False", "--optim.name", "lion"),
+            *("--data.paths", "a.txt", "b.txt", "--optim.learning_rate", "1e-4"),
+        ],
+        DEFAULT,
+    )
+    assert cfg.data.paths == ("a.txt", "b.txt")
+    changes = leaves(cfg).items() - leaves(read(CONFIGS / "gpt2_124m.py")).items()
+    assert dict(changes) == {
+        "seed": 7,
+        "model.L": 3,
+        "model.bias": False,
+        "optim.name": "lion",
+        "data.paths": ("a.txt", "b.txt"),
+        "optim.learning_rate": 1e-4,
+    }
+
+
+def test_without_a_file_the_default_is_taken():
+    assert from_command_line([], DEFAULT) == read(DEFAULT)
+    assert from_command_line(["--seed", "7"], DEFAULT) == replace(read(DEFAULT), seed=7)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model.LL", "3"], "--model.L"),
+        (["--train.step", "3"], "--train.steps"),
+        (["--train.steps", "many"], "many"),
+        (["--model.norm", "batch"], "layernorm"),
+    ],
+)
+def test_a_wrong_option_exits_with_2_and_names_the_right_one(args, says, capsys):
+    with pytest.raises(SystemExit) as error:
+        from_command_line(args, DEFAULT)
+    assert error.value.code == 2
+    said = capsys.readouterr()
+    assert says in said.out + said.err
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as error:
+        from_command_line(["--help"], DEFAULT)
+    assert not error.value.code
+    text = re.sub(r"[^\w\s\-(.:;,'/]", " ", capsys.readouterr().out)
+    for path in leaves(Config()):
+        found = re.search(rf"--{re.escape(path)} (.*?)\(default:", text, re.DOTALL)
+        assert found, path
+        words = re.findall(r"[A-Za-z]{2,}", found[1])
+        assert len(words) >= 3 or path == "model.L", (path, words)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_builds(file):
+    cfg = read(file)
+    cfg.check()
+    for platform in ("cpu", "gpu", "tpu"):
+        compute, _ = cfg.compute.resolve(cfg.model, platform, cfg.data.documents == "masked")
+        gpt = replace(cfg.model, V=50257).build(compute)
+    gpt = gpt.clone(compute=replace(compute, layers="scan"))  # quick to count
+    published = {"gpt2_124m": 124_439_808, "gpt2_1558m": 1_557_611_200}
+    assert model.count(gpt) == published.get(file.stem, model.count(gpt)) > 1_000_000
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_documents_a_command_that_parses(file):
+    text = file.read_text()
+    for heading in ("Command:", "Hardware:", "Time:", "Expect:"):
+        assert f"\n{heading}" in text
+    command = shlex.split(re.search(r"Command: +python train\.py(.*)", text)[1])
+    if command[:1] == [f"configs/{file.name}"]:
+        command[0] = str(file)
+    cfg = from_command_line(command, DEFAULT)
+    assert cfg.name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("steps", 0, "1 or more"),
+        ("batch", 0, "1 or more"),
+        ("micro", -1, "1 or more"),
+        ("log_every", 0, "1 or more"),
+        ("eval_every", -1, "0 or more"),
+        ("eval_batches", -1, "0 or more"),
+        ("sample_tokens", -1, "0 or more"),
+    ],
+)
+def test_impossible_training_is_refused_with_what_to_set(field, value, says):
+    cfg = replace(Config(), train=replace(Config().train, **{field: value}))
+    with pytest.raises(InputError, match=f"train.{field}={value}; set it to {says}"):
+        cfg.check()
+
+
+@pytest.mark.parametrize(
+    "change", ["model.D=-1", "tokenizer.vocab_size=3", "data.stride=-1", "objective.chunk=0"]
+)
+def test_check_looks_into_every_part(change):
+    part, name, value = re.split(r"[.=]", change)
+    cfg = replace(Config(), **{part: replace(getattr(Config(), part), **{name: int(value)})})
+    with pytest.raises(InputError, match=f"{part}.{name}"):
+        cfg.check()
+
+
+def test_a_run_is_not_resumed_as_another_model():
+    cfg = replace(Config(), name="mine")
+    saved = to_dict(cfg)
+    config.refuse_changed(saved, replace(cfg, seed=7))
+    with pytest.raises(InputError) as error:
+        config.refuse_changed(saved, replace(cfg, model=replace(cfg.model, L=7, bias=False)))
+    assert "model.L was 6, is 7; model.bias was True, is False" in str(error.value)
