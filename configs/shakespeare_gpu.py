@@ -15,5 +15,6 @@ config = replace(
     small,
     name="",
     model=replace(small.model, L=6, N=6, D=384, T=256, dropout=0.2),
+    optim=replace(small.optim, learning_rate=1e-3),
     train=replace(small.train, steps=5000, batch=64),
 )

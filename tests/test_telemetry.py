@@ -118,11 +118,11 @@ def test_a_damaged_line_is_left_out_with_a_warning_and_those_after_it_stay(folde
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
 def test_a_full_disk_is_a_training_error(folder):
     said = r"step 7 could not be written to .*No space left"
-    with Path("/dev/full").open("w") as full, pytest.raises(TrainingError, match=said):
-        with open_telemetry(folder) as log:
-            log._file.close()
-            log._file = full
-            log.log(7, {"loss": 1.0})
+    raises = pytest.raises(TrainingError, match=said)
+    with Path("/dev/full").open("w") as full, raises, open_telemetry(folder) as log:
+        log._file.close()
+        log._file = full
+        log.log(7, {"loss": 1.0})
 
 
 def test_inner_time_is_not_counted_twice_and_all_adds_up_to_the_wall():
