@@ -382,6 +382,10 @@ def test_flops_per_token_are_those_of_the_products_in_the_gradient():
     assert cfg.flops_per_token() - cfg.flops_per_token(causal=True) == half_of_attention
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="on a CPU, jax 0.7 cannot multiply bfloat16 by a transposed matrix into float32",
+)
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients():
     gpt = UNIFORM.build(replace(PLAIN, dtype="bfloat16"))
     params, grads = random_params(gpt), loss_grads(gpt)
