@@ -155,7 +155,8 @@ class ComputeConfig:
     """How the same parameters are run: nothing here changes what they mean."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations and matmul inputs; auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    """Of activations and matmul inputs; auto: bfloat16 on TPU and GPU, float32 on CPU, where
+    bfloat16 is faster only if the processor multiplies it (AVX512-BF16, AMX)."""
     layers: Literal["unrolled", "scan"] = "unrolled"
     """Unrolled over separate leaves (fastest to run) or scanned over stacked ones (to compile)."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -174,6 +175,11 @@ class ComputeConfig:
         dtype: Any = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if accelerator else "float32"
+        if dtype == "bfloat16" and platform == "cpu" and jax.__version_info__ < (0, 9):
+            raise InputError(
+                f"compute.dtype=bfloat16: jax {jax.__version__} lacks its products on a CPU; "
+                "set compute.dtype=float32, or install jax 0.9 or newer"
+            )
         name, why = choose(
             self.attention,
             platform,
@@ -187,31 +193,44 @@ class ComputeConfig:
         return resolved, f"{dtype}, layers {self.layers}, attention {name} ({why})"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
-    """`einsum(equation, x, w)` in `dtype`, accumulated in float32, returned in `out_dtype`.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """`einsum(equation, x, w)` of factors in `dtype`, accumulated and returned in float32.
 
     The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
     plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
     gradient of a weight is in the weight's dtype, straight from the accumulator.
     """
-    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-    return y.astype(out_dtype)
+    return jnp.einsum(
+        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+    )
 
 
-def _matmul_forward(equation, x, w, dtype, out_dtype):
-    return matmul(equation, x, w, dtype, out_dtype), (x, w)
+def _matmul_forward(equation, x, w, dtype):
+    return matmul(equation, x, w, dtype), (x, w)
 
 
-def _matmul_backward(equation, dtype, out_dtype, saved, dy):
+def _matmul_backward(equation, dtype, saved, dy):
     x, w = saved
     inputs, out = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dy, x_, w_ = dy.astype(dtype), x.astype(dtype), w.astype(dtype)
-    dx = product(f"{out},{w_letters}->{x_letters}", dy, w_).astype(x.dtype)
-    dw = product(f"{x_letters},{out}->{w_letters}", x_, dy).astype(w.dtype)
-    return dx, dw
+    dx = product(f"{out},{w_letters}->{x_letters}", dy, w_)
+
+    def dw_on_cpu(x, dy):
+        # XLA for CPU transposes the first factor in memory, which had better be the smaller one, and
+        # would fold a transposition of the result into a product that it has not for bfloat16.
+        factors = sorted([(x, x_letters), (dy, out)], key=lambda factor: factor[0].size)
+        (a, a_letters), (b, b_letters) = factors
+        as_it_comes = "".join(letter for letter in a_letters + b_letters if letter in w_letters)
+        dw = product(f"{a_letters},{b_letters}->{as_it_comes}", a, b)
+        return jnp.einsum(f"{as_it_comes}->{w_letters}", jax.lax.optimization_barrier(dw))
+
+    dw = jax.lax.platform_dependent(
+        x_, dy, cpu=dw_on_cpu, default=partial(product, f"{x_letters},{out}->{w_letters}")
+    )
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -232,12 +251,12 @@ class Linear(nn.Module):
         w_letters, out = rest.split("->")
         init = nn.initializers.normal(self.cfg.init_std * self.scale)
         w = self.param("w", *_leaf(self.cfg, w_letters, init))
-        y = checkpoint_name(matmul(self.equation, x, w, self.dtype, self.dtype), "linear")
+        y = matmul(self.equation, x, w, self.dtype)
         if self.cfg.bias:
             b_letters = "".join(letter for letter in out if letter not in x_letters[:2])
             b = self.param("b", *_leaf(self.cfg, b_letters, nn.initializers.zeros))
-            y = y + b.astype(self.dtype)[None, None]
-        return y
+            y = y + b[None, None]  # in float32, and so is the sum that is its gradient
+        return checkpoint_name(y.astype(self.dtype), "linear")
 
 
 class Norm(nn.Module):
@@ -426,12 +445,12 @@ class GPT(nn.Module):
         """Logits [B, T, V padded], float32; those of padding are -inf and never sampled."""
         hidden_BTD = self.hidden(tokens_BT, positions_BT, segments_BT)
         w_VD = self.wte if self.cfg.tied else self.head
-        return logits(self.cfg, hidden_BTD, w_VD)
+        return logits(self.cfg, hidden_BTD, w_VD.T)
 
 
-def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
+def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
     """The output layer: float32 logits [B, T, V padded], soft-capped; padding is -inf."""
-    logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, w_VD, hidden_BTD.dtype, jnp.float32)
+    logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, w_DV, hidden_BTD.dtype)
     logits_BTV = constrain(logits_BTV, "BTV")
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
@@ -442,8 +461,12 @@ def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
 
 
 def output_weights(cfg: GPTConfig, params: Any) -> jax.Array:
-    """The leaf the output layer reads, [V padded, D]: the token embedding where they are tied."""
-    return params["wte"] if cfg.tied else params["head"]
+    """The output layer's matrix, [D, V padded]: the token embedding's where they are tied.
+
+    The leaf is [V, D]; turned once, it and its gradient need not be turned for every chunk of a
+    loss.
+    """
+    return (params["wte"] if cfg.tied else params["head"]).T
 
 
 def init(model: GPT, key: jax.Array) -> Any:

@@ -31,47 +31,47 @@ class Mean:
         return self.total / self.count
 
 
-# loss(hidden_BtD, w_VD, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
+# loss(hidden_BtD, w_DV, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
 ChunkLoss = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked_sum(
-    loss: ChunkLoss, size: int, hidden_BTD: jax.Array, w_VD: jax.Array, batch: dict[str, jax.Array]
+    loss: ChunkLoss, size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, Any]:
     """Adds `loss` up over chunks of `size` positions of every row: (loss_sum, sums to report).
 
-    The loss is differentiable in `hidden_BTD` and `w_VD`; the arrays [B, T] of `batch` are
+    The loss is differentiable in `hidden_BTD` and `w_DV`; the arrays [B, T] of `batch` are
     constants, and the sums to report have no gradient.
     """
 
     def part(hidden_BtD, chunk):
-        return loss(hidden_BtD, w_VD, chunk), None
+        return loss(hidden_BtD, w_DV, chunk), None
 
     return _sweep(part, size, hidden_BTD, batch)[0]
 
 
-def _forward(loss, size, hidden_BTD, w_VD, batch):
-    w_VD = constrain(w_VD, "V-")  # under FSDP the table is gathered once, not once a chunk
+def _forward(loss, size, hidden_BTD, w_DV, batch):
+    w_DV = constrain(w_DV, "-V")  # under FSDP the table is gathered once, not once a chunk
 
     def part(hidden_BtD, chunk):
         total, gradient, report = jax.vjp(
-            lambda hidden_BtD, w_VD: loss(hidden_BtD, w_VD, chunk), hidden_BtD, w_VD, has_aux=True
+            lambda hidden_BtD, w_DV: loss(hidden_BtD, w_DV, chunk), hidden_BtD, w_DV, has_aux=True
         )
-        dhidden_BtD, dw_VD = gradient(jnp.ones_like(total))
-        return (total, report, dw_VD), dhidden_BtD
+        dhidden_BtD, dw_DV = gradient(jnp.ones_like(total))
+        return (total, report, dw_DV), dhidden_BtD
 
-    (total, report, dw_VD), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
+    (total, report, dw_DV), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
     # Whole on each device until the loop ends: the devices add up once, not once a chunk.
-    dw_VD = constrain(constrain(dw_VD, "V-"), "VD")
-    return (total, report), (dhidden_BTD, dw_VD, batch)
+    dw_DV = constrain(constrain(dw_DV, "-V"), "DV")
+    return (total, report), (dhidden_BTD, dw_DV, batch)
 
 
 def _backward(loss, size, saved, cotangents):
-    dhidden_BTD, dw_VD, batch = saved
+    dhidden_BTD, dw_DV, batch = saved
     g = cotangents[0]
     zeros = jax.tree.map(_no_gradient, batch)
-    return (dhidden_BTD * g).astype(dhidden_BTD.dtype), dw_VD * g, zeros
+    return (dhidden_BTD * g).astype(dhidden_BTD.dtype), dw_DV * g, zeros
 
 
 chunked_sum.defvjp(_forward, _backward)

@@ -19,7 +19,7 @@ class NextToken:
     """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, 5)."""
-    chunk: int = 32
+    chunk: int = 64
     """Positions of each row whose logits exist at once; more is faster where memory allows."""
 
     def check(self) -> None:
@@ -53,11 +53,11 @@ class NextToken:
         )
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
-        def loss(hidden_BtD, w_VD, chunk):
-            return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_VD), **chunk)
+        def loss(hidden_BtD, w_DV, chunk):
+            return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_DV), **chunk)
 
-        w_VD = output_weights(model.cfg, params)
-        loss_sum, cross_entropy = chunked_sum(loss, self.chunk, hidden_BTD, w_VD, rest)
+        w_DV = output_weights(model.cfg, params)
+        loss_sum, cross_entropy = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
         return loss_sum, {"loss": Mean(cross_entropy, batch["weights"].sum())}
 
     def of_logits(
