@@ -219,8 +219,8 @@ def _matmul_backward(equation, dtype, saved, dy):
     dx = product(f"{out},{w_letters}->{x_letters}", dy, w_)
 
     def dw_on_cpu(x, dy):
-        # XLA for CPU transposes the first factor in memory, which had better be the smaller one, and
-        # would fold a transposition of the result into a product that it has not for bfloat16.
+        # XLA for CPU transposes the first factor in memory: that had better be the smaller one. It
+        # would also fold a transposed result into a product that it has not for bfloat16.
         factors = sorted([(x, x_letters), (dy, out)], key=lambda factor: factor[0].size)
         (a, a_letters), (b, b_letters) = factors
         as_it_comes = "".join(letter for letter in a_letters + b_letters if letter in w_letters)
