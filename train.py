@@ -30,8 +30,11 @@ DEFAULT = Path(__file__).parent / "configs" / "default.py"
 def main(args: list[str]) -> int:
     """Trains what the command line says; returns the exit status."""
     try:
+        cfg = config.from_command_line(args, DEFAULT)
+        cfg.check()
+        parallel.connect(cfg.parallel)  # first, for it would take SIGTERM away from us
         with Signals() as signals:
-            return train(config.from_command_line(args, DEFAULT), signals)
+            return train(cfg, signals)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,8 +49,10 @@ def train(cfg: config.Config, signals: "Signals") -> int:
     with clock("init"):
         run = prepare(cfg)
         cfg, start, steps, state = run.cfg, run.start, run.cfg.train.steps, run.state
+    first = jax.process_index() == 0  # of several processes, the one that speaks
     if start >= steps:
-        print(f"{cfg.folder} has all its {start} steps; raise train.steps, or set another name")
+        if first:
+            print(f"{cfg.folder} has all its {start} steps; raise train.steps, or set another name")
         return 0
     log = telemetry.Telemetry(
         cfg.folder,
@@ -78,9 +83,9 @@ def train(cfg: config.Config, signals: "Signals") -> int:
 
     with log, closing(run.checkpoints), closing(feed):
         with clock("compile"):
-            first = run.layout.put(run.batches.batch(start))
-            take_step = run.layout.compile_step(run.step, state, first)
-            evaluate = run.layout.compile_eval(run.evaluate, state.params, first)
+            example = run.layout.put(run.batches.batch(start))
+            take_step = run.layout.compile_step(run.step, state, example)
+            evaluate = run.layout.compile_eval(run.evaluate, state.params, example)
         signals.loop_runs = True
         for step in range(start + 1, steps + 1):
             with clock("data"):
@@ -89,11 +94,13 @@ def train(cfg: config.Config, signals: "Signals") -> int:
                 state, metrics = take_step(state, batch)
             pending.append((step, metrics))
 
-            stopped = signals.received  # read once: what is decided on it must agree
+            logs = due(step, cfg.train.log_every)
+            # Read once, for what is decided on it must agree; several processes ask each other.
+            stopped = parallel.largest(signals.received) if logs or jax.process_count() == 1 else 0
             last = step == steps or stopped > 0
             evals = step == steps or due(step, cfg.train.eval_every)
             saves = last or due(step, cfg.checkpoint.every)
-            if due(step, cfg.train.log_every) or evals or saves:
+            if logs or evals or saves:
                 # The newest step may still run while the log is written, unless it is looked at.
                 newest = evals or saves or step == start + 1
                 with clock("step"):
@@ -108,17 +115,21 @@ def train(cfg: config.Config, signals: "Signals") -> int:
             if saves:
                 with clock("save"):
                     run.save(step, state, val_loss)
-            if due(step, cfg.train.log_every) or last:
+            if logs or last:
                 log.show(step)
             if last:
                 break
         with clock("save"):
             run.checkpoints.wait()
     if stopped:
-        print(f"stopped after step {step}, which is saved; the same command goes on from there")
+        if first:
+            print(f"stopped after step {step}, which is saved; the same command goes on from there")
         return 128 + stopped
+    if not first:
+        return 0
     print(f"\nwhere the time went\n{clock.table()}")
-    print(f"\nloss curve   {telemetry.plot(cfg.folder)}")
+    if picture := telemetry.plot(cfg.folder):
+        print(f"\nloss curve   {picture}")
     print(f"checkpoint   {run.checkpoints.folder / str(steps)}")
     if cfg.train.sample_tokens:
         print(f"\na sample (python -m jaxgpt generate {cfg.folder} {cfg.train.prompt!r}):\n")
@@ -163,7 +174,6 @@ class Run:
 
 def prepare(cfg: config.Config) -> Run:
     """Config -> objects. Bad input is found here, before any device work."""
-    cfg.check()
     checkpoints = checkpoint.Checkpoints(cfg.folder / "checkpoints", cfg.checkpoint)
     start = checkpoints.latest()
     saved = {} if start is None else checkpoint.read(checkpoints.folder / str(start))
@@ -183,6 +193,8 @@ def prepare(cfg: config.Config) -> Run:
     batches = data.Batches(corpus, cfg.data, seed=cfg.seed, **rows(cfg))
     if saved:
         data.refuse_changed(saved["data"], batches.fingerprint)
+    if jax.process_index() == 0:
+        config.save(cfg, cfg.folder / "config.json")
 
     # The model, its objective and its optimizer become a state on the devices.
     mesh = parallel.make_mesh(cfg.parallel)
@@ -210,13 +222,16 @@ def prepare(cfg: config.Config) -> Run:
         state = from_saved(checkpoints.restore(start, abstract), scanned)
         state = jax.device_put(state, layout.shardings(state))
 
-    cfg.folder.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, cfg.folder / "config.json")
-    print(config.summary(cfg))
-    print(f"\ntokens       {len(corpus.train):,} to train on, {len(corpus.val):,} to validate on")
-    print(f"model        {model.count(gpt):,} parameters")
-    print(f"devices      {mesh.devices.size} x {mesh.devices.flat[0].device_kind}: {chosen}")
-    print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))
+    if jax.process_index() == 0:
+        train_tokens, val_tokens = len(corpus.train), len(corpus.val)
+        devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
+        print(config.summary(cfg))
+        print(
+            f"\ntokens       {len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
+        )
+        print(f"model        {model.count(gpt):,} parameters")
+        print(f"devices      {devices}: {chosen}")
+        print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))
     describe = {
         "config": config.to_dict(cfg),
         "tokenizer": text.to_json(),

@@ -101,6 +101,7 @@ class Config:
         self.data.check()
         self.objective.check()
         self.optim.check(self.train.steps)
+        self.parallel.check()
         self.checkpoint.check()
 
 
@@ -180,8 +181,14 @@ def summary(config: Config) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the config as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Writes the config as JSON, and the folder it is in. Raises InputError where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; make room, or set `runs` elsewhere"
+        ) from None
 
 
 def read(path: str | Path) -> Config:

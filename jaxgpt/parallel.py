@@ -6,6 +6,7 @@ changes. `pmap` is the twin without a mesh: the same step, mapped over the devic
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +47,59 @@ class ParallelConfig:
     """Devices that split rows of the batch and the parameters too (FSDP, ZeRO-3)."""
     tensor: int = 1
     """Devices that split heads, hidden units and vocabulary (Megatron's tensor parallelism)."""
+    processes: int = 1
+    """Processes of the run, one a host, each started by the same command on a folder they share;
+    0: as the cluster says (a TPU pod, Slurm, Open MPI, Kubernetes)."""
+    process: int = 0
+    """Where `processes` is 2 or more: which of them this one is, from 0."""
+    coordinator: str = ""
+    """Where `processes` is 2 or more: HOST:PORT of process 0, which the others can reach."""
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be; `make_mesh` checks those of devices."""
+        if self.processes < 0:
+            raise InputError(f"parallel.processes={self.processes}; set it to 0 or more")
+        if self.processes < 2 and (self.process or self.coordinator):
+            raise InputError(
+                f"parallel.process={self.process} and coordinator={self.coordinator!r} are for "
+                f"processes of 2 or more, and it is {self.processes}; set parallel.processes too"
+            )
+        if self.processes > 1 and not 0 <= self.process < self.processes:
+            raise InputError(
+                f"parallel.process={self.process}; of {self.processes} processes, "
+                f"set it to 0 to {self.processes - 1}"
+            )
+        if self.processes > 1 and not re.fullmatch(r"\S+:\d+", self.coordinator):
+            raise InputError(
+                f"parallel.coordinator={self.coordinator!r}; set it to HOST:PORT of process 0"
+            )
+
+
+def connect(cfg: ParallelConfig) -> None:
+    """Joins the processes of a run, before any of them looks at its devices.
+
+    Waits until all are there. Raises InputError where the cluster does not say who they are.
+    """
+    if cfg.processes == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        if cfg.processes:
+            jax.distributed.initialize(cfg.coordinator, cfg.processes, cfg.process)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the {cfg.processes or ''} processes did not find each other: {error}; set "
+            "parallel.processes, process and coordinator"
+        ) from None
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values, on each of them; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
@@ -65,6 +120,12 @@ def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
         raise InputError(
             f"parallel {given} does not make up {len(devices)} devices; "
             f"set sizes whose product is {len(devices)}, or one of them to -1"
+        )
+    here = jax.local_device_count()
+    if jax.process_count() > 1 and here % shape[-1]:
+        raise InputError(
+            f"parallel.tensor={shape[-1]} reaches over the {here} devices of a process, whose rows "
+            f"of the batch are its own; set it to a divisor of {here}"
         )
     if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
         raise InputError(f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit")

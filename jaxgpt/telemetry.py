@@ -159,7 +159,6 @@ class Telemetry:
         self._sinks: list[_Sink] = []
         self._display: Any = _Silent()
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             self._file = _reopen(folder / "metrics.jsonl", start)
             if cfg.tensorboard:
                 self._sinks.append(_Sink("tensorboard", lambda: _tensorboard(folder, start)))
@@ -261,12 +260,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _reopen(path: Path, start: int) -> Any:
-    """The file, holding one history: records after step `start` were of a run that was cut off."""
+    """The file, holding one history: records after step `start` were of a run that was cut off.
+
+    Raises TrainingError where it cannot be written.
+    """
     kept = [r for r in read_metrics(path) if start and r.get("step", 0) <= start]
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    part.replace(path)
-    return path.open("a")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        part.replace(path)
+        return path.open("a")
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror}; make room, or set `runs` elsewhere"
+        ) from error
 
 
 class _Sink:
@@ -425,7 +433,8 @@ def _display(progress: str, start: int, steps: int) -> Any:
 def plot(folder: Path) -> Path | None:
     """Draws training and validation loss over steps from `metrics.jsonl` into `loss.png`.
 
-    Returns the picture's path, or None where there is no loss to draw.
+    Returns the picture's path, or None where there is no loss to draw or no room for it, which is
+    said on stderr: it never stops a run.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -449,5 +458,9 @@ def plot(folder: Path) -> Path | None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        print(f"warning: {path} is not drawn: {error.strerror}", file=sys.stderr)
+        return None
     return path

@@ -277,6 +277,32 @@ def test_impossible_meshes_are_refused_with_what_to_set(settings, says):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"processes": -1}, ["processes=-1", "0 or more"]),
+        ({"process": 1}, ["process=1", "set parallel.processes too"]),
+        ({"coordinator": "host:1"}, ["coordinator='host:1'", "set parallel.processes too"]),
+        ({"processes": 2, "process": 2, "coordinator": "host:1"}, ["process=2", "0 to 1"]),
+        ({"processes": 2, "coordinator": "host"}, ["coordinator='host'", "HOST:PORT"]),
+    ],
+    ids=str,
+)
+def test_impossible_processes_are_refused_with_what_to_set(settings, says):
+    with pytest.raises(InputError) as error:
+        ParallelConfig(**settings).check()
+    for words in says:
+        assert words in str(error.value)
+
+
+def test_tensor_parallelism_over_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    assert make_mesh(ParallelConfig(tensor=2)).shape["tensor"] == 2
+    with pytest.raises(InputError, match=r"tensor=4 reaches over the 2 devices.*divisor of 2"):
+        make_mesh(ParallelConfig(tensor=4))
+
+
 def test_a_batch_that_does_not_split_is_refused():
     mesh = make_mesh(ParallelConfig())
     with pytest.raises(InputError) as error:

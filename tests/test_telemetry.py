@@ -125,6 +125,12 @@ def test_a_full_disk_is_a_training_error(folder):
         log.log(7, {"loss": 1.0})
 
 
+def test_a_folder_that_cannot_be_written_is_a_training_error(folder):
+    folder.touch()
+    with pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written.*set `runs`"):
+        open_telemetry(folder)
+
+
 def test_inner_time_is_not_counted_twice_and_all_adds_up_to_the_wall():
     now = Now()
     clock = Goodput(now)
@@ -423,6 +429,14 @@ def test_without_a_loss_there_is_no_picture(folder):
     with open_telemetry(folder) as log:
         log.log(1, {"loss": math.nan})
     assert telemetry.plot(folder) is None and not (folder / "loss.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(folder, capsys):
+    with open_telemetry(folder) as log:
+        log.log(1, {"loss": 2.0})
+    (folder / "loss.png").mkdir()
+    assert telemetry.plot(folder) is None
+    assert "loss.png is not drawn" in capsys.readouterr().err
 
 
 def test_drawing_leaves_pyplot_alone(folder):

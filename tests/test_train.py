@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -114,8 +115,8 @@ def cut_back(name: str, to: str, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def spawn(*options: str, name: str) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+def spawn(*options: str, name: str, devices: int = 1) -> subprocess.Popen:
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     args = [sys.executable, str(ROOT / "train.py"), "tiny.py", "--name", name, *options]
     return subprocess.Popen(
         args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -164,6 +165,49 @@ def test_a_signal_saves_and_exits_with_its_status(here, number, status):
     (saved,) = Path("runs/a/checkpoints").iterdir()
     assert max(losses_of("a")) == int(saved.name)
     assert f"stopped after step {saved.name}" in output
+
+
+def spawn_two(*options: str, name: str) -> list[subprocess.Popen]:
+    """A run of two processes with two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ("--parallel.processes", "2", "--parallel.coordinator", address)
+    return [
+        spawn(*options, *together, "--parallel.process", number, name=name, devices=2)
+        for number in "01"
+    ]
+
+
+def test_two_processes_train_as_one_and_resume_each_other(here, monkeypatch):
+    four = partial(MAKE_MESH, devices=jax.devices()[:4])
+    monkeypatch.setattr(train.parallel, "make_mesh", four)
+    exact = ("--model.dropout", "0")
+    split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
+    assert run(*exact) == 0
+    cut_back("a", "resumed", 3)
+    for name in ("together", "resumed"):
+        processes = spawn_two(*split, name=name)
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert "loss curve" in outputs[0] and "loss curve" not in outputs[1]
+        np.testing.assert_allclose(
+            list(losses_of(name).values()), list(losses_of("a").values()), rtol=1e-5
+        )
+        first, second = state_of("a", 6), state_of(name, 6)
+        for path, leaf in first.items():
+            np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-4, err_msg=path)
+
+
+def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
+    options = ("--train.steps", "100000", "--checkpoint.every", "0", "--train.eval_every", "0")
+    processes = spawn_two(*options, name="a")
+    wait_for_step("a", 3)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    (saved,) = Path("runs/a/checkpoints").iterdir()
+    assert max(losses_of("a")) == int(saved.name)
 
 
 def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, eight_devices):
@@ -313,6 +357,12 @@ def test_a_file_that_is_empty_or_binary_is_refused(here, capsys):
     for name in ("empty.txt", "binary.txt"):
         assert run("--data.paths", name) == 2
         assert name in capsys.readouterr().err
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_refused(here, capsys):
+    Path("runs").touch()
+    assert run() == 2
+    assert "runs/a/config.json cannot be written" in capsys.readouterr().err
 
 
 def test_a_config_file_without_config_is_refused(here, capsys):

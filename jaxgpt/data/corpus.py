@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
     sources = [open_source(path, cfg.text_field) for path in (*cfg.paths, *cfg.val_paths)]
-    digests = [content_digest(source) for source in sources]
+    on_disk = sum(os.path.getsize(file) for source in sources for file in source.files)
+    with _progress("reading the text", on_disk) as progress:
+        digests = [content_digest(source, progress) for source in sources]
     cache = _cache_folder(cfg)
     entries = []
     for digest, fraction in zip(digests, fractions, strict=True):
@@ -101,7 +104,8 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
         if source.skipped:
             _say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
     todo = [work for work in zip(sources, fractions, entries, strict=True) if not work[2].exists()]
-    sizes = [measure(source) for source, _, _ in todo]
+    with _progress("checking the text", None) as progress:
+        sizes = [measure(source, progress) for source, _, _ in todo]
     for (source, fraction, entry), size in zip(todo, sizes, strict=True):
         with writing(cache):
             if not entry.exists():  # another process may have made it meanwhile
@@ -160,6 +164,20 @@ def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
 def _write(
     source: Source, size: int, val_fraction: float, entry: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
+    began = time.perf_counter()
+    with _progress(source.path, size) as progress:
+        write_tokens(entry, split(source, val_fraction), tokenizer, workers, progress)
+    seconds = time.perf_counter() - began
+    tokens = {name: len(stream) for name, stream in read_tokens(entry).items()}
+    _say(
+        f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
+        f"{size / 1e6:.1f} MB in {seconds:.1f} s"
+    )
+
+
+@contextmanager
+def _progress(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes on a terminal, gone when it is full; the function moves it on."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -172,18 +190,10 @@ def _write(
     console = Console(stderr=True)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    began = time.perf_counter()
     quiet = not console.is_terminal
     with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        task = bar.add_task(source.path, total=size)
-        documents = split(source, val_fraction)
-        write_tokens(entry, documents, tokenizer, workers, lambda bytes: bar.advance(task, bytes))
-    seconds = time.perf_counter() - began
-    tokens = {name: len(stream) for name, stream in read_tokens(entry).items()}
-    _say(
-        f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
-        f"{size / 1e6:.1f} MB in {seconds:.1f} s"
-    )
+        task = bar.add_task(what, total=size)
+        yield lambda bytes: bar.advance(task, bytes)
 
 
 def _cache_folder(cfg: DataConfig) -> Path:

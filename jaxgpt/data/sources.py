@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from jaxgpt.data import formats
 from jaxgpt.data.formats import Document, utf8_size
@@ -74,23 +75,35 @@ def open_source(path: str, text_field: str = "text") -> Source:
     raise InputError(f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'")
 
 
-def measure(source: Source) -> int:
-    """The size of the text in bytes of UTF-8, by reading it once.
+def measure(source: Source, progress: Callable[[int], Any] = lambda bytes: None) -> int:
+    """The size of the text in bytes of UTF-8, by reading it once; `progress` gets it in parts.
 
     Raises InputError, naming file and place, for whatever is not text, and if there is no text.
     """
-    size = sum(utf8_size(piece) for document in source.documents() for piece in document)
+    size = told = 0
+    for piece in chain.from_iterable(source.documents()):
+        size += utf8_size(piece)
+        if size - told >= formats.BLOCK:  # not for every record: there may be millions
+            progress(size - told)
+            told = size
     if not size:
         raise InputError(f"{source.path} holds no text: all its documents are empty")
     return size
 
 
-def content_digest(source: Source) -> str:
-    """SHA-256 over the bytes of all files and how they are read; not over their names."""
+def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes: None) -> str:
+    """SHA-256 over the bytes of all files and how they are read; not over their names.
+
+    `progress`, called from several threads, gets the number of bytes in parts.
+    """
 
     def file_digest(file: str) -> str:
+        digest = hashlib.sha256()
         with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+            while block := opened.read(formats.BLOCK):
+                digest.update(block)
+                progress(len(block))
+        return digest.hexdigest()
 
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, source.files))
