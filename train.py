@@ -226,9 +226,7 @@ def prepare(cfg: config.Config) -> Run:
         train_tokens, val_tokens = len(corpus.train), len(corpus.val)
         devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
         print(config.summary(cfg))
-        print(
-            f"\ntokens       {len(corpus.train):,} to train on, {len(corpus.val):,} to validate on"
-        )
+        print(f"\ntokens       {train_tokens:,} to train on, {val_tokens:,} to validate on")
         print(f"model        {model.count(gpt):,} parameters")
         print(f"devices      {devices}: {chosen}")
         print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))
