@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def load_params(path: str | Path, abstract: Any = None, item: str = "params") -> Any:
-    """The parameters alone, anywhere: nothing else of the checkpoint is read.
+    """The parameters alone, anywhere, or another item: nothing else of the checkpoint is read.
 
     For `path` see `find`. Without `abstract` they are nested dicts by path, as Flax's parameters
     are, on the first device; with it they take its tree and shardings, and InputError is raised
@@ -419,8 +420,13 @@ def _spec(leaf: Any) -> str:
 
 
 def _parse(spec: str) -> jax.ShapeDtypeStruct:
-    dtype, _, shape = spec.rstrip("]").partition("[")
-    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), np.dtype(dtype))
+    name, _, lengths = spec.rstrip("]").partition("[")
+    shape = tuple(int(n) for n in lengths.split(",") if n)
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        key = jax.eval_shape(partial(jax.random.key, 0, impl=impl))
+        if name == str(key.dtype):
+            return jax.ShapeDtypeStruct(shape, key.dtype)
+    return jax.ShapeDtypeStruct(shape, np.dtype(name))
 
 
 def _is_key(leaf: Any) -> bool:
