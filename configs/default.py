@@ -18,8 +18,8 @@ from jaxgpt.tokenizer import TokenizerConfig
 config = Config(
     model=GPTConfig(
         L=4,
-        D=192,
-        N=3,
+        D=128,
+        N=2,
         T=256,
         position="rotary",
         norm="rmsnorm",
@@ -30,8 +30,14 @@ config = Config(
     tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),
     data=DataConfig(paths=("python",), val_fraction=0.05),
     optim=OptimConfig(
-        name="muon", learning_rate=3e-3, schedule="wsd", warmup=20, final=0.0, decay=0.5
+        name="muon",
+        learning_rate=6e-3,
+        muon_learning_rate=0.04,
+        schedule="wsd",
+        warmup=20,
+        final=0.0,
+        decay=0.5,
     ),
-    train=TrainConfig(steps=400, batch=8, eval_every=100, eval_batches=20, prompt="def main("),
-    checkpoint=CheckpointConfig(every=100),
+    train=TrainConfig(steps=900, batch=8, eval_every=150, eval_batches=20, prompt="def main("),
+    checkpoint=CheckpointConfig(every=150),
 )
