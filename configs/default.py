@@ -3,9 +3,10 @@
 Command:   python train.py
 Hardware:  a laptop; 2 CPU cores are enough
 Data:      the source of the running interpreter's standard library, about 12 MB without its tests
-Time:      500 steps of this took 397 s on two cores that other work shared; these 400 not run yet
-Expect:    a validation loss of about 4.1 (500 steps: 4.05, 1.66 bits per byte), and a sample with
-           the look of Python and little of its sense
+Time:      170 s on two cores of an Intel Xeon; `--compute.dtype bfloat16` is about 1.4 times as
+           fast on a processor that multiplies it (AVX512-BF16, AMX)
+Expect:    a validation loss of about 3.76, which is 1.54 bits per byte (Python 3.13's library), and
+           a sample with the look of Python and little of its sense
 """
 
 from jaxgpt.checkpoint import CheckpointConfig

@@ -306,7 +306,8 @@ def test_a_checkpoint_describes_itself(folder):
     assert json.loads((folder / "5" / "tokenizer.json").read_text()) == describe["tokenizer"]
 
 
-def test_a_wrong_path_is_refused_with_the_runs_there_are(folder):
+def test_a_wrong_path_is_refused_with_the_runs_there_are(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)  # where no other runs are
     save(folder, 5)
     with pytest.raises(InputError, match=r"looked for .*did you mean .*/runs/shakespeare\?"):
         checkpoint.load_params(folder.parent.with_name("shakespear"))
