@@ -307,8 +307,8 @@ def test_a_checkpoint_describes_itself(folder):
 
 
 def test_a_wrong_path_is_refused_with_the_runs_there_are(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent.parent)  # where no other runs are
     save(folder, 5)
+    monkeypatch.chdir(folder.parent.parent)  # where no other runs are
     with pytest.raises(InputError, match=r"looked for .*did you mean .*/runs/shakespeare\?"):
         checkpoint.load_params(folder.parent.with_name("shakespear"))
     with pytest.raises(InputError, match=r"there are .*/runs/shakespeare"):
