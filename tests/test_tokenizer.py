@@ -21,18 +21,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from jaxgpt import tokenizer as tokenizers
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import (
     BPE,
     EOT,
     PATTERN,
+    PUBLISHED,
     Bytes,
     Characters,
     File,
     TokenizerConfig,
+    bpe,
     build,
     from_json,
+    published,
     report,
 )
 
@@ -176,15 +178,15 @@ def test_training_is_deterministic():
 
 
 def test_a_large_corpus_is_sampled_evenly_within_the_limit(monkeypatch, capsys):
-    monkeypatch.setattr(tokenizers, "BLOCK", 1000)
+    monkeypatch.setattr(bpe, "BLOCK", 1000)
     documents = [f"{number % 10}" * 1000 for number in range(4096)]  # 4.1 MB of blocks
-    sample = tokenizers._sample(iter(documents), 1_100_000)
+    sample = bpe._sample(iter(documents), 1_100_000)
     assert sample == documents[::4]
     assert "1.0 of 4.1 MB, one block in 4" in capsys.readouterr().err
 
 
 def test_a_long_document_is_sampled_too(monkeypatch):
-    sample = tokenizers._sample(["é" * 1_000_000], 1_000_000)
+    sample = bpe._sample(["é" * 1_000_000], 1_000_000)
     assert 500_000 < len("".join(sample).encode()) <= 1_000_000
 
 
@@ -349,7 +351,7 @@ def test_text_without_a_safe_place_is_not_cut(kind, text):
 
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_endless_white_space_is_refused_before_tiktoken_panics(kind):
-    enough = tokenizers.LONGEST_SPACE - 1
+    enough = bpe.LONGEST_SPACE - 1
     text = "a" + " " * enough + "b"
     assert trained(kind).decode(trained(kind).encode(text)) == text
     with pytest.raises(InputError, match="500,000 characters from position 1;"):
@@ -440,7 +442,7 @@ def publish(monkeypatch, address, vocab, encoder):
         File(f"{address}/vocab.bpe", hashlib.sha256(vocab).hexdigest()),
         File(f"{address}/encoder.json", hashlib.sha256(encoder).hexdigest()),
     ]
-    monkeypatch.setitem(tokenizers.PUBLISHED, "gpt2", tuple(files))
+    monkeypatch.setitem(PUBLISHED, "gpt2", tuple(files))
     monkeypatch.setattr(
         openai_public,
         "data_gym_to_mergeable_bpe_ranks",
@@ -482,7 +484,7 @@ def test_a_truncated_cache_file_is_named(serve, monkeypatch):
         monkeypatch, serve({"/vocab.bpe": vocab, "/encoder.json": encoder}), vocab, encoder
     )
     build(TokenizerConfig("gpt2"), [])
-    path = tokenizers._cache_folder() / file.cached_as
+    path = published._cache_folder() / file.cached_as
     path.write_bytes(vocab[:-10])
     with pytest.raises(InputError, match=f"{path} is not {file.url} .* delete it"):
         build(TokenizerConfig("gpt2"), [])
@@ -523,7 +525,7 @@ def test_without_network_the_message_says_what_to_put_where(monkeypatch, tmp_pat
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     message = refused_in(seconds=2)
     over.set()
-    for file in tokenizers.PUBLISHED["gpt2"]:
+    for file in PUBLISHED["gpt2"]:
         assert f"{file.url} as {hashlib.sha1(file.url.encode()).hexdigest()}" in message
     assert "TIKTOKEN_CACHE_DIR" in message
     assert str(tmp_path) in message
@@ -545,7 +547,7 @@ def test_an_empty_cache_folder_is_refused(monkeypatch):
         build(TokenizerConfig("gpt2"), [])
 
 
-@pytest.mark.parametrize("kind", tokenizers.PUBLISHED)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_files_and_hashes_are_those_tiktoken_asks_for(kind, monkeypatch):
     asked = []
 
@@ -556,14 +558,14 @@ def test_files_and_hashes_are_those_tiktoken_asks_for(kind, monkeypatch):
     monkeypatch.setattr(tiktoken.load, "read_file_cached", read)
     with contextlib.suppress(ValueError):  # GPT-2's encoder.json is not JSON when empty
         openai_public.ENCODING_CONSTRUCTORS[kind]()
-    assert asked == list(tokenizers.PUBLISHED[kind])
+    assert asked == list(PUBLISHED[kind])
 
 
 def test_our_name_for_a_cached_file_is_tiktokens(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.load, "read_file", lambda url: b"content")
     tiktoken.load.read_file_cached("https://example.org/vocab")
-    path = tokenizers._cache_folder() / File("https://example.org/vocab", "").cached_as
+    path = published._cache_folder() / File("https://example.org/vocab", "").cached_as
     assert path.read_bytes() == b"content"
 
 
@@ -572,7 +574,7 @@ def test_the_special_ids_are_those_published(kind, monkeypatch):
     published = {"cl100k_base": (100257, 100277), "o200k_base": (199999, 200019)}
     size = {"cl100k_base": 100256, "o200k_base": 199998}[kind]
     ranks = [bytes([b]) for b in range(256)] + [i.to_bytes(4, "big") for i in range(256, size)]
-    monkeypatch.setitem(tokenizers.PUBLISHED, kind, ())
+    monkeypatch.setitem(PUBLISHED, kind, ())
     monkeypatch.setattr(
         openai_public, "load_tiktoken_bpe", lambda *_, **__: {p: i for i, p in enumerate(ranks)}
     )

@@ -1,0 +1,34 @@
+"""Files that a folder from elsewhere names: none of them may lie outside of it."""
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from jaxgpt.errors import InputError
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of file `name` of `folder`, whether it exists or not.
+
+    Raises InputError for a name that is absolute or has `..`, and for a link that leads out of the
+    folder. In Hugging Face's cache, where `MODEL/snapshots/REVISION/file` is a link to
+    `MODEL/blobs/HASH`, it may lead anywhere inside `MODEL`.
+    """
+    if not isinstance(name, str) or name in ("", ".") or "\0" in name:
+        raise InputError(f"{name!r} is not the name of a file in {folder}; give one")
+    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts:
+        raise InputError(
+            f"{name!r} leads out of {folder}; give the name of a file inside, without '..'"
+        )
+    path = folder / name
+    try:
+        root = folder.resolve()
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise InputError(f"{path} leads nowhere ({error}); put the file itself there") from None
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not target.is_relative_to(root):
+        raise InputError(
+            f"{path} is a link out of the folder, to {target}; put the file itself there"
+        )
+    return path

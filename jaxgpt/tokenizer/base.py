@@ -1,0 +1,131 @@
+"""What every tokenizer is and promises, and the checks they share."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt.errors import InputError
+
+EOT = "<|endoftext|>"
+
+Kind = Literal["bpe", "bytes", "characters", "gpt2", "cl100k_base", "o200k_base", "huggingface"]
+
+
+class Tokenizer(ABC):
+    """Text to ids and back; a subclass says how text is encoded and where it may be cut."""
+
+    kind: Kind
+    eot: int
+    """The id of `<|endoftext|>`, or of what a model from elsewhere has in its place."""
+    pieces: Sequence[bytes]
+    """The bytes each id stands for; an id of no token stands for U+FFFD."""
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, uint32[T], none of them special; InputError if it has no UTF-8."""
+
+    @abstractmethod
+    def safe_cut(self, text: str) -> int:
+        """The last position where `text` may be cut without a change to its tokens, whatever
+        text follows it; 0 if there is none.
+
+        A long document is encoded in parts with it: `encode(text)` is
+        `encode(text[:cut]) + encode(text[cut:])`.
+        """
+
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """All that decides what ids a text gets, in JSON values."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special ones included."""
+        return len(self.pieces)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """The special tokens: names, and the ids that no text gets."""
+        return {EOT: self.eot}
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The ids that a prompt begins with, as documents do; may be none."""
+        return [self.eot]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of `content`; tokenizers with the same one give every text the same ids."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, none of them special; InputError if it has no UTF-8."""
+        return self.encode_array(text).tolist()
+
+    def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes that ids stand for, special ones written out; InputError for other ids."""
+        return b"".join(map(self.pieces.__getitem__, self._checked(tokens)))
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text that ids stand for; U+FFFD in place of bytes that are not UTF-8."""
+        return self.decode_bytes(tokens).decode(errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        """All there is to this tokenizer, in JSON values; the inverse of `from_json`."""
+        return {**self.content(), "fingerprint": self.fingerprint}
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
+        ids = np.asarray(tokens)
+        if ids.size == 0:
+            return []
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(f"cannot decode {ids.dtype}{list(ids.shape)}; give one row of ids")
+        outside = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
+        if outside.size:
+            raise InputError(
+                f"token {ids[outside[0]]} at position {outside[0]} is not an id of this tokenizer; "
+                f"they are 0 to {self.vocab_size - 1}"
+            )
+        return ids.tolist()
+
+
+def encoded(text: str, codec: str = "utf-8") -> bytes:
+    """The bytes of `text`; InputError with the position of half a surrogate pair."""
+    try:
+        return text.encode(codec)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"U+{ord(text[error.start]):04X} at position {error.start} is half a surrogate pair, "
+            "not a character; remove it"
+        ) from None
+
+
+def code_points(text: str) -> np.ndarray:
+    """The code points of `text`, uint32[T]."""
+    return np.frombuffer(encoded(text, "utf-32-le"), np.uint32)
+
+
+def check_not_empty(corpus: Any) -> None:
+    """Raises InputError for nothing at all."""
+    if not corpus:
+        raise InputError("there is no text for the tokenizer; give at least one document with some")
+
+
+def field(values: Any, name: str, type_: type) -> Any:
+    """`values[name]`; InputError where `values` is no dict, lacks it, or has another type there."""
+    if not isinstance(values, dict):
+        raise InputError(f"{type(values).__name__} is not a table of fields")
+    if name not in values:
+        raise InputError(f"{name} is missing")
+    if not isinstance(values[name], type_):
+        raise InputError(f"{name} is {type(values[name]).__name__}, not {type_.__name__}")
+    return values[name]
