@@ -9,7 +9,8 @@ N heads, K key/value heads, H head size, F hidden width, V vocabulary, L layers.
 
 Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 `blocks/i/{norm1,norm2}/{scale,b}`, `blocks/i/{q,k,v,o,up,gate,down}/{w,b}`,
-`blocks/i/{q_norm,k_norm}/scale`. Stacked for scan, the same without `i`, with a leading L.
+`blocks/i/{q_norm,k_norm,norm1_post,norm2_post}/scale`. Stacked for scan, the same without `i`, with
+a leading L.
 """
 
 import math
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.attention import attention, choose
@@ -27,6 +29,35 @@ from jaxgpt.errors import InputError
 from jaxgpt.parallel import constrain
 
 VOCABULARY_MULTIPLE = 128
+GATED = ("swiglu", "geglu")  # MLPs with a third matrix
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary wavelengths are stretched beyond the context they were trained on."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """linear: all by `factor` (Chen et al. 2023); llama3: the long ones by `factor`, the short ones
+    not at all, those between by a mixture (Llama 3.1)."""
+    factor: float = 1.0
+    """By how much."""
+    low: float = 1.0
+    """llama3: a wavelength is long from T / low tokens on."""
+    high: float = 4.0
+    """llama3: a wavelength is short up to T / high tokens."""
+    T: int = 8192
+    """llama3: the context before."""
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        for field in ("factor", "low", "high", "T"):
+            if not getattr(self, field) > 0:
+                value = getattr(self, field)
+                raise InputError(f"model.rope_scaling.{field}={value}; set it above 0")
+        if self.kind == "llama3" and self.high <= self.low:
+            raise InputError(
+                f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,16 +84,28 @@ class GPTConfig:
     """Learned absolute positions (GPT-2) or rotary ones (Su et al. 2021, half-split)."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """LayerNorm (GPT-2) or RMSNorm (Zhang and Sennrich 2019)."""
+    rope_local_theta: float = 0.0
+    """The base in layers with a sliding window, which are not scaled (Gemma 3); 0: the same."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """Stretches the rotary wavelengths."""
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm+1"] = "layernorm"
+    """LayerNorm (GPT-2), RMSNorm (Zhang and Sennrich 2019), or that with a scale of 1 + the
+    parameter (Gemma)."""
     norm_eps: float = 1e-5
     """Added to the variance in norms."""
-    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
-    """GELU in its tanh form (GPT-2), SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+    post_norm: bool = False
+    """A second norm after attention and MLP, before they are added (Gemma 2)."""
+    mlp: Literal["gelu", "swiglu", "geglu", "relu2"] = "gelu"
+    """GELU in its tanh form (GPT-2), SwiGLU or GEGLU (Shazeer 2020), squared ReLU (So et al.
+    2021)."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values where `bias` is off (Qwen2)."""
     tied: bool = True
     """The output layer is the token embedding."""
+    scale_embedding: bool = False
+    """Token embeddings are multiplied by sqrt(D) on their way in (Gemma)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys, before rotation (Henry et al. 2020)."""
     window: int = 0
@@ -117,14 +160,20 @@ class GPTConfig:
                 f"model.K={self.K} key/value heads do not divide model.N={self.N} heads; "
                 f"set K to a divisor of {self.N}"
             )
+        self.rope_scaling.check()
         if self.position == "rotary" and self.sizes["H"] % 2:
             raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
         if self.dropout >= 1:
             raise InputError(f"model.dropout={self.dropout} drops everything; set it below 1")
         if self.norm_eps <= 0:
             raise InputError(f"model.norm_eps={self.norm_eps}; set it above 0")
-        if self.global_every and not self.window:
-            raise InputError(f"model.global_every={self.global_every} needs model.window > 0")
+        for name in ("global_every", "rope_local_theta"):
+            if getattr(self, name) and not self.window:
+                raise InputError(f"model.{name}={getattr(self, name)} needs model.window > 0")
+        if self.position == "learned" and (self.rope_scaling.kind != "none"):
+            raise InputError(
+                f"model.rope_scaling.kind={self.rope_scaling.kind} needs model.position=rotary"
+            )
 
     def build(self, compute: "ComputeConfig") -> "GPT":
         """The model, to run as `compute` (resolved) says."""
@@ -136,16 +185,18 @@ class GPTConfig:
             )
         return GPT(self, compute)
 
-    def flops_per_token(self, causal: bool = False) -> float:
+    def flops_per_token(self, T: int = 0, causal: bool = False) -> float:
         """Training FLOPs per token, forward and backward, without rematerialization.
 
+        In rows of T tokens, the context's length by default:
         6 per weight of the matmuls and 12 L N H T for attention scores and values (Chowdhery et
         al. 2022, appendix B); `causal` counts only the half of them that is needed.
         """
         s = self.sizes
         qkvo = 2 * s["D"] * s["H"] * (s["N"] + s["K"])
-        mlp = (3 if self.mlp == "swiglu" else 2) * s["D"] * s["F"]
-        seen = sum(min(window or self.T, self.T) for window in self.windows())
+        mlp = (3 if self.mlp in GATED else 2) * s["D"] * s["F"]
+        T = T or self.T
+        seen = sum(min(window or T, T) for window in self.windows())
         attention_flops = 12 * s["N"] * s["H"] * seen * (0.5 if causal else 1.0)
         return 6.0 * (self.L * (qkvo + mlp) + s["V"] * s["D"]) + attention_flops
 
@@ -165,11 +216,12 @@ class ComputeConfig:
     """Implementation of attention; auto: the fastest that can run."""
 
     def resolve(
-        self, model: GPTConfig, platform: str, segments: bool = False
+        self, model: GPTConfig, platform: str, segments: bool = False, T: int = 0
     ) -> tuple["ComputeConfig", str]:
         """This config with no `auto` left, for a platform, and a line that says what was chosen.
 
-        `segments`: whether documents will be masked from each other.
+        `segments`: whether documents will be masked from each other; rows have T tokens, the
+        context's length by default.
         """
         accelerator = platform in ("tpu", "gpu", "cuda")
         dtype: Any = self.dtype
@@ -185,7 +237,7 @@ class ComputeConfig:
             platform,
             dtype=dtype,
             H=model.sizes["H"],
-            T=model.T,
+            T=T or model.T,
             dropout=model.dropout,
             segments=segments,
         )
@@ -242,17 +294,18 @@ class Linear(nn.Module):
     cfg: GPTConfig
     equation: str
     dtype: Any
+    bias: bool
     scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The equation applied to x, plus the bias where the config has them."""
+        """The equation applied to x, plus the bias where there is one."""
         x_letters, rest = self.equation.split(",")
         w_letters, out = rest.split("->")
         init = nn.initializers.normal(self.cfg.init_std * self.scale)
         w = self.param("w", *_leaf(self.cfg, w_letters, init))
         y = matmul(self.equation, x, w, self.dtype)
-        if self.cfg.bias:
+        if self.bias:
             b_letters = "".join(letter for letter in out if letter not in x_letters[:2])
             b = self.param("b", *_leaf(self.cfg, b_letters, nn.initializers.zeros))
             y = y + b[None, None]  # in float32, and so is the sum that is its gradient
@@ -269,8 +322,10 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normalised, scaled, and shifted where the config has biases."""
-        layernorm = (self.kind or self.cfg.norm) == "layernorm"
-        scale = self.param("scale", *_leaf(self.cfg, self.letter, nn.initializers.ones))
+        kind = self.kind or self.cfg.norm
+        layernorm, offset = kind == "layernorm", kind == "rmsnorm+1"
+        ones = nn.initializers.zeros if offset else nn.initializers.ones
+        scale = self.param("scale", *_leaf(self.cfg, self.letter, ones)) + offset
         y = x.astype(jnp.float32)
         if layernorm:
             y = y - y.mean(-1, keepdims=True)
@@ -288,10 +343,25 @@ def _leaf(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...]
     return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
 
 
-def rotary_tables(positions_BT: jax.Array, H: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H)."""
-    wavelengths = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles = positions_BT[..., None].astype(jnp.float32) * wavelengths[None, None]
+def rotary_frequencies(H: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians per position, [H/2] float32: theta^(-2i/H), scaled."""
+    frequencies = float(theta) ** -(np.arange(0, H, 2) / H)
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        frequencies = slow
+    elif scaling.kind == "llama3":
+        turns = scaling.T * frequencies / (2 * np.pi)  # in the context before
+        share = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequencies = share * frequencies + (1 - share) * slow
+    return frequencies.astype(np.float32)
+
+
+def rotary_tables(
+    positions_BT: jax.Array, H: int, theta: float, scaling: RopeScaling = RopeScaling()
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H), scaled."""
+    frequencies = rotary_frequencies(H, theta, scaling)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -316,20 +386,26 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """The residual stream after the layer; the None is `nn.scan`'s unused output."""
         cfg = self.cfg
-        linear = partial(Linear, cfg, dtype=jnp.dtype(self.compute.dtype))
+        linear = partial(Linear, cfg, dtype=jnp.dtype(self.compute.dtype), bias=cfg.bias)
+        to_heads = partial(linear, bias=cfg.bias or cfg.qkv_bias)
         to_residual = partial(linear, scale=1 / math.sqrt(2 * cfg.L))
         drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
 
+        def post(name: str) -> Any:
+            return Norm(cfg, name=name) if cfg.post_norm else lambda y_BTD: y_BTD
+
         x_BTD = constrain(x_BTD, "BTD")
         y_BTD = Norm(cfg, name="norm1")(x_BTD)
-        q_BTNH = linear("BTD,DNH->BTNH", name="q")(y_BTD)
-        k_BTKH = linear("BTD,DKH->BTKH", name="k")(y_BTD)
-        v_BTKH = linear("BTD,DKH->BTKH", name="v")(y_BTD)
+        q_BTNH = to_heads("BTD,DNH->BTNH", name="q")(y_BTD)
+        k_BTKH = to_heads("BTD,DKH->BTKH", name="k")(y_BTD)
+        v_BTKH = to_heads("BTD,DKH->BTKH", name="v")(y_BTD)
         if cfg.qk_norm:
-            q_BTNH = Norm(cfg, "H", "rmsnorm", name="q_norm")(q_BTNH)
-            k_BTKH = Norm(cfg, "H", "rmsnorm", name="k_norm")(k_BTKH)
+            kind = "rmsnorm" if cfg.norm == "layernorm" else cfg.norm
+            q_BTNH = Norm(cfg, "H", kind, name="q_norm")(q_BTNH)
+            k_BTKH = Norm(cfg, "H", kind, name="k_norm")(k_BTKH)
         if cfg.position == "rotary":
-            q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
+            tables = rotary["local" if self.window else "global"]
+            q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
         out_BTNH = attention(
             q_BTNH,
             k_BTKH,
@@ -339,17 +415,19 @@ class Block(nn.Module):
             segments_BT=segments_BT,
             drop=drop if cfg.dropout and self.has_rng("dropout") else None,
         )
-        x_BTD = x_BTD + drop(to_residual("BTNH,NHD->BTD", name="o")(out_BTNH))
+        x_BTD = x_BTD + drop(post("norm1_post")(to_residual("BTNH,NHD->BTD", name="o")(out_BTNH)))
 
         y_BTD = Norm(cfg, name="norm2")(x_BTD)
         h_BTF = linear("BTD,DF->BTF", name="up")(y_BTD)
-        if cfg.mlp == "swiglu":
-            h_BTF = nn.silu(linear("BTD,DF->BTF", name="gate")(y_BTD)) * h_BTF
+        gelu = partial(nn.gelu, approximate=True)
+        if cfg.mlp in GATED:
+            gate = nn.silu if cfg.mlp == "swiglu" else gelu
+            h_BTF = gate(linear("BTD,DF->BTF", name="gate")(y_BTD)) * h_BTF
         elif cfg.mlp == "relu2":
             h_BTF = jnp.square(nn.relu(h_BTF))
         else:
-            h_BTF = nn.gelu(h_BTF, approximate=True)
-        x_BTD = x_BTD + drop(to_residual("BTF,FD->BTD", name="down")(h_BTF))
+            h_BTF = gelu(h_BTF)
+        x_BTD = x_BTD + drop(post("norm2_post")(to_residual("BTF,FD->BTD", name="down")(h_BTF)))
         return x_BTD, None
 
 
@@ -427,10 +505,15 @@ class GPT(nn.Module):
         rotary = None
         # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
         x_BTD = constrain(constrain(self.wte, "V-")[tokens_BT], "BTD")
+        if cfg.scale_embedding:
+            x_BTD *= math.sqrt(cfg.D)
         if cfg.position == "learned":
             x_BTD += jnp.broadcast_to(constrain(self.wpe, "T-")[positions_BT], x_BTD.shape)
         else:
-            rotary = rotary_tables(positions_BT, cfg.sizes["H"], cfg.rope_theta)
+            tables = partial(rotary_tables, positions_BT, cfg.sizes["H"])
+            rotary = {"global": tables(cfg.rope_theta, cfg.rope_scaling)}
+            local = cfg.rope_local_theta
+            rotary["local"] = tables(local, RopeScaling()) if local else rotary["global"]
         x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         x_BTD, _ = self.blocks(x_BTD, rotary, segments_BT)
