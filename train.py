@@ -22,7 +22,7 @@ import jax
 from jaxgpt import checkpoint, config, data, model, optim, parallel, telemetry, tokenizer
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
-from jaxgpt.trained import load, versions
+from jaxgpt.trained import Source, load, source, versions
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
 
@@ -59,8 +59,8 @@ def train(cfg: config.Config, signals: "Signals") -> int:
         cfg.telemetry,
         start=start,
         steps=steps,
-        tokens_per_step=cfg.train.batch * cfg.model.T,
-        flops_per_token=cfg.model.flops_per_token(),
+        tokens_per_step=cfg.train.batch * cfg.context,
+        flops_per_token=cfg.model.flops_per_token(cfg.context),
         devices=list(run.layout.mesh.devices.flat),
         clock=clock,
     )
@@ -179,14 +179,23 @@ def prepare(cfg: config.Config) -> Run:
     saved = {} if start is None else checkpoint.read(checkpoints.folder / str(start))
 
     # Text becomes a tokenizer, tokens, batches.
+    origin: Source | None = None
     if saved:
         text = tokenizer.from_json(saved["tokenizer"])
+        if cfg.start:
+            then = config.from_dict(config.Config, saved["config"])
+            cfg = config.adopt(cfg, then.model, then.tokenizer)
+    elif cfg.start:
+        origin = source(cfg.start)
+        text = origin.tokenizer
+        cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
     else:
         alphabet = cfg.tokenizer.kind == "characters"  # must hold the validation text too
         text = tokenizer.build(cfg.tokenizer, data.texts(cfg.data, held_out=alphabet))
     if cfg.train.sample_tokens:
         text.encode(cfg.train.prompt)  # raises now, not after training
-    cfg = replace(cfg, model=replace(cfg.model, V=text.vocab_size))
+    if not cfg.start:
+        cfg = replace(cfg, model=replace(cfg.model, V=text.vocab_size))
     if saved:
         config.refuse_changed(saved["config"], cfg)
     corpus = data.prepare(cfg.data, text)
@@ -200,7 +209,8 @@ def prepare(cfg: config.Config) -> Run:
     mesh = parallel.make_mesh(cfg.parallel)
     parallel.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
     masked = cfg.data.documents == "masked"
-    compute, chosen = cfg.compute.resolve(cfg.model, mesh.devices.flat[0].platform, masked)
+    platform = mesh.devices.flat[0].platform
+    compute, chosen = cfg.compute.resolve(cfg.model, platform, masked, cfg.context)
     gpt = cfg.model.build(compute)
     letters = model.letters(gpt)
     layout = parallel.Layout(cfg.parallel.mode, mesh, letters)
@@ -208,39 +218,47 @@ def prepare(cfg: config.Config) -> Run:
     loss_fn = partial(cfg.objective, gpt)
     scanned = compute.layers == "scan"
 
-    def new_state() -> TrainState:
+    def new_state(params: Any = None) -> TrainState:
         init_key, train_key = jax.random.split(jax.random.key(cfg.seed))
-        return init_state(model.init(gpt, init_key), tx, train_key, ema=cfg.optim.ema > 0)
+        if params is None:
+            params = model.init(gpt, init_key)
+        return init_state(params, tx, train_key, ema=cfg.optim.ema > 0)
 
-    if start is None:
+    if start is None and origin is None:
         state = layout.create(new_state)
     else:
+        # What is saved has every layer's leaves apart.
         apart = model.letters(gpt.clone(compute=replace(compute, layers="unrolled")))
         abstract = replace(layout, letters=apart).abstract(
             lambda: to_saved(new_state(), cfg.model.L, scanned)
         )
-        state = from_saved(checkpoints.restore(start, abstract), scanned)
-        state = jax.device_put(state, layout.shardings(state))
+        if start is None and origin is not None:
+            params = origin.params(abstract["params"])
+            if scanned:
+                params = model.stack(params)
+                params = jax.device_put(params, layout.shardings(params))
+            state = layout.create(new_state, params)
+        else:
+            state = from_saved(checkpoints.restore(start, abstract), scanned)
+            state = jax.device_put(state, layout.shardings(state))
 
     if jax.process_index() == 0:
         train_tokens, val_tokens = len(corpus.train), len(corpus.val)
         devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
         print(config.summary(cfg))
         print(f"\ntokens       {train_tokens:,} to train on, {val_tokens:,} to validate on")
-        print(f"model        {model.count(gpt):,} parameters")
+        print(f"model        {model.count(gpt):,} parameters" + (origin.note if origin else ""))
         print(f"devices      {devices}: {chosen}")
         print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))
+    before = saved.get("lineage", {})
     describe = {
         "config": config.to_dict(cfg),
         "tokenizer": text.to_json(),
         "data": batches.fingerprint,
         "versions": versions(),
         "lineage": {
-            "started_from": None,
-            "resumed_after": [
-                *saved.get("lineage", {}).get("resumed_after", []),
-                *([start] if start else []),
-            ],
+            "started_from": origin.lineage if origin else before.get("started_from"),
+            "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
         },
     }
     step = partial(
@@ -260,7 +278,7 @@ def prepare(cfg: config.Config) -> Run:
 def rows(cfg: config.Config) -> dict[str, int]:
     """The shape of a batch, and which rows of it this process makes."""
     return {
-        "context": cfg.model.T,
+        "context": cfg.context,
         "batch": cfg.train.batch,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),

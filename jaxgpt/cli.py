@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.errors import InputError
+from jaxgpt.export import to_hf
 from jaxgpt.tokenizer import TokenizerConfig, build, report
 from jaxgpt.trained import load
 
@@ -23,7 +24,7 @@ def generate(
     """Write on from a prompt.
 
     Args:
-        path: A run's folder or a checkpoint's.
+        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         prompt: The text to go on from.
         tokens: How many tokens to write.
         temperature: 0 takes the likeliest token; 1 draws as the model says.
@@ -47,7 +48,29 @@ def tokenize(
     print(report(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"generate": generate, "tokenize": tokenize}
+def export(
+    path: tyro.conf.Positional[str],
+    folder: tyro.conf.Positional[str],
+    to: Literal["hf"] = "hf",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Write a model in the layout of Hugging Face, which transformers and others load.
+
+    Args:
+        path: A run's folder, a checkpoint's, or whatever else `generate` takes.
+        folder: A new folder.
+        to: The layout: config.json, safetensors, tokenizer files, a model card.
+        dtype: Of the parameters in the files.
+    """
+    for file in to_hf(path, folder, dtype=dtype):
+        print(f"{file.stat().st_size:>16,} bytes  {file}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate,
+    "tokenize": tokenize,
+    "export": export,
+}
 
 
 def main(args: list[str]) -> int:

@@ -33,7 +33,9 @@ class TrainConfig:
     steps: int = 1000
     """Updates of the parameters, in total."""
     batch: int = 32
-    """Rows of T tokens in a step, over all devices and processes."""
+    """Rows of tokens in a step, over all devices and processes."""
+    context: int = 0
+    """Tokens in a row; 0: as many as the model's context, model.T."""
     micro: int = 1
     """Parts a batch is taken in, to save memory; the gradient is the same."""
     log_every: int = 10
@@ -52,7 +54,7 @@ class TrainConfig:
         for name in ("steps", "batch", "micro", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
-        for name in ("eval_every", "eval_batches", "sample_tokens"):
+        for name in ("context", "eval_every", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 0 or more")
 
@@ -67,6 +69,9 @@ class Config:
     """Folder of all runs."""
     seed: int = 1337
     """Of initial weights, data order and dropout."""
+    start: str = ""
+    """What to start from, with its architecture and tokenizer: a run or a checkpoint, a folder of
+    Hugging Face's layout, or a name there (gpt2, Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
     model: GPTConfig = field(default_factory=GPTConfig)
     """The architecture."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -93,10 +98,20 @@ class Config:
         """The run's folder."""
         return Path(self.runs) / self.name
 
+    @property
+    def context(self) -> int:
+        """Tokens in a row."""
+        return self.train.context or self.model.T
+
     def check(self) -> None:
         """Raises InputError where a field cannot be, before text or device is touched."""
         self.train.check()
         self.model.check()
+        if self.context > self.model.T and not self.start:
+            raise InputError(
+                f"train.context={self.train.context} is more than model.T={self.model.T}; "
+                "set it to that or less"
+            )
         self.tokenizer.check()
         self.data.check()
         self.objective.check()
@@ -108,11 +123,39 @@ class Config:
 # What a run cannot change when it resumes: the parameters or the tokens would mean something else.
 FIXED = ("model", "tokenizer")
 
+# Of the architecture, what is its own business when a run starts from another model.
+OWN = ("dropout",)
+
+
+def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Config:
+    """A config with the architecture and the tokenizer of what it starts from.
+
+    Raises InputError that names each field set to something else, and where rows do not fit.
+    """
+    given: dict[str, Any] = {"model": config.model, "tokenizer": config.tokenizer}
+    there: dict[str, Any] = {
+        "model": dataclasses.replace(model, **{n: getattr(config.model, n) for n in OWN}),
+        "tokenizer": tokenizer,
+    }
+    wrong = [
+        f"{part}.{f.name}={value!r}, and there it is {getattr(there[part], f.name)!r}"
+        for part, fields in given.items()
+        for f in dataclasses.fields(fields)
+        if (value := getattr(fields, f.name)) not in (f.default, getattr(there[part], f.name))
+    ]
+    if wrong:
+        raise InputError(f"start={config.start} brings its own: {'; '.join(wrong)}; leave that out")
+    config = dataclasses.replace(config, **there)
+    dataclasses.replace(config, start="").check()
+    return config
+
 
 def refuse_changed(saved: dict[str, Any], now: Config) -> None:
     """Raises InputError that names each field in which a run cannot be resumed as `now`."""
     current = to_dict(now)
-    changes = [
+    before, after = saved.get("start", ""), current["start"]
+    changes = [f"start was {before!r}, is {after!r}"] if before != after else []
+    changes += [
         f"{part}.{name} was {saved[part].get(name)}, is {value}"
         for part in FIXED
         for name, value in current[part].items()

@@ -220,13 +220,18 @@ class Layout:
             self.shardings(tree),
         )
 
-    def create(self, make: Callable[[], Any]) -> Any:
-        """The tree that `make` returns, each leaf made in its place and never whole elsewhere."""
-        shardings = self.shardings(jax.eval_shape(make))
+    def create(self, make: Callable[..., Any], *args: Any) -> Any:
+        """The tree that `make` returns, each leaf made in its place and never whole elsewhere.
+
+        Trees of arrays that are given to it, as loaded parameters are, are consumed.
+        """
+        shardings = self.shardings(jax.eval_shape(make, *args))
+        given = tuple(range(len(args)))
+        jitted = jax.jit(make, out_shardings=shardings, donate_argnums=given)
         if self.mode == "pmap":
-            return jax.jit(make, out_shardings=shardings)()
+            return jitted(*args)
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=shardings)()
+            return jitted(*args)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """This process's rows of a batch, split over the devices."""

@@ -1,0 +1,24 @@
+"""Go on from a model that exists, on text of your own: next-token training, nothing else changed.
+
+Command:   python train.py configs/finetune.py --start runs/default --data.paths FOLDER
+           python train.py configs/finetune.py --start gpt2 --train.context 256 --data.paths FOLDER
+Hardware:  runs/default: a laptop; gpt2 (124M): 24 GB of memory, best a GPU
+Data:      any text, some 100 kB or more
+Time:      not run
+Expect:    not run
+"""
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.objectives import NextToken
+from jaxgpt.optim import OptimConfig
+
+config = Config(
+    start="runs/default",
+    data=DataConfig(paths=("python",), val_fraction=0.05),
+    objective=NextToken(chunk=64),
+    optim=OptimConfig(learning_rate=1e-4, warmup=10, final=0.1),
+    train=TrainConfig(steps=200, batch=8, eval_every=50, eval_batches=20),
+    checkpoint=CheckpointConfig(every=100),
+)

@@ -1,0 +1,129 @@
+"""A trained model for other tools: the layout of Hugging Face, with a card."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import checkpoint, pretrained
+from jaxgpt.config import to_dict
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, count
+from jaxgpt.tokenizer.huggingface import write
+from jaxgpt.trained import Source, source, versions
+
+
+def to_hf(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Writes a model as config.json, safetensors, tokenizer files and a model card.
+
+    `path` is what `jaxgpt.load` takes; `folder` must not exist, or be empty. It appears when all of
+    it is written. `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Returns the
+    files. Raises InputError where no family there holds the model.
+    """
+    found, folder = source(path), Path(folder)
+    cfg = found.config.model
+    pretrained.family_of(cfg)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; name another") from None
+    try:
+        write(found.tokenizer, draft, cfg.T)
+        ids = special_ids(found)
+        pretrained.write(
+            draft, cfg, found.params(), dtype=dtype, extra=ids, shard_bytes=shard_bytes
+        )
+        generation = {**ids, "do_sample": True, "temperature": 0.8}
+        (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (draft / "README.md").write_text(card(path, found, folder.name))
+        draft.chmod(0o755)
+        draft.replace(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; make room") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def special_ids(found: Source) -> dict[str, int]:
+    """The ids that begin and end a document."""
+    tokenizer = found.tokenizer
+    end = getattr(tokenizer, "eos", tokenizer.eot)
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": end}
+
+
+def card(path: str | Path, found: Source, name: str) -> str:
+    """The model card, in Markdown: what it is, how it was trained, on what, to which loss."""
+    cfg = found.config.model
+    parameters = count(cfg.build(ComputeConfig()))
+    shape = ", ".join(f"{f.name}={getattr(cfg, f.name)!r}" for f in fields(cfg))
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [jaxgpt]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A decoder-only transformer of {parameters:,} parameters, written by jaxgpt.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        f"- **Architecture**: {shape}",
+        f"- **Tokenizer**: {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids",
+        *_training(path, found),
+        "",
+        "Its biases and limits are those of its data; nothing more was measured.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(path: str | Path, found: Source) -> list[str]:
+    """The lines on the run; of a model that is not one of ours, where it is from."""
+    if "step" not in found.lineage:
+        return [
+            f"- **From**: {json.dumps(found.lineage)}",
+            f"- **Versions**: {_listed(versions())}",
+        ]
+    about, run = checkpoint.read(path), found.config
+    step, loss = about["metrics"]["step"], about["metrics"]["val_loss"]
+    tokens = step * run.train.batch * run.context
+    return [
+        f"- **Data**: {', '.join(run.data.paths)}; SHA-256 {', '.join(about['data']['files'])}",
+        f"- **Training**: {step:,} steps of {run.train.batch} x {run.context} tokens, "
+        f"{tokens:,} in all, by {run.optim.name}",
+        f"- **Validation loss**: {'not measured' if loss is None else f'{loss:.4f} nats a token'}",
+        f"- **Parameters**: {'running average' if found.lineage['item'] == 'ema' else 'last step'}",
+        f"- **Lineage**: {json.dumps(about['lineage'])}",
+        f"- **Versions**: {_listed(about['versions'])}",
+        "",
+        "<details><summary>The whole config</summary>",
+        "",
+        "```json",
+        json.dumps(to_dict(run), indent=2),
+        "```",
+        "",
+        "</details>",
+    ]
+
+
+def _listed(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

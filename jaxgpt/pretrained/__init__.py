@@ -1,0 +1,135 @@
+"""Pretrained weights in and out, in the layout of Hugging Face: config.json and safetensors.
+
+    found = pretrained.read("path/to/Qwen3-0.6B")        # or a name there, "Qwen/Qwen3-0.6B"
+    params = found.params()                              # float32, one tensor at a time
+    pretrained.write("out", found.cfg, params)
+
+A family is a file here: a table of names and dimensions, `read` from config.json to GPTConfig, and
+`write` back. Nothing is ever unpickled or evaluated.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig
+from jaxgpt.pretrained import gemma, gpt2, llama, qwen, weights
+from jaxgpt.pretrained.fields import Fields
+from jaxgpt.pretrained.hub import CONFIG, FLAX
+from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_folder, read_json
+
+FAMILIES = (gpt2, llama, qwen, gemma)
+
+# Of a GPTConfig, what a family need not keep: it only matters in training from here on.
+TRAINING = {"dropout": 0.0, "init_std": 0.02}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in a folder, checked but for the values of its tensors."""
+
+    folder: Path
+    family: ModuleType
+    cfg: GPTConfig
+    dtype: str
+    """Of the parameters in the files: float32, float16 or bfloat16."""
+    tensors: list[tuple[weights.Row, Tensor]]
+
+    def params(self, abstract: Any = None) -> Any:
+        """The parameter tree, float32; see `weights.load`."""
+        return weights.load(self.cfg, self.tensors, abstract)
+
+
+def is_here(folder: Path) -> bool:
+    """Whether a folder holds a model of this layout, whole or in part."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX, FLAX)) or (
+        (folder / CONFIG).exists() and any(folder.glob("*.safetensors"))
+    )
+
+
+def read(folder: Path) -> Pretrained:
+    """The model of a folder, all of it checked, without reading a tensor.
+
+    Raises InputError with the file, the field or tensor, and the reason.
+    """
+    values = Fields(read_json(folder, CONFIG), folder / CONFIG)
+    known = {kind: family for family in FAMILIES for kind in family.MODEL_TYPES}
+    values("model_type", kind=str)  # raises where it is absent
+    family = known[values.must("model_type", *known)]
+    cfg = family.read(values)
+    values.rest()
+    cfg.check()
+    if any((folder / name).exists() for name in (INDEX, SINGLE)):
+        tensors = read_folder(folder)
+    elif (folder / FLAX).exists():
+        from jaxgpt.pretrained import msgpack
+
+        arrays = msgpack.tensors(folder / FLAX)
+        tensors = {name: Held(folder / FLAX, array) for name, array in arrays.items()}
+    else:
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        also = f" ({', '.join(pickles)} is a pickle, which is not read)" if pickles else ""
+        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}{also}; get one of them")
+    found = weights.match(family, cfg, tensors, folder)
+    widest = max((tensor.dtype for _, tensor in found), key=lambda name: DTYPES[name].itemsize)
+    return Pretrained(folder, family, cfg, DTYPES[widest].name, found)
+
+
+def family_of(cfg: GPTConfig) -> ModuleType:
+    """The family that can hold a model: the one whose config.json says all that `cfg` does.
+
+    Raises InputError with what stands in the way of the nearest.
+    """
+    obstacles = {family.MODEL_TYPES[0]: _differences(family, cfg) for family in FAMILIES}
+    name = min(obstacles, key=lambda name: len(obstacles[name]))
+    if obstacles[name]:
+        raise InputError(
+            f"no family of Hugging Face's holds this model; {name} is the nearest, where "
+            f"{', '.join(obstacles[name])}"
+        )
+    return next(family for family in FAMILIES if family.MODEL_TYPES[0] == name)
+
+
+def _differences(family: ModuleType, cfg: GPTConfig) -> list[str]:
+    try:
+        values = json.loads(json.dumps(family.write(cfg)))
+        back = family.read(Fields(values, Path(CONFIG)))
+    except InputError as error:
+        return [str(error)]
+    plain = [replace(one, **TRAINING, **_sizes(one)) for one in (cfg, back)]
+    return [
+        f"model.{field.name} would be {there!r}, and is {here!r}"
+        for field in dataclasses.fields(cfg)
+        if (here := getattr(plain[0], field.name)) != (there := getattr(plain[1], field.name))
+    ]
+
+
+def _sizes(cfg: GPTConfig) -> dict[str, int]:
+    return {letter: cfg.sizes[letter] for letter in "KHF"}
+
+
+def write(
+    folder: Path,
+    cfg: GPTConfig,
+    params: Any,
+    *,
+    dtype: str = "float32",
+    extra: dict[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Writes config.json and the safetensors of the family that can hold the model.
+
+    `extra` are fields for config.json, such as the ids of special tokens. Files of more than
+    `shard_bytes` are split. Raises InputError where no family fits.
+    """
+    family = family_of(cfg)
+    names = {known.name: name for name, known in DTYPES.items()}
+    if dtype not in names:
+        raise InputError(f"dtype={dtype!r}; set it to one of {', '.join(names)}")
+    values = {**family.write(cfg), "torch_dtype": dtype, "use_cache": True, **(extra or {})}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    return [folder / CONFIG, *weights.save(folder, family, cfg, params, names[dtype], shard_bytes)]

@@ -1,0 +1,147 @@
+"""The fields of a Hugging Face `config.json`: each one is read, must be as it is here, or is told.
+
+A field that nobody asked for could change what the parameters mean; `rest` names those.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import RopeScaling
+
+logger = logging.getLogger(__name__)
+
+# Of the library, of generation and of training: what they say does not change the logits.
+HARMLESS = {
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures",
+    "attention_dropout", "attn_pdrop", "auto_map", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
+    "gradient_checkpointing", "id2label", "initializer_range", "label2id", "max_length",
+    "model_type", "n_ctx", "num_labels", "output_attentions", "output_hidden_states",
+    "output_past", "pad_token_id", "predict_special_tokens", "pretraining_tp", "problem_type",
+    "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version",
+    "unk_token_id", "use_cache",
+}  # fmt: skip
+
+
+class Fields:
+    """The fields of one file, with a note of which were read."""
+
+    def __init__(self, values: dict[str, Any], file: Path) -> None:
+        self.values = values
+        self.file = file
+        self._read: set[str] = set()
+
+    def __call__(self, name: str, default: Any = None, *, kind: Any = int) -> Any:
+        """A field's value of type `kind`; where it is absent or null, the default if not None."""
+        self._read.add(name)
+        value = self.values.get(name)
+        if value is None:
+            if default is None:
+                raise InputError(f"{self.file} lacks {name}; get it again")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise InputError(f"{self.file}: {name}={value!r:.80} is not of type {kind.__name__}")
+        return value
+
+    def must(self, name: str, *allowed: Any) -> Any:
+        """A field that is one of the allowed values, the first where it is absent or null."""
+        self._read.add(name)
+        value = self.values.get(name)
+        if value is None:
+            return allowed[0]
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            known = ", ".join(map(repr, allowed))
+            raise InputError(
+                f"{self.file}: {name}={value!r:.80} is not supported, only {known}; "
+                "use another model"
+            )
+        return value
+
+    def skip(self, *names: str) -> None:
+        """Notes fields as read that say again what others do."""
+        self._read.update(names)
+
+    def rope(self, theta: float, layers: str = "") -> tuple[float, RopeScaling]:
+        """The base of the rotary wavelengths and their scaling.
+
+        They are in `rope_parameters` (transformers 5, by kind of layer where `layers` names one),
+        or in `rope_theta` and `rope_scaling`.
+        """
+        self._read.update(("rope_theta", "rope_scaling", "rope_parameters"))
+        table = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        if isinstance(table, dict) and isinstance(table.get(layers), dict):
+            table = table[layers]
+        if not isinstance(table, dict):
+            raise InputError(f"{self.file}: its rotary parameters are {table!r:.80}, not a table")
+        inner = Fields(table, self.file)
+        kind = inner.values.get("rope_type", inner.values.get("type", "default"))
+        theta = inner("rope_theta", self("rope_theta", theta, kind=float), kind=float)
+        inner.must("partial_rotary_factor", 1.0)
+        if kind == "default":
+            return theta, RopeScaling()
+        if kind == "linear":
+            return theta, RopeScaling("linear", inner("factor", kind=float))
+        if kind == "llama3":
+            return theta, RopeScaling(
+                "llama3",
+                inner("factor", kind=float),
+                inner("low_freq_factor", kind=float),
+                inner("high_freq_factor", kind=float),
+                inner("original_max_position_embeddings"),
+            )
+        raise InputError(
+            f"{self.file}: rotary positions of type {kind!r:.40} are not supported, only default, "
+            "linear and llama3; use another model"
+        )
+
+    def windows(self, L: int, window: int, types: list[str]) -> tuple[int, int]:
+        """`window` and `global_every` of a GPTConfig, from the type of attention in each layer."""
+        types = self("layer_types", types, kind=list)
+        sliding = [one == "sliding_attention" for one in types]
+        known = {"sliding_attention", "full_attention"}
+        if len(types) != L or not known.issuperset(map(str, types)):
+            raise InputError(f"{self.file}: layer_types={types!r:.80} are not those of {L} layers")
+        if not any(sliding):
+            return 0, 0
+        if all(sliding):
+            return window, 0
+        every = sliding.index(False) + 1
+        if sliding != [layer % every != every - 1 for layer in range(L)]:
+            raise InputError(
+                f"{self.file}: layer_types={types!r:.80} are not full attention in every n-th "
+                "layer; use another model"
+            )
+        return window, every
+
+    def rest(self) -> None:
+        """Warns of the fields that were not read and are not known to be harmless."""
+        unknown = sorted(self.values.keys() - self._read - HARMLESS)
+        if unknown:
+            logger.warning("%s: not known here, left out: %s", self.file, ", ".join(unknown))
+
+
+def layer_types(windows: list[int]) -> list[str]:
+    """The inverse of `Fields.windows`."""
+    return ["sliding_attention" if window else "full_attention" for window in windows]
+
+
+def rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+    """The fields for `Fields.rope`, as transformers 4 wrote them and 5 reads them too."""
+    table: dict[str, Any] | None = None
+    if scaling.kind == "linear":
+        table = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling.kind == "llama3":
+        table = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.T,
+        }
+    return {"rope_theta": theta, "rope_scaling": table}

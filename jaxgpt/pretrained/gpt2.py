@@ -1,0 +1,77 @@
+"""GPT-2 (Radford et al. 2019), and models of its shape: DistilGPT-2, DialoGPT."""
+
+from typing import Any
+
+from jaxgpt.model import GPTConfig
+from jaxgpt.pretrained.fields import Fields
+
+MODEL_TYPES = ("gpt2",)
+PREFIX = "transformer."
+# The causal masks of old files.
+BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
+
+ROWS = (
+    ("wte", "wte.weight", "V,D"),
+    ("wpe", "wpe.weight", "T,D"),
+    ("blocks/{i}/norm1/scale", "h.{i}.ln_1.weight", "D"),
+    ("blocks/{i}/norm1/b", "h.{i}.ln_1.bias", "D"),
+    ("blocks/{i}/q/w", "h.{i}.attn.c_attn.weight", "D,3NH", 0),
+    ("blocks/{i}/k/w", "h.{i}.attn.c_attn.weight", "D,3KH", 1),
+    ("blocks/{i}/v/w", "h.{i}.attn.c_attn.weight", "D,3KH", 2),
+    ("blocks/{i}/q/b", "h.{i}.attn.c_attn.bias", "3NH", 0),
+    ("blocks/{i}/k/b", "h.{i}.attn.c_attn.bias", "3KH", 1),
+    ("blocks/{i}/v/b", "h.{i}.attn.c_attn.bias", "3KH", 2),
+    ("blocks/{i}/o/w", "h.{i}.attn.c_proj.weight", "NH,D"),
+    ("blocks/{i}/o/b", "h.{i}.attn.c_proj.bias", "D"),
+    ("blocks/{i}/norm2/scale", "h.{i}.ln_2.weight", "D"),
+    ("blocks/{i}/norm2/b", "h.{i}.ln_2.bias", "D"),
+    ("blocks/{i}/up/w", "h.{i}.mlp.c_fc.weight", "D,F"),
+    ("blocks/{i}/up/b", "h.{i}.mlp.c_fc.bias", "F"),
+    ("blocks/{i}/down/w", "h.{i}.mlp.c_proj.weight", "F,D"),
+    ("blocks/{i}/down/b", "h.{i}.mlp.c_proj.bias", "D"),
+    ("norm/scale", "ln_f.weight", "D"),
+    ("norm/b", "ln_f.bias", "D"),
+    ("head", "lm_head.weight", "V,D"),
+)
+
+
+def read(fields: Fields) -> GPTConfig:
+    """The architecture of a config.json."""
+    fields.must("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    fields.must("scale_attn_weights", True)
+    fields.must("scale_attn_by_inverse_layer_idx", False)
+    fields.must("add_cross_attention", False)
+    D = fields("n_embd")
+    return GPTConfig(
+        L=fields("n_layer"),
+        D=D,
+        N=fields("n_head"),
+        F=fields("n_inner", 4 * D),
+        T=fields("n_positions"),
+        V=fields("vocab_size"),
+        norm_eps=fields("layer_norm_epsilon", 1e-5, kind=float),
+        tied=fields("tie_word_embeddings", True, kind=bool),
+        init_std=fields("initializer_range", 0.02, kind=float),
+    )
+
+
+def write(cfg: GPTConfig) -> dict[str, Any]:
+    """The inverse of `read`."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": cfg.L,
+        "n_embd": cfg.D,
+        "n_head": cfg.N,
+        "n_inner": None if cfg.sizes["F"] == 4 * cfg.D else cfg.F,
+        "n_positions": cfg.T,
+        "n_ctx": cfg.T,
+        "vocab_size": cfg.V,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": cfg.tied,
+        "embd_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.dropout,
+        "resid_pdrop": cfg.dropout,
+    }

@@ -1,0 +1,104 @@
+"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024), and models of their shape."""
+
+from typing import Any
+
+from jaxgpt.model import GPTConfig
+from jaxgpt.pretrained.fields import Fields, rope
+
+MODEL_TYPES = ("llama",)
+PREFIX = "model."
+# Of old files: they follow from rope_theta.
+BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+BLOCK = tuple(
+    (f"blocks/{{i}}/{leaf}/{kind}", f"layers.{{i}}.{name}.{field}", axes)
+    for leaf, name, w_axes, b_axes in (
+        ("q", "self_attn.q_proj", "NH,D", "NH"),
+        ("k", "self_attn.k_proj", "KH,D", "KH"),
+        ("v", "self_attn.v_proj", "KH,D", "KH"),
+        ("o", "self_attn.o_proj", "D,NH", "D"),
+        ("gate", "mlp.gate_proj", "F,D", "F"),
+        ("up", "mlp.up_proj", "F,D", "F"),
+        ("down", "mlp.down_proj", "D,F", "D"),
+    )
+    for kind, field, axes in (("w", "weight", w_axes), ("b", "bias", b_axes))
+)
+ENDS = (
+    ("wte", "embed_tokens.weight", "V,D"),
+    ("norm/scale", "norm.weight", "D"),
+    ("head", "lm_head.weight", "V,D"),
+)
+ROWS = (
+    *ENDS,
+    *BLOCK,
+    ("blocks/{i}/norm1/scale", "layers.{i}.input_layernorm.weight", "D"),
+    ("blocks/{i}/norm2/scale", "layers.{i}.post_attention_layernorm.weight", "D"),
+)
+
+
+def read(fields: Fields) -> GPTConfig:
+    """The architecture of a config.json."""
+    fields.must("hidden_act", "silu")
+    fields.must("mlp_bias", bias := fields("attention_bias", False, kind=bool))
+    return relatives(fields, T=2048, bias=bias, **rotary(fields))
+
+
+def write(cfg: GPTConfig) -> dict[str, Any]:
+    """The inverse of `read`."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **fields_of(cfg),
+        "hidden_act": "silu",
+        "attention_bias": cfg.bias,
+        "mlp_bias": cfg.bias,
+        **rope(cfg.rope_theta, cfg.rope_scaling),
+    }
+
+
+def rotary(fields: Fields) -> dict[str, Any]:
+    """The rotary options of a GPTConfig."""
+    theta, scaling = fields.rope(10000.0)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPTConfig:
+    """What Llama and its relatives have in common; the rest of the GPTConfig is in `options`."""
+    D, N = fields("hidden_size"), fields("num_attention_heads")
+    common = {
+        "L": fields("num_hidden_layers"),
+        "D": D,
+        "N": N,
+        "K": fields("num_key_value_heads", N),
+        "H": fields("head_dim", D // max(N, 1)),
+        "F": fields("intermediate_size"),
+        "T": fields("max_position_embeddings", T),
+        "V": fields("vocab_size"),
+        "position": "rotary",
+        "norm": "rmsnorm",
+        "norm_eps": fields("rms_norm_eps", 1e-6, kind=float),
+        "mlp": "swiglu",
+        "bias": False,
+        "tied": fields("tie_word_embeddings", tied, kind=bool),
+        "init_std": fields("initializer_range", 0.02, kind=float),
+    }
+    return GPTConfig(**(common | options))
+
+
+def fields_of(cfg: GPTConfig) -> dict[str, Any]:
+    """The inverse of `relatives`."""
+    sizes = cfg.sizes
+    return {
+        "hidden_size": cfg.D,
+        "num_hidden_layers": cfg.L,
+        "num_attention_heads": cfg.N,
+        "num_key_value_heads": sizes["K"],
+        "head_dim": sizes["H"],
+        "intermediate_size": sizes["F"],
+        "max_position_embeddings": cfg.T,
+        "vocab_size": cfg.V,
+        "rms_norm_eps": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": cfg.tied,
+        "attention_dropout": 0.0,
+    }

@@ -1,0 +1,57 @@
+"""Qwen2 and Qwen2.5 (Qwen Team 2024: biases on q, k, v) and Qwen3 (2025: QK-norm)."""
+
+from typing import Any
+
+from jaxgpt.model import GPTConfig
+from jaxgpt.pretrained.fields import Fields, layer_types, rope
+from jaxgpt.pretrained.llama import ROWS as LLAMA
+from jaxgpt.pretrained.llama import fields_of, relatives, rotary
+
+MODEL_TYPES = ("qwen2", "qwen3")
+PREFIX = "model."
+BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+ROWS = (
+    *LLAMA,
+    ("blocks/{i}/q_norm/scale", "layers.{i}.self_attn.q_norm.weight", "H"),
+    ("blocks/{i}/k_norm/scale", "layers.{i}.self_attn.k_norm.weight", "H"),
+)
+
+
+def read(fields: Fields) -> GPTConfig:
+    """The architecture of a config.json."""
+    fields.must("hidden_act", "silu")
+    third = fields("model_type", kind=str) == "qwen3"
+    if third:
+        fields.must("attention_bias", False)
+    L = fields("num_hidden_layers")
+    window = fields("sliding_window", 4096)
+    first = fields("max_window_layers", 28)
+    used = fields("use_sliding_window", False, kind=bool)
+    window, every = fields.windows(
+        L, window, layer_types([window if used and layer >= first else 0 for layer in range(L)])
+    )
+    return relatives(
+        fields,
+        T=32768,
+        **rotary(fields),
+        qkv_bias=not third,
+        qk_norm=third,
+        window=window,
+        global_every=every,
+    )
+
+
+def write(cfg: GPTConfig) -> dict[str, Any]:
+    """The inverse of `read`."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "Qwen2ForCausalLM"],
+        "model_type": "qwen3" if cfg.qk_norm else "qwen2",
+        **fields_of(cfg),
+        "hidden_act": "silu",
+        **({"attention_bias": False} if cfg.qk_norm else {}),
+        **rope(cfg.rope_theta, cfg.rope_scaling),
+        "use_sliding_window": cfg.window > 0,
+        "sliding_window": cfg.window or None,
+        "max_window_layers": 0 if cfg.window else cfg.L,
+        "layer_types": layer_types(cfg.windows()),
+    }

@@ -1,0 +1,306 @@
+"""Safetensors files, in and out, a piece of a tensor at a time.
+
+A file is 8 bytes with the length of its header, the header in JSON, and the tensors' bytes, one
+after another (https://github.com/huggingface/safetensors). Here a header is believed only after it
+was checked against the file, and no more than a piece of a tensor is held at once: mapping the file
+into memory, as the safetensors library does, would count all of it as used.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxgpt.errors import InputError
+from jaxgpt.paths import inside
+
+DTYPES: dict[str, Any] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# What a file may hold besides parameters, such as the causal masks of old GPT-2 files.
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {k: v.itemsize for k, v in DTYPES.items()}
+
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LARGEST_JSON = 64_000_000  # bytes
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Tensor(Protocol):
+    """A tensor that is still in its file."""
+
+    @property
+    def file(self) -> Path:
+        """Where it is."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Its name in the safetensors format, as BF16."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
+        ...
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Those of its first dimension, [stop - start, ...]."""
+        ...
+
+
+class Stored(NamedTuple):
+    """A tensor of a safetensors file: `offset` is where its bytes begin."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Those of its first dimension, [stop - start, ...]; InputError where the file ends."""
+        dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])
+        count = (stop - start) * row
+        skip = self.offset + start * row * dtype.itemsize
+        array = np.fromfile(self.file, dtype, count, offset=skip)
+        if array.size != count:
+            raise InputError(f"{self.file} became shorter while it was read; get it again")
+        return array.reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that a file of another format gave, in memory."""
+
+    file: Path
+    array: np.ndarray
+
+    @property
+    def dtype(self) -> str:
+        """Its name in the safetensors format."""
+        return name_of(self.array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
+        return self.array.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Those of its first dimension."""
+        return self.array[start:stop]
+
+
+def name_of(dtype: Any) -> str:
+    """A dtype's name in the format, such as BF16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The table that a JSON file of a folder holds; InputError where it cannot be read."""
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise InputError(f"{path} is larger than {LARGEST_JSON:,} bytes; it cannot be right")
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}; get it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, not a table of fields")
+    return values
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's `model.safetensors`, or of all files that its index names.
+
+    Nothing but headers is read. Raises InputError with the file, the tensor and the reason.
+    """
+    if not inside(folder, INDEX).exists():
+        return {**read_header(inside(folder, SINGLE))}
+    index = inside(folder, INDEX)
+    where = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files; get it again")
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        file = inside(folder, name)
+        for tensor, stored in read_header(file).items():
+            if where.get(tensor) != name:
+                raise InputError(
+                    f"{file} holds {tensor!r}, which {INDEX} finds in "
+                    f"{where.get(tensor, 'no file')!r}; get both again"
+                )
+            found[tensor] = stored
+    if missing := sorted(where.keys() - found.keys()):
+        raise InputError(
+            f"{folder / where[missing[0]]} lacks {missing[0]!r}, which {INDEX} promises"
+        )
+    return found
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name, in the order of their bytes.
+
+    Raises InputError where the header is not what the format and the file's size allow.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = stream.read(8)
+            length = struct.unpack("<Q", start.ljust(8, b"\0"))[0]
+            if len(start) < 8 or length > min(LONGEST_HEADER, size - 8):
+                raise InputError(f"{file} {_not_safetensors(start, length, size)}")
+            header = stream.read(length)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        entries = json.loads(header, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} has a header that is not JSON: {error}; get it again") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{file} has a header that is not a table of tensors; get it again")
+    entries.pop("__metadata__", None)
+
+    begin, tensors = 8 + length, {}
+    for name, entry in entries.items():
+        dtype, shape, (first, last) = _check_entry(file, name, entry)
+        if last - first != math.prod(shape) * SIZES[dtype]:
+            raise InputError(
+                f"{file}: {name!r} is {dtype}{list(shape)} by its header, and has "
+                f"{last - first:,} bytes; get it again"
+            )
+        tensors[name] = (Stored(file, dtype, shape, begin + first), first, last)
+    position = 0
+    ordered = sorted(tensors.items(), key=lambda item: item[1][1:])
+    for name, (_, first, last) in ordered:
+        if first != position:
+            raise InputError(
+                f"{file}: {name!r} begins at byte {first:,} of the data, and the tensor before it "
+                f"ends at {position:,}; get it again"
+            )
+        position = last
+    if begin + position != size:
+        raise InputError(
+            f"{file} has {size:,} bytes, and by its header it is {begin + position:,}; it was cut "
+            "short or something was added: get it again"
+        )
+    return {name: stored for name, (stored, _, _) in ordered}
+
+
+def _not_safetensors(start: bytes, length: int, size: int) -> str:
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return (
+            "is a pickle, as torch.save writes, which could run any code, and is not read; "
+            "get the safetensors file"
+        )
+    return (
+        f"claims a header of {length:,} bytes, of {LONGEST_HEADER:,} at most and in one of "
+        f"{size:,}; it is no safetensors file, or cut short: get it again"
+    )
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(
+            f"{file}: {name!r} has not just a dtype, a shape and offsets: {entry!r:.80}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise InputError(f"{file}: {name!r} has dtype {dtype!r:.40}, not one of {', '.join(SIZES)}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or (what == "data_offsets" and len(numbers) != 2):
+            raise InputError(f"{file}: {name!r} has {what} {numbers!r:.80}; get it again")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+class Shape(NamedTuple):
+    """What a tensor to be written will be: its dtype's name and its lengths."""
+
+    dtype: str
+    lengths: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return math.prod(self.lengths) * SIZES[self.dtype]
+
+
+def write_folder(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    get: Callable[[str], np.ndarray],
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Writes tensors as `model.safetensors`, or in files of at most `shard_bytes` with an index.
+
+    `get` is called for one tensor after another; no more than one is held. A tensor larger than
+    `shard_bytes` has a file to itself.
+    """
+    shards: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        used = sum(shapes[other].bytes for other in shards[-1])
+        if shards[-1] and used + shape.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return [_write_file(folder / SINGLE, shards[0], shapes, get)]
+    paths = [
+        _write_file(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", names, shapes, get)
+        for i, names in enumerate(shards, 1)
+    ]
+    files = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
+    total = sum(shape.bytes for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [*paths, folder / INDEX]
+
+
+def _write_file(
+    path: Path,
+    names: Iterable[str],
+    shapes: Mapping[str, Shape],
+    get: Callable[[str], np.ndarray],
+) -> Path:
+    names = list(names)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as transformers wants it
+    position = 0
+    for name in names:
+        end = position + shapes[name].bytes
+        header[name] = {
+            "dtype": shapes[name].dtype,
+            "shape": shapes[name].lengths,
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            array = np.ascontiguousarray(get(name), DTYPES[shapes[name].dtype])
+            if array.shape != shapes[name].lengths:
+                raise ValueError(f"{name} is {array.shape}, not {shapes[name].lengths}")
+            stream.write(array.reshape(-1).view(np.uint8).data)
+    return path
+
+
+def natural(name: str) -> list[Any]:
+    """A key that sorts layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

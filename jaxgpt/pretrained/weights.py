@@ -1,0 +1,206 @@
+"""A family's tensors <-> our parameter tree, one tensor at a time, straight into its place.
+
+A row of a family's table names a leaf, a tensor, and the tensor's dimensions in our letters: as
+"NH,D" is a matrix of N H rows and D columns, from which the transposition to the leaf's "DNH"
+follows. In "D,3NH" three leaves lie side by side, and the row says which of them its leaf is.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, GPTConfig, letters
+from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural, write_folder
+
+PIECE = 1 << 24  # bytes of a file in memory at once
+TIED = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf, and where it is in a file."""
+
+    path: tuple[str, ...]
+    letters: str
+    name: str
+    axes: str
+    part: int = 0
+
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The tensor's lengths in the file."""
+        return tuple(math.prod(_size(a, sizes) for a in axes) for axes in self.axes.split(","))
+
+    @property
+    def dims(self) -> str:
+        """The letters one by one, in the file's order."""
+        return self.axes.replace(",", "")
+
+    def in_file_order(self, leaf: np.ndarray) -> np.ndarray:
+        """A view of a leaf with the file's `dims`, of length 1 where a part is taken."""
+        view = leaf.transpose([self.letters.index(a) for a in self.dims if not a.isdecimal()])
+        return np.expand_dims(view, [i for i, a in enumerate(self.dims) if a.isdecimal()])
+
+
+def _size(axis: str, sizes: dict[str, int]) -> int:
+    return int(axis) if axis.isdecimal() else sizes[axis]
+
+
+def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
+    """The letters' sizes without the padding of the vocabulary, which files do not have."""
+    return {**cfg.sizes, "V": cfg.V}
+
+
+def rows(family: ModuleType, cfg: GPTConfig) -> list[Row]:
+    """The rows for every leaf of a model; InputError where the family has no place for a leaf."""
+    table = {row[0]: row[1:] for row in family.ROWS}
+    found = []
+    for path, (names, _) in letters(cfg.build(ComputeConfig())).items():
+        layer = path[1] if path[0] == "blocks" else ""
+        key = "/".join(("blocks", "{i}", *path[2:]) if layer else path)
+        if key not in table:
+            raise InputError(f"{'/'.join(path)} has no place in {family.MODEL_TYPES[0]}")
+        name, *rest = table[key]
+        prefix = "" if name == TIED else family.PREFIX
+        found.append(Row(path, "".join(names), prefix + name.format(i=layer), *rest))
+    return sorted(found, key=lambda row: natural(row.name))
+
+
+def match(
+    family: ModuleType, cfg: GPTConfig, tensors: dict[str, Tensor], folder: Path
+) -> list[tuple[Row, Tensor]]:
+    """Each leaf with its tensor, after all were checked: none missing, none left, shapes right.
+
+    Files may leave out the family's prefix. Buffers that follow from the config are passed over,
+    and so is the output layer of a tied model if it is the embedding.
+    """
+    bare = {name.removeprefix(family.PREFIX): tensor for name, tensor in tensors.items()}
+    found, sizes, used = [], sizes_in_files(cfg), set()
+    for row in rows(family, cfg):
+        name = row.name.removeprefix(family.PREFIX)
+        if name not in bare:
+            raise InputError(f"{folder} has no tensor {row.name!r}; its config.json promises it")
+        tensor, shape = bare[name], row.shape(sizes)
+        if tensor.dtype not in DTYPES:
+            raise InputError(
+                f"{tensor.file}: {row.name!r} is {tensor.dtype}, and parameters are one of "
+                f"{', '.join(DTYPES)}; convert the file"
+            )
+        if tensor.shape != shape:
+            raise InputError(
+                f"{tensor.file}: {row.name!r} is {list(tensor.shape)}, and by config.json it is "
+                f"{list(shape)}; get both again"
+            )
+        found.append((row, tensor))
+        used.add(name)
+    for name, tensor in sorted(bare.items()):
+        if name == TIED and cfg.tied:
+            _check_tied(tensor, bare[family.ROWS[0][1]])
+        elif name not in used and not re.fullmatch(family.BUFFERS, name):
+            raise InputError(
+                f"{tensor.file}: {name!r} is not a parameter of this {family.MODEL_TYPES[0]} by "
+                "its config.json; get both again"
+            )
+    return found
+
+
+def _check_tied(head: Tensor, wte: Tensor) -> None:
+    same = head.shape == wte.shape and head.dtype == wte.dtype
+    for start, stop in _pieces(wte, 0, wte.shape[0]) if same else ():
+        same = same and np.array_equal(head.rows(start, stop), wte.rows(start, stop))
+    if not same:
+        raise InputError(
+            f"{head.file}: {TIED!r} is not the embedding, and config.json says "
+            "tie_word_embeddings; set that to false"
+        )
+
+
+def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) -> Any:
+    """The parameter tree, float32, from checked tensors, on the first device.
+
+    With `abstract`, a tree of ShapeDtypeStructs, on its shardings: each process reads no more of a
+    tensor than its devices hold. Rows of vocabulary padding are 0.
+    """
+    params: dict[str, Any] = {}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for row, tensor in found:
+        *parents, last = row.path
+        node, sharding = params, abstract
+        for name in parents:
+            node = node.setdefault(name, {})
+        for name in row.path if abstract is not None else ():
+            sharding = sharding[name]
+        node[last] = jax.make_array_from_callback(
+            tuple(cfg.sizes[letter] for letter in row.letters),
+            here if sharding is None else sharding.sharding,
+            partial(_read, row, tensor, cfg),
+        )
+    return params
+
+
+def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
+    """A block of a leaf, float32: `index` says where it begins and ends, for each letter."""
+    spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
+    out = np.zeros([stop - start for start, stop in spans], np.float32)
+    sizes = sizes_in_files(cfg)
+    bounds = dict(zip(row.letters, spans, strict=True))
+    lengths = [_size(a, sizes) for a in row.dims]
+    wanted = []  # in the file's order, padding left out
+    for a, length in zip(row.dims, lengths, strict=True):
+        start, stop = (row.part, row.part + 1) if a.isdecimal() else bounds[a]
+        wanted.append(slice(min(start, length), min(stop, length)))
+    view = row.in_file_order(out)[tuple(slice(w.stop - w.start) for w in wanted)]
+    # The dimension that is slowest in the file may share its rows with those after it, as N in NH.
+    each = math.prod(lengths[1 : len(row.axes.split(",")[0])])
+    first, last = wanted[0].start, wanted[0].stop
+    for start, stop in _pieces(tensor, first, last, each):
+        block = tensor.rows(start * each, stop * each).reshape(stop - start, *lengths[1:])
+        view[start - first : stop - first] = block[(slice(None), *wanted[1:])]
+    return out
+
+
+def _pieces(tensor: Tensor, first: int, last: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
+    """[first, last) in parts of about PIECE bytes, each of `rows_each` of the tensor's rows."""
+    size = rows_each * math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype].itemsize
+    step = max(1, PIECE // max(1, size))
+    yield from pairwise([*range(first, last, step), last])
+
+
+def save(
+    folder: Path,
+    family: ModuleType,
+    cfg: GPTConfig,
+    params: Any,
+    dtype: str,
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Writes parameters as a family's tensors; the inverse of `load`. `dtype` is as in files."""
+    sizes, leaves = sizes_in_files(cfg), dict[str, list[Row]]()
+    for row in rows(family, cfg):
+        leaves.setdefault(row.name, []).append(row)
+    shapes = {name: Shape(dtype, group[0].shape(sizes)) for name, group in leaves.items()}
+
+    def get(name: str) -> np.ndarray:
+        group = leaves[name]
+        lengths = [_size(a, sizes) for a in group[0].dims]
+        out = np.empty(lengths, DTYPES[dtype])
+        for row in group:
+            leaf = params
+            for key in row.path:
+                leaf = leaf[key]
+            part = slice(row.part, row.part + 1)
+            place = tuple(part if a.isdecimal() else slice(None) for a in row.dims)
+            real = tuple(slice(_size(a, sizes)) for a in row.dims)
+            out[place] = row.in_file_order(np.asarray(leaf))[real]
+        return out.reshape(shapes[name].lengths)
+
+    return write_folder(folder, shapes, get, shard_bytes)

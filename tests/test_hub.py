@@ -1,0 +1,402 @@
+"""A name on the hub becomes a folder, or an error that says what to do.
+
+The hub is a server of this test that answers as huggingface.co does; nothing leaves the machine.
+"""
+
+import errno
+import hashlib
+import http.server
+import json
+import shutil
+import socket
+import threading
+import time
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from jaxgpt.errors import InputError
+from jaxgpt.pretrained import hub
+
+COMMIT, OLD = "a" * 40, "b" * 40
+TOKENIZER = {"tokenizer.json": b"{}", "vocab.json": b"{}", "merges.txt": b"", "README.md": b"hi"}
+GPT2 = {"config.json": b'{"model_type": "gpt2"}', **TOKENIZER}
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Repositories by name and commit."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repositories, self.asked = {}, []
+        self.main, self.gated, self.tokens = COMMIT, set(), set()
+        self.status, self.silent, self.over = None, False, threading.Event()
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def add(self, name, files, commit=COMMIT):
+        self.repositories.setdefault(name, {})[commit] = files
+
+    def asked_for(self, method):
+        return [path.rpartition("/")[2] for m, path in self.asked if m == method]
+
+    def stop(self):
+        if self.thread.is_alive():
+            self.over.set()
+            self.shutdown()
+            self.thread.join()
+            self.server_close()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, content=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append((self.command, path))
+        if self.server.status:
+            return self.send(self.server.status)
+        if self.server.silent:
+            self.server.over.wait(20)
+            return None
+        if path.startswith("/api/models/"):
+            name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
+        else:
+            name, _, rest = path[1:].partition("/resolve/")
+            revision, _, file = rest.partition("/")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token == "wrong":
+            return self.send(401, X_Error_Message="Invalid credentials in Authorization header")
+        if name not in self.server.repositories:
+            # As huggingface.co: strangers are not told whether there is a private one.
+            if token:
+                return self.send(404, X_Error_Code="RepoNotFound")
+            return self.send(401, X_Error_Message="Invalid username or password.")
+        commits = self.server.repositories[name]
+        commit = self.server.main if revision == "main" else revision
+        if commit not in commits:
+            return self.send(404, X_Error_Code="RevisionNotFound")
+        files = commits[commit]
+        if path.startswith("/api/"):
+            siblings = [{"rfilename": file} for file in files]
+            return self.send(
+                200, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
+            )
+        if name in self.server.gated and token not in self.server.tokens:
+            return self.send(403 if token else 401, X_Error_Code="GatedRepo")
+        if file not in files:
+            return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        etag = '"' + hashlib.sha1(files[file], usedforsecurity=False).hexdigest() + '"'
+        return self.send(200, files[file], ETag=etag, X_Repo_Commit=commit)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.stop()
+
+
+def contents(snapshot):
+    return {path.name: path.read_bytes() for path in snapshot.folder.iterdir()}
+
+
+def refused(*args):
+    with pytest.raises(InputError) as caught:
+        hub.fetch(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
+    needed = {**GPT2, "model.safetensors": b"weights", "generation_config.json": b"{}"}
+    del needed["README.md"]
+    more = {"pytorch_model.bin": b"!", "flax_model.msgpack": b"!", "onnx/model.safetensors": b"!"}
+    server.add("openai-community/gpt2", {**needed, **more, "README.md": b"hi"})
+    snapshot = hub.fetch("gpt2")
+    assert contents(snapshot) == needed
+    assert (snapshot.name, snapshot.revision) == ("openai-community/gpt2", COMMIT)
+    assert snapshot.folder.is_relative_to(tmp_path / "home" / "hub")
+
+
+def test_the_second_time_nothing_is_downloaded(server):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+    snapshot = hub.fetch("me/mine")
+    server.asked.clear()
+    assert hub.fetch("me/mine") == snapshot
+    assert server.asked == [("GET", "/api/models/me/mine/revision/main")]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_in_the_cache_works_without_network(server, monkeypatch, capsys, offline):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+    snapshot = hub.fetch("me/mine")
+    server.stop()
+    if offline:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    capsys.readouterr()
+    assert hub.fetch("me/mine") == hub.fetch("me/mine", COMMIT) == snapshot
+    assert ("does not answer" in capsys.readouterr().err) == (not offline)
+
+
+def test_what_transformers_has_cached_under_the_short_name_works_without_network(server, tmp_path):
+    server.stop()
+    model = tmp_path / "home/hub/models--gpt2"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text(COMMIT)
+    folder = model / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(b"{}")
+    assert hub.fetch("gpt2").folder == folder
+
+
+def test_a_new_commit_of_main_replaces_the_old_one_only_when_it_is_whole(server, monkeypatch):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"old"})
+    old = hub.fetch("me/mine")
+    server.main = "c" * 40
+    server.add("me/mine", {**GPT2, "model.safetensors": b"new"}, server.main)
+    real = huggingface_hub.hf_hub_download
+
+    def interrupted(name, file, **options):
+        if file == "model.safetensors":
+            raise KeyboardInterrupt
+        return real(name, file, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch("me/mine")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.fetch("me/mine") == old
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", real)
+    new = hub.fetch("me/mine")
+    assert new.revision == server.main
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.fetch("me/mine") == new
+
+
+def test_a_pinned_commit_is_what_comes(server):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"new"})
+    server.add("me/mine", {**GPT2, "model.safetensors": b"old"}, OLD)
+    snapshot = hub.fetch("me/mine", OLD)
+    assert snapshot.revision == OLD
+    assert contents(snapshot)["model.safetensors"] == b"old"
+    assert contents(hub.fetch("me/mine"))["model.safetensors"] == b"new"
+
+
+def test_the_shards_that_an_index_names_come_with_it(server, monkeypatch):
+    index = json.dumps({"weight_map": {"wte.weight": SHARDS[0], "wpe.weight": SHARDS[1]}})
+    whole = {name: name.encode() for name in SHARDS}
+    index = {"model.safetensors.index.json": index.encode()}
+    server.add("me/mine", {**GPT2, **index, **whole, "model-other.safetensors": b"!"})
+    snapshot = hub.fetch("me/mine")
+    assert contents(snapshot).keys() == GPT2.keys() - {"README.md"} | index.keys() | whole.keys()
+    (snapshot.folder / SHARDS[1]).unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "is not whole in the cache" in refused("me/mine")
+
+
+@pytest.mark.parametrize(
+    ("shard", "reason"),
+    [
+        ("../../config.safetensors", "no weight_map to safetensors files beside it"),
+        ("pytorch_model.bin", "no weight_map to safetensors files beside it"),
+        (7, "no weight_map to safetensors files beside it"),
+        ("model-9.safetensors", "has no model-9.safetensors, which its model.safetensors.index"),
+    ],
+)
+def test_an_index_that_names_other_files_is_refused(server, shard, reason):
+    index = json.dumps({"weight_map": {"wte.weight": shard}}).encode()
+    server.add("me/mine", {**GPT2, "model.safetensors.index.json": index, "pytorch_model.bin": b""})
+    assert reason in refused("me/mine")
+    assert "pytorch_model.bin" not in server.asked_for("GET")
+
+
+def test_flax_weights_come_where_there_are_no_safetensors(server):
+    server.add("me/mine", {**GPT2, "flax_model.msgpack": b"flax", "pytorch_model.bin": b"!"})
+    assert contents(hub.fetch("me/mine"))["flax_model.msgpack"] == b"flax"
+    assert "pytorch_model.bin" not in server.asked_for("GET")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.ckpt", "tf_model.h5", "model.pt"])
+def test_a_pickle_is_never_downloaded(server, file):
+    server.add("me/mine", {**GPT2, file: b"!"})
+    assert f"has its weights only as {file}" in refused("me/mine")
+    assert server.asked_for("GET") == ["main"]
+
+
+def test_a_repository_without_weights_or_config_says_what_is_missing(server):
+    server.add("me/adapter", {**GPT2, "adapter_model.safetensors": b"!"})
+    assert "but adapter_model.safetensors for weights" in refused("me/adapter")
+    server.add("me/none", GPT2)
+    assert "but none for weights" in refused("me/none")
+    server.add("me/bare", {"model.safetensors": b"!"})
+    assert "has no config.json" in refused("me/bare")
+
+
+def test_a_name_that_is_not_there_gets_the_nearest(server, monkeypatch):
+    assert "did you mean gpt2-medium?" in refused("gpt2-meduim")
+    assert "did you mean gpt2?" in refused("openai/GPT2")
+    assert "known ones are gpt2, gpt2-medium" in refused("someone/something")
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert "(HTTP 404)" in refused("gpt2-meduim")
+
+
+def test_a_gated_model_says_where_its_licence_is_and_opens_with_a_token(server, monkeypatch):
+    server.add("meta/llama", {**GPT2, "model.safetensors": b"weights"})
+    server.gated.add("meta/llama")
+    server.tokens.add("hf_good")
+    message = refused("meta/llama")
+    assert f"{server.endpoint}/meta/llama is gated or private (HTTP 401)" in message
+    assert "HF_TOKEN" in message
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert "is gated or private (HTTP 403)" in refused("meta/llama")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert "does not know the token in HF_TOKEN" in refused("meta/llama")
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert hub.fetch("meta/llama").revision == COMMIT
+
+
+def test_a_revision_that_is_not_there_is_named(server):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+    assert "has no revision 'v2'; set it to a branch" in refused("me/mine", "v2")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "..", "../gpt2", "my model", "", "a--b", "/a", "a/", "é"]
+)
+def test_what_cannot_be_a_name_is_never_asked_for(server, name):
+    assert f"{name!r} is neither a folder here nor a name on the hub" in refused(name)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("revision", ["", "../../main", "/etc", "a b", "main\n"])
+def test_what_cannot_be_a_revision_is_never_asked_for(server, revision):
+    assert f"revision={revision!r} cannot be one" in refused("gpt2", revision)
+    assert not server.asked
+
+
+def test_names_are_those_that_huggingface_hub_accepts():
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    parts = ["gpt2", "Qwen3-0.6B", "_a", "a_", "-a", "a.", ".a", "a--b", "a..b", "a.git", "x" * 97]
+    for name in [*parts, *(f"me/{part}" for part in parts), "a/b/c", "", "a b"]:
+        try:
+            validate_repo_id(name)
+            valid = True
+        except HFValidationError:
+            valid = False
+        assert hub.looks_like_name(name) == valid, name
+
+
+def test_a_hub_that_never_answers_ends_in_time(server, monkeypatch):
+    server.silent = True
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    start = time.monotonic()
+    message = refused("gpt2", "v1")
+    assert time.monotonic() - start < 2
+    assert f"{server.endpoint}/openai-community/gpt2 does not answer" in message
+    assert "`hf download openai-community/gpt2 --revision v1 --local-dir gpt2`" in message
+    assert 'load("gpt2")' in message
+
+
+def test_a_look_up_of_the_host_that_never_ends_ends_in_time(server, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
+    start = time.monotonic()
+    message = refused("gpt2")
+    assert time.monotonic() - start < 2
+    done.set()
+    assert "does not answer (no answer within 0.3 seconds)" in message
+
+
+def test_a_host_that_does_not_exist_is_named(server, monkeypatch):
+    def fail(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    message = refused("gpt2")
+    assert "http://hub.invalid/openai-community/gpt2 does not answer" in message
+    assert "Name or service not known" in message
+
+
+def test_offline_without_the_model_says_so_and_asks_nobody(server, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refused("gpt2")
+    assert message.startswith("HF_HUB_OFFLINE is set, and openai-community/gpt2 at main is not")
+    assert "unset it, or where there is network" in message
+    assert not server.asked
+
+
+def test_a_hub_that_is_down_leaves_the_cache(server, capsys):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+    snapshot = hub.fetch("me/mine")
+    server.status = 503
+    assert hub.fetch("me/mine") == snapshot
+    assert "answers HTTP 503" in capsys.readouterr().err
+    assert "answers HTTP 503, and openai-community/gpt2 at main is not whole" in refused("gpt2")
+
+
+def test_what_is_no_hub_is_refused(server):
+    server.main = "../evil"
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"}, server.main)
+    assert "gives no commit, '../evil'; see HF_ENDPOINT" in refused("me/mine")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_full_disk_is_found_before_the_download(server, monkeypatch, tmp_path):
+    server.add("me/mine", {**GPT2, "model.safetensors": bytes(100_000)})
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = refused("me/mine")
+    assert f"the disk of {tmp_path / 'home' / 'hub'} has no room for me/mine" in message
+    assert "HF_HOME" in message
+    assert "model.safetensors" not in server.asked_for("GET")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "has no room for me/mine ([Errno 28]"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            "cannot write to /x (Permission",
+        ),
+        (ConnectionResetError(errno.ECONNRESET, "reset by peer"), "does not answer ([Errno 104]"),
+        (RuntimeError("first\nsecond"), "does not answer (first)"),
+    ],
+)
+def test_a_download_that_breaks_says_why(server, monkeypatch, error, reason):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert reason in refused("me/mine")

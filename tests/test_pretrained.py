@@ -1,0 +1,330 @@
+"""Weights in and out: equal to transformers', bit for bit in the files, and nothing believed."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import pretrained
+from jaxgpt.config import read as read_config
+from jaxgpt.model import ComputeConfig, GPTConfig, RopeScaling, count, init
+from jaxgpt.model import letters as letters_of
+from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
+from jaxgpt.sample import generate
+
+PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+T = 80
+
+small = {
+    "vocab_size": 203,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": T,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+llama3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+gemma = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+gpt2 = {"vocab_size": 203, "n_positions": T, "bos_token_id": 0, "eos_token_id": None}
+SHAPES = {
+    "gpt2": ("GPT2", {**gpt2, "n_embd": 48, "n_layer": 3, "n_head": 4}),
+    "gpt2 wide mlp, untied": (
+        "GPT2",
+        {**gpt2, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 96}
+        | {"vocab_size": 256, "tie_word_embeddings": False},
+    ),
+    "llama 2": ("Llama", small),
+    "llama 3, scaled, grouped, tied": (
+        "Llama",
+        {**small, "num_key_value_heads": 2, "tie_word_embeddings": True}
+        | {"rope_parameters": llama3},
+    ),
+    "llama with biases, one key head": (
+        "Llama",
+        {
+            **small,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 12,
+        },
+    ),
+    "qwen2": ("Qwen2", {**small, "num_key_value_heads": 2}),
+    "qwen2 tied, windows": (
+        "Qwen2",
+        {**small, "num_key_value_heads": 6, "tie_word_embeddings": True}
+        | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
+    "qwen3": ("Qwen3", {**small, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3 tied": (
+        "Qwen3",
+        {**small, "num_key_value_heads": 3, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "gemma 3": ("Gemma3", {**small, "num_hidden_layers": 7, "num_key_value_heads": 2, **gemma}),
+    "gemma 3, scaled, capped": (
+        "Gemma3",
+        {**small, "num_hidden_layers": 2, "num_key_value_heads": 1, **gemma}
+        | {
+            "layer_types": ["full_attention", "full_attention"],
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip(
+        "torch", reason="compares with transformers: pip install torch transformers"
+    )
+    return pytest.importorskip(
+        "transformers", reason="compares with transformers: pip install torch transformers"
+    )
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def theirs(request, transformers, tmp_path_factory):
+    """A random model of transformers, and the folder it is saved in."""
+    import torch
+
+    name, options = SHAPES[request.param]
+    config_class = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
+    model_class = getattr(
+        transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}"
+    )
+    torch.manual_seed(0)
+    model = model_class(config_class(**options)).eval()
+    with torch.no_grad():  # norms, biases and logits that matter
+        for leaf in model.parameters():
+            leaf.add_(0.1 * torch.randn_like(leaf)) if leaf.ndim == 1 else leaf.mul_(3)
+    folder = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def their_logits(model, tokens_BT, **kwargs):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens_BT), **kwargs).logits.numpy()
+
+
+def our_logits(found, params, tokens_BT, *args):
+    gpt = found.cfg.build(PLAIN)
+    logits = gpt.apply({"params": params}, jnp.asarray(tokens_BT, jnp.int32), *args)
+    return np.asarray(logits)[..., : found.cfg.V]
+
+
+def random_tokens(V, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, V, shape)
+
+
+def test_logits_are_those_of_transformers_at_every_length(theirs):
+    model, folder = theirs
+    found = pretrained.read(folder)
+    params = found.params()
+    for length in (1, 7, T):
+        tokens = random_tokens(found.cfg.V, 2, length, seed=length)
+        expected = their_logits(model, tokens)
+        assert np.abs(our_logits(found, params, tokens) - expected).max() < 1e-4
+        assert expected.std() > 0.1  # else it would be no comparison
+
+
+def test_padded_batches_agree_with_transformers(theirs):
+    import torch
+
+    model, folder = theirs
+    found = pretrained.read(folder)
+    params = found.params()
+    tokens = random_tokens(found.cfg.V, 3, 20)
+    lengths = np.array([20, 7, 1])
+    columns = np.arange(20)[None]
+    right = columns < lengths[:, None]
+    expected = their_logits(model, tokens, attention_mask=torch.tensor(right))
+    ours = our_logits(found, params, tokens)
+    assert np.abs(ours - expected)[right].max() < 1e-4
+
+    left = right[:, ::-1].copy()
+    positions = np.maximum(columns - (20 - lengths[:, None]), 0)
+    expected = their_logits(
+        model, tokens, attention_mask=torch.tensor(left), position_ids=torch.tensor(positions)
+    )
+    ours = our_logits(found, params, tokens, jnp.asarray(positions), jnp.asarray(left, jnp.int32))
+    assert np.abs(ours - expected)[left].max() < 1e-4
+
+
+def test_greedy_tokens_are_those_of_transformers(theirs):
+    import torch
+
+    model, folder = theirs
+    found = pretrained.read(folder)
+    prompt = random_tokens(found.cfg.V, 7)
+    expected = model.generate(
+        torch.tensor(prompt[None]), max_new_tokens=64, do_sample=False, eos_token_id=None
+    )
+    ours = generate(
+        found.cfg.build(PLAIN), found.params(), prompt, 64, key=jax.random.key(0), temperature=0
+    )
+    assert ours.tolist() == expected[0, 7:].tolist()
+
+
+def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):
+    model, folder = theirs
+    found = pretrained.read(folder)
+    pretrained.write(tmp_path, found.cfg, found.params(), shard_bytes=40_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    before, after = model.state_dict(), again.eval().state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert np.array_equal(tensor.numpy(), after[name].numpy()), name
+    tokens = random_tokens(found.cfg.V, 2, T)
+    assert np.array_equal(their_logits(model, tokens), their_logits(again, tokens))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_files_of_half_precision_come_and_go_bit_for_bit(theirs, tmp_path, dtype):
+    import torch
+
+    model, _ = theirs
+    half = type(model)(model.config).to(getattr(torch, dtype))
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(tmp_path / "in")
+    found = pretrained.read(tmp_path / "in")
+    assert found.dtype == dtype
+    (tmp_path / "out").mkdir()
+    pretrained.write(tmp_path / "out", found.cfg, found.params(), dtype=dtype)
+    files = [tmp_path / where / "model.safetensors" for where in ("in", "out")]
+    before, after = (pretrained.tensors.read_header(file) for file in files)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        n = tensor.shape[0]
+        assert after[name].rows(0, n).tobytes() == tensor.rows(0, n).tobytes(), name
+
+
+CONFIGS = {
+    "gpt2": GPTConfig(L=2, D=32, N=2, T=32, V=200),
+    "llama": GPTConfig(
+        **{"L": 2, "D": 32, "N": 4, "K": 2, "T": 32, "V": 200, "F": 48, "position": "rotary"},
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias=False,
+        tied=False,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 16),
+    ),
+    "gemma3_text": GPTConfig(
+        **{"L": 6, "D": 32, "N": 4, "K": 2, "H": 16, "T": 32, "V": 200, "position": "rotary"},
+        norm="rmsnorm+1",
+        post_norm=True,
+        mlp="geglu",
+        bias=False,
+        qk_norm=True,
+        scale_embedding=True,
+        window=8,
+        global_every=3,
+        rope_theta=1e6,
+        rope_local_theta=1e4,
+    ),
+}
+CONFIGS["qwen2"] = replace(CONFIGS["llama"], qkv_bias=True, rope_scaling=RopeScaling())
+CONFIGS["qwen3"] = replace(CONFIGS["qwen2"], qkv_bias=False, qk_norm=True, window=8)
+
+
+@pytest.fixture(params=CONFIGS)
+def cfg(request):
+    return CONFIGS[request.param]
+
+
+def random_params(cfg, seed=0):
+    params = init(cfg.build(PLAIN), jax.random.key(seed))
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + noise.normal(size=x.shape).astype(np.float32) * 0.1, params)
+
+
+def real_rows(cfg, params):
+    """The same with vocabulary padding set to 0, as it is after a file."""
+    mask = (np.arange(cfg.sizes["V"]) < cfg.V)[:, None]
+    return {name: leaf * mask if name in ("wte", "head") else leaf for name, leaf in params.items()}
+
+
+def assert_equal(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), one, other)
+
+
+def test_what_is_written_reads_back_equal(cfg, tmp_path):
+    params = random_params(cfg)
+    pretrained.write(tmp_path, cfg, params)
+    found = pretrained.read(tmp_path)
+    assert found.cfg.build(PLAIN).apply({"params": params}, jnp.ones((1, 1), int)).shape
+    assert pretrained.family_of(found.cfg) is found.family
+    assert_equal(found.params(), real_rows(cfg, params))
+    pretrained.write(tmp_path, found.cfg, found.params())
+    assert pretrained.read(tmp_path).cfg == found.cfg
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}], ids=["data", "fsdp", "both"]
+)
+def test_tensors_go_straight_into_any_sharding(cfg, tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(pretrained.weights, "PIECE", 1000)
+    params = random_params(cfg)
+    pretrained.write(tmp_path, cfg, params)
+    found = pretrained.read(tmp_path)
+    gpt = found.cfg.build(PLAIN)
+    mesh = make_mesh(ParallelConfig(**sizes))
+    layout = Layout("jit", mesh, letters_of(gpt))
+    abstract = layout.abstract(lambda: init(gpt, jax.random.key(0)))
+    placed = found.params(abstract)
+    jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), placed, abstract)
+    assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding == a.sharding, placed, abstract))
+    assert_equal(placed, real_rows(cfg, params))
+
+
+def test_safetensors_reads_what_we_write(cfg, tmp_path):
+    library = pytest.importorskip("safetensors", reason="pip install safetensors")
+    params = random_params(cfg)
+    pretrained.write(tmp_path, cfg, params, shard_bytes=30_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = dict(pretrained.tensors.read_folder(tmp_path))
+    assert found.keys() == index["weight_map"].keys()
+    for file in sorted(set(index["weight_map"].values())):
+        with library.safe_open(tmp_path / file, "np") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = found.pop(name)
+                np.testing.assert_array_equal(
+                    opened.get_tensor(name), tensor.rows(0, tensor.shape[0])
+                )
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2_124m", 124_439_808),
+        ("gpt2_350m", 354_823_168),
+        ("gpt2_774m", 774_030_080),
+        ("gpt2_1558m", 1_557_611_200),
+    ],
+)
+def test_the_sizes_of_gpt2_are_the_published_ones(name, parameters):
+    cfg = replace(read_config(f"configs/{name}.py").model, V=50257)
+    assert count(cfg.build(ComputeConfig())) == parameters
+    assert pretrained.family_of(cfg).MODEL_TYPES == ("gpt2",)

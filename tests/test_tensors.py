@@ -1,0 +1,311 @@
+"""Files that lie, are cut short, or lead elsewhere: each is refused with the reason."""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import pretrained
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, GPTConfig, init
+from jaxgpt.pretrained.tensors import read_header
+
+CFG = GPTConfig(L=2, D=16, N=2, T=8, V=50)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    params = init(CFG.build(ComputeConfig()), jax.random.key(0))
+    pretrained.write(tmp_path, CFG, params)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    params = init(CFG.build(ComputeConfig()), jax.random.key(0))
+    pretrained.write(tmp_path, CFG, params, shard_bytes=10_000)
+    return tmp_path
+
+
+def edit(file, change):
+    """Rewrites a file's header by `change(header)`, its data as they were."""
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    text = change(header)
+    text = json.dumps(header if text is None else text) if not isinstance(text, str) else text
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + content[8 + length :])
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def rename(header, old, new):
+    header[new] = header.pop(old)
+
+
+WPE = "transformer.wpe.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h[WPE].update(shape=[8, 17]), r"wpe.weight' is F32\[8, 17\] by its header"),
+        (lambda h: h[WPE].update(shape=[16, 8]), r"wpe.weight' is \[16, 8\], and by config.json"),
+        (lambda h: h[WPE].update(shape=[-8, -16]), r"wpe.weight' has shape \[-8, -16\]"),
+        (lambda h: h[WPE].update(shape=[8.0, 16]), r"wpe.weight' has shape"),
+        (lambda h: h[WPE].update(shape=[1 << 62, 4]), r"by its header, and has 512 bytes"),
+        (lambda h: h[WPE].update(dtype="F99"), r"wpe.weight' has dtype 'F99'"),
+        (lambda h: h[WPE].update(dtype="I32"), r"wpe.weight' is I32, and parameters are"),
+        (lambda h: h[WPE].update(data_offsets=[0, 512]), r"begins at byte"),
+        (lambda h: h[WPE].update(data_offsets=[512, 0]), r"by its header"),
+        (lambda h: h[WPE].update(data_offsets=[0]), r"wpe.weight' has data_offsets \[0\]"),
+        (lambda h: h[WPE].update(extra=1), r"wpe.weight' has not just a dtype"),
+        (lambda h: h.update(x=[]), r"'x' has not just a dtype"),
+        (lambda h: rename(h, WPE, "other"), r"no tensor 'transformer.wpe.weight'"),
+        (lambda h: [], r"not a table of tensors"),
+        (lambda h: "{" * 50, r"not JSON"),
+        (lambda h: '{"a": 1, "a": 1}', r"a name stands in it twice"),
+    ],
+)
+def test_a_header_that_lies_is_refused(folder, change, message):
+    edit(folder / "model.safetensors", change)
+    with pytest.raises(InputError, match=message) as error:
+        pretrained.read(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_tensor_that_is_no_parameter_is_refused_and_a_buffer_is_not(folder):
+    file = folder / "model.safetensors"
+
+    def add(name):
+        def change(header):
+            end = max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+            header[name] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
+
+        edit(file, change)
+        file.write_bytes(file.read_bytes() + b"\0" * 4)
+
+    add("transformer.h.1.attn.bias")
+    pretrained.read(folder)
+    add("transformer.h.1.attn.extra")
+    with pytest.raises(InputError, match=r"'h.1.attn.extra' is not a parameter of this gpt2"):
+        pretrained.read(folder)
+
+
+def test_a_tied_head_must_be_the_embedding(folder):
+    file = folder / "model.safetensors"
+    header = read_header(file)
+    wte = header["transformer.wte.weight"].rows(0, 50)
+
+    def add(header):
+        end = max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+        header["lm_head.weight"] = {
+            "dtype": "F32",
+            "shape": [50, 16],
+            "data_offsets": [end, end + wte.nbytes],
+        }
+
+    edit(file, add)
+    whole = file.read_bytes()
+    file.write_bytes(whole + wte.tobytes())
+    pretrained.read(folder)
+    file.write_bytes(whole + (wte + 1).tobytes())
+    with pytest.raises(InputError, match=r"'lm_head.weight' is not the embedding"):
+        pretrained.read(folder)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -4, 4])
+def test_a_file_of_another_length_is_refused(folder, length):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0" * 4 if length == 4 else content[:length])
+    with pytest.raises(InputError, match=r"model.safetensors (has|claims)"):
+        pretrained.read(folder)
+
+
+def test_a_huge_header_is_refused_before_it_is_read(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
+    with pytest.raises(InputError, match=r"claims a header of 1,152,921,504,606,846,976 bytes"):
+        pretrained.read(folder)
+
+
+class Bomb:
+    """Would leave a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_is_refused_and_never_run(folder, zipped):
+    trap = folder / "trap"
+    content = pickle.dumps(Bomb(str(trap)))
+    (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * zipped + content)
+    with pytest.raises(InputError, match=r"model.safetensors is a pickle"):
+        pretrained.read(folder)
+    assert not trap.exists()
+
+
+def test_a_folder_of_pickles_alone_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, which is not read"):
+        pretrained.read(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../model.safetensors", "leads out"),
+        ("/etc/passwd", "leads out"),
+        ("a/../../b", "leads out"),
+        ("C:\\x", "leads out"),
+        ("", "is not the name of a file"),
+        ("gone.safetensors", "gone.safetensors cannot be read"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(sharded, file, message):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"][WPE] = file
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        pretrained.read(sharded)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(InputError, match="link out of the folder"):
+        pretrained.read(folder)
+
+
+def test_index_and_files_must_agree(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) > 1
+    moved = {**index["weight_map"], WPE: names[-1]}
+    for weights, message in (
+        (moved, r"holds 'transformer.wpe.weight', which .* finds in"),
+        ({**index["weight_map"], "x": names[0]}, r"lacks 'x', which .* promises"),
+        (None, "no weight_map"),
+        ({"a": 1}, "no weight_map"),
+    ):
+        edit_json(sharded / INDEX, weight_map=weights)
+        with pytest.raises(InputError, match=message):
+            pretrained.read(sharded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported, only 'gpt2', 'llama'"),
+        ({"model_type": None}, "lacks model_type"),
+        ({"n_layer": "2"}, "n_layer='2' is not of type int"),
+        ({"n_layer": True}, "n_layer=True is not of type int"),
+        ({"n_layer": None}, "lacks n_layer"),
+        ({"n_layer": 3}, r"no tensor 'transformer.h.2"),
+        ({"n_layer": 1}, r"'h.1.attn.c_attn.bias' is not a parameter"),
+        ({"n_head": 3}, "heads do not divide"),
+        ({"n_head": 0}, "model.N=0"),
+        ({"vocab_size": 51}, r"wte.weight' is \[50, 16\], and by config.json it is \[51, 16\]"),
+        ({"activation_function": "relu"}, "activation_function='relu' is not supported"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_a_config_that_is_not_of_these_weights_is_refused(folder, changes, message):
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        pretrained.read(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '"x"'])
+def test_a_config_that_is_no_table_is_refused(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match="config.json"):
+        pretrained.read(folder)
+
+
+def test_a_field_that_is_not_known_is_told(folder, caplog):
+    edit_json(folder / "config.json", attention_multiplier=2.0)
+    pretrained.read(folder)
+    assert "attention_multiplier" in caplog.text and "torch_dtype" not in caplog.text
+
+
+ROPE = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 50}
+ROPE |= {"num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' are not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_scaling": "linear"}, "not a table"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling.factor=0.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_rotary_positions_that_are_not_ours_are_refused(tmp_path, rope, message):
+    (tmp_path / "config.json").write_text(json.dumps({**ROPE, **rope}))
+    with pytest.raises(InputError, match=message):
+        pretrained.read(tmp_path)
+
+
+def test_a_model_that_no_family_holds_is_told_what_is_in_the_way():
+    nearly = GPTConfig(L=2, D=16, N=2, T=8, V=50, mlp="relu2")
+    with pytest.raises(InputError, match=r"gpt2 is the nearest, where model.mlp would be 'gelu'"):
+        pretrained.family_of(nearly)
+
+
+def test_files_are_refused_without_assertions_too(folder):
+    edit(folder / "model.safetensors", lambda h: h[WPE].update(shape=[16, 8]))
+    program = (
+        "import sys, pathlib\nfrom jaxgpt import pretrained\n"
+        "try: pretrained.read(pathlib.Path(sys.argv[1]))\n"
+        "except ValueError as error: print(error); sys.exit(7)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", program, str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 7 and "wpe.weight" in done.stdout, done.stderr
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_header_is_refused_or_harmless(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    names = data.draw(st.lists(st.text(max_size=3), min_size=1, max_size=3, unique=True))
+    header, position = {}, 0
+    for name in names:
+        header[name] = {"dtype": "F32", "shape": [2], "data_offsets": [position, position + 8]}
+        position += 8
+    text = bytearray(json.dumps(header).encode())
+    for _ in range(data.draw(st.integers(0, 3))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    file = folder / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + bytes(text) + b"\0" * position)
+    try:
+        found = read_header(file)
+    except InputError as error:
+        assert str(file) in str(error)
+    else:
+        end = sum(
+            int(np.prod(tensor.shape)) * 4 for tensor in found.values() if tensor.dtype == "F32"
+        )
+        assert end <= position

@@ -1,0 +1,258 @@
+"""What exists is loaded, fine-tuned in one command, and given to other tools with its story."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxgpt
+from jaxgpt import checkpoint, pretrained
+from jaxgpt.errors import InputError
+from jaxgpt.export import to_hf
+from jaxgpt.model import ComputeConfig, GPTConfig, init
+from jaxgpt.telemetry import read_metrics
+from jaxgpt.tokenizer import TokenizerConfig, build
+from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from train import main
+
+QWEN = GPTConfig(
+    L=2,
+    D=32,
+    N=4,
+    K=2,
+    F=64,
+    T=64,
+    V=300,
+    position="rotary",
+    norm="rmsnorm",
+    mlp="swiglu",
+    bias=False,
+    qk_norm=True,
+)
+TEXT = "It was a dark and stormy night; the rain fell in torrents, except at intervals. " * 60
+FAST = ("--train.sample_tokens", "0", "--optim.warmup", "1", "--train.batch", "8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model in Hugging Face's layout, with a tokenizer that has fewer ids than it."""
+    folder = tmp_path_factory.mktemp("models") / "small-qwen"
+    folder.mkdir()
+    params = init(QWEN.build(ComputeConfig()), jax.random.key(1))
+    pretrained.write(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
+    write_tokenizer(build(TokenizerConfig("bytes"), ()), folder, QWEN.T)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+
+
+def tune(folder, *options):
+    """Trains a few steps from a model; the exit status."""
+    config = str(Path(__file__).parent.parent / "configs" / "finetune.py")
+    few = ("--train.steps", "4", "--train.log_every", "1", "--train.context", "16")
+    return main([config, "--start", str(folder), "--data.paths", "text.txt", *few, *FAST, *options])
+
+
+def test_a_folder_is_loaded_and_writes(folder):
+    gpt = jaxgpt.load(folder)
+    assert gpt.config.model.D == 32 and gpt.tokenizer.vocab_size == 257
+    text = gpt("It was", 40, temperature=5.0)
+    assert text.startswith("It was") and len(text) > len("It was")
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(folder):
+    gpt = jaxgpt.load(folder)
+    new = jaxgpt.generate(
+        gpt.model, gpt.params, [1], 400, key=jax.random.key(0), temperature=9.0, vocabulary=257
+    )
+    free = jaxgpt.generate(gpt.model, gpt.params, [1], 400, key=jax.random.key(0), temperature=9.0)
+    assert new.max() < 257 <= free.max() < 300
+
+
+def test_fine_tuning_goes_on_from_a_folder_in_one_command(folder, text, capsys):
+    assert tune(folder) == 0
+    assert f"from {folder} float32" in capsys.readouterr().out
+    start = jaxgpt.load(folder)
+    tuned = jaxgpt.load("runs/finetune")
+    assert tuned.config.model == start.config.model
+    assert tuned.tokenizer.fingerprint == start.tokenizer.fingerprint
+    lineage = checkpoint.read("runs/finetune")["lineage"]
+    assert lineage["started_from"] == {"path": str(folder), "dtype": "float32"}
+    distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, tuned.params)
+    assert 0 < max(jax.tree.leaves(distance)) < 0.01
+
+
+def losses(name):
+    """Of every step of a run."""
+    rows = read_metrics(Path("runs") / name / "metrics.jsonl")
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def first_batch():
+    """The tokens of step 1, as the run's data gave them."""
+    from jaxgpt import config, data, tokenizer
+
+    cfg = config.read("runs/finetune/config.json")
+    about = checkpoint.read("runs/finetune")
+    corpus = data.prepare(cfg.data, tokenizer.from_json(about["tokenizer"]))
+    return data.Batches(corpus, cfg.data, seed=cfg.seed, context=16, batch=8).batch(0)
+
+
+def test_the_first_loss_is_that_of_transformers(folder, text):
+    torch = pytest.importorskip("torch", reason="compares with transformers: pip install torch")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    assert tune(folder) == 0
+    loss = losses("finetune")[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    batch = first_batch()
+    with torch.no_grad():
+        logits = model(torch.tensor(batch["tokens"])).logits
+    targets = torch.tensor(batch["targets"]).long()
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert abs(loss - float(theirs)) < 1e-4
+
+
+def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp_path):
+    moved = tmp_path / "small"
+    moved.symlink_to(folder)
+    assert tune(moved, "--train.steps", "8") == 0
+    whole = jaxgpt.load("runs/finetune").params
+    assert tune(moved, "--name", "parts", "--train.steps", "4", "--optim.schedule", "constant") == 0
+    moved.unlink()
+    assert tune(moved, "--name", "parts", "--train.steps", "8", "--optim.schedule", "constant") == 0
+    assert checkpoint.read("runs/parts")["lineage"]["started_from"]["path"] == str(moved)
+    assert jax.tree.structure(whole) == jax.tree.structure(jaxgpt.load("runs/parts").params)
+
+
+@pytest.mark.parametrize("options", [("--compute.layers", "scan"), ("--parallel.fsdp", "2")])
+def test_other_layouts_start_from_the_same_weights(folder, text, options):
+    assert tune(folder) == 0
+    assert tune(folder, "--name", "other", *options) == 0
+    np.testing.assert_allclose(losses("finetune"), losses("other"), rtol=1e-5)
+
+
+def test_a_run_is_a_start_too(folder, text):
+    assert tune(folder) == 0
+    assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
+    about = checkpoint.read("runs/again")["lineage"]["started_from"]
+    assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.L", "3"), "model.L=3, and there it is 2"),
+        (("--tokenizer.kind", "characters"), "tokenizer.kind='characters', and there it is"),
+        (("--train.context", "65"), "train.context=65 is more than model.T=64"),
+    ],
+)
+def test_what_the_start_decides_cannot_be_set(folder, text, capsys, options, message):
+    assert tune(folder, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_start_is_refused_on_resume(folder, text, capsys):
+    assert tune(folder) == 0
+    assert tune("runs/finetune", "--train.steps", "8") == 2
+    assert re.search(r"start was '.*small-qwen', is 'runs/finetune'", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["runs/nothing", "nothing", "./here/there"])
+def test_a_path_that_is_not_there_never_asks_the_network(name, text, monkeypatch):
+    Path("runs").mkdir()
+    monkeypatch.setattr(pretrained.hub, "fetch", lambda *_: pytest.fail("asked the network"))
+    with pytest.raises(InputError, match="no checkpoint at"):
+        jaxgpt.load(name)
+
+
+def test_a_name_is_downloaded_at_its_revision(folder, text, monkeypatch):
+    asked = []
+
+    def fetch(name, revision):
+        asked.append((name, revision))
+        return pretrained.hub.Snapshot(folder, name, "c0ffee")
+
+    monkeypatch.setattr(pretrained.hub, "fetch", fetch)
+    jaxgpt.load("Qwen/Qwen3-0.6B")
+    assert tune("gpt2@v1") == 0
+    assert asked == [("Qwen/Qwen3-0.6B", "main"), ("gpt2", "v1")]
+    about = checkpoint.read("runs/finetune")["lineage"]["started_from"]
+    assert about == {"path": "gpt2", "revision": "c0ffee", "dtype": "float32"}
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    params = init(GPTConfig(L=1, D=8, N=1, T=8, V=100).build(ComputeConfig()), jax.random.key(0))
+    pretrained.write(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
+    write_tokenizer(build(TokenizerConfig("bytes"), ()), tmp_path, 8)
+    with pytest.raises(InputError, match="the tokenizer has 257 ids, and the model only 100"):
+        jaxgpt.load(tmp_path)
+
+
+def test_an_export_tells_where_it_comes_from(folder, text, tmp_path):
+    assert tune(folder) == 0
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxgpt", "export", "runs/finetune", "--to", "hf", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    names = {file.name for file in out.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json"}
+    assert all(name in done.stdout for name in names)
+    card = (out / "README.md").read_text()
+    about = checkpoint.read("runs/finetune")
+    loss = about["metrics"]["val_loss"]
+    for part in (
+        "4 steps of 8 x 16 tokens, 512 in all",
+        f"{loss:.4f} nats",
+        about["data"]["files"][0],
+        str(folder),
+        f"jax {jax.__version__}",
+        "text.txt",
+    ):
+        assert part in card
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 256
+    again = jaxgpt.load(out)
+    jax.tree.map(np.testing.assert_array_equal, again.params, jaxgpt.load("runs/finetune").params)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        to_hf("runs/finetune", out)
+
+
+def test_transformers_writes_what_we_write(folder, text, tmp_path):
+    pytest.importorskip("torch", reason="compares with transformers: pip install torch")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    assert tune(folder) == 0
+    to_hf("runs/finetune", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    gpt = jaxgpt.load("runs/finetune")
+    ids = tokenizer("It was a dark", return_tensors="pt").input_ids
+    assert ids[0].tolist() == gpt.tokenizer.encode("It was a dark")
+    theirs = model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
+    ours = jaxgpt.generate(
+        gpt.model, gpt.params, ids[0].numpy(), 30, key=jax.random.key(0), temperature=0
+    )
+    assert theirs.tolist() == ours.tolist()[: len(theirs)] and len(theirs) > 3
+
+
+def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):
+    options = ["--model.L", "1", "--model.D", "16", "--model.N", "2", "--model.T", "16"]
+    options += ["--tokenizer.kind", "bytes", "--train.steps", "2", "--data.paths", "text.txt"]
+    options += ["--model.mlp", "relu2", "--model.F", "32"]
+    assert main([*options, *FAST, "--name", "odd"]) == 0
+    with pytest.raises(InputError, match=r"is the nearest, where .*model.mlp would be"):
+        to_hf("runs/odd", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
