@@ -3,7 +3,8 @@
     python benchmarks/load.py --config configs/gpt2_1558m.py --dtype float32
 
 Random weights are written once; each side then loads them in a process of its own, in turn, from a
-warm page cache, and reports what it held at most beyond what it held before.
+warm page cache, looks at every parameter (transformers only maps a float32 file, and reads it when
+it is used), and reports what it held at most beyond what it held before.
 """
 
 import gc
@@ -48,14 +49,18 @@ def write(options: Options, folder: Path) -> None:
     """A model of random weights, a tensor at a time."""
     cfg = replace(read(options.config).model, V=50257)
     kinds = {known.name: name for name, known in tensors.DTYPES.items()}
-    sizes, random = weights.sizes_in_files(cfg), np.random.default_rng(0)
+    sizes = weights.sizes_in_files(cfg)
+    random = np.random.default_rng(0).standard_normal(cfg.D * 50257, np.float32) * 0.02
     shapes = {
         row.name: tensors.Shape(kinds[options.dtype], row.shape(sizes))
         for row in weights.rows(gpt2, cfg)
     }
-    tensors.write_folder(
-        folder, shapes, lambda name: random.standard_normal(shapes[name].lengths, np.float32) * 0.02
-    )
+
+    def get(name: str) -> np.ndarray:
+        lengths = shapes[name].lengths
+        return random[: math.prod(lengths)].reshape(lengths)
+
+    tensors.write_folder(folder, shapes, get)
     fields = {**gpt2.write(cfg), "torch_dtype": options.dtype}
     (folder / "config.json").write_text(json.dumps(fields))
 
@@ -65,7 +70,7 @@ def jaxgpt(folder: Path) -> int:
     import jax
 
     params = pretrained.read(folder).params()
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.block_until_ready(params)))
+    return look([np.asarray(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(params))])
 
 
 def transformers(folder: Path) -> int:
@@ -74,7 +79,19 @@ def transformers(folder: Path) -> int:
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-    return sum(leaf.nbytes for leaf in model.parameters())
+    return look([leaf.detach().numpy() for leaf in model.parameters()])
+
+
+def look(leaves: list[np.ndarray]) -> int:
+    """Reads them all; their bytes."""
+    if not all(math.isfinite(leaf.sum()) for leaf in leaves):
+        raise ValueError("a parameter is not finite")
+    return sum(leaf.nbytes for leaf in leaves)
+
+
+def held_now() -> float:
+    """The memory this process has, in bytes; of Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * float(resource.getpagesize())
 
 
 def peak() -> float:
@@ -90,7 +107,7 @@ def one_side(options: Options) -> None:
         write_tiny(tiny, Path(small))
         side(Path(small))
     gc.collect()
-    before, start = peak(), time.perf_counter()
+    before, start = held_now(), time.perf_counter()
     held = side(Path(options.folder))
     print(json.dumps([time.perf_counter() - start, before, peak(), held]))
 

@@ -24,7 +24,8 @@ config = Config(
         T=256,
         position="rotary",
         norm="rmsnorm",
-        mlp="relu2",
+        mlp="swiglu",
+        F=352,
         bias=False,
         qk_norm=True,
     ),
@@ -39,6 +40,6 @@ config = Config(
         final=0.0,
         decay=0.5,
     ),
-    train=TrainConfig(steps=900, batch=8, eval_every=150, eval_batches=20, prompt="def main("),
-    checkpoint=CheckpointConfig(every=150),
+    train=TrainConfig(steps=800, batch=8, eval_every=160, eval_batches=20, prompt="def main("),
+    checkpoint=CheckpointConfig(every=160),
 )

@@ -46,7 +46,7 @@ def to_hf(
         )
         generation = {**ids, "do_sample": True, "temperature": 0.8}
         (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        (draft / "README.md").write_text(card(path, found, folder.name))
+        (draft / "README.md").write_text(card(path, found, str(folder)))
         draft.chmod(0o755)
         draft.replace(folder)
     except OSError as error:
@@ -59,11 +59,10 @@ def to_hf(
 def special_ids(found: Source) -> dict[str, int]:
     """The ids that begin and end a document."""
     tokenizer = found.tokenizer
-    end = getattr(tokenizer, "eos", tokenizer.eot)
-    return {"bos_token_id": tokenizer.eot, "eos_token_id": end}
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eos}
 
 
-def card(path: str | Path, found: Source, name: str) -> str:
+def card(path: str | Path, found: Source, folder: str) -> str:
     """The model card, in Markdown: what it is, how it was trained, on what, to which loss."""
     cfg = found.config.model
     parameters = count(cfg.build(ComputeConfig()))
@@ -75,15 +74,15 @@ def card(path: str | Path, found: Source, name: str) -> str:
         "tags: [jaxgpt]",
         "---",
         "",
-        f"# {name}",
+        f"# {found.config.name}",
         "",
         f"A decoder-only transformer of {parameters:,} parameters, written by jaxgpt.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         "```",
         "",
         f"- **Architecture**: {shape}",

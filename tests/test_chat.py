@@ -559,7 +559,7 @@ def test_the_sandbox_refuses(template, error):
 
 
 def test_a_foreign_template_cannot_run_for_long(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    monkeypatch.setattr(chat.sandbox, "SECONDS", 1.0)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match="took over 1 seconds"):
         allowed(made("chatml", loops), says("Hi"))

@@ -226,7 +226,9 @@ def test_an_export_tells_where_it_comes_from(folder, text, tmp_path):
         assert part in card
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 256
     again = jaxgpt.load(out)
-    jax.tree.map(np.testing.assert_array_equal, again.params, jaxgpt.load("runs/finetune").params)
+    here = jaxgpt.load("runs/finetune")
+    assert again("It was", 20, temperature=0) == here("It was", 20, temperature=0)
+    jax.tree.map(np.testing.assert_array_equal, again.params, here.params)
     with pytest.raises(InputError, match="exists and is not empty"):
         to_hf("runs/finetune", out)
 
@@ -240,7 +242,8 @@ def test_transformers_writes_what_we_write(folder, text, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     gpt = jaxgpt.load("runs/finetune")
     ids = tokenizer("It was a dark", return_tensors="pt").input_ids
-    assert ids[0].tolist() == gpt.tokenizer.encode("It was a dark")
+    assert ids[0].tolist() == [*gpt.tokenizer.prefix, *gpt.tokenizer.encode("It was a dark")]
+    assert gpt.tokenizer.prefix == [256]
     theirs = model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     ours = jaxgpt.generate(
         gpt.model, gpt.params, ids[0].numpy(), 30, key=jax.random.key(0), temperature=0

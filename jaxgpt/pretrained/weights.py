@@ -1,4 +1,4 @@
-"""A family's tensors <-> our parameter tree, one tensor at a time, straight into its place.
+"""A family's tensors <-> our parameter tree, piece by piece, straight into its place.
 
 A row of a family's table names a leaf, a tensor, and the tensor's dimensions in our letters: as
 "NH,D" is a matrix of N H rows and D columns, from which the transposition to the leaf's "DNH"
@@ -8,9 +8,11 @@ follows. In "D,3NH" three leaves lie side by side, and the row says which of the
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, letters
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural, write_folder
 
-PIECE = 1 << 24  # bytes of a file in memory at once
+PIECE = 1 << 22  # bytes of a file in memory at once
+READERS = 2  # tensors read at a time
 TIED = "lm_head.weight"
 
 
@@ -130,27 +133,30 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) 
     With `abstract`, a tree of ShapeDtypeStructs, on its shardings: each process reads no more of a
     tensor than its devices hold. Rows of vocabulary padding are 0.
     """
-    params: dict[str, Any] = {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for row, tensor in found:
-        *parents, last = row.path
-        node, sharding = params, abstract
-        for name in parents:
-            node = node.setdefault(name, {})
-        for name in row.path if abstract is not None else ():
-            sharding = sharding[name]
-        node[last] = jax.make_array_from_callback(
-            tuple(cfg.sizes[letter] for letter in row.letters),
-            here if sharding is None else sharding.sharding,
-            partial(_read, row, tensor, cfg),
-        )
+
+    def one(row: Row, tensor: Tensor) -> jax.Array:
+        sharding = here
+        if abstract is not None:
+            sharding = reduce(getitem, row.path, abstract).sharding
+        shape = tuple(cfg.sizes[letter] for letter in row.letters)
+        return jax.make_array_from_callback(shape, sharding, partial(_read, row, tensor, cfg))
+
+    params: dict[str, Any] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for (row, _), leaf in zip(found, pool.map(one, *zip(*found, strict=True)), strict=True):
+            *parents, last = row.path
+            node = params
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = leaf
     return params
 
 
 def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
     """A block of a leaf, float32: `index` says where it begins and ends, for each letter."""
     spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
-    out = np.zeros([stop - start for start, stop in spans], np.float32)
+    out = _aligned([stop - start for start, stop in spans])
     sizes = sizes_in_files(cfg)
     bounds = dict(zip(row.letters, spans, strict=True))
     lengths = [_size(a, sizes) for a in row.dims]
@@ -159,6 +165,8 @@ def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) ->
         start, stop = (row.part, row.part + 1) if a.isdecimal() else bounds[a]
         wanted.append(slice(min(start, length), min(stop, length)))
     view = row.in_file_order(out)[tuple(slice(w.stop - w.start) for w in wanted)]
+    if view.size < out.size:
+        out.fill(0)
     # The dimension that is slowest in the file may share its rows with those after it, as N in NH.
     each = math.prod(lengths[1 : len(row.axes.split(",")[0])])
     first, last = wanted[0].start, wanted[0].stop
@@ -166,6 +174,13 @@ def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) ->
         block = tensor.rows(start * each, stop * each).reshape(stop - start, *lengths[1:])
         view[start - first : stop - first] = block[(slice(None), *wanted[1:])]
     return out
+
+
+def _aligned(shape: list[int]) -> np.ndarray:
+    """An array for float32 that a CPU device takes over as it is, instead of copying it."""
+    raw = np.empty(math.prod(shape) + 16, np.float32)
+    first = -raw.ctypes.data % 64 // 4
+    return raw[first : first + math.prod(shape)].reshape(shape)
 
 
 def _pieces(tensor: Tensor, first: int, last: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
@@ -194,13 +209,10 @@ def save(
         lengths = [_size(a, sizes) for a in group[0].dims]
         out = np.empty(lengths, DTYPES[dtype])
         for row in group:
-            leaf = params
-            for key in row.path:
-                leaf = leaf[key]
             part = slice(row.part, row.part + 1)
             place = tuple(part if a.isdecimal() else slice(None) for a in row.dims)
             real = tuple(slice(_size(a, sizes)) for a in row.dims)
-            out[place] = row.in_file_order(np.asarray(leaf))[real]
+            out[place] = row.in_file_order(np.asarray(reduce(getitem, row.path, params)))[real]
         return out.reshape(shapes[name].lengths)
 
     return write_folder(folder, shapes, get, shard_bytes)

@@ -57,6 +57,11 @@ class Tokenizer(ABC):
         """The special tokens: names, and the ids that no text gets."""
         return {EOT: self.eot}
 
+    @property
+    def eos(self) -> int:
+        """The id that ends what a model writes: `eot` where no other does."""
+        return self.eot
+
     @cached_property
     def prefix(self) -> list[int]:
         """The ids that a prompt begins with, as documents do; may be none."""

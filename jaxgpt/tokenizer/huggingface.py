@@ -156,6 +156,11 @@ class HuggingFace(Tokenizer):
         # NFC neither makes nor moves a space or newline, and composes nothing across one.
         return last_cut(text) if self._cuttable else 0
 
+    @property
+    def eos(self) -> int:
+        """The id of `eos_token`, or `eot` where the config names none."""
+        return self.specials.get(token_name(self.config, "eos_token") or "", self.eot)
+
     def content(self) -> dict[str, Any]:
         """The text of tokenizer.json, and tokenizer_config.json."""
         return {"kind": self.kind, "json": self.json, "config": self.config}
@@ -225,9 +230,10 @@ def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes the files with which transformers' AutoTokenizer gives text the same ids.
 
     They are tokenizer.json, tokenizer_config.json with `context` as its model_max_length, and
-    special_tokens_map.json; for gpt2 vocab.json and merges.txt too. A `HuggingFace` is written as
-    it was read, but for code that its config names. Raises InputError where the folder cannot be
-    written.
+    special_tokens_map.json; for gpt2 vocab.json and merges.txt too. With special tokens added, a
+    text begins with `<|endoftext|>`, as documents do here; not for gpt2, as published. A
+    `HuggingFace` is written as it was read, but for code that its config names. Raises InputError
+    where the folder cannot be written.
     """
     files: dict[str, str] = {}
     config: dict[str, Any] = {
@@ -501,9 +507,21 @@ def _exported(tokenizer: Tokenizer) -> dict[str, Any]:
         ],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
+        "post_processor": None if tokenizer.kind == "gpt2" else _begins_with(EOT, tokenizer.eot),
         "decoder": decoder,
         "model": model,
+    }
+
+
+def _begins_with(name: str, number: int) -> dict[str, Any]:
+    """The post-processor that begins a text with a special token, as our documents begin."""
+    special = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, second],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
     }
 
 
