@@ -217,10 +217,19 @@ def summary(config: Config) -> str:
     """The config on a terminal: a line for each part."""
     lines = []
     for name, value in to_dict(config).items():
-        fields = value.items() if isinstance(value, dict) else ((name, value),)
         label = name if isinstance(value, dict) else ""
-        lines.append(f"{label:<12} " + " ".join(f"{k}={v!r}" for k, v in fields))
+        fields = _flat(value) if label else {name: value}
+        lines.append(f"{label:<12} " + " ".join(f"{k}={v!r}" for k, v in fields.items()))
     return "\n".join(lines)
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of fields by their whole name: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{k}".rstrip("."): v for k, v in inner.items()}
+    return flat
 
 
 def save(config: Config, path: Path) -> None:

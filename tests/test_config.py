@@ -69,7 +69,10 @@ def test_a_config_says_all_of_itself_on_a_terminal():
     [
         ({"modle": {}}, "modle is not an option; did you mean model?"),
         ({"train": {"stepz": 3}}, "train.stepz is not an option; did you mean steps?"),
-        ({"train": {"qqq": 3}}, "train.qqq is not an option; there are steps, batch, micro"),
+        (
+            {"train": {"qqq": 3}},
+            "train.qqq is not an option; there are steps, batch, context, micro",
+        ),
         ({"train": 3}, "train=3 is not a table of fields"),
         ([], "config=[] is not a table of fields"),
         ({"train": {"steps": "3"}}, "train.steps='3' is not a value of type int"),

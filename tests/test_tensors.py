@@ -309,3 +309,30 @@ def test_any_damage_to_a_header_is_refused_or_harmless(tmp_path_factory, data):
             int(np.prod(tensor.shape)) * 4 for tensor in found.values() if tensor.dtype == "F32"
         )
         assert end <= position
+
+
+def test_layers_beyond_all_measure_are_refused_at_once(folder):
+    edit_json(folder / "config.json", n_layer=10**12)
+    with pytest.raises(InputError, match="too few for the 1000000000000 layers"):
+        pretrained.read(folder)
+
+
+def test_a_tensor_there_twice_is_refused(folder):
+    file = folder / "model.safetensors"
+
+    def add(header):
+        end = max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+        header["wpe.weight"] = {**header[WPE], "data_offsets": [end, end + 512]}
+
+    edit(file, add)
+    file.write_bytes(file.read_bytes() + b"\0" * 512)
+    with pytest.raises(InputError, match=r"has 'wpe.weight' twice"):
+        pretrained.read(folder)
+
+
+def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
+    params = init(CFG.build(ComputeConfig()), jax.random.key(0))
+    params["wpe"] = params["wpe"].at[3, 3].set(70_000.0)
+    with pytest.raises(InputError, match=r"wpe holds 7e\+04, more than float16 can"):
+        pretrained.write(tmp_path, CFG, params, dtype="float16")
+    pretrained.write(tmp_path, CFG, params, dtype="bfloat16")

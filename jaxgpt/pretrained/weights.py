@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import pairwise
 from operator import getitem
@@ -66,15 +66,20 @@ def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
 def rows(family: ModuleType, cfg: GPTConfig) -> list[Row]:
     """The rows for every leaf of a model; InputError where the family has no place for a leaf."""
     table = {row[0]: row[1:] for row in family.ROWS}
+    # All layers have the same leaves, whatever their windows: one of them tells.
+    alike = replace(cfg, window=0, global_every=0, rope_local_theta=0.0)
     found = []
-    for path, (names, _) in letters(cfg.build(ComputeConfig())).items():
-        layer = path[1] if path[0] == "blocks" else ""
-        key = "/".join(("blocks", "{i}", *path[2:]) if layer else path)
+    for path, (names, _) in letters(alike.build(ComputeConfig(layers="scan"))).items():
+        block = path[0] == "blocks"
+        key = "/".join(("blocks", "{i}", *path[1:]) if block else path)
         if key not in table:
             raise InputError(f"{'/'.join(path)} has no place in {family.MODEL_TYPES[0]}")
         name, *rest = table[key]
         prefix = "" if name == TIED else family.PREFIX
-        found.append(Row(path, "".join(names), prefix + name.format(i=layer), *rest))
+        for i in range(cfg.L) if block else ("",):
+            leaf = ("blocks", str(i), *path[1:]) if block else path
+            spelled = "".join(names[1:] if block else names)
+            found.append(Row(leaf, spelled, prefix + name.format(i=i), *rest))
     return sorted(found, key=lambda row: natural(row.name))
 
 
@@ -87,6 +92,15 @@ def match(
     and so is the output layer of a tied model if it is the embedding.
     """
     bare = {name.removeprefix(family.PREFIX): tensor for name, tensor in tensors.items()}
+    if twice := [name for name in tensors if f"{family.PREFIX}{name}" in tensors]:
+        raise InputError(
+            f"{folder} has {twice[0]!r} twice, with {family.PREFIX!r} before it and without; "
+            "get it again"
+        )
+    if len(tensors) < cfg.L:
+        raise InputError(
+            f"{folder} has {len(tensors)} tensors, too few for the {cfg.L} layers of config.json"
+        )
     found, sizes, used = [], sizes_in_files(cfg), set()
     for row in rows(family, cfg):
         name = row.name.removeprefix(family.PREFIX)
@@ -212,7 +226,14 @@ def save(
             part = slice(row.part, row.part + 1)
             place = tuple(part if a.isdecimal() else slice(None) for a in row.dims)
             real = tuple(slice(_size(a, sizes)) for a in row.dims)
-            out[place] = row.in_file_order(np.asarray(reduce(getitem, row.path, params)))[real]
+            leaf = np.asarray(reduce(getitem, row.path, params))
+            with np.errstate(over="ignore"):  # told below
+                out[place] = row.in_file_order(leaf)[real]
+            if dtype == "F16" and np.isinf(out[place]).any() and not np.isinf(leaf).any():
+                raise InputError(
+                    f"{'/'.join(row.path)} holds {np.abs(leaf).max():.4g}, more than float16 can; "
+                    "set dtype to bfloat16 or float32"
+                )
         return out.reshape(shapes[name].lengths)
 
     return write_folder(folder, shapes, get, shard_bytes)
