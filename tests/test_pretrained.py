@@ -315,6 +315,76 @@ def test_safetensors_reads_what_we_write(cfg, tmp_path):
     assert not found
 
 
+def sizes(L, D, heads, keys, H, F, T, V, **more):
+    """The fields that all but GPT-2 have."""
+    return {
+        "num_hidden_layers": L,
+        "hidden_size": D,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "head_dim": H,
+        "intermediate_size": F,
+        "max_position_embeddings": T,
+        "vocab_size": V,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        **more,
+    }
+
+
+SCALED = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+PUBLISHED = {
+    "distilgpt2": (
+        {"model_type": "gpt2", "n_layer": 6, "n_embd": 768, "n_head": 12, "n_positions": 1024}
+        | {"n_ctx": 1024, "vocab_size": 50257, "activation_function": "gelu_new"}
+        | {"_num_labels": 1, "layer_norm_epsilon": 1e-5, "summary_type": "cls_index"},
+        81_912_576,
+    ),
+    "Llama-3.2-1B": (
+        sizes(16, 2048, 32, 8, 64, 8192, 131072, 128256, model_type="llama", rope_theta=500000.0)
+        | {"rope_scaling": {**SCALED, "original_max_position_embeddings": 8192}}
+        | {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1},
+        1_235_814_400,
+    ),
+    "Qwen2.5-0.5B": (
+        sizes(24, 896, 14, 2, None, 4864, 32768, 151936, model_type="qwen2", rope_theta=1000000.0)
+        | {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24},
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        sizes(28, 1024, 16, 8, 128, 3072, 40960, 151936, model_type="qwen3", rope_theta=1000000)
+        | {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28},
+        596_049_920,
+    ),
+    "gemma-3-1b-pt": (
+        sizes(26, 1152, 4, 1, 256, 6912, 32768, 262144, model_type="gemma3_text")
+        | {"rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None}
+        | {"sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256}
+        | {"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None}
+        | {"final_logit_softcapping": None, "cache_implementation": "hybrid"},
+        999_885_952,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_their_published_sizes(name, caplog, tmp_path):
+    values, parameters = PUBLISHED[name]
+    fields = pretrained.Fields(values, tmp_path)
+    family = next(f for f in pretrained.FAMILIES if values["model_type"] in f.MODEL_TYPES)
+    cfg = family.read(fields)
+    fields("model_type", kind=str)
+    fields.rest()
+    cfg.check()
+    assert not caplog.text
+    alike = replace(cfg, window=0, global_every=0, rope_local_theta=0.0)
+    assert count(alike.build(ComputeConfig(layers="scan"))) == parameters
+    assert pretrained.family_of(cfg) is family
+    if name.startswith("gemma"):
+        assert cfg.windows()[:7] == [512, 512, 512, 512, 512, 0, 512]
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 
 # Of the library, of generation and of training: what they say does not change the logits.
 HARMLESS = {
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures",
-    "attention_dropout", "attn_pdrop", "auto_map", "begin_suppress_tokens", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task",
-    "gradient_checkpointing", "id2label", "initializer_range", "label2id", "max_length",
-    "model_type", "n_ctx", "num_labels", "output_attentions", "output_hidden_states",
-    "output_past", "pad_token_id", "predict_special_tokens", "pretraining_tp", "problem_type",
-    "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version",
-    "unk_token_id", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels",
+    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "begin_suppress_tokens",
+    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop",
+    "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range",
+    "label2id", "max_length", "model_type", "n_ctx", "num_labels", "output_attentions",
+    "output_hidden_states", "output_past", "pad_token_id", "predict_special_tokens",
+    "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 
 
