@@ -3,9 +3,9 @@
 Command:   python train.py
 Hardware:  a laptop; 2 CPU cores are enough
 Data:      the source of the running interpreter's standard library, about 12 MB without its tests
-Time:      170 s on two cores of an Intel Xeon; `--compute.dtype bfloat16` is about 1.4 times as
+Time:      190 s on two cores of an Intel Xeon; `--compute.dtype bfloat16` is about 1.4 times as
            fast on a processor that multiplies it (AVX512-BF16, AMX)
-Expect:    a validation loss of about 3.76, which is 1.54 bits per byte (Python 3.13's library), and
+Expect:    a validation loss of about 3.66, which is 1.50 bits per byte (Python 3.13's library), and
            a sample with the look of Python and little of its sense
 """
 

@@ -21,6 +21,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Lets go of each module's compiled programs; those on disk are quick to load."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
     """Keeps a developer's own cache of tokenized text out of the tests, and theirs out of it."""

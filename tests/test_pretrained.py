@@ -127,8 +127,8 @@ def their_logits(model, tokens_BT, **kwargs):
 
 
 def our_logits(found, params, tokens_BT, *args):
-    gpt = found.cfg.build(PLAIN)
-    logits = gpt.apply({"params": params}, jnp.asarray(tokens_BT, jnp.int32), *args)
+    apply = jax.jit(found.cfg.build(PLAIN).apply)
+    logits = apply({"params": params}, jnp.asarray(tokens_BT, jnp.int32), *args)
     return np.asarray(logits)[..., : found.cfg.V]
 
 
@@ -254,14 +254,16 @@ def cfg(request):
 
 
 def random_params(cfg, seed=0):
-    params = init(cfg.build(PLAIN), jax.random.key(seed))
+    params = jax.jit(init, static_argnums=0)(cfg.build(PLAIN), jax.random.key(seed))
     noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + noise.normal(size=x.shape).astype(np.float32) * 0.1, params)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + noise.normal(size=x.shape).astype(np.float32) * 0.1, params
+    )
 
 
 def real_rows(cfg, params):
     """The same with vocabulary padding set to 0, as it is after a file."""
-    mask = (np.arange(cfg.sizes["V"]) < cfg.V)[:, None]
+    mask = (np.arange(cfg.sizes["V"]) < cfg.V)[:, None].astype(np.float32)
     return {name: leaf * mask if name in ("wte", "head") else leaf for name, leaf in params.items()}
 
 
@@ -273,7 +275,6 @@ def test_what_is_written_reads_back_equal(cfg, tmp_path):
     params = random_params(cfg)
     pretrained.write(tmp_path, cfg, params)
     found = pretrained.read(tmp_path)
-    assert found.cfg.build(PLAIN).apply({"params": params}, jnp.ones((1, 1), int)).shape
     assert pretrained.family_of(found.cfg) is found.family
     assert_equal(found.params(), real_rows(cfg, params))
     pretrained.write(tmp_path, found.cfg, found.params())

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     """A small model in Hugging Face's layout, with a tokenizer that has fewer ids than it."""
     folder = tmp_path_factory.mktemp("models") / "small-qwen"
     folder.mkdir()
-    params = init(QWEN.build(ComputeConfig()), jax.random.key(1))
+    params = jax.jit(init, static_argnums=0)(QWEN.build(ComputeConfig()), jax.random.key(1))
     pretrained.write(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
     write_tokenizer(build(TokenizerConfig("bytes"), ()), folder, QWEN.T)
     return folder
