@@ -2,7 +2,7 @@
 
 Command:   python train.py configs/finetune.py --start runs/default --data.paths FOLDER
            python train.py configs/finetune.py --start gpt2 --train.context 256 --data.paths FOLDER
-Hardware:  runs/default: a laptop; gpt2 (124M): 24 GB of memory, best a GPU
+Hardware:  runs/default: a laptop; gpt2 (124M): best a GPU
 Data:      any text, some 100 kB or more
 Time:      not run
 Expect:    not run

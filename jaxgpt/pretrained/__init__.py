@@ -1,8 +1,8 @@
 """Pretrained weights in and out, in the layout of Hugging Face: config.json and safetensors.
 
-    found = pretrained.read("path/to/Qwen3-0.6B")        # or a name there, "Qwen/Qwen3-0.6B"
-    params = found.params()                              # float32, one tensor at a time
-    pretrained.write("out", found.cfg, params)
+    found = pretrained.read(Path("Qwen3-0.6B"))    # a folder; `hub.fetch` makes one of a name
+    params = found.params()                        # float32, read piece by piece
+    pretrained.write(Path("out"), found.cfg, params)
 
 A family is a file here: a table of names and dimensions, `read` from config.json to GPTConfig, and
 `write` back. Nothing is ever unpickled or evaluated.

@@ -63,10 +63,6 @@ class Fields:
             )
         return value
 
-    def skip(self, *names: str) -> None:
-        """Notes fields as read that say again what others do."""
-        self._read.update(names)
-
     def rope(self, theta: float, layers: str = "") -> tuple[float, RopeScaling]:
         """The base of the rotary wavelengths and their scaling.
 
