@@ -73,7 +73,8 @@ class Source:
     @property
     def note(self) -> str:
         """Where from, on a terminal."""
-        return ", from " + " ".join(str(value) for value in self.lineage.values() if value)
+        path, *rest = self.lineage.items()
+        return f", from {path[1]} ({', '.join(f'{name} {value}' for name, value in rest)})"
 
 
 def load(path: str | Path) -> Trained:

@@ -81,7 +81,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(folder):
 
 def test_fine_tuning_goes_on_from_a_folder_in_one_command(folder, text, capsys):
     assert tune(folder) == 0
-    assert f"from {folder} float32" in capsys.readouterr().out
+    assert f"from {folder} (dtype float32)" in capsys.readouterr().out
     start = jaxgpt.load(folder)
     tuned = jaxgpt.load("runs/finetune")
     assert tuned.config.model == start.config.model
