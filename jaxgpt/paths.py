@@ -23,7 +23,9 @@ def inside(folder: Path, name: str) -> Path:
     try:
         root = folder.resolve()
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
+        if target.is_symlink():  # from Python 3.13 on, what a link to itself resolves to
+            raise RuntimeError("it is a link to itself")
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{path} leads nowhere ({error}); put the file itself there") from None
     if root.parent.name == "snapshots":
         root = root.parent.parent
