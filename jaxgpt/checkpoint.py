@@ -297,8 +297,18 @@ def load_params(path: str | Path, abstract: Any = None, item: str = "params") ->
     folder = find(path, (item,))
     if abstract is None:
         leaves = json.loads((folder / "leaves.json").read_text())
-        abstract = _nest({path: _parse(spec) for path, spec in leaves.get(item, {}).items()})
+        abstract = as_abstract(leaves.get(item, {}))
     return _restore(folder, {item: abstract})[item]
+
+
+def as_abstract(leaves: dict[str, str]) -> dict[str, Any]:
+    """An item of `leaves`, as `read` gives it, as nested dicts of `ShapeDtypeStruct`s."""
+    return _nest({path: _parse(spec) for path, spec in leaves.items()})
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's manifest: the same for as long as no file of it changes."""
+    return hashlib.sha256((find(path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> list[str]:

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxgpt.data import DataConfig, texts
+from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
-from jaxgpt.export import to_hf
+from jaxgpt.export import to_hf, to_peft
+from jaxgpt.objectives import Classify, Translate
 from jaxgpt.tokenizer import TokenizerConfig, build, report
 from jaxgpt.trained import load
 
@@ -34,6 +37,67 @@ def generate(
     print(load(path)(prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
 
 
+def classify(
+    path: tyro.conf.Positional[str],
+    texts: tyro.conf.Positional[tuple[str, ...]] = (),
+    file: str = "",
+) -> None:
+    """Say what texts are: for each a line of its label, how sure that is, and the text.
+
+    Args:
+        path: A run that was trained to classify.
+        texts: The texts.
+        file: A file with a text on each line; "-" is the standard input.
+    """
+    trained = load(path)
+    objective = trained.config.objective
+    if not isinstance(objective, Classify):
+        raise InputError(
+            f"{path} was trained with {type(objective).__name__}, which has no labels; "
+            "train one with configs/classify.py"
+        )
+    given = [*texts, *_lines(file)] if file else [*texts]
+    if not given:
+        raise InputError("there is no text; give some after the run, or --file")
+    for text, p_C in zip(given, objective.predict(trained, given), strict=True):
+        print(f"{objective.labels[int(p_C.argmax())]}\t{p_C.max():.4f}\t{text}")
+
+
+def translate(
+    path: tyro.conf.Positional[str],
+    texts: tyro.conf.Positional[tuple[str, ...]] = (),
+    file: str = "",
+    beam: int = 5,
+) -> None:
+    """Translate texts, each to a line.
+
+    Args:
+        path: A run that was trained to translate.
+        texts: The texts.
+        file: A file with a text on each line; "-" is the standard input.
+        beam: Translations kept on the way; 1: the likeliest token each time.
+    """
+    trained = load(path)
+    objective = trained.config.objective
+    if not isinstance(objective, Translate):
+        raise InputError(
+            f"{path} was trained with {type(objective).__name__}, which does not translate; "
+            "train one with configs/translate.py"
+        )
+    given = [*texts, *_lines(file)] if file else [*texts]
+    if not given:
+        raise InputError("there is no text; give some after the run, or --file")
+    print(*objective.translate(trained, given, beam=beam), sep="\n")
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text: {error}") from None
+    return lines_of(text)
+
+
 def tokenize(
     paths: tyro.conf.Positional[tuple[str, ...]] = ("python",),
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = TokenizerConfig(),  # noqa: B008
@@ -51,23 +115,27 @@ def tokenize(
 def export(
     path: tyro.conf.Positional[str],
     folder: tyro.conf.Positional[str],
-    to: Literal["hf"] = "hf",
+    to: Literal["hf", "peft"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
-    """Write a model in the layout of Hugging Face, which transformers and others load.
+    """Write a model, or its LoRA adapter alone, in the layout of Hugging Face.
 
     Args:
         path: A run's folder, a checkpoint's, or whatever else `generate` takes.
         folder: A new folder.
-        to: The layout: config.json, safetensors, tokenizer files, a model card.
-        dtype: Of the parameters in the files.
+        to: The whole model with tokenizer and card, adapters merged; or the adapter, for PEFT.
+        dtype: Of the parameters in the files of a whole model.
     """
-    for file in to_hf(path, folder, dtype=dtype):
+    if to == "peft" and dtype != "float32":
+        raise InputError(f"dtype={dtype}: an adapter is written in float32; leave dtype out")
+    for file in to_peft(path, folder) if to == "peft" else to_hf(path, folder, dtype=dtype):
         print(f"{file.stat().st_size:>16,} bytes  {file}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
+    "classify": classify,
+    "translate": translate,
     "tokenize": tokenize,
     "export": export,
 }

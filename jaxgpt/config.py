@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.checkpoint import CheckpointConfig
-from jaxgpt.data import DataConfig
+from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.objectives import NextToken
+from jaxgpt.objectives import Elsewhere, NextToken, Objective
 from jaxgpt.optim import OptimConfig
 from jaxgpt.parallel import ParallelConfig
 from jaxgpt.telemetry import TelemetryConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.tune import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ class Config:
     """How it is run."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Text to ids."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The text."""
-    objective: NextToken = field(default_factory=NextToken)
+    data: DataConfig | RecordsConfig = field(default_factory=DataConfig)
+    """The text, or the records."""
+    objective: Objective = field(default_factory=NextToken)
     """What is minimised."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Which parameters are trained."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How it is minimised."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -115,13 +118,20 @@ class Config:
         self.tokenizer.check()
         self.data.check()
         self.objective.check()
+        wanted = RecordsConfig if self.objective.reads_records else DataConfig
+        if type(self.data) is not wanted:
+            raise InputError(
+                f"objective {type(self.objective).__name__} does not read "
+                f"{type(self.data).__name__}; set data={wanted.__name__}(...) in the config file"
+            )
+        self.tune.check()
         self.optim.check(self.train.steps)
         self.parallel.check()
         self.checkpoint.check()
 
 
 # What a run cannot change when it resumes: the parameters or the tokens would mean something else.
-FIXED = ("model", "tokenizer")
+FIXED = ("model", "tokenizer", "tune")
 
 # Of the architecture, what is its own business when a run starts from another model.
 OWN = ("dropout",)
@@ -155,12 +165,16 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
     current = to_dict(now)
     before, after = saved.get("start", ""), current["start"]
     changes = [f"start was {before!r}, is {after!r}"] if before != after else []
+    then = {part: saved.get(part, to_dict(TuneConfig())) for part in FIXED}
     changes += [
-        f"{part}.{name} was {saved[part].get(name)}, is {value}"
+        f"{part}.{name} was {then[part].get(name)}, is {value}"
         for part in FIXED
         for name, value in current[part].items()
-        if saved[part].get(name) != value
+        if then[part].get(name) != value
     ]
+    kinds = saved["objective"].get("type", NextToken.__name__), current["objective"]["type"]
+    if kinds[0] != kinds[1]:
+        changes.append(f"objective was {kinds[0]}, is {kinds[1]}")
     if changes:
         raise InputError(
             f"{now.folder} holds a run of another {' and '.join(FIXED)}: {'; '.join(changes)}. "
@@ -169,8 +183,29 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A config as plain JSON values; `type` names the class where a field may be of several."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    hints = typing.get_type_hints(type(config))
+    for name, hint in hints.items():
+        if _classes(hint):
+            values[name] = {"type": type(getattr(config, name)).__name__, **values[name]}
+    return values
+
+
+def _classes(hint: Any) -> dict[str, Any]:
+    """By name, the dataclasses that a field of this type may be of, if several; the default first.
+
+    An objective may be any that is defined, in the package or in a config file.
+    """
+    if hint is Objective:
+        options = [NextToken, *_subclasses(Objective)]
+    else:
+        options = [cls for cls in typing.get_args(hint) if dataclasses.is_dataclass(cls)]
+    return {cls.__name__: cls for cls in options}
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    return [each for child in cls.__subclasses__() for each in (child, *_subclasses(child))]
 
 
 def from_dict(cls: Any, values: Any, path: str = "") -> Any:
@@ -179,9 +214,18 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     A field that is not there has its default. JSON may write the float 1.0 as 1; nothing else is
     converted but lists to tuples.
     """
+    classes = _classes(cls)
+    if (classes or dataclasses.is_dataclass(cls)) and not isinstance(values, dict):
+        raise InputError(f"{path.rstrip('.') or 'config'}={values!r} is not a table of fields")
+    if classes:
+        name = values.get("type", next(iter(classes)))
+        values = {k: v for k, v in values.items() if k != "type"}
+        if name not in classes and cls is Objective:
+            return Elsewhere(name)
+        if name not in classes:
+            raise InputError(f"{path}type={name!r}; set it to one of {', '.join(classes)}")
+        cls = classes[name]
     if dataclasses.is_dataclass(cls):
-        if not isinstance(values, dict):
-            raise InputError(f"{path.rstrip('.') or 'config'}={values!r} is not a table of fields")
         hints = typing.get_type_hints(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
@@ -310,5 +354,5 @@ def from_command_line(args: list[str], default: Path) -> Config:
         default=base,
         args=args[1:] if has_file else args,
         use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

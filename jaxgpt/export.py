@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 from jaxgpt import checkpoint, pretrained
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, count
+from jaxgpt.model import ComputeConfig, count, letters
 from jaxgpt.tokenizer.huggingface import write
 from jaxgpt.trained import Source, source, versions
+from jaxgpt.tune import adapted, merged
+
+PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
 
 def to_hf(
@@ -26,11 +31,43 @@ def to_hf(
 
     `path` is what `jaxgpt.load` takes; `folder` must not exist, or be empty. It appears when all of
     it is written. `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Returns the
-    files. Raises InputError where no family there holds the model.
+    files. Adapters are merged; a classifier's head is left out. Raises InputError where no family
+    there holds the model.
     """
-    found, folder = source(path), Path(folder)
+    found = source(path)
     cfg = found.config.model
     pretrained.family_of(cfg)
+    diff = found.compare(letters(cfg.build(PLAIN)))
+    if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
+        others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
+        raise InputError(f"{path} is not a decoder alone: {', '.join(others)} would be lost")
+    with new_folder(Path(folder)) as draft:
+        write(found.tokenizer, draft, cfg.T)
+        ids = special_ids(found)
+        params = adapted(merged(found.params()), diff, cfg.V, cfg.V)
+        pretrained.write(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
+        generation = {**ids, "do_sample": True, "temperature": 0.8}
+        (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (draft / "README.md").write_text(card(path, found, str(folder)))
+    return sorted(Path(folder).iterdir())
+
+
+def to_peft(path: str | Path, folder: str | Path) -> list[Path]:
+    """Writes the adapter of a run with tune.parts=lora, and nothing else, in the layout of PEFT.
+
+    Raises InputError where there is none, or no family of Hugging Face's holds the model.
+    """
+    from jaxgpt.pretrained import peft
+
+    found = source(path)
+    with new_folder(Path(folder)) as draft:
+        peft.write(draft, found.config.model, found.params(), found.config.start)
+    return sorted(Path(folder).iterdir())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` when all is written; that must not be there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; name a new folder")
     try:
@@ -39,21 +76,13 @@ def to_hf(
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another") from None
     try:
-        write(found.tokenizer, draft, cfg.T)
-        ids = special_ids(found)
-        pretrained.write(
-            draft, cfg, found.params(), dtype=dtype, extra=ids, shard_bytes=shard_bytes
-        )
-        generation = {**ids, "do_sample": True, "temperature": 0.8}
-        (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        (draft / "README.md").write_text(card(path, found, str(folder)))
+        yield draft
         draft.chmod(0o755)
         draft.replace(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; make room") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return sorted(folder.iterdir())
 
 
 def special_ids(found: Source) -> dict[str, int]:
@@ -106,7 +135,7 @@ def _training(path: str | Path, found: Source) -> list[str]:
     step, loss = about["metrics"]["step"], about["metrics"]["val_loss"]
     tokens = step * run.train.batch * run.context
     return [
-        f"- **Data**: {', '.join(run.data.paths)}; SHA-256 {', '.join(about['data']['files'])}",
+        f"- **Data**: {', '.join(run.data.paths)}; {json.dumps(about['data'])}",
         f"- **Training**: {step:,} steps of {run.train.batch} x {run.context} tokens, "
         f"{tokens:,} in all, by {run.optim.name}",
         f"- **Validation loss**: {'not measured' if loss is None else f'{loss:.4f} nats a token'}",

@@ -1,4 +1,4 @@
-"""The GPT: a decoder-only transformer as pure functions over one parameter tree, in Flax Linen.
+"""The GPT, and the transformer before it, as pure functions over one parameter tree, in Flax Linen.
 
 The alphabet, here and wherever shape is part of the thought: B batch, T time, D model width,
 N heads, K key/value heads, H head size, F hidden width, V vocabulary, L layers.
@@ -10,13 +10,19 @@ N heads, K key/value heads, H head size, F hidden width, V vocabulary, L layers.
 Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 `blocks/i/{norm1,norm2}/{scale,b}`, `blocks/i/{q,k,v,o,up,gate,down}/{w,b}`,
 `blocks/i/{q_norm,k_norm,norm1_post,norm2_post}/scale`. Stacked for scan, the same without `i`, with
-a leading L.
+a leading L. With an encoder also `encoder/i/...` like `blocks/i/...`, `encoder_norm/{scale,b}`, and
+`blocks/i/cross_{q,k,v,o,norm,...}`.
+
+Leaves that `init` never makes may lie beside a `w`, and the layer then computes with them:
+`lora_a`, `lora_b` and `lora_scale`, to whose product the layer adds up (Hu et al. 2021: [D, R],
+[R, N, H] and a number beside a `w` of [D, N, H]); and `w_scale`, one for each output, by which a
+`w` in int8 is multiplied.
 """
 
 import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,12 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.attention import attention, choose
+from jaxgpt.attention import attend, attention, choose
 from jaxgpt.errors import InputError
 from jaxgpt.parallel import constrain
 
 VOCABULARY_MULTIPLE = 128
 GATED = ("swiglu", "geglu")  # MLPs with a third matrix
+
+# Parameters by path, each with its letters and shape.
+Leaves = dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -304,10 +313,19 @@ class Linear(nn.Module):
         w_letters, out = rest.split("->")
         init = nn.initializers.normal(self.cfg.init_std * self.scale)
         w = self.param("w", *_leaf(self.cfg, w_letters, init))
+        made = "".join(letter for letter in w_letters if letter not in x_letters)
+        beside = self.variables.get("params", {})
+        if "w_scale" in beside:
+            w = w * jnp.expand_dims(beside["w_scale"], range(w.ndim - len(made)))
         y = matmul(self.equation, x, w, self.dtype)
+        if "lora_a" in beside:
+            low = x_letters[:2] + "R"
+            to_low = f"{x_letters},{w_letters.removesuffix(made)}R->{low}"
+            z_BTR = matmul(to_low, x, beside["lora_a"], self.dtype)
+            z = matmul(f"{low},R{made}->{out}", z_BTR, beside["lora_b"], self.dtype)
+            y = y + beside["lora_scale"] * z
         if self.bias:
-            b_letters = "".join(letter for letter in out if letter not in x_letters[:2])
-            b = self.param("b", *_leaf(self.cfg, b_letters, nn.initializers.zeros))
+            b = self.param("b", *_leaf(self.cfg, made, nn.initializers.zeros))
             y = y + b[None, None]  # in float32, and so is the sum that is its gradient
         return checkpoint_name(y.astype(self.dtype), "linear")
 
@@ -373,49 +391,100 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_BTNH.dtype)
 
 
+class Context(NamedTuple):
+    """What every layer reads beside the residual stream; None is what does not apply."""
+
+    rotary: Any = None
+    """Tables of cosines and sines, "global" and "local"."""
+    segments_BT: jax.Array | None = None
+    """Tokens see only those of their own segment."""
+    slot: Any = None
+    """Decoding: where in the cache the tokens go."""
+    distance_BTS: jax.Array | None = None
+    """Decoding: how many positions before each token a slot of the cache is; negative: unseen."""
+    memory_BSD: jax.Array | None = None
+    """What the encoder says of a source."""
+    seen_BTS: jax.Array | None = None
+    """Which of that each token sees."""
+
+
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each after a norm and added to the residual stream."""
+    """One layer: attention, then the MLP, each after a norm and added to the residual stream.
+
+    Between them, where there is a source, comes attention to it.
+    """
 
     cfg: GPTConfig
     compute: ComputeConfig
     window: int
+    causal: bool = True
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotary: Any = None, segments_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
-        """The residual stream after the layer; the None is `nn.scan`'s unused output."""
+        self, x_BTD: jax.Array, context: Context, kept: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream after the layer, and what decoding keeps for the tokens to come.
+
+        Kept are the layer's keys and values, `k` and `v` in the slots of the cache, and those of
+        the source, `cross_k` and `cross_v`, which the first tokens bring; in training, None.
+        """
         cfg = self.cfg
         linear = partial(Linear, cfg, dtype=jnp.dtype(self.compute.dtype), bias=cfg.bias)
-        to_heads = partial(linear, bias=cfg.bias or cfg.qkv_bias)
         to_residual = partial(linear, scale=1 / math.sqrt(2 * cfg.L))
         drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
+        drop_weights = drop if cfg.dropout and self.has_rng("dropout") else None
 
         def post(name: str) -> Any:
             return Norm(cfg, name=name) if cfg.post_norm else lambda y_BTD: y_BTD
 
+        def heads(name: str, equation: str, y_BTD: jax.Array) -> jax.Array:
+            q_BTNH = linear(equation, bias=cfg.bias or cfg.qkv_bias, name=name)(y_BTD)
+            if cfg.qk_norm and name[-1] != "v":
+                kind = "rmsnorm" if cfg.norm == "layernorm" else cfg.norm
+                q_BTNH = Norm(cfg, "H", kind, name=f"{name}_norm")(q_BTNH)
+            return q_BTNH
+
         x_BTD = constrain(x_BTD, "BTD")
         y_BTD = Norm(cfg, name="norm1")(x_BTD)
-        q_BTNH = to_heads("BTD,DNH->BTNH", name="q")(y_BTD)
-        k_BTKH = to_heads("BTD,DKH->BTKH", name="k")(y_BTD)
-        v_BTKH = to_heads("BTD,DKH->BTKH", name="v")(y_BTD)
-        if cfg.qk_norm:
-            kind = "rmsnorm" if cfg.norm == "layernorm" else cfg.norm
-            q_BTNH = Norm(cfg, "H", kind, name="q_norm")(q_BTNH)
-            k_BTKH = Norm(cfg, "H", kind, name="k_norm")(k_BTKH)
+        q_BTNH = heads("q", "BTD,DNH->BTNH", y_BTD)
+        k_BTKH = heads("k", "BTD,DKH->BTKH", y_BTD)
+        v_BTKH = heads("v", "BTD,DKH->BTKH", y_BTD)
         if cfg.position == "rotary":
-            tables = rotary["local" if self.window else "global"]
+            tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
-        out_BTNH = attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            implementation=self.compute.attention,
-            window=self.window,
-            segments_BT=segments_BT,
-            drop=drop if cfg.dropout and self.has_rng("dropout") else None,
-        )
+        if kept is not None:
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=1)
+            kept = {**kept, "k": put(kept["k"], k_BTKH), "v": put(kept["v"], v_BTKH)}
+        if context.distance_BTS is not None:
+            seen_BTS = (context.distance_BTS >= 0) & (context.distance_BTS < (self.window or cfg.T))
+            out_BTNH = attend(q_BTNH, kept["k"], kept["v"], seen_BTS)
+        else:
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                # Prompts are of any length, and kernels for training are not.
+                implementation=self.compute.attention if kept is None else "chunked",
+                causal=self.causal,
+                window=self.window,
+                segments_BT=context.segments_BT,
+                drop=drop_weights,
+            )
         x_BTD = x_BTD + drop(post("norm1_post")(to_residual("BTNH,NHD->BTD", name="o")(out_BTNH)))
+
+        if context.seen_BTS is not None:
+            y_BTD = Norm(cfg, name="cross_norm")(x_BTD)
+            q_BTNH = heads("cross_q", "BTD,DNH->BTNH", y_BTD)
+            if context.memory_BSD is None:
+                k_BSKH, v_BSKH = kept["cross_k"], kept["cross_v"]
+            else:
+                k_BSKH = heads("cross_k", "BSD,DKH->BSKH", context.memory_BSD)
+                v_BSKH = heads("cross_v", "BSD,DKH->BSKH", context.memory_BSD)
+            if kept is not None:
+                kept = {**kept, "cross_k": k_BSKH, "cross_v": v_BSKH}
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.seen_BTS, drop_weights)
+            y_BTD = to_residual("BTNH,NHD->BTD", name="cross_o")(out_BTNH)
+            x_BTD = x_BTD + drop(post("cross_norm_post")(y_BTD))
 
         y_BTD = Norm(cfg, name="norm2")(x_BTD)
         h_BTF = linear("BTD,DF->BTF", name="up")(y_BTD)
@@ -428,7 +497,7 @@ class Block(nn.Module):
         else:
             h_BTF = gelu(h_BTF)
         x_BTD = x_BTD + drop(post("norm2_post")(to_residual("BTF,FD->BTD", name="down")(h_BTF)))
-        return x_BTD, None
+        return x_BTD, kept
 
 
 class Unrolled(nn.Module):
@@ -436,14 +505,20 @@ class Unrolled(nn.Module):
 
     cfg: GPTConfig
     compute: ComputeConfig
+    causal: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, *context: Any) -> tuple[jax.Array, None]:
-        """The residual stream after all layers."""
-        block = _remat(self.compute)
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, kept: dict[str, Any] | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The residual stream after all layers, and what each keeps."""
+        block, after = _remat(self.compute), {}
         for layer, window in enumerate(self.cfg.windows()):
-            x_BTD, _ = block(self.cfg, self.compute, window, name=str(layer))(x_BTD, *context)
-        return x_BTD, None
+            name = str(layer)
+            window = window if self.causal else 0
+            one = block(self.cfg, self.compute, window, self.causal, name=name)
+            x_BTD, after[name] = one(x_BTD, context, kept and kept[name])
+        return x_BTD, after
 
 
 def _remat(compute: ComputeConfig) -> Any:
@@ -454,7 +529,7 @@ def _remat(compute: ComputeConfig) -> Any:
     return nn.remat(Block, policy=policies[compute.remat], prevent_cse=not scanned)
 
 
-def _scanned(cfg: GPTConfig, compute: ComputeConfig) -> Any:
+def _scanned(cfg: GPTConfig, compute: ComputeConfig, causal: bool = True) -> Any:
     scan = nn.scan(
         _remat(compute),
         variable_axes={"params": 0},
@@ -463,7 +538,31 @@ def _scanned(cfg: GPTConfig, compute: ComputeConfig) -> Any:
         length=cfg.L,
         metadata_params={nn.PARTITION_NAME: "L"},
     )
-    return scan(cfg, compute, cfg.windows()[0])
+    return scan(cfg, compute, cfg.windows()[0] if causal else 0, causal)
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of the tokens so far, in S slots a row; all leaves begin with B."""
+
+    positions_BS: jax.Array
+    """The position of the token in each slot; -1: there is none."""
+    layers: dict[str, dict[str, jax.Array]]
+    """Of each layer the keys and values, `k` and `v` [B, S, K, H], and those of the source."""
+    source_BS: jax.Array | None = None
+    """Which tokens of the source there are, where there is one."""
+
+
+def empty_cache(model: "GPT", B: int, S: int) -> Cache:
+    """A cache for B rows of S tokens each; InputError for layers that are scanned."""
+    cfg, compute = model.cfg, model.compute
+    if compute.layers == "scan":
+        raise InputError(
+            "compute.layers=scan cannot decode; set compute.layers=unrolled, and model.unstack "
+            "the parameters"
+        )
+    zeros = jnp.zeros((B, S, cfg.sizes["K"], cfg.sizes["H"]), compute.dtype)
+    layers = {str(layer): {"k": zeros, "v": zeros} for layer in range(cfg.L)}
+    return Cache(jnp.full((B, S), -1), layers)
 
 
 class GPT(nn.Module):
@@ -496,6 +595,41 @@ class GPT(nn.Module):
         Positions count from 0 in each row unless given; tokens see only their own segment where
         segments are given. Dropout is on where a `dropout` rng is.
         """
+        x_BTD, rotary = self._embed(tokens_BT, positions_BT)
+        x_BTD, _ = self.blocks(x_BTD, Context(rotary, segments_BT))
+        return constrain(self.norm(x_BTD), "BTD")
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        slot: Any,
+        memory_BSD: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """`hidden` of tokens that follow those in the cache, [B, T, D], and the cache with them.
+
+        They take the slots from `slot` on, in every row the same; a token with position -1 is
+        padding, which no other sees. With `slot` the Python number 0 the cache is taken as empty:
+        such tokens have positions from 0 on, and padding after them. `memory_BSD`, with the first
+        tokens, is what `encode` gave.
+        """
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+        slots_BS = put(cache.positions_BS, positions_BT)
+        distance_BTS = None
+        if not (isinstance(slot, int) and slot == 0):
+            distance_BTS = positions_BT[:, :, None] - slots_BS[:, None]
+            distance_BTS = jnp.where(slots_BS[:, None] < 0, -1, distance_BTS)
+        seen_BTS = None if cache.source_BS is None else cache.source_BS[:, None]
+        x_BTD, rotary = self._embed(tokens_BT, positions_BT)
+        context = Context(rotary, None, slot, distance_BTS, memory_BSD, seen_BTS)
+        x_BTD, layers = self.blocks(x_BTD, context, cache.layers)
+        return constrain(self.norm(x_BTD), "BTD"), cache._replace(
+            positions_BS=slots_BS, layers=layers
+        )
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> tuple[jax.Array, Any]:
+        """The residual stream before the first layer, and the tables of rotary positions."""
         cfg = self.cfg
         T = tokens_BT.shape[1]
         if T > cfg.T:
@@ -515,9 +649,7 @@ class GPT(nn.Module):
             local = cfg.rope_local_theta
             rotary["local"] = tables(local, RopeScaling()) if local else rotary["global"]
         x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")
-        x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
-        x_BTD, _ = self.blocks(x_BTD, rotary, segments_BT)
-        return constrain(self.norm(x_BTD), "BTD")
+        return self.drop(x_BTD, deterministic=not self.has_rng("dropout")), rotary
 
     def __call__(
         self,
@@ -526,9 +658,66 @@ class GPT(nn.Module):
         segments_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Logits [B, T, V padded], float32; those of padding are -inf and never sampled."""
-        hidden_BTD = self.hidden(tokens_BT, positions_BT, segments_BT)
+        return self._logits(self.hidden(tokens_BT, positions_BT, segments_BT))
+
+    def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         w_VD = self.wte if self.cfg.tied else self.head
         return logits(self.cfg, hidden_BTD, w_VD.T)
+
+
+class EncoderDecoder(GPT):
+    """The transformer of Vaswani et al. 2017, of the GPT's blocks: a source in, its target out.
+
+    Both sides have the config's L layers, and share the embeddings. Tokens of the source see all of
+    their segment, whatever the window; those of the target, beside their own past, what the encoder
+    says of the source's same segment. Segments number the examples in a row from 1 on; 0 is
+    padding.
+    """
+
+    def setup(self) -> None:
+        """The tree of the GPT, with the encoder beside it."""
+        super().setup()
+        layers = _scanned if self.compute.layers == "scan" else Unrolled
+        self.encoder = layers(self.cfg, self.compute, causal=False)
+        self.encoder_norm = Norm(self.cfg)
+
+    def encode(
+        self,
+        source_BS: jax.Array,
+        positions_BS: jax.Array | None = None,
+        segments_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the decoder reads of a source, [B, S, D] in the compute dtype."""
+        x_BSD, rotary = self._embed(source_BS, positions_BS)
+        x_BSD, _ = self.encoder(x_BSD, Context(rotary, segments_BS))
+        return constrain(self.encoder_norm(x_BSD), "BTD")
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        source_BS: jax.Array | None = None,
+        source_positions_BS: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the output layer reads, [B, T, D]; the source is the tokens unless given.
+
+        Without segments, the tokens of a side are all of segment 1.
+        """
+        source_BS = tokens_BT if source_BS is None else source_BS
+        memory_BSD = self.encode(source_BS, source_positions_BS, source_segments_BS)
+        own_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+        its_BS = jnp.ones_like(source_BS) if source_segments_BS is None else source_segments_BS
+        seen_BTS = own_BT[:, :, None] == its_BS[:, None]
+        x_BTD, rotary = self._embed(tokens_BT, positions_BT)
+        context = Context(rotary, segments_BT, memory_BSD=memory_BSD, seen_BTS=seen_BTS)
+        x_BTD, _ = self.blocks(x_BTD, context)
+        return constrain(self.norm(x_BTD), "BTD")
+
+    def __call__(self, tokens_BT: jax.Array, *rest: jax.Array | None) -> jax.Array:
+        """Logits [B, T, V padded], float32, of what `hidden` takes; those of padding are -inf."""
+        return self._logits(self.hidden(tokens_BT, *rest))
 
 
 def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
@@ -567,7 +756,7 @@ def _boxed(model: GPT, key: jax.Array, layers: Literal["unrolled", "scan"]) -> A
     return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def letters(model: GPT) -> dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]:
+def letters(model: GPT) -> Leaves:
     """Each parameter's path with its letters and shape; no array is made."""
     boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0), model.compute.layers))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
@@ -590,24 +779,27 @@ def stack(tree: Any) -> Any:
     Works on everything shaped like the parameters, such as a whole train state with its moments.
     """
 
-    def one(params: Any) -> Any:
-        if not _has_blocks(params):
-            return params
-        layers = [params["blocks"][str(i)] for i in range(len(params["blocks"]))]
-        return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    def one(layers: dict[str, Any]) -> Any:
+        ordered = [layers[str(i)] for i in range(len(layers))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
 
-    return jax.tree.map(one, tree, is_leaf=_has_blocks)
+    return _on_layers(one, tree)
 
 
 def unstack(tree: Any, L: int) -> Any:
     """The inverse of `stack`: leaves with a leading L to one subtree `blocks/i` for each layer."""
 
+    def one(stacked: Any) -> dict[str, Any]:
+        return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
+
+    return _on_layers(one, tree)
+
+
+def _on_layers(function: Any, tree: Any) -> Any:
     def one(params: Any) -> Any:
         if not _has_blocks(params):
             return params
-        stacked = params["blocks"]
-        layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
-        return {**params, "blocks": layers}
+        return {k: function(v) if k in ("blocks", "encoder") else v for k, v in params.items()}
 
     return jax.tree.map(one, tree, is_leaf=_has_blocks)
 

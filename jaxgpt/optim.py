@@ -13,8 +13,7 @@ import jax
 import optax
 
 from jaxgpt.errors import InputError
-
-Letters = dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
+from jaxgpt.model import Leaves
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup), decay], [cfg.warmup])
 
 
-def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTransformation:
+def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransformation:
     """The optimizer for parameters of these letters and paths, over so many steps."""
     cfg.check(steps)
     rate = schedule(cfg, cfg.learning_rate, steps)
@@ -115,7 +114,7 @@ def build(cfg: OptimConfig, letters: Letters, steps: int) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
 
 
-def _muon(cfg: OptimConfig, letters: Letters, rate: optax.Schedule) -> Any:
+def _muon(cfg: OptimConfig, letters: Leaves, rate: optax.Schedule) -> Any:
     def axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: matrix_axes(_keys(path), letters[_keys(path)][0]), params
@@ -126,7 +125,7 @@ def _muon(cfg: OptimConfig, letters: Letters, rate: optax.Schedule) -> Any:
     )
 
 
-def _labels(letters: Letters, params: Any) -> Any:
+def _labels(letters: Leaves, params: Any) -> Any:
     def one(path: Any, _: Any) -> str:
         is_matrix = matrix_axes(_keys(path), letters[_keys(path)][0]) is not None
         return "muon" if is_matrix else "adamw"

@@ -254,15 +254,18 @@ class Layout:
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
             return jitted.lower(state, batch).compile()
 
-    def compile_eval(self, step: Callable[..., Any], params: Any, batch: Any) -> Callable[..., Any]:
-        """`step(params, batch, axis=None) -> metrics` for parameters and batches like these."""
+    def compile_eval(
+        self, step: Callable[..., Any], params: Any, batch: Any, *frozen: Any
+    ) -> Callable[..., Any]:
+        """`step(params, batch, *frozen, axis=None) -> metrics` for arguments like these."""
         if self.mode == "pmap":
-            return _pmap(step).lower(params, batch).compile()
+            mapped = _pmap(step, in_axes=(None, 0, *(None for _ in frozen)))
+            return mapped.lower(params, batch, *frozen).compile()
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
-            return jitted.lower(params, batch).compile()
+            return jitted.lower(params, batch, *frozen).compile()
 
 
-def _pmap(step: Callable[..., Any], **settings: Any) -> Any:
+def _pmap(step: Callable[..., Any], in_axes: Any = (None, 0), **settings: Any) -> Any:
     mapped = partial(step, axis="devices")
-    return jax.pmap(mapped, "devices", in_axes=(None, 0), out_axes=None, **settings)
+    return jax.pmap(mapped, "devices", in_axes=in_axes, out_axes=None, **settings)

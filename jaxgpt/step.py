@@ -1,5 +1,6 @@
 """The train state and the one step that every objective shares."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import optax
 
 from jaxgpt.model import stack, unstack
 from jaxgpt.objectives import Mean
+from jaxgpt.tune import join, split
 
 
 class TrainState(NamedTuple):
     """Everything that changes in training; with the config and the data, it is the run.
 
-    `frozen` is a tree that an objective reads and nothing writes: a reference model, a teacher.
+    `frozen` are trees that nothing writes: "rest", the parameters that are not trained;
+    "reference", those that are as they were at the start; "teacher", another model's.
     """
 
     step: jax.Array
@@ -26,27 +29,48 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    params: Any, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
+    params: Any,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    ema: bool = False,
+    frozen: dict[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step; `key` seeds all randomness of training."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average, frozen)
 
 
 def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
-    """The state as a checkpoint holds it: the parameters apart, and every layer's leaves apart.
+    """The state as a checkpoint holds it: whole parameters apart, and every layer's leaves apart.
 
-    The form is the same for layers run unrolled and scanned (over stacked leaves, of L layers).
+    The form is the same for layers run unrolled and scanned (over stacked leaves, of L layers). A
+    teacher is not in it: it has a checkpoint of its own.
     """
+    frozen = {name: tree for name, tree in (state.frozen or {}).items() if name != "teacher"}
+    state = state._replace(frozen=frozen)
     state = unstack(state, L) if scanned else state
-    rest = {"step": state.step, "opt": state.opt, "key": state.key}
-    saved = {"params": state.params, "train": rest, "ema": state.ema}
+    frozen = state.frozen
+    saved = {
+        "params": join(state.params, frozen.get("rest")),
+        "train": {"step": state.step, "opt": state.opt, "key": state.key},
+        "ema": join(state.ema, frozen.get("rest")) if state.ema is not None else None,
+        "reference": frozen.get("reference"),
+    }
     return {name: tree for name, tree in saved.items() if tree is not None}
 
 
-def from_saved(saved: dict[str, Any], scanned: bool) -> TrainState:
-    """The inverse of `to_saved`."""
-    state = TrainState(params=saved["params"], ema=saved.get("ema"), **saved["train"])
+def from_saved(
+    saved: dict[str, Any], scanned: bool, trains: Callable[[tuple[str, ...]], bool] | None = None
+) -> TrainState:
+    """The inverse of `to_saved`; `trains` says which paths are trained: all, if None."""
+    params, ema, frozen = saved["params"], saved.get("ema"), {}
+    if trains is not None:
+        params, rest = split(params, trains)
+        ema = None if ema is None else split(ema, trains)[0]
+        frozen = {"rest": rest} if rest else {}
+    if "reference" in saved:
+        frozen["reference"] = saved["reference"]
+    state = TrainState(params=params, ema=ema, frozen=frozen or None, **saved["train"])
     return stack(state) if scanned else state
 
 
@@ -63,11 +87,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update of the parameters, by the gradient of (sum of losses) / (sum of counts).
 
-    `loss_fn(params, batch, key) -> (loss_sum, {"loss": Mean, ...})`. The batch is taken in `micro`
-    equal parts whose gradients add up, and over the devices of the mapped `axis` where there is
-    one; nothing is divided before the end, so every split gives the same gradient. The randomness
-    is that of (state.key, step, part, device). Metrics are the objective's Means, the norm of the
-    gradient, the learning rate where `rate` is given, and `finite`: where the loss or gradient is
+    `loss_fn(params, batch, key[, frozen]) -> (loss_sum, {"loss": Mean, ...})`, with the frozen
+    trees where the state has some. The batch is taken in `micro` equal parts whose gradients add
+    up, and over the devices of the mapped `axis` where there is one; nothing is divided before the
+    end, so every split gives the same gradient. The randomness is that of (state.key, step, part,
+    device). Metrics are the objective's sums, the norm of the gradient, the learning rate where
+    `rate` is given, and `finite`: where the loss or gradient is
     not finite the state stays as it was, but for the step number.
     """
     key = jax.random.fold_in(state.key, state.step)
@@ -75,7 +100,9 @@ def train_step(
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
     def part(rows: dict[str, jax.Array], key: jax.Array) -> Any:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, rows, key)
+        held = () if state.frozen is None else (state.frozen,)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = value_and_grad(state.params, rows, key, *held)
         return loss, metrics, grads
 
     if micro == 1:
@@ -118,8 +145,14 @@ def train_step(
 
 
 def eval_step(
-    params: Any, batch: dict[str, jax.Array], *, loss_fn: Any, axis: str | None = None
+    params: Any,
+    batch: dict[str, jax.Array],
+    frozen: dict[str, Any] | None = None,
+    *,
+    loss_fn: Any,
+    axis: str | None = None,
 ) -> dict[str, Mean]:
-    """The objective's Means on one batch, without randomness."""
-    _, metrics = loss_fn(params, batch, None)
+    """The objective's sums on one batch, without randomness."""
+    held = () if frozen is None else (frozen,)
+    _, metrics = loss_fn(params, batch, None, *held)
     return metrics if axis is None else jax.lax.psum(metrics, axis)

@@ -430,6 +430,23 @@ def _display(progress: str, start: int, steps: int) -> Any:
     return _Lines(steps)
 
 
+def before_and_after(folder: Path) -> str:
+    """The validation numbers of a run that went on from another: at its step 0 and at its last.
+
+    Empty where there are none of step 0.
+    """
+    records = read_metrics(folder / "metrics.jsonl")
+    measured = [{k: v for k, v in r.items() if k.startswith("val_")} for r in records]
+    first = next((v for r, v in zip(records, measured, strict=True) if v and not r["step"]), {})
+    last: dict[str, Any] = next((values for values in reversed(measured) if values), {})
+    rows = [
+        f"  {name:<32} {value:>9.4f} {last[name]:>9.4f}"
+        for name, value in first.items()
+        if value is not None and last.get(name) is not None
+    ]
+    return "\n".join([f"  {'':<32} {'before':>9} {'after':>9}", *rows] if rows else [])
+
+
 def plot(folder: Path) -> Path | None:
     """Draws training and validation loss over steps from `metrics.jsonl` into `loss.png`.
 
@@ -453,7 +470,7 @@ def plot(folder: Path) -> Path | None:
             axes.plot(*zip(*points, strict=True), **style)
     if not axes.lines:
         return None
-    axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=folder.name, xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

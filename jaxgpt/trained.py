@@ -1,5 +1,6 @@
 """A trained model, from its files alone: config, parameters, tokenizer."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -7,13 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxgpt import checkpoint, pretrained
+from jaxgpt.chat import Messages, choose, render
 from jaxgpt.config import Config, from_dict
+from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPT, ComputeConfig
+from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
+from jaxgpt.parallel import Layout
 from jaxgpt.sample import generate
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
+from jaxgpt.tune import Diff, adapted, compare, flat, merged, nested
 
 
 class Trained(NamedTuple):
@@ -28,7 +34,8 @@ class Trained(NamedTuple):
         """The model, as it runs best here: `model.apply({"params": params}, tokens_BT)`."""
         compute, _ = ComputeConfig().resolve(self.config.model, jax.default_backend())
         # One row of any length: the kernels for training want whole blocks.
-        return self.config.model.build(replace(compute, attention="plain"))
+        compute = replace(compute, attention="plain")
+        return self.config.objective.build(self.config.model, compute)
 
     def __call__(
         self,
@@ -57,6 +64,37 @@ class Trained(NamedTuple):
         before = len(self.tokenizer.decode(text))
         return prompt + self.tokenizer.decode([*text, *new.tolist()])[before:]
 
+    def chat(
+        self,
+        messages: Messages,
+        tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The assistant's answer, of at most so many tokens, to a conversation.
+
+        `messages` are mappings of `role` and `content`, the last one the user's. Raises InputError
+        for a conversation that cannot be, and a tokenizer without a chat format.
+        """
+        template = choose(self.tokenizer)
+        stops = template.stops(self.tokenizer)
+        prompt = render(template, self.tokenizer, messages, open=True).tokens
+        new, _, lengths = decode(
+            self.model,
+            self.params,
+            [prompt],
+            tokens,
+            key=jax.random.key(seed),
+            temperature=temperature,
+            top_k=top_k,
+            stops=tuple(stops),
+            vocabulary=self.tokenizer.vocab_size,
+        )
+        said = np.asarray(new)[0, : int(lengths[0])].tolist()
+        return self.tokenizer.decode(said[:-1] if said[-1] in stops else said)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,14 +105,45 @@ class Source:
     tokenizer: Tokenizer
     params: Callable[..., Any]
     """The parameters, as in `ShapeDtypeStruct`s given to it, or on the first device."""
+    abstract: Any
+    """Their `ShapeDtypeStruct`s, without places."""
     lineage: dict[str, Any]
     """What a checkpoint says of where its run started."""
+    digest: Callable[[], str]
+    """SHA-256 of what its files hold, to know it again."""
 
     @property
     def note(self) -> str:
         """Where from, on a terminal."""
         path, *rest = self.lineage.items()
-        return f", from {path[1]} ({', '.join(f'{name} {value}' for name, value in rest)})"
+        return f"from {path[1]} ({', '.join(f'{name} {value}' for name, value in rest)})"
+
+    def compare(self, here: Leaves) -> Diff:
+        """What becomes of each leaf, of separate layers; InputError where one does not fit."""
+        plain = jax.eval_shape(merged, self.abstract)
+        return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
+
+    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Any:
+        """The parameters for a tree that it was compared with: plain, in place, of V tokens.
+
+        `under` is where the layout's letters have them.
+        """
+
+        def places(tree: Any) -> Any:
+            for name in under:
+                tree = {name: tree}
+            tree = layout.shardings(tree)
+            for name in under:
+                tree = tree[name]
+            return tree
+
+        abstract = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            self.abstract,
+            places(self.abstract),
+        )
+        tree = adapted(merged(self.params(abstract)), diff, self.config.model.V, V)
+        return jax.device_put(tree, places(tree))
 
 
 def load(path: str | Path) -> Trained:
@@ -123,7 +192,22 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
     config = Config(
         name=folder.name, model=found.cfg, tokenizer=TokenizerConfig(kind=tokenizer.kind)
     )
-    return Source(config, tokenizer, found.params, {**lineage, "dtype": found.dtype})
+    plain = ComputeConfig("float32", "unrolled", "none", "plain")
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, np.float32)
+        for path, (_, shape) in letters(found.cfg.build(plain)).items()
+    }
+    lineage = {**lineage, "dtype": found.dtype}
+    return Source(config, tokenizer, found.params, nested(shapes), lineage, lambda: _digest(folder))
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".msgpack"):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _run(path: Path) -> Source:
@@ -135,7 +219,9 @@ def _run(path: Path) -> Source:
 
     lineage = {"path": str(path), "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
-    return Source(config, from_json(about["tokenizer"]), params, lineage)
+    abstract = checkpoint.as_abstract(about["leaves"][item])
+    text = from_json(about["tokenizer"])
+    return Source(config, text, params, abstract, lineage, lambda: checkpoint.digest(path))
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ def altered(value):
     """The same config with another value in every field."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(value)}
         return type(value)(
             **{
                 name: next(o for o in typing.get_args(hint) if o != getattr(value, name))

@@ -51,7 +51,7 @@ def corpus_of(*streams, eot=EOT):
     """A corpus in memory; a number stands for a stream 0, 1, 2, ... of that length."""
     arrays = [np.arange(s) if isinstance(s, int) else np.asarray(s) for s in streams]
     parts = tuple(TokenStream([array], eot) for array in arrays)
-    return Corpus(parts, TokenStream([], eot), {"files": []})
+    return Corpus(parts, (TokenStream([], eot),), {"files": []})
 
 
 def batches_of(corpus, context=8, batch=4, seed=0, process=(0, 1), **options):

@@ -20,7 +20,17 @@ from jaxgpt.chat.rendering import (
     render,
 )
 from jaxgpt.chat.sandbox import foreign
-from jaxgpt.chat.templates import QWEN2, QWEN2_5, ChatML, Gemma, Llama2, Llama3, Qwen3, choose
+from jaxgpt.chat.templates import (
+    QWEN2,
+    QWEN2_5,
+    ChatML,
+    Gemma,
+    Llama2,
+    Llama3,
+    Qwen3,
+    choose,
+    equipped,
+)
 
 __all__ = [
     "QWEN2",
@@ -38,6 +48,7 @@ __all__ = [
     "Template",
     "choose",
     "conversation",
+    "equipped",
     "foreign",
     "render",
 ]

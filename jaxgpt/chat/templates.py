@@ -190,6 +190,20 @@ def choose(tokenizer: Tokenizer) -> Template:
     )
 
 
+def equipped(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the special tokens of ChatML, unless a published format fits it already.
+
+    InputError where it has a published chat template that is none of ours.
+    """
+    try:
+        choose(tokenizer)
+    except InputError:
+        if chat_template(tokenizer):
+            raise
+        return tokenizer.extended(ChatML.specials)
+    return tokenizer
+
+
 def _chatml(published: str, tokenizer: Tokenizer) -> ChatML | None:
     """Which of the many formats of these special tokens it is; None: not one of ours."""
     thinks = "think>" in published

@@ -8,18 +8,28 @@ for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
 """
 
 from jaxgpt.data.ahead import prefetch
-from jaxgpt.data.batches import Batches, eval_batches
+from jaxgpt.data.batches import Batches, eval_batches, streams
 from jaxgpt.data.corpus import Corpus, DataConfig, prepare, refuse_changed, texts
+from jaxgpt.data.dataset import Dataset
+from jaxgpt.data.examples import examples
+from jaxgpt.data.records import Record, RecordsConfig, read_splits, strings
 from jaxgpt.data.tokens import TokenStream
 
 __all__ = [
     "Batches",
     "Corpus",
     "DataConfig",
+    "Dataset",
+    "Record",
+    "RecordsConfig",
     "TokenStream",
     "eval_batches",
+    "examples",
     "prefetch",
     "prepare",
+    "read_splits",
     "refuse_changed",
+    "streams",
+    "strings",
     "texts",
 ]

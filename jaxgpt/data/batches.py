@@ -16,21 +16,59 @@ the same for any number of processes; each makes its own rows of it.
 import bisect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
+from jaxgpt.data.dataset import Batch, Dataset
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
-
-Batch = dict[str, np.ndarray]
 
 # Grain's shuffle needs no memory, but walks through 65,536 numbers to order even a dozen: below
 # this number of windows a permutation takes its place.
 GRAIN_SHUFFLES = 1 << 16
+
+
+def streams(
+    corpus: Corpus,
+    cfg: DataConfig,
+    *,
+    context: int,
+    batch: int,
+    seed: int = 0,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Dataset:
+    """A corpus as a data set; an evaluation is of `limit` batches, or of all that is held out if 0.
+
+    Several paths with weights are held out together as `val`, and each as `val/PATH`.
+    """
+    shape: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    batches = Batches(corpus, cfg, seed=seed, **shape)
+    val = corpus.val
+    sets = {"val": val} if len(val) else {}
+    if cfg.weights and len(corpus.vals) > 1:
+        named = zip(cfg.val_paths or cfg.paths, corpus.vals, strict=True)
+        sets |= {f"val/{path}": part for path, part in named if len(part)}
+    return Dataset(
+        batches.batch,
+        {
+            name: partial(eval_batches, part, cfg, limit=limit, **shape)
+            for name, part in sets.items()
+        },
+        batches.fingerprint,
+        f"{len(corpus.train):,} tokens to train on, {len(val):,} to validate on",
+        tokens_per_byte=(len(val) - 1) / val.bytes if val.bytes else 0.0,
+    )
 
 
 class Batches:
@@ -59,7 +97,7 @@ class Batches:
         self.context, self.batch_size = context, batch
         self.stride = cfg.stride or context
         self.masked = cfg.documents == "masked"
-        self.rows = _rows(batch, process_index, process_count)
+        self.rows = rows_of(batch, process_index, process_count)
         if self.stride > context:
             raise InputError(
                 f"data.stride={self.stride} skips tokens between windows of {context}; "
@@ -75,7 +113,7 @@ class Batches:
                 )
             firsts.append(firsts[-1] + 1 + -(-(len(stream) - context - 1) // self.stride))
         self._firsts, self.windows = firsts, firsts[-1]
-        self._order = _order(firsts, cfg.weights, seed if cfg.shuffle else None)
+        self._order = order(firsts, cfg.weights, seed if cfg.shuffle else None)
         self.fingerprint: dict[str, Any] = {
             **corpus.fingerprint,
             "weights": list(cfg.weights),
@@ -119,7 +157,7 @@ def eval_batches(
         raise InputError(
             f"there are {len(stream)} tokens to validate on; set data.val_paths or val_fraction"
         )
-    rows = _rows(batch, process_index, process_count)
+    rows = rows_of(batch, process_index, process_count)
     count = -(-(len(stream) - 1) // context)
     wanted = min(count, limit * batch) if limit else count
     starts = [window * count // wanted * context for window in range(wanted)]
@@ -134,7 +172,8 @@ def eval_batches(
     return map(rows_from, range(0, wanted, batch))
 
 
-def _rows(batch: int, process_index: int, process_count: int) -> range:
+def rows_of(batch: int, process_index: int, process_count: int) -> range:
+    """The rows of a batch that a process makes."""
     if batch < 1 or batch % process_count:
         raise InputError(
             f"batch={batch} does not split over {process_count} processes; "
@@ -144,7 +183,7 @@ def _rows(batch: int, process_index: int, process_count: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _order(
+def order(
     firsts: Sequence[int], weights: Sequence[float], seed: int | None
 ) -> Callable[[int], int]:
     """The k-th window number, for any k; `firsts` are the first numbers of each path, and the end.

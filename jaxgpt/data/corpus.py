@@ -72,8 +72,8 @@ class Corpus:
 
     parts: tuple[TokenStream, ...]
     """What is trained on, for each path."""
-    val: TokenStream
-    """What is held out or the `val_paths`; may be empty."""
+    vals: tuple[TokenStream, ...]
+    """What is held out of each path, or each of the `val_paths`; may be empty."""
     fingerprint: dict[str, Any]
     """What decided the tokens, in named fields of JSON."""
 
@@ -81,6 +81,11 @@ class Corpus:
     def train(self) -> TokenStream:
         """What is trained on, one path after the other."""
         return join(self.parts)
+
+    @property
+    def val(self) -> TokenStream:
+        """What is held out, one path after the other."""
+        return join(self.vals)
 
 
 def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
@@ -113,9 +118,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
 
     streams = [read_tokens(entry) for entry in entries]
     parts = tuple(stream["train"] for stream in streams[: len(cfg.paths)])
-    val_parts = [stream["train"] for stream in streams[len(cfg.paths) :]]
-    val = join(val_parts or [stream["val"] for stream in streams])
-    if held_out and not len(val):
+    vals = tuple(stream["train"] for stream in streams[len(cfg.paths) :])
+    vals = vals or tuple(stream["val"] for stream in streams)
+    if held_out and not any(map(len, vals)):
         raise InputError(
             f"data.val_fraction={held_out} holds out nothing of {join(parts).documents} documents; "
             "raise it, or set data.val_paths"
@@ -126,7 +131,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
         "val_fraction": held_out,
         "tokenizer": tokenizer.fingerprint,
     }
-    return Corpus(parts, val, fingerprint)
+    return Corpus(parts, vals, fingerprint)
 
 
 def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:

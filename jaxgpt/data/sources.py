@@ -53,7 +53,7 @@ def open_source(path: str, text_field: str = "text") -> Source:
     parquet file without the column `text_field`, a data set that TFDS cannot open.
     """
     if path == "python":
-        return _from_files(path, _standard_library(), text_field)
+        return _from_files(path, standard_library()[1], text_field)
     if path.startswith("tfds:"):
         return _from_tfds(path, text_field)
     place = os.path.expanduser(path)
@@ -125,12 +125,14 @@ def _from_files(
     )
 
 
-def _standard_library() -> tuple[str, ...]:
+def standard_library() -> tuple[str, tuple[str, ...]]:
+    """The folder of the running interpreter's library, and its source files but for its tests."""
+    root = sysconfig.get_path("stdlib")
     found = []
-    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+    for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - NOT_LIBRARY
         found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
-    return tuple(sorted(file for file in found if os.path.getsize(file)))
+    return root, tuple(sorted(file for file in found if os.path.getsize(file)))
 
 
 def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -150,7 +152,8 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(sorted(taken)), tuple(sorted(skipped))
 
 
-def _from_tfds(path: str, text_field: str) -> Source:
+def open_tfds(path: str) -> tuple[Any, Any, str]:
+    """A TFDS data set: its records, its builder, and the name of the split; see the top."""
     import tensorflow_datasets as tfds
 
     spec, _, data_dir = path.removeprefix("tfds:").partition("@")
@@ -170,6 +173,12 @@ def _from_tfds(path: str, text_field: str) -> Source:
             f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
             f"{info.num_examples}; prepare the data set with file_format='array_record'"
         )
+    return records, builder, split
+
+
+def _from_tfds(path: str, text_field: str) -> Source:
+    records, builder, split = open_tfds(path)
+    info = builder.info.splits[split]
     if text_field not in builder.info.features:
         fields = ", ".join(builder.info.features)
         raise InputError(f"{path} has no '{text_field}'; set data.text_field to one of: {fields}")

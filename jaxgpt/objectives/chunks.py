@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.model import logits, output_weights
 from jaxgpt.parallel import constrain
 
 
@@ -75,6 +76,50 @@ def _backward(loss, size, saved, cotangents):
 
 
 chunked_sum.defvjp(_forward, _backward)
+
+
+def log_probs(
+    model: Any,
+    params: Any,
+    batch: dict[str, jax.Array],
+    size: int,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """log p of each of the `targets` under softmax(logits / temperature): [B, T] float32.
+
+    For losses that are no sums over tokens. `batch` has tokens and targets [B, T], and may have
+    positions and segments. The logits of `size` positions of every row exist at once; the backward
+    pass computes them again.
+    """
+    hidden_BTD = model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch.get("positions"),
+        batch.get("segments"),
+        rngs=None if key is None else {"dropout": key},
+        method="hidden",
+    )
+    w_DV = constrain(output_weights(model.cfg, params), "-V")
+    B, T, _ = hidden_BTD.shape
+    size = min(size, T)
+    chunks = -(-T // size)
+
+    @jax.checkpoint
+    def part(chunk: Any) -> jax.Array:
+        hidden_BtD, targets_Bt = chunk
+        logits_BtV = logits(model.cfg, hidden_BtD, w_DV) / temperature
+        ids_V = jnp.arange(logits_BtV.shape[-1])[None, None]
+        chosen_Bt = jnp.where(ids_V == targets_Bt[..., None], logits_BtV, 0).sum(-1)
+        return chosen_Bt - jax.nn.logsumexp(logits_BtV, axis=-1)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, T, ...] to [chunks, B, t, ...], zeros after the end."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - T), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(B, chunks, size, *x.shape[2:]), 1, 0)
+
+    log_p = jax.lax.map(part, (cut(hidden_BTD), cut(batch["targets"])))
+    return jnp.moveaxis(log_p, 0, 1).reshape(B, chunks * size)[:, :T]
 
 
 def _no_gradient(x: jax.Array) -> Any:

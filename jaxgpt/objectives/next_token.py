@@ -1,6 +1,6 @@
 """Pretraining: predict the next token."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, GPTConfig, logits, output_weights
+from jaxgpt.objectives.base import Batch, Objective, Other, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Objective):
     """Cross-entropy of the next token, in nats, with optional smoothing and z-loss."""
 
     label_smoothing: float = 0.0
@@ -24,10 +25,9 @@ class NextToken:
 
     def check(self) -> None:
         """Raises InputError where a field cannot be."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 0:
-                raise InputError(f"objective.{field.name}={value} is negative; set it to 0 or more")
+        for name in ("label_smoothing", "z_loss"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"objective.{name}={value} is negative; set it to 0 or more")
         if self.label_smoothing >= 1:
             raise InputError(
                 f"objective.label_smoothing={self.label_smoothing} leaves nothing of the target; "
@@ -37,8 +37,13 @@ class NextToken:
             raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
 
     def __call__(
-        self, model: GPT, params: Any, batch: dict[str, jax.Array], key: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, Mean]]:
+        self,
+        model: GPT,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
         """Loss sum over the batch, and "loss": the cross-entropy alone, weighted by `weights`.
 
         `batch` has tokens, targets, weights [B, T], and may have positions and segments.

@@ -1,0 +1,26 @@
+"""Two-digit sums and differences from nothing: what `configs/reward.py` goes on from.
+
+Command:   python train.py configs/arithmetic.py
+Hardware:  a laptop
+Data:      "37 + 58 =" and "95", made by rule
+"""
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import RecordsConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import Instruct
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+config = Config(
+    model=GPTConfig(
+        L=3, D=128, N=4, T=64, position="rotary", norm="rmsnorm", mlp="swiglu", F=352, bias=False
+    ),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=257),
+    data=RecordsConfig(paths=("arithmetic",), val_fraction=0.05, test_fraction=0.05),
+    objective=Instruct(),
+    optim=OptimConfig(learning_rate=2e-3, warmup=50, final=0.1),
+    train=TrainConfig(steps=300, batch=64, eval_every=100, sample_tokens=8),
+    checkpoint=CheckpointConfig(every=100),
+)

@@ -1,0 +1,21 @@
+"""Domain tuning: go on with pretraining on your own texts, with some of the old ones beside them.
+
+Command:   python train.py configs/domain.py --data.paths FOLDER python
+Hardware:  runs/default: a laptop
+Data:      the first path is the domain (medicine, law, one's own code), the second what the model
+           was trained on before; `data.weights` are their shares of every batch
+Expect:    a table of the losses on both, before and after
+"""
+
+from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.optim import OptimConfig
+
+config = Config(
+    start="runs/default",
+    data=DataConfig(paths=("jaxgpt", "python"), weights=(0.7, 0.3), val_fraction=0.05),
+    optim=OptimConfig(learning_rate=5e-4, warmup=20, final=0.1),
+    train=TrainConfig(steps=200, batch=8, eval_every=50, eval_batches=20),
+    checkpoint=CheckpointConfig(every=100),
+)

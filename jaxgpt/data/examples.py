@@ -1,0 +1,209 @@
+"""From records to batches: an example is a record as arrays, a row holds one or several.
+
+Batch k is a pure function of the records, the seed and k, as for text. An example has arrays [T]
+along a row, and may have more of another length whose names begin with "source", along a row of
+their own, and numbers []. Where examples are packed they are told apart by
+
+    segments   int32[B, T]  the number of the example in its row, from 1 on; 0 is padding
+    positions  int32[B, T]  the place in the example
+
+and the same for sources. Everything else is padded with zeros.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+
+from jaxgpt.data.batches import order, rows_of
+from jaxgpt.data.dataset import Batch, Dataset
+from jaxgpt.data.records import Record, RecordsConfig
+from jaxgpt.errors import InputError
+
+Example = dict[str, np.ndarray]
+SIDES = ("", "source_")
+
+
+def examples(
+    cfg: RecordsConfig,
+    splits: dict[str, list[Record]],
+    encode: Callable[[Record], Example],
+    tokenizer: str,
+    *,
+    context: int,
+    batch: int,
+    seed: int = 0,
+    packs: bool = False,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Dataset:
+    """The records of `train`, `val` and `test` as a data set of rows of `context`.
+
+    `encode` makes an example of a record; `tokenizer` is the fingerprint of what it encodes with.
+    With `packs`, examples can share a row, which they do unless `cfg.pack` is off. An evaluation is
+    of `limit` batches, or of all there is if 0. Raises InputError naming the record for an example
+    that is empty or, unless `cfg.truncate`, longer than a row.
+    """
+    if seed < 0:
+        raise InputError(f"seed={seed}; set it to 0 or more")
+    mine = rows_of(batch, process_index, process_count)
+    encoded = {
+        name: [_fit(record, encode(record), context, cfg.truncate) for record in records]
+        for name, records in splits.items()
+    }
+    for name, found in encoded.items():
+        if cut := sum(was_cut for _, was_cut in found):
+            _say(f"{cut} of {len(found)} examples of {name} are cut to {context} tokens")
+    rows = {}
+    for name, found in encoded.items():
+        numbers = np.arange(len(found))
+        if name == "train" and cfg.shuffle:
+            numbers = np.random.RandomState(seed).permutation(len(found))
+        lengths = [_lengths(example) for example, _ in found]
+        share = packs and cfg.pack
+        rows[name] = _pack(lengths, numbers, context) if share else [[n] for n in numbers.tolist()]
+
+    def make(name: str, numbers: Sequence[int]) -> Batch:
+        """The rows of a split by number; a number too large is an empty row."""
+        found, groups = encoded[name], rows[name]
+        wanted = [groups[n] if n < len(groups) else [] for n in numbers]
+        return _stack(
+            [[found[n][0] for n in group] for group in wanted], found[0][0], context, packs
+        )
+
+    kth = order([0, len(rows["train"])], (), seed if cfg.shuffle else None)
+
+    def training(step: int) -> Batch:
+        return make("train", [kth(step * batch + row) for row in mine])
+
+    def held_out(name: str) -> Iterator[Batch]:
+        count = len(rows[name])
+        wanted = min(count, limit * batch) if limit else count
+        numbers = [n * count // wanted for n in range(wanted)]
+        numbers += [count] * (-wanted % batch)
+        for first in range(0, len(numbers), batch):
+            yield make(name, [numbers[first + row] for row in mine])
+
+    return Dataset(
+        training,
+        {name: partial(held_out, name) for name in ("val", "test") if splits.get(name)},
+        {
+            "records": {name: _digest(records) for name, records in splits.items()},
+            "tokenizer": tokenizer,
+            "settings": {k: v for k, v in asdict(cfg).items() if not k.endswith("paths")},
+            "context": context,
+            "batch": batch,
+            "seed": seed,
+        },
+        _note(splits, rows),
+        records=dict(splits),
+    )
+
+
+def _fit(record: Record, example: Example, context: int, truncate: bool) -> tuple[Example, bool]:
+    """The example, cut to the context if it may be, and whether it was."""
+    longest = 0
+    for name, array in example.items():
+        if array.ndim and not len(array):
+            raise InputError(f"{record.where}: {name} is empty; leave the record out")
+        longest = max(longest, len(array) if array.ndim else 0)
+    if longest <= context:
+        return example, False
+    if not truncate:
+        raise InputError(
+            f"{record.where} has {longest} tokens, and a row {context}; raise train.context (and "
+            "model.T), leave the record out, or set data.truncate=True to cut it"
+        )
+    cut = {name: array[:context] if array.ndim else array for name, array in example.items()}
+    if "weights" in cut and not cut["weights"].any():
+        raise InputError(
+            f"{record.where} has {longest} tokens, and nothing is learned from the first {context} "
+            "that are kept; raise train.context, or leave the record out"
+        )
+    return cut, True
+
+
+def _lengths(example: Example) -> tuple[int, ...]:
+    """The length along a row, and that of the source, 0 for none."""
+    lengths = [0, 0]
+    for name, array in example.items():
+        if not array.ndim:
+            raise InputError(f"{name} is one number for an example, which cannot be packed")
+        lengths[name.startswith("source")] = len(array)
+    return tuple(lengths)
+
+
+def _pack(lengths: list[tuple[int, ...]], numbers: np.ndarray, context: int) -> list[list[int]]:
+    """Examples into rows, each into the first of the open ones that has room on both sides.
+
+    The last 64 rows are open, which wastes little more than keeping all of them open would.
+    """
+    rows: list[list[int]] = []
+    left: list[np.ndarray] = []
+    for number in numbers.tolist():
+        needs = np.asarray(lengths[number])
+        first = max(0, len(rows) - 64)
+        fitting = (row for row in range(first, len(rows)) if (left[row] >= needs).all())
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(np.full(2, context))
+        rows[row].append(number)
+        left[row] = left[row] - needs
+    return rows
+
+
+def _stack(rows: list[list[Example]], like: Example, context: int, packs: bool) -> Batch:
+    """Rows of examples as arrays; `like` tells their names, shapes and types."""
+    batch = {
+        name: np.zeros((len(rows), context) if array.ndim else len(rows), array.dtype)
+        for name, array in like.items()
+    }
+    sides = SIDES if any(name.startswith("source") for name in like) else SIDES[:1]
+    if packs:
+        for side in sides:
+            for name in ("segments", "positions"):
+                batch[side + name] = np.zeros((len(rows), context), np.int32)
+    for row, group in enumerate(rows):
+        starts = dict.fromkeys(SIDES, 0)
+        for number, example in enumerate(group, 1):
+            ends = dict(starts)
+            for name, array in example.items():
+                if not array.ndim:
+                    batch[name][row] = array
+                    continue
+                side = SIDES[name.startswith("source")]
+                end = starts[side] + len(array)
+                batch[name][row, starts[side] : end] = array
+                ends[side] = max(ends[side], end)
+            if packs:
+                for side in sides:
+                    place = slice(starts[side], ends[side])
+                    batch[f"{side}segments"][row, place] = number
+                    batch[f"{side}positions"][row, place] = np.arange(ends[side] - starts[side])
+            starts = ends
+    return batch
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(record.digest.encode())
+    return digest.hexdigest()
+
+
+def _note(splits: dict[str, list[Record]], rows: dict[str, list[list[int]]]) -> str:
+    whats = {"train": "to train on", "val": "to validate on", "test": "to test on"}
+    parts = [f"{len(splits[n]):,} {what}" for n, what in whats.items() if splits.get(n)]
+    shared = (
+        f" (in {len(rows['train']):,} rows)" if len(rows["train"]) < len(splits["train"]) else ""
+    )
+    return ", ".join(["examples: " + parts[0] + shared, *parts[1:]])
+
+
+def _say(line: str) -> None:
+    print(f"data: {line}", file=sys.stderr)

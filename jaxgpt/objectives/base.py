@@ -1,0 +1,137 @@
+"""What every objective is: a frozen dataclass whose fields are options and whose call is the loss.
+
+    loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key, other)
+
+All but the call has a default: an objective that reads token streams needs nothing else. One that
+reads records says what a record becomes (`encode`); one with parameters of its own, which
+(`leaves`); one with another model, which (`build`); one that acts before it learns, how
+(`annotate`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from jaxgpt.data.records import Record
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig, Leaves
+from jaxgpt.objectives.chunks import Mean
+from jaxgpt.tokenizer import Tokenizer
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, Any]  # Means, and whatever else adds up over batches
+
+
+class Other(NamedTuple):
+    """A model to compare with, whose parameters nothing changes."""
+
+    model: Any
+    params: Any
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way of training."""
+
+    reads_records: ClassVar[bool] = False
+    """Whether it reads records; else streams of tokens."""
+    packs: ClassVar[bool] = False
+    """Whether several examples may share a row, told apart by `segments`."""
+    command: ClassVar[str] = "generate"
+    """What of `python -m jaxgpt` uses the model."""
+    annotates: ClassVar[bool] = False
+    """Whether batches go through `annotate` before the step."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields it reads from a record."""
+        return ()
+
+    @property
+    def compares_with(self) -> str:
+        """Another model it needs: "reference", as training starts; the path of one; or none."""
+        return ""
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Updates of the parameters by one batch."""
+        return 1
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+
+    def fit(self, records: Sequence[Record]) -> Self:
+        """The objective with what only the training records tell, such as the names of labels."""
+        return self
+
+    def extend(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer with the special tokens it needs, added where they are missing."""
+        return tokenizer
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """A record as arrays: of shape [T] for what lies along a row, [] for one value each.
+
+        Raises InputError, beginning with `record.where`, for a record that cannot be.
+        """
+        raise NotImplementedError
+
+    def build(self, cfg: GPTConfig, compute: Any) -> Any:
+        """The model."""
+        return cfg.build(compute)
+
+    def leaves(self, cfg: GPTConfig) -> Leaves:
+        """Parameters beside the model's: path -> (letters, shape). New, `w` is drawn, `b` zero."""
+        return {}
+
+    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> Any:
+        """A batch of the data as one to learn from, by acting with the model as it is now."""
+        return batch
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: "Other | None" = None,
+    ) -> tuple[jax.Array, Sums]:
+        """The loss summed over the batch, and sums to report, "loss" a `Mean` among them.
+
+        `key` is None in evaluation, where nothing is random; `other` is the model that it compares
+        with.
+        """
+        raise NotImplementedError
+
+    def report(self, sums: Sums) -> dict[str, float]:
+        """What is logged of the sums over some batches: each mean."""
+        return {k: float(v.value) for k, v in sums.items() if isinstance(v, Mean)}
+
+    def show(self, sums: Sums, folder: Path) -> str:
+        """What the sums over the test set say, to read; pictures go to the run's folder."""
+        return ""
+
+    def measure(self, trained: Any, records: Sequence[Record]) -> dict[str, float]:
+        """What is measured by using the model on held-out records: nothing."""
+        return {}
+
+    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+        """What the trained model does, to read: here, going on from a prompt."""
+        return trained(prompt, tokens)
+
+
+@dataclass(frozen=True)
+class Elsewhere(Objective):
+    """An objective of somebody's own, as a checkpoint tells of it where its class is not known."""
+
+    name: str = ""
+    """The class."""
+
+    def check(self) -> None:
+        """Raises InputError: it can be read about, not trained with."""
+        raise InputError(
+            f"objective {self.name} is not one of jaxgpt's; train with the config file that has it"
+        )

@@ -1,0 +1,291 @@
+"""Classification of text: a linear layer on what the decoder makes of its tokens."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.data.records import Record
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig, Leaves
+from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.chunks import Mean
+from jaxgpt.tokenizer import Tokenizer
+
+BINS = 10  # of confidence, for the calibration error
+
+
+@dataclass(frozen=True)
+class Classify(Objective):
+    """Cross-entropy of a text's label; the head is `classifier/w` [D, C] and `classifier/b` [C]."""
+
+    reads_records: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    command: ClassVar[str] = "classify"
+
+    text: str = "text"
+    """The field of the text."""
+    label: str = "label"
+    """The field of the label."""
+    token: Literal["last", "first", "mean", "every"] = "last"
+    """What the head reads: the last real token, the first, the mean of all, or every one, whose
+    probabilities are averaged (voting)."""
+    balanced: bool = False
+    """Weigh each class by the inverse of its number of training examples, 1 on average of them."""
+    labels: tuple[str, ...] = ()
+    """The names of the classes; empty: those of the training examples, sorted."""
+    class_weights: tuple[float, ...] = ()
+    """The weight of each class, in the order of `labels`; empty: 1, or as `balanced` says."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """A label and a text."""
+        return (self.label, self.text)
+
+    def fit(self, records: Sequence[Record]) -> Self:
+        """With the labels of the training examples, and their weights."""
+        counts = Counter(self._label(record) for record in records)
+        labels = self.labels or tuple(sorted(counts))
+        if missing := [label for label in labels if label not in counts]:
+            raise InputError(
+                f"no training example has label {missing[0]!r} of objective.labels; "
+                "add some, or leave the label out"
+            )
+        if len(labels) < 2:
+            raise InputError(
+                f"the labels of {len(records)} training examples are {list(labels)}; "
+                "give two or more"
+            )
+        if self.class_weights and len(self.class_weights) != len(labels):
+            raise InputError(
+                f"objective.class_weights has {len(self.class_weights)} numbers for the labels "
+                f"{', '.join(labels)}; give one for each"
+            )
+        weights = self.class_weights
+        if self.balanced and not weights:
+            total = sum(counts[label] for label in labels)
+            weights = tuple(total / (len(labels) * counts[label]) for label in labels)
+        return replace(self, labels=labels, class_weights=weights)
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        if any(not 0 < weight < float("inf") for weight in self.class_weights):
+            raise InputError(
+                f"objective.class_weights={self.class_weights}; each must be positive and finite"
+            )
+        if len(set(self.labels)) < len(self.labels):
+            raise InputError(f"objective.labels={self.labels} has a label twice; name each once")
+
+    def _label(self, record: Record) -> str:
+        value = record.values.get(self.label)
+        if not isinstance(value, str | int) or value == "":
+            raise InputError(
+                f"{record.where}: {self.label} is {value!r}, and it has to be a label; "
+                f"there are {', '.join(record.values)}"
+            )
+        return str(value)
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """tokens, label, weights [T]: weights are 1 where the head reads, and add up to 1."""
+        label = self._label(record)
+        if label not in self.labels:
+            raise InputError(
+                f"{record.where}: label {label!r} is none of {', '.join(self.labels)}; add "
+                "training examples of it, or correct it"
+            )
+        return self.encode_text(record.text(self.text), tokenizer, self.labels.index(label))
+
+    def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> dict[str, np.ndarray]:
+        """The arrays of a text, for a label that need not be known."""
+        tokens = np.asarray([*tokenizer.prefix, *tokenizer.encode(text)], np.int32)
+        weights = np.zeros(len(tokens), np.float32)
+        match self.token:
+            case "first":
+                weights[0] = 1
+            case "every":
+                weights[:] = 1 / len(tokens)
+            case _:
+                weights[-1] = 1
+        ends = np.zeros(len(tokens), np.float32)
+        ends[0 if self.token == "first" else -1] = 1
+        labels = np.full(len(tokens), label, np.int32)
+        return {"tokens": tokens, "label": labels, "weights": weights, "ends": ends}
+
+    def leaves(self, cfg: GPTConfig) -> Leaves:
+        """The head; C is the number of classes."""
+        C = len(self.labels)
+        return {
+            ("classifier", "w"): (("D", "C"), (cfg.D, C)),
+            ("classifier", "b"): (("C",), (C,)),
+        }
+
+    def probabilities(
+        self, model: Any, params: Any, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """log-probabilities [B, T, C] at each token, and at each end what the text is given."""
+        hidden_BTD = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            rngs=None if key is None else {"dropout": key},
+            method="hidden",
+        ).astype(jnp.float32)
+        if self.token == "mean":
+            hidden_BTD = _mean_so_far(hidden_BTD, batch["positions"])
+        head = params["classifier"]
+        logits_BTC = jnp.einsum("BTD,DC->BTC", hidden_BTD, head["w"]) + head["b"][None, None]
+        log_p_BTC = jax.nn.log_softmax(logits_BTC)
+        p_BTC = jnp.exp(log_p_BTC)
+        return log_p_BTC, _mean_so_far(
+            p_BTC, batch["positions"]
+        ) if self.token == "every" else p_BTC
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """The loss summed over texts, weighted by class; the counts are of texts.
+
+        `confusion` [C, C] counts texts by true class and predicted one; `calibration` [10, 3] by
+        confidence: how many, their confidences added up, and how many were right.
+        """
+        log_p_BTC, p_BTC = self.probabilities(model, params, batch, key)
+        C = len(self.labels)
+        true_BTC = jax.nn.one_hot(batch["label"], C)
+        class_weights_C = jnp.asarray(self.class_weights or [1.0] * C)
+        weights_BT = batch["weights"] * (true_BTC * class_weights_C[None, None]).sum(-1)
+        total = -(weights_BT[..., None] * true_BTC * log_p_BTC).sum()
+
+        ends_BT = batch["ends"]
+        guess_BT = p_BTC.argmax(-1)
+        confidence_BT = p_BTC.max(-1)
+        right_BT = (guess_BT == batch["label"]).astype(jnp.float32)
+        bin_BT = jnp.minimum((confidence_BT * BINS).astype(jnp.int32), BINS - 1)
+        calibration = jnp.einsum(
+            "BT,BTb,BTs->bs",
+            ends_BT,
+            jax.nn.one_hot(bin_BT, BINS),
+            jnp.stack([jnp.ones_like(ends_BT), confidence_BT, right_BT], -1),
+        )
+        return total, {
+            "loss": Mean(total, weights_BT.sum()),
+            "accuracy": Mean((ends_BT * right_BT).sum(), ends_BT.sum()),
+            "confusion": jnp.einsum(
+                "BT,BTC,BTc->Cc", ends_BT, true_BTC, jax.nn.one_hot(guess_BT, C)
+            ),
+            "calibration": calibration,
+        }
+
+    def report(self, sums: Sums) -> dict[str, float]:
+        """Loss, accuracy, the mean of the classes' F1, and the expected calibration error."""
+        _, _, f1 = scores(sums["confusion"])
+        count, confidence, right = np.asarray(sums["calibration"]).T
+        error = float(np.abs(confidence - right).sum() / max(count.sum(), 1))
+        return {**super().report(sums), "f1": float(f1.mean()), "calibration_error": error}
+
+    def show(self, sums: Sums, folder: Path) -> str:
+        """Precision, recall and F1 of each class; the confusion matrix as a table and a picture."""
+        confusion = np.asarray(sums["confusion"]).astype(int)
+        width = max(map(len, self.labels))
+        lines = [f"  {'class':<{width}}  precision  recall      F1   texts"]
+        for name, precision, recall, f1, count in zip(
+            self.labels, *scores(confusion), confusion.sum(1), strict=True
+        ):
+            lines.append(f"  {name:<{width}}  {precision:9.4f} {recall:7.4f} {f1:7.4f} {count:7d}")
+        lines += ["", "  true, then what they were taken for: " + " ".join(self.labels)]
+        for name, row in zip(self.labels, confusion, strict=True):
+            lines.append(f"  {name:<{width}}  " + " ".join(f"{n:6d}" for n in row))
+        return "\n".join([*lines, "", f"  {draw(confusion, self.labels, folder)}"])
+
+    def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+        """Probabilities [texts, C], in the order of `labels`.
+
+        Raises InputError for an empty text, and for one that is longer than the context.
+        """
+        predict = jax.jit(lambda params, rows: self.probabilities(trained.model, params, rows)[1])
+        encoded = []
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise InputError(f"text {number} is empty; give it some words")
+            encoded.append(self.encode_text(text, trained.tokenizer))
+            if (length := len(encoded[-1]["tokens"])) > trained.config.model.T:
+                raise InputError(
+                    f"text {number} has {length} tokens, and the context is "
+                    f"{trained.config.model.T}; shorten it"
+                )
+        found = []
+        for start in range(0, len(encoded), batch):
+            some = encoded[start : start + batch]
+            longest = max(len(each["tokens"]) for each in some)
+            T = min(1 << (longest - 1).bit_length(), trained.config.model.T)
+            tokens = np.zeros((batch, T), np.int32)
+            segments = np.zeros((batch, T), np.int32)
+            for row, each in enumerate(some):
+                tokens[row, : len(each["tokens"])] = each["tokens"]
+                segments[row, : len(each["tokens"])] = 1
+            positions = np.broadcast_to(np.arange(T, dtype=np.int32), (batch, T))
+            rows = {"tokens": tokens, "segments": segments, "positions": positions}
+            p_BTC = np.asarray(predict(trained.params, rows))
+            found += [p_BTC[row, each["ends"].argmax()] for row, each in enumerate(some)]
+        return np.reshape(found, (-1, len(self.labels)))
+
+    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+        """What the first held-out texts are taken for."""
+        if not records:
+            return ""
+        texts = [record.text(self.text) for record in records[:5]]
+        lines = []
+        for record, text, p_C in zip(records, texts, self.predict(trained, texts), strict=False):
+            guess = self.labels[int(p_C.argmax())]
+            start = " ".join(text.split())[:60]
+            lines.append(f"{guess:<12} {p_C.max():.2f}  (there: {self._label(record)})  {start}")
+        return "\n".join(lines)
+
+
+def scores(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 of each class, [C] each; 0 where there is nothing to divide by."""
+    confusion = np.asarray(confusion, float)
+    right, true, taken = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    precision, recall = right / np.maximum(taken, 1), right / np.maximum(true, 1)
+    return precision, recall, 2 * right / np.maximum(true + taken, 1)
+
+
+def draw(confusion: np.ndarray, labels: Sequence[str], folder: Path) -> Path:
+    """Draws a confusion matrix [C, C], rows the true classes, into `confusion.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    C = len(labels)
+    figure = Figure(figsize=(2.5 + 0.6 * C, 2.2 + 0.6 * C), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color)
+    axes.set(xlabel="taken for", ylabel="is", title=folder.name)
+    axes.set_xticks(range(C), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(C), labels)
+    path = folder / "confusion.png"
+    figure.savefig(path)
+    return path
+
+
+def _mean_so_far(x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """At each token the mean over its example's tokens up to it; `positions` count in examples."""
+    T = x_BTD.shape[1]
+    sums_BTD = jnp.pad(jnp.cumsum(x_BTD, 1), [(0, 0), (1, 0), (0, 0)])
+    before_BT = jnp.arange(T)[None] - positions_BT
+    earlier_BTD = jnp.take_along_axis(sums_BTD, before_BT[..., None], 1)
+    return (sums_BTD[:, 1:] - earlier_BTD) / (positions_BT[..., None] + 1)

@@ -1,0 +1,92 @@
+"""Distillation: predict what a larger model predicts, mixed with the next token itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import logits, output_weights
+from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.chunks import Mean, chunked_sum
+from jaxgpt.objectives.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class Distill(NextToken):
+    """share * t^2 * KL(teacher || student), both at temperature t, + (1 - share) * next token.
+
+    Hinton et al. 2015, section 2. Teacher and student have one vocabulary.
+    """
+
+    teacher: str = ""
+    """The run, or whatever else `start` takes, to learn from."""
+    share: float = 0.5
+    """Of the loss: what is learned from the teacher."""
+    temperature: float = 2.0
+    """What the logits of both are divided by; higher shows more of the unlikely tokens."""
+
+    @property
+    def compares_with(self) -> str:
+        """The teacher."""
+        return self.teacher
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        super().check()
+        if not self.teacher:
+            raise InputError("objective.teacher is empty; set it to the run to learn from")
+        if not 0 <= self.share <= 1:
+            raise InputError(f"objective.share={self.share}; set it from 0 to 1")
+        if self.temperature <= 0:
+            raise InputError(f"objective.temperature={self.temperature}; set it above 0")
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """Loss sum; "loss" is the cross-entropy of the next token alone, "kl" the divergence."""
+        if other is None:
+            raise InputError("distillation needs a teacher; set objective.teacher")
+        where = (batch["tokens"], batch.get("positions"), batch.get("segments"))
+        hidden_BTD = model.apply(
+            {"params": params},
+            *where,
+            rngs=None if key is None else {"dropout": key},
+            method="hidden",
+        )
+        theirs = jax.lax.stop_gradient(other.params)
+        teacher_BTD = other.model.apply({"params": theirs}, *where, method="hidden")
+        teacher_w_DV = output_weights(other.model.cfg, theirs)
+        rest = {
+            "targets": batch["targets"],
+            "weights": batch["weights"],
+            "teacher": teacher_BTD,
+        }
+
+        def loss(hidden_BtD, w_DV, chunk):
+            weights_Bt = chunk["weights"]
+            logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
+            next_token, cross_entropy = self.of_logits(
+                model.cfg, logits_BtV, chunk["targets"], weights_Bt
+            )
+            theirs_BtV = logits(other.model.cfg, chunk["teacher"], teacher_w_DV)
+            real_V = (jnp.arange(logits_BtV.shape[-1]) < model.cfg.V)[None, None]
+            ours_BtV, theirs_BtV = (
+                jax.nn.log_softmax(jnp.where(real_V, x / self.temperature, -1e30))
+                for x in (logits_BtV, theirs_BtV)
+            )
+            kl_Bt = (jnp.exp(theirs_BtV) * (theirs_BtV - ours_BtV)).sum(-1)
+            kl = (weights_Bt * kl_Bt).sum()
+            mixed = self.share * self.temperature**2 * kl + (1 - self.share) * next_token
+            return mixed, (cross_entropy, kl)
+
+        w_DV = output_weights(model.cfg, params)
+        total, (cross_entropy, kl) = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
+        count = batch["weights"].sum()
+        return total, {"loss": Mean(cross_entropy, count), "kl": Mean(kl, count)}

@@ -1,0 +1,128 @@
+"""Preferences: make the better of two answers likelier than the worse, compared with the start."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import chat
+from jaxgpt.data.records import Record
+from jaxgpt.errors import InputError
+from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.objectives.instruct import rendered
+from jaxgpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class DPO(Objective):
+    """Direct preference optimisation (Rafailov et al. 2023), and IPO (Azar et al. 2023).
+
+    With h = log p(chosen)/p_reference(chosen) - log p(rejected)/p_reference(rejected), summed over
+    the answers' tokens, the loss of a pair is -log sigmoid(beta h), or (h - 1/(2 beta))^2 for IPO.
+    A record is `prompt`, `chosen`, `rejected`; the prompt may be a list of messages.
+    """
+
+    reads_records: ClassVar[bool] = True
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """Which loss."""
+    beta: float = 0.1
+    """How much it costs to leave the reference."""
+    reference_free: bool = False
+    """Compare with nothing: the reference's log-probabilities are 0."""
+    label_smoothing: float = 0.0
+    """dpo: the share of pairs believed to be the wrong way round (Mitchell 2023)."""
+    chunk: int = 64
+    """Positions of each row whose logits exist at once."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """A request, the better and the worse answer."""
+        return ("prompt", "chosen", "rejected")
+
+    @property
+    def compares_with(self) -> str:
+        """The model as training starts."""
+        return "" if self.reference_free else "reference"
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        if self.beta <= 0:
+            raise InputError(f"objective.beta={self.beta}; set it above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(
+                f"objective.label_smoothing={self.label_smoothing}; set it from 0 to below 0.5"
+            )
+        if self.loss == "ipo" and self.label_smoothing:
+            raise InputError("objective.label_smoothing is of loss=dpo; set it to 0 for ipo")
+        if self.chunk < 1:
+            raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
+
+    def extend(self, tokenizer: Tokenizer) -> Tokenizer:
+        """With the special tokens of ChatML, where those of no chat format are there."""
+        return chat.equipped(tokenizer)
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """tokens, targets, weights [T], each for `chosen_` and `rejected_`."""
+        messages = record.values.get("prompt")
+        if not isinstance(messages, list):
+            messages = [{"role": "user", "content": record.text("prompt")}]
+        if record.text("chosen") == record.text("rejected"):
+            raise InputError(
+                f"{record.where}: chosen and rejected are equal, so neither is better; leave it out"
+            )
+        pair: dict[str, np.ndarray] = {}
+        for side in ("chosen", "rejected"):
+            answer = {"role": "assistant", "content": record.text(side)}
+            arrays = rendered(record, [*messages, answer], tokenizer, "last")
+            pair |= {f"{side}_{name}": array for name, array in arrays.items()}
+        return pair
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """The loss summed over pairs; rows without weights are no pairs."""
+
+        def answers(model: Any, params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            """log p of both answers of every pair, [B] each, in one pass over 2 B rows."""
+            both = {
+                name: jnp.concatenate([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])
+                for name in ("tokens", "targets", "weights")
+            }
+            log_p_BT = log_probs(model, params, both, self.chunk, key)
+            chosen_B, rejected_B = jnp.split((both["weights"] * log_p_BT).sum(1), 2)
+            return chosen_B, rejected_B
+
+        chosen_B, rejected_B = answers(model, params, key)
+        if other is not None:
+            chosen_reference_B, rejected_reference_B = answers(*other, None)
+            chosen_B -= chosen_reference_B
+            rejected_B -= rejected_reference_B
+        h_B = chosen_B - rejected_B
+        if self.loss == "ipo":
+            loss_B = jnp.square(h_B - 1 / (2 * self.beta))
+        else:
+            right, wrong = (-jax.nn.log_sigmoid(sign * self.beta * h_B) for sign in (1, -1))
+            loss_B = (1 - self.label_smoothing) * right + self.label_smoothing * wrong
+        real_B = (batch["chosen_weights"].sum(1) > 0).astype(jnp.float32)
+        count = real_B.sum()
+
+        def mean(values_B: jax.Array) -> Mean:
+            return Mean((real_B * values_B).sum(), count)
+
+        total = (real_B * loss_B).sum()
+        return total, {
+            "loss": Mean(total, count),
+            "accuracy": mean((h_B > 0).astype(jnp.float32)),
+            "margin": mean(self.beta * h_B),
+            "reward_chosen": mean(self.beta * chosen_B),
+            "reward_rejected": mean(self.beta * rejected_B),
+        }

@@ -1,0 +1,235 @@
+"""Rewards: answer, have the answers checked, and make those better than their group likelier."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import chat
+from jaxgpt.data.records import Record
+from jaxgpt.decode import decode
+from jaxgpt.errors import InputError
+from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """Group relative policy optimisation (Shao et al. 2024), with rewards that can be checked.
+
+    A batch is of problems. The model as it is answers each `group` times; an answer's advantage is
+    its reward less the group's mean, over the group's standard deviation. A token's loss is
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta (q - log q - 1), with r the ratio of its
+    probability to the one it was drawn with, and q that of the reference's to its own.
+    """
+
+    reads_records: ClassVar[bool] = True
+    annotates: ClassVar[bool] = True
+
+    prompt: str = "instruction"
+    """The field of the problem."""
+    answer: str = "output"
+    """The field of what is right."""
+    reward: Literal["exact", "number"] = "exact"
+    """1 for an answer equal to what is right but for spaces around it, or whose last number is."""
+    group: int = 8
+    """Answers to a problem."""
+    tokens: int = 16
+    """Tokens of an answer, at most; one that does not end within them is wrong."""
+    temperature: float = 1.0
+    """Of drawing the answers."""
+    updates: int = 1
+    """Updates by the answers of one batch."""
+    epsilon: float = 0.2
+    """How far a token's probability may move by one batch and still be pushed."""
+    beta: float = 0.02
+    """How much it costs to leave the reference (Schulman's estimate of the divergence, k3)."""
+    normalize: bool = True
+    """Divide advantages by the group's standard deviation; false: do not (Liu et al. 2025)."""
+    per: Literal["answer", "token"] = "answer"
+    """Whether every answer counts the same, or every token of all answers (Yu et al. 2025)."""
+    chunk: int = 64
+    """Positions of each row whose logits exist at once."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """A problem and what is right."""
+        return (self.prompt, self.answer)
+
+    @property
+    def compares_with(self) -> str:
+        """The model as training starts."""
+        return "reference" if self.beta else ""
+
+    @property
+    def updates_per_batch(self) -> int:
+        """As the field says."""
+        return self.updates
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        if self.group < 2:
+            raise InputError(f"objective.group={self.group} has nothing to compare; set it to 2 up")
+        for name in ("tokens", "updates", "chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"objective.{name}={getattr(self, name)}; set it to 1 or more")
+        for name in ("temperature", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"objective.{name}={getattr(self, name)}; set it above 0")
+        if self.beta < 0:
+            raise InputError(f"objective.beta={self.beta}; set it to 0 or more")
+
+    def extend(self, tokenizer: Tokenizer) -> Tokenizer:
+        """With the special tokens of ChatML, where those of no chat format are there."""
+        return chat.equipped(tokenizer)
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
+        `right` [T], what is right in UTF-8.
+        """
+        messages = [{"role": "user", "content": record.text(self.prompt)}]
+        tokens = chat.render(chat.choose(tokenizer), tokenizer, messages, open=True).tokens
+        right = np.frombuffer(record.text(self.answer).encode(), np.uint8)
+        return {
+            "tokens": np.asarray(tokens, np.int32),
+            "length": np.asarray(len(tokens), np.int32),
+            "right": right,
+        }
+
+    def score(self, answer: str, right: str) -> float:
+        """The reward of an answer, 0 to 1; what other checkers override."""
+        if self.reward == "number":
+            numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
+            return float(bool(numbers) and numbers[-1] == right.strip())
+        return float(answer.strip() == right.strip())
+
+    def _reward(self, answer: str | None, right: str) -> float:
+        return 0.0 if answer is None else self.score(answer, right)
+
+    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
+        """Problems as `group` rows each, with answers drawn and scored.
+
+        tokens, targets, weights [B * group, T] as in next-token prediction, weights 1 on answers;
+        drawn [.., T] the log-probabilities they were drawn with; advantage, reward, length [..].
+        """
+        lengths = batch["length"].tolist()
+        rights = [bytes(row[row != 0]).decode() for row in batch["right"]]
+        prompts = [
+            row[:length].tolist() for row, length in zip(batch["tokens"], lengths, strict=True)
+        ]
+        prompts, rights = (
+            [each for each in some for _ in range(self.group)] for some in (prompts, rights)
+        )
+        answers, ids, log_ps = answer(trained, prompts, self.tokens, key, self.temperature)
+        rewards = np.asarray([*map(self._reward, answers, rights)], np.float32)
+        groups = rewards.reshape(-1, self.group)
+        advantages = groups - groups.mean(1, keepdims=True)
+        if self.normalize:
+            advantages /= groups.std(1, keepdims=True) + 1e-6
+
+        shape = len(prompts), batch["tokens"].shape[1]
+        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights, drawn = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        for row, (prompt, new, log_p) in enumerate(zip(prompts, ids, log_ps, strict=True)):
+            whole = [*prompt, *new]
+            if len(whole) > shape[1] + 1:
+                raise InputError(
+                    f"a problem of {len(prompt)} tokens and an answer of {len(new)} do not fit a "
+                    f"row of {shape[1]}; raise train.context, or lower objective.tokens"
+                )
+            end = len(whole) - 1
+            tokens[row, :end], targets[row, :end] = whole[:-1], whole[1:]
+            weights[row, len(prompt) - 1 : end] = 1
+            drawn[row, len(prompt) - 1 : end] = log_p
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "weights": weights,
+            "drawn": drawn,
+            "advantage": advantages.reshape(-1),
+            "reward": rewards,
+        }
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """The loss summed over answers, or over their tokens."""
+        weights_BT = batch["weights"]
+        log_p_BT = log_probs(model, params, batch, self.chunk, key, self.temperature)
+        ratio_BT = jnp.exp(log_p_BT - batch["drawn"])
+        clipped_BT = jnp.clip(ratio_BT, 1 - self.epsilon, 1 + self.epsilon)
+        advantage_BT = batch["advantage"][:, None]
+        loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+        kl_BT = jnp.zeros_like(loss_BT)
+        if other is not None:
+            reference_BT = log_probs(*other, batch, self.chunk, None, self.temperature)
+            log_q_BT = reference_BT - log_p_BT
+            kl_BT = jnp.exp(log_q_BT) - log_q_BT - 1
+            loss_BT = loss_BT + self.beta * kl_BT
+        lengths_B = weights_BT.sum(1)
+        real_B = (lengths_B > 0).astype(jnp.float32)
+        tokens, answers = lengths_B.sum(), real_B.sum()
+        share_BT, count = weights_BT, tokens
+        if self.per == "answer":
+            share_BT, count = weights_BT / jnp.maximum(lengths_B, 1)[:, None], answers
+        total = (share_BT * loss_BT).sum()
+        outside_BT = (ratio_BT != clipped_BT).astype(jnp.float32)
+        return total, {
+            "loss": Mean(total, count),
+            "reward": Mean((real_B * batch["reward"]).sum(), answers),
+            "kl": Mean((weights_BT * kl_BT).sum(), tokens),
+            "clipped": Mean((weights_BT * outside_BT).sum(), tokens),
+            "length": Mean(tokens, answers),
+        }
+
+    def measure(self, trained: Any, records: Sequence[Record]) -> dict[str, float]:
+        """The mean reward of greedy answers to the first 256 held-out problems."""
+        some = records[:256]
+        prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
+        answers, _, _ = answer(trained, prompts, self.tokens, jax.random.key(0), 0.0)
+        rights = [record.text(self.answer) for record in some]
+        return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
+
+    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+        """Greedy answers to the first held-out problems."""
+        lines = []
+        for record in records[:5]:
+            messages = [{"role": "user", "content": record.text(self.prompt)}]
+            given = trained.chat(messages, self.tokens, temperature=0)
+            lines.append(f"{messages[0]['content']} {given}  (right: {record.text(self.answer)})")
+        return "\n".join(lines)
+
+
+def answer(
+    trained: Any, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
+) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
+    """To each prompt an answer, None where it does not end, its ids and their log-probabilities."""
+    tokenizer = trained.tokenizer
+    stops = chat.choose(tokenizer).stops(tokenizer)
+    new, log_ps, lengths = decode(
+        trained.model,
+        trained.params,
+        prompts,
+        tokens,
+        key=key,
+        temperature=temperature,
+        stops=tuple(stops),
+        vocabulary=tokenizer.vocab_size,
+    )
+    new, log_ps, lengths = np.asarray(new), np.asarray(log_ps), np.asarray(lengths)
+    ids = [row[:length].tolist() for row, length in zip(new, lengths, strict=True)]
+    return (
+        [tokenizer.decode(row[:-1]) if row and row[-1] in stops else None for row in ids],
+        ids,
+        [row[:length] for row, length in zip(log_ps, lengths, strict=True)],
+    )
