@@ -16,6 +16,6 @@ config = Config(
     data=RecordsConfig(paths=("arithmetic",), val_fraction=0.05, test_fraction=0.05),
     objective=GRPO(group=8, tokens=6),
     optim=OptimConfig(learning_rate=2e-4, warmup=5, weight_decay=0.0, final=0.1),
-    train=TrainConfig(steps=150, batch=32, context=32, eval_every=25),
+    train=TrainConfig(steps=150, batch=32, context=48, eval_every=25),
     checkpoint=CheckpointConfig(every=50),
 )

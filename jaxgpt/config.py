@@ -73,6 +73,8 @@ class Config:
     start: str = ""
     """What to start from, with its architecture and tokenizer: a run or a checkpoint, a folder of
     Hugging Face's layout, or a name there (gpt2, Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
+    adapter: str = ""
+    """A folder with a LoRA adapter of PEFT's layout, merged into what the run starts from."""
     model: GPTConfig = field(default_factory=GPTConfig)
     """The architecture."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -109,6 +111,8 @@ class Config:
     def check(self) -> None:
         """Raises InputError where a field cannot be, before text or device is touched."""
         self.train.check()
+        if self.adapter and not self.start:
+            raise InputError(f"adapter={self.adapter} belongs to a model; set start to that")
         self.model.check()
         if self.context > self.model.T and not self.start:
             raise InputError(
@@ -156,15 +160,18 @@ def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Confi
     if wrong:
         raise InputError(f"start={config.start} brings its own: {'; '.join(wrong)}; leave that out")
     config = dataclasses.replace(config, **there)
-    dataclasses.replace(config, start="").check()
+    dataclasses.replace(config, start="", adapter="").check()
     return config
 
 
 def refuse_changed(saved: dict[str, Any], now: Config) -> None:
     """Raises InputError that names each field in which a run cannot be resumed as `now`."""
     current = to_dict(now)
-    before, after = saved.get("start", ""), current["start"]
-    changes = [f"start was {before!r}, is {after!r}"] if before != after else []
+    changes = [
+        f"{name} was {saved.get(name, '')!r}, is {current[name]!r}"
+        for name in ("start", "adapter")
+        if saved.get(name, "") != current[name]
+    ]
     then = {part: saved.get(part, to_dict(TuneConfig())) for part in FIXED}
     changes += [
         f"{part}.{name} was {then[part].get(name)}, is {value}"

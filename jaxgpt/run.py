@@ -232,7 +232,7 @@ def prepare_data(
             then = config.from_dict(config.Config, saved["config"])
             cfg = config.adopt(cfg, then.model, then.tokenizer)
     elif cfg.start:
-        origin = source(cfg.start)
+        origin = source(cfg.start, cfg.adapter)
         text = origin.tokenizer
         cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
     elif (path := cfg.objective.compares_with) not in ("", "reference"):
@@ -256,7 +256,13 @@ def prepare_data(
     if isinstance(cfg.data, data.RecordsConfig):
         encode = partial(cfg.objective.encode, tokenizer=text)
         dataset = data.examples(
-            cfg.data, splits, encode, text.fingerprint, packs=cfg.objective.packs, **rows(cfg)
+            cfg.data,
+            splits,
+            encode,
+            cfg.objective.cut,
+            text.fingerprint,
+            packs=cfg.objective.packs,
+            **rows(cfg),
         )
     else:
         dataset = data.streams(data.prepare(cfg.data, text), cfg.data, **rows(cfg))

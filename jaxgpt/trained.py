@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import checkpoint, pretrained
@@ -19,7 +20,7 @@ from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.parallel import Layout
 from jaxgpt.sample import generate
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
-from jaxgpt.tune import Diff, adapted, compare, flat, merged, nested
+from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, split
 
 
 class Trained(NamedTuple):
@@ -146,20 +147,48 @@ class Source:
         return jax.device_put(tree, places(tree))
 
 
-def load(path: str | Path) -> Trained:
+def load(path: str | Path, adapter: str | Path = "") -> Trained:
     """A model, ready to write, to fine-tune and to evaluate.
 
     `path` is a run's folder (its newest checkpoint), one checkpoint's folder, a folder of Hugging
     Face's layout, or a name there, NAME or NAME@REVISION, which is downloaded once. The running
-    average of the parameters is loaded where a run kept one. Raises InputError where there is no
-    model, or it is damaged.
+    average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
+    adapter of PEFT's layout, whose leaves are put beside the matrices. Raises InputError where
+    there is no model, or it is damaged.
     """
-    found = source(path)
+    found = source(path, adapter)
     return Trained(found.config, found.params(), found.tokenizer)
 
 
-def source(path: str | Path) -> Source:
+def source(path: str | Path, adapter: str | Path = "") -> Source:
     """What `load` loads, with its parameters still in their files."""
+    found = _source(path)
+    return _with_adapter(found, Path(adapter)) if adapter else found
+
+
+def _with_adapter(found: Source, folder: Path) -> Source:
+    from jaxgpt.pretrained import peft
+
+    factors = peft.read(folder, found.config.model)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), factors)
+
+    def params(abstract: Any = None) -> Any:
+        if abstract is None:
+            return join(jax.tree.map(jnp.asarray, factors), found.params())
+        places, base = split(abstract, lambda path: path[-1] in LORA)
+        put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
+        return join(put, found.params(base))
+
+    return replace(
+        found,
+        params=params,
+        abstract=join(shapes, found.abstract),
+        lineage={**found.lineage, "adapter": str(folder)},
+        digest=lambda: found.digest() + _digest(folder),
+    )
+
+
+def _source(path: str | Path) -> Source:
     folder = Path(path)
     if folder.is_dir() and pretrained.is_here(folder):
         return _pretrained(folder, {"path": str(path)})

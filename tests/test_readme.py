@@ -10,12 +10,13 @@ import jax
 import pytest
 
 import train
-from jaxgpt import cli, parallel
+from jaxgpt import cli, config, parallel
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKE_MESH = parallel.make_mesh
+SHORT = "--train.steps 2 --optim.warmup 1 --train.eval_batches 1 --train.sample_tokens 8".split()
 
 
 def commands(text):
@@ -34,8 +35,7 @@ def newcomer(tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
-    tiny = "--model.L 1 --model.D 32 --model.N 1 --train.steps 2 --optim.warmup 1"
-    assert train.main([*tiny.split(), "--train.eval_batches", "1"]) == 0
+    assert train.main([*"--model.L 1 --model.D 32 --model.N 1".split(), *SHORT]) == 0
 
 
 def test_every_command_of_the_readme_runs(newcomer, capsys):
@@ -46,13 +46,19 @@ def test_every_command_of_the_readme_runs(newcomer, capsys):
     ran = []
     for language, text in rest:
         if language == "python":
-            exec(text, {})
+            names: dict = {}
+            exec(text, names)
             ran.append(language)
+            if "config" in names and isinstance(names["config"], config.Config):
+                assert text.count("\n") < 30
+                Path("own.py").write_text(text)
+                assert train.main(["own.py", *SHORT]) == 0
             continue
         assert language == "bash"
         for program, args in commands(text):
             main = {"train.py": train.main, "jaxgpt": cli.main}[program]
-            assert main(args) == 0, (program, args)
+            short = SHORT if program == "train.py" and "--train.steps" not in args else []
+            assert main([*args, *short]) == 0, (program, args)
             ran.append(program)
     assert ran.count("python") >= 1 and ran.count("jaxgpt") >= 2 and ran.count("train.py") >= 1
     assert "def main(" in capsys.readouterr().out

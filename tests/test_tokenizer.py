@@ -377,6 +377,71 @@ def test_importing_needs_no_trainer_and_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# Special tokens added.
+
+ADDED = ["<|im_start|>", "<|im_end|>", "<tool>"]
+# With gaps before and between its special tokens, as cl100k_base has.
+gapped = BPE("cl100k_base", trained().ranks, PATTERNS["cl100k_base"], {EOT: 1001, "<|fim|>": 1020})
+extensible = pytest.mark.parametrize(
+    "tokenizer", [*map(trained, PATTERNS), gapped], ids=[*PATTERNS, "gapped"]
+)
+
+
+@extensible
+@settings(deadline=None)
+@given(
+    text=st.text()
+    | tricky_text
+    | st.lists(st.sampled_from([*ADDED, EOT, "<|", " ", "a"])).map("".join)
+)
+def test_no_text_becomes_an_added_token(tokenizer, text):
+    tokens = tokenizer.extended(ADDED).encode(text)
+    assert tokens == tokenizer.encode(text)
+    assert not set(tokens) & set(range(len(tokenizer.ranks), tokenizer.vocab_size + len(ADDED)))
+    assert tokenizer.extended(ADDED).decode(tokens) == text
+
+
+@extensible
+def test_added_tokens_come_after_all_others_in_order(tokenizer):
+    extended = tokenizer.extended([ADDED[1], EOT, ADDED[0], ADDED[1]])
+    size = tokenizer.vocab_size
+    assert extended.specials == {**tokenizer.specials, ADDED[1]: size, ADDED[0]: size + 1}
+    assert (extended.vocab_size, extended.eot) == (size + 2, tokenizer.eot)
+    assert [*extended.pieces] == [*tokenizer.pieces, ADDED[1].encode(), ADDED[0].encode()]
+    assert extended.decode([size + 1]) == ADDED[0]
+
+
+@every_tokenizer
+def test_a_tokenizer_that_lacks_nothing_is_itself(tokenizer):
+    assert tokenizer.extended([EOT]) is tokenizer
+    assert tokenizer.extended([]) is tokenizer
+
+
+def test_a_tokenizer_with_added_tokens_survives_json():
+    extended = gapped.extended(ADDED)
+    again = from_json(json.loads(json.dumps(extended.to_json())))
+    assert (again.fingerprint, again.specials) == (extended.fingerprint, extended.specials)
+    assert again.fingerprint != gapped.fingerprint
+    assert again.extended(ADDED) is again
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("", "without a name"), ("a", "'a' is a token that text yields"), ("\ud83d", "surrogate")],
+)
+def test_a_name_that_no_special_token_can_have_is_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        trained().extended([ADDED[0], name])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_bytes_and_characters_take_no_more_special_tokens(kind):
+    with pytest.raises(
+        InputError, match=rf"kind={kind} has no special .* <tool> would be new; use"
+    ):
+        ALL[kind].extended(["<tool>"])
+
+
 # Published vocabularies: the files are small ones of our own, behind a server on this machine.
 
 

@@ -465,6 +465,81 @@ def test_sentencepiece_text_is_not_cut():
     assert THEIRS["llama2"].safe_cut(CORPUS) == 0
 
 
+# Special tokens added.
+
+ADDED = ["<|im_start|>", "<|eot_id|>", "<user>"]
+
+
+@functools.cache
+def extended(name):
+    return THEIRS[name].extended(ADDED)
+
+
+@every_shape
+@settings(deadline=None)
+@given(text=any_text | st.lists(st.sampled_from([*ADDED, "<", "user", " ", ">"])).map("".join))
+def test_no_text_becomes_an_added_token(name, text):
+    tokens = extended(name).encode(text)
+    assert tokens == THEIRS[name].encode(text)
+    assert not set(tokens) & set(extended(name).specials.values())
+    assert extended(name).decode(tokens) == THEIRS[name].decode(tokens)
+
+
+@every_shape
+def test_added_tokens_come_after_all_others_in_order(name):
+    before, after = THEIRS[name], extended(name)
+    new = [special for special in ADDED if special not in before.specials]
+    ids = {special: before.vocab_size + i for i, special in enumerate(new)}
+    assert after.specials == before.specials | ids
+    assert [*after.pieces] == [*before.pieces, *(special.encode() for special in new)]
+    assert (after.eot, after.eos, after.prefix) == (before.eot, before.eos, before.prefix)
+    assert after.decode([*ids.values()]).split() == ["".join(new)]
+    assert after.extended(ADDED) is after
+
+
+@every_shape
+def test_a_tokenizer_with_added_tokens_survives_json_and_files(name, tmp_path):
+    values = json.loads(json.dumps(extended(name).to_json()))
+    write(extended(name), tmp_path, 128)
+    for again in (from_json(values), read(tmp_path)):
+        assert again.specials == extended(name).specials
+        assert again.encode(CORPUS) == THEIRS[name].encode(CORPUS)
+
+
+def test_a_token_that_was_added_as_ordinary_becomes_special_in_its_place():
+    before, after = THEIRS["qwen2"], THEIRS["qwen2"].extended(["<tool>"])
+    assert after.vocab_size == before.vocab_size
+    assert before.encode("<tool>") == [after.specials["<tool>"]]
+    assert after.decode(after.encode("<tool>")) == "<tool>"
+    assert not set(after.encode("<tool>")) & set(after.specials.values())
+
+
+def test_documents_begin_as_before_where_end_of_text_is_added():
+    before = HuggingFace(llama2()[0], {"eos_token": "</s>"})
+    after = before.extended([EOT])
+    assert EOT in after.specials
+    assert (after.eot, after.eos) == (before.eot, before.eos)
+
+
+def test_a_name_that_text_yields_cannot_be_special():
+    with pytest.raises(InputError, match="'▁the' is a token that text yields"):
+        THEIRS["llama2"].extended(["\u2581the"])
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_added_tokens_of_our_own_are_written_as_special(kind, auto, tmp_path):
+    ours = trained(kind).extended(ADDED)
+    write(ours, tmp_path, 128)
+    assert not (tmp_path / "vocab.json").exists()
+    assert read(tmp_path).specials == ours.specials
+    theirs = auto(tmp_path)
+    assert theirs.convert_tokens_to_ids(ADDED) == [ours.specials[name] for name in ADDED]
+    ids = [*ours.encode("a"), *(ours.specials[name] for name in ADDED)]
+    assert theirs.decode(ids, skip_special_tokens=True) == "a"
+    text = f"a{ADDED[0]}b {ADDED[2]}"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+
+
 # In a checkpoint.
 
 

@@ -11,7 +11,6 @@ and the same for sources. Everything else is padded with zeros.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 
 from jaxgpt.data.batches import order, rows_of
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import Record, RecordsConfig
+from jaxgpt.data.records import Record, RecordsConfig, say
 from jaxgpt.errors import InputError
 
 Example = dict[str, np.ndarray]
@@ -31,6 +30,7 @@ def examples(
     cfg: RecordsConfig,
     splits: dict[str, list[Record]],
     encode: Callable[[Record], Example],
+    cut: Callable[[Example, int], Example],
     tokenizer: str,
     *,
     context: int,
@@ -43,7 +43,8 @@ def examples(
 ) -> Dataset:
     """The records of `train`, `val` and `test` as a data set of rows of `context`.
 
-    `encode` makes an example of a record; `tokenizer` is the fingerprint of what it encodes with.
+    `encode` makes an example of a record, `cut` a shorter one of an example; `tokenizer` is the
+    fingerprint of what is encoded with.
     With `packs`, examples can share a row, which they do unless `cfg.pack` is off. An evaluation is
     of `limit` batches, or of all there is if 0. Raises InputError naming the record for an example
     that is empty or, unless `cfg.truncate`, longer than a row.
@@ -51,21 +52,39 @@ def examples(
     if seed < 0:
         raise InputError(f"seed={seed}; set it to 0 or more")
     mine = rows_of(batch, process_index, process_count)
-    encoded = {
-        name: [_fit(record, encode(record), context, cfg.truncate) for record in records]
-        for name, records in splits.items()
-    }
+
+    def fitted(record: Record) -> tuple[Example, bool]:
+        """The record's example, in no more than the context, and whether it was cut."""
+        example = encode(record)
+        longest = _longest(record, example)
+        if longest <= context:
+            return example, False
+        if not cfg.truncate:
+            raise InputError(
+                f"{record.where} has {longest} tokens, and a row {context}; raise train.context "
+                "(and model.T), leave the record out, or set data.truncate=True to cut it"
+            )
+        example = cut(example, context)
+        if "weights" in example and not example["weights"].any():
+            raise InputError(
+                f"{record.where} has {longest} tokens, and nothing is learned from the first "
+                f"{context} that are kept; raise train.context, or leave the record out"
+            )
+        return example, True
+
+    encoded = {name: [*map(fitted, records)] for name, records in splits.items()}
     for name, found in encoded.items():
-        if cut := sum(was_cut for _, was_cut in found):
-            _say(f"{cut} of {len(found)} examples of {name} are cut to {context} tokens")
+        if shortened := sum(was_cut for _, was_cut in found):
+            say(f"{shortened} of {len(found)} examples of {name} are cut to {context} tokens")
     rows = {}
     for name, found in encoded.items():
         numbers = np.arange(len(found))
         if name == "train" and cfg.shuffle:
             numbers = np.random.RandomState(seed).permutation(len(found))
-        lengths = [_lengths(example) for example, _ in found]
-        share = packs and cfg.pack
-        rows[name] = _pack(lengths, numbers, context) if share else [[n] for n in numbers.tolist()]
+        if packs and cfg.pack:
+            rows[name] = _pack([_lengths(example) for example, _ in found], numbers, context)
+        else:
+            rows[name] = [[n] for n in numbers.tolist()]
 
     def make(name: str, numbers: Sequence[int]) -> Batch:
         """The rows of a split by number; a number too large is an empty row."""
@@ -104,56 +123,49 @@ def examples(
     )
 
 
-def _fit(record: Record, example: Example, context: int, truncate: bool) -> tuple[Example, bool]:
-    """The example, cut to the context if it may be, and whether it was."""
-    longest = 0
-    for name, array in example.items():
-        if array.ndim and not len(array):
+def _longest(record: Record, example: Example) -> int:
+    """The longest of an example's arrays; InputError where one is empty."""
+    lengths = {name: len(array) for name, array in example.items() if array.ndim}
+    for name, length in lengths.items():
+        if not length:
             raise InputError(f"{record.where}: {name} is empty; leave the record out")
-        longest = max(longest, len(array) if array.ndim else 0)
-    if longest <= context:
-        return example, False
-    if not truncate:
-        raise InputError(
-            f"{record.where} has {longest} tokens, and a row {context}; raise train.context (and "
-            "model.T), leave the record out, or set data.truncate=True to cut it"
-        )
-    cut = {name: array[:context] if array.ndim else array for name, array in example.items()}
-    if "weights" in cut and not cut["weights"].any():
-        raise InputError(
-            f"{record.where} has {longest} tokens, and nothing is learned from the first {context} "
-            "that are kept; raise train.context, or leave the record out"
-        )
-    return cut, True
+    return max(lengths.values(), default=0)
 
 
-def _lengths(example: Example) -> tuple[int, ...]:
+def _lengths(example: Example) -> tuple[int, int]:
     """The length along a row, and that of the source, 0 for none."""
     lengths = [0, 0]
     for name, array in example.items():
         if not array.ndim:
             raise InputError(f"{name} is one number for an example, which cannot be packed")
-        lengths[name.startswith("source")] = len(array)
-    return tuple(lengths)
+        side = name.startswith("source")
+        if lengths[side] not in (0, len(array)):
+            raise InputError(
+                f"{name} has {len(array)} entries, and what lies beside it {lengths[side]}; "
+                "an objective that packs gives them one length"
+            )
+        lengths[side] = len(array)
+    return lengths[0], lengths[1]
 
 
-def _pack(lengths: list[tuple[int, ...]], numbers: np.ndarray, context: int) -> list[list[int]]:
+def _pack(lengths: list[tuple[int, int]], numbers: np.ndarray, context: int) -> list[list[int]]:
     """Examples into rows, each into the first of the open ones that has room on both sides.
 
     The last 64 rows are open, which wastes little more than keeping all of them open would.
     """
     rows: list[list[int]] = []
-    left: list[np.ndarray] = []
+    left: list[tuple[int, int]] = []
     for number in numbers.tolist():
-        needs = np.asarray(lengths[number])
-        first = max(0, len(rows) - 64)
-        fitting = (row for row in range(first, len(rows)) if (left[row] >= needs).all())
-        row = next(fitting, len(rows))
-        if row == len(rows):
+        length, source = lengths[number]
+        for row in range(max(0, len(rows) - 64), len(rows)):
+            if left[row][0] >= length and left[row][1] >= source:
+                break
+        else:
+            row = len(rows)
             rows.append([])
-            left.append(np.full(2, context))
+            left.append((context, context))
         rows[row].append(number)
-        left[row] = left[row] - needs
+        left[row] = left[row][0] - length, left[row][1] - source
     return rows
 
 
@@ -203,7 +215,3 @@ def _note(splits: dict[str, list[Record]], rows: dict[str, list[list[int]]]) -> 
         f" (in {len(rows['train']):,} rows)" if len(rows["train"]) < len(splits["train"]) else ""
     )
     return ", ".join(["examples: " + parts[0] + shared, *parts[1:]])
-
-
-def _say(line: str) -> None:
-    print(f"data: {line}", file=sys.stderr)

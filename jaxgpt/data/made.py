@@ -62,7 +62,7 @@ def prefix() -> Iterator[Values]:
             if not isinstance(node, ast.Assign | ast.Return) or value is None:
                 continue
             try:
-                text, form = ast.unparse(value), _prefix(value)
+                form, text = _prefix(value), ast.unparse(value)
             except KeyError:  # what has no prefix form here
                 continue
             if text != form and len(text) <= LONGEST and text not in seen:
@@ -131,7 +131,9 @@ _OPERATORS: dict[type, str] = {
 def _prefix(node: ast.expr) -> str:
     """The prefix form of an expression; KeyError for what has none."""
     match node:
-        case ast.Name() | ast.Constant():
+        case ast.Name():
+            return node.id
+        case ast.Constant():
             return ast.unparse(node)
         case ast.Attribute():
             return f"(. {_prefix(node.value)} {node.attr})"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxgpt.data.formats import as_text
 from jaxgpt.errors import InputError
 
 
@@ -60,6 +61,8 @@ class RecordsConfig:
                 f"data.val_fraction={self.val_fraction} and test_fraction={self.test_fraction} "
                 "leave nothing to train on; set them to less than 1 together"
             )
+        if len(set(self.columns)) < len(self.columns):
+            raise InputError(f"data.columns={self.columns} has a name twice; name each once")
 
 
 class Record(NamedTuple):
@@ -81,7 +84,8 @@ class Record(NamedTuple):
     @property
     def digest(self) -> str:
         """SHA-256 of the values, the same for equal ones."""
-        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+        values = json.dumps(self.values, sort_keys=True, default=str)  # parquet has dates
+        return hashlib.sha256(values.encode()).hexdigest()
 
 
 def open_records(
@@ -117,13 +121,16 @@ def open_records(
     elif fields and all(os.path.isfile(f"{place}.{field}") for field in fields):
         records = _parallel(path, place, fields)
     else:
-        parallel = " and ".join(f"{path}.{field}" for field in fields)
+        parallel = " and ".join(f"{path}.{field}" for field in fields) or "parallel files"
         raise InputError(
             f"{path} is no file of records ({', '.join(readers)}), nor are there {parallel}; the "
             f"sets made here are {', '.join(MADE)}"
         )
     if not records:
         raise InputError(f"{path} holds no records; leave it out of the paths")
+    for record in records:
+        for text in strings([record]):
+            as_text(text, record.where)  # JSON can hold half a character
     return records
 
 
@@ -172,7 +179,7 @@ def read_splits(cfg: RecordsConfig, fields: Sequence[str] = ()) -> dict[str, lis
     seen = {record.digest for record in splits["train"]}
     for name in ("val", "test"):
         if same := sum(record.digest in seen for record in splits[name]):
-            _say(f"{same} of {len(splits[name])} records of {name} are in the training set too")
+            say(f"{same} of {len(splits[name])} records of {name} are in the training set too")
     return splits
 
 
@@ -183,7 +190,7 @@ def balanced(records: Sequence[Record], field: str) -> list[Record]:
         if field not in record.values:
             there = ", ".join(record.values)
             raise InputError(f"{record.where} has no {field!r}; set data.balance to one of {there}")
-        groups[record.values[field]].append(number)
+        groups[str(record.values[field])].append(number)
     least = min(map(len, groups.values()))
     kept = [
         number
@@ -192,7 +199,7 @@ def balanced(records: Sequence[Record], field: str) -> list[Record]:
         for number in sorted(group, key=lambda n: records[n].digest[32:])[:least]
     ]
     counts = ", ".join(f"{len(group)} of {value}" for value, group in groups.items())
-    _say(f"balanced by {field}: {least} of each of {len(groups)} values are kept, of {counts}")
+    say(f"balanced by {field}: {least} of each of {len(groups)} values are kept, of {counts}")
     return [records[number] for number in sorted(kept)]
 
 
@@ -212,7 +219,7 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
 def _read_text(file: str) -> str:
     data = Path(file).read_bytes()
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")  # Excel's, which would begin the first name
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(
@@ -222,7 +229,8 @@ def _read_text(file: str) -> str:
 
 def lines_of(text: str) -> list[str]:
     """The lines of a text; other than `splitlines`, at line feeds alone."""
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _table(file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -231,6 +239,7 @@ def _table(file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, s
         # Raw: a quotation mark in it is a quotation mark.
         rows = ((n, line.split("\t")) for n, line in enumerate(lines_of(text), 1) if line)
     else:
+        csv.field_size_limit(sys.maxsize)  # a document may have more than 131,072 characters
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         rows = ((reader.line_num, row) for row in reader if row)
     names = list(columns)
@@ -299,21 +308,27 @@ def _parallel(path: str, place: str, fields: Sequence[str]) -> list[Record]:
 def _tfds(path: str) -> list[Record]:
     from jaxgpt.data.sources import open_tfds
 
-    records, builder, _ = open_tfds(path)
+    found, builder, _ = open_tfds(path)
     features = builder.info.features
 
-    def plain(name: str, value: Any) -> Any:
-        if hasattr(features[name], "int2str"):
-            return features[name].int2str(int(value))
-        if isinstance(value, bytes):
-            return value.decode()
-        return value.item() if hasattr(value, "item") else value
+    def plain(where: str, value: Any, feature: Any = None) -> Any:
+        if hasattr(feature, "int2str"):
+            return feature.int2str(int(value)) if value >= 0 else int(value)  # -1: not told
+        if isinstance(value, dict):
+            return {name: plain(where, part) for name, part in value.items()}
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, list):
+            return [plain(where, part) for part in value]
+        return as_text(value, where) if isinstance(value, bytes) else value
 
-    return [
-        Record(f"{path} {n}", {name: plain(name, value) for name, value in record.items()})
-        for n, record in enumerate(records)
-    ]
+    records = []
+    for number, given in enumerate(found):
+        where = f"{path} {number}"
+        values = {name: plain(where, value, features[name]) for name, value in given.items()}
+        records.append(Record(where, values))
+    return records
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line about the data, on the error stream."""
     print(f"data: {line}", file=sys.stderr)

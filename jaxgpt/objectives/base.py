@@ -79,6 +79,10 @@ class Objective:
         """
         raise NotImplementedError
 
+    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """An example that is too long, cut at its end."""
+        return {name: array[:length] if array.ndim else array for name, array in example.items()}
+
     def build(self, cfg: GPTConfig, compute: Any) -> Any:
         """The model."""
         return cfg.build(compute)

@@ -103,16 +103,16 @@ class Classify(Objective):
     def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> dict[str, np.ndarray]:
         """The arrays of a text, for a label that need not be known."""
         tokens = np.asarray([*tokenizer.prefix, *tokenizer.encode(text)], np.int32)
-        weights = np.zeros(len(tokens), np.float32)
-        match self.token:
-            case "first":
-                weights[0] = 1
-            case "every":
-                weights[:] = 1 / len(tokens)
-            case _:
-                weights[-1] = 1
-        ends = np.zeros(len(tokens), np.float32)
+        return self._example(tokens, label)
+
+    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """An example that is too long, as if its text ended earlier."""
+        return self._example(example["tokens"][:length], int(example["label"][0]))
+
+    def _example(self, tokens: np.ndarray, label: int) -> dict[str, np.ndarray]:
+        weights, ends = np.zeros((2, len(tokens)), np.float32)
         ends[0 if self.token == "first" else -1] = 1
+        weights[:] = 1 / len(tokens) if self.token == "every" else ends
         labels = np.full(len(tokens), label, np.int32)
         return {"tokens": tokens, "label": labels, "weights": weights, "ends": ends}
 

@@ -108,6 +108,13 @@ class GRPO(Objective):
             return float(bool(numbers) and numbers[-1] == right.strip())
         return float(answer.strip() == right.strip())
 
+    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """InputError: half a problem is another problem."""
+        raise InputError(
+            f"a problem of {example['length']} tokens does not fit a row of {length}, and is not "
+            "cut; raise train.context, or leave it out"
+        )
+
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 

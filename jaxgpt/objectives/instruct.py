@@ -39,11 +39,12 @@ class Instruct(NextToken):
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens, targets, weights [T] of a conversation, one after the other."""
         messages = conversation(record)
+        arrays = rendered(record, messages, tokenizer, self.learn)
         if messages[-1]["role"] != "assistant":
             raise InputError(
                 f"{record.where}: the last turn is not the assistant's; add its answer"
             )
-        return rendered(record, messages, tokenizer, self.learn)
+        return arrays
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The answers to the first three held-out requests, beside what the records say."""

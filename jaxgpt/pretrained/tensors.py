@@ -260,9 +260,9 @@ def write_folder(
             shards.append([])
         shards[-1].append(name)
     if len(shards) == 1:
-        return [_write_file(folder / SINGLE, shards[0], shapes, get)]
+        return [write_file(folder / SINGLE, shards[0], shapes, get)]
     paths = [
-        _write_file(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", names, shapes, get)
+        write_file(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", names, shapes, get)
         for i, names in enumerate(shards, 1)
     ]
     files = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
@@ -272,12 +272,13 @@ def write_folder(
     return [*paths, folder / INDEX]
 
 
-def _write_file(
+def write_file(
     path: Path,
     names: Iterable[str],
     shapes: Mapping[str, Shape],
     get: Callable[[str], np.ndarray],
 ) -> Path:
+    """Writes one safetensors file, a tensor at a time: `get` gives each by name."""
     names = list(names)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as transformers wants it
     position = 0

@@ -84,6 +84,23 @@ class Tokenizer(ABC):
         """The text that ids stand for; U+FFFD in place of bytes that are not UTF-8."""
         return self.decode_bytes(tokens).decode(errors="replace")
 
+    def extended(self, names: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with the special tokens it lacks, their ids after the last, in order.
+
+        Itself where it lacks none. Raises InputError for a name that text already yields, and for
+        bytes and characters, whose ids are all taken.
+        """
+        new = [name for name in dict.fromkeys(names) if name not in self.specials]
+        if not all(map(encoded, new)):
+            raise InputError("a special token without a name; give it one, such as <|user|>")
+        return self._with_specials(new) if new else self
+
+    def _with_specials(self, names: list[str]) -> "Tokenizer":
+        raise InputError(
+            f"tokenizer.kind={self.kind} has no special token but {EOT}, and {', '.join(names)} "
+            "would be new; use a model whose tokenizer.kind is bpe, gpt2 or another with merges"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """All there is to this tokenizer, in JSON values; the inverse of `from_json`."""
         return {**self.content(), "fingerprint": self.fingerprint}

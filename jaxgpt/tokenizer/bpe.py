@@ -93,6 +93,15 @@ class BPE(Tokenizer):
             "ranks": [base64.b64encode(piece).decode() for piece in self.ranks],
         }
 
+    def _with_specials(self, names: list[str]) -> "BPE":
+        if ordinary := {name.encode() for name in names}.intersection(self.ranks):
+            raise InputError(
+                f"{min(ordinary).decode()!r} is a token that text yields, and cannot be a special "
+                "one; give it another name, such as <|user|>"
+            )
+        new = {name: number for number, name in enumerate(names, self.vocab_size)}
+        return BPE(self.kind, self.ranks, self.pattern, self.specials | new)
+
 
 def last_cut(text: str) -> int:
     """The last place that no split of a pattern of GPT-2's or GPT-4's kind crosses, or 0."""

@@ -41,6 +41,10 @@ _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_SPECIAL = {
+    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+    "special": True,
+}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -165,6 +169,27 @@ class HuggingFace(Tokenizer):
         """The text of tokenizer.json, and tokenizer_config.json."""
         return {"kind": self.kind, "json": self.json, "config": self.config}
 
+    def _with_specials(self, names: list[str]) -> "HuggingFace":
+        parsed, config = parse(self.json, "tokenizer.json"), self.config
+        added = {token["content"]: token for token in parsed.get("added_tokens") or []}
+        vocabulary, size = self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size
+        for name in names:
+            if name in added:
+                added[name]["special"] = True
+            elif name in vocabulary:
+                raise InputError(
+                    f"{name!r} is a token that text yields, and cannot be a special one; give it "
+                    "another name, such as <|user|>"
+                )
+            else:
+                added[name] = {"id": size, "content": name, **_SPECIAL}
+                size += 1
+        parsed["added_tokens"] = list(added.values())
+        if EOT in names:  # else documents would begin with it from now on
+            begin = next(name for name, token in self.specials.items() if token == self.eot)
+            config = {**config, "bos_token": begin}
+        return HuggingFace(_dumped(parsed), config)
+
     def _prefix(self) -> list[int]:
         """What the post-processor adds in front of text, apart from what it adds after it."""
         ordinary = (token for token in range(self.vocab_size) if not self._special[token])
@@ -230,10 +255,11 @@ def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes the files with which transformers' AutoTokenizer gives text the same ids.
 
     They are tokenizer.json, tokenizer_config.json with `context` as its model_max_length, and
-    special_tokens_map.json; for gpt2 vocab.json and merges.txt too. With special tokens added, a
-    text begins with `<|endoftext|>`, as documents do here; not for gpt2, as published. A
-    `HuggingFace` is written as it was read, but for code that its config names. Raises InputError
-    where the folder cannot be written.
+    special_tokens_map.json; for gpt2 vocab.json and merges.txt too, where no special token was
+    added, which they could not tell. Where a text is encoded with special tokens, it begins with
+    `<|endoftext|>`, as documents do here; not for gpt2, as published. A `HuggingFace` is written
+    as it was read, but for code that its config names. Raises InputError where the folder cannot
+    be written.
     """
     files: dict[str, str] = {}
     config: dict[str, Any] = {
@@ -251,7 +277,7 @@ def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
             "eos_token": EOT,
             "clean_up_tokenization_spaces": False,
         }
-        if tokenizer.kind == "gpt2":
+        if tokenizer.kind == "gpt2" and len(tokenizer.specials) == 1:
             files["vocab.json"] = _dumped(exported["model"]["vocab"])
             files["merges.txt"] = "\n".join(["#version: 0.2", *exported["model"]["merges"], ""])
     files["tokenizer_config.json"] = _dumped(config)
@@ -497,14 +523,11 @@ def _exported(tokenizer: Tokenizer) -> dict[str, Any]:
         raise InputError(f"tokenizer.kind={tokenizer.kind} has no form in tokenizer.json")
     specials = sorted(tokenizer.specials.items(), key=lambda item: item[1])
     model["vocab"] = vocabulary | dict(specials)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": number, "content": name, **flags, "special": True} for name, number in specials
-        ],
+        "added_tokens": [{"id": number, "content": name, **_SPECIAL} for name, number in specials],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None if tokenizer.kind == "gpt2" else _begins_with(EOT, tokenizer.eot),

@@ -1,0 +1,303 @@
+"""LoRA adapters in and out, in the files of Hugging Face's PEFT.
+
+    tree = peft.read(Path("adapter"), cfg)      # {"blocks": {"0": {"q": {"lora_a": ...}}}}
+    peft.write(Path("out"), cfg, params, base="Qwen/Qwen3-0.6B")
+
+A folder holds adapter_config.json and adapter_model.safetensors: for each adapted module A
+[R, inputs] and B [outputs, R], and alpha / R times B A is added to its weights (Hu et al. 2021).
+Here the factors lie beside a matrix `w`, as `lora_a` [inputs, R], `lora_b` [R, outputs] and
+`lora_scale`, with inputs and outputs in the letters of `w`. What these cannot say, such as DoRA, is
+refused by name, and nothing is unpickled.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import mode
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig
+from jaxgpt.paths import inside
+from jaxgpt.pretrained import family_of
+from jaxgpt.pretrained.fields import Fields
+from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, write_file, read_header, read_json
+from jaxgpt.pretrained.weights import Row, rows
+from jaxgpt.tune import LORA, flat, nested
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Of training, of the library, or where modules were looked for: the tensors say what was found.
+# Those of ways to initialise A and B matter no more, and `init_lora_weights` names the others.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+READ = {
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
+    "use_rslora",
+}  # fmt: skip
+
+
+class Factors(NamedTuple):
+    """Those of one module, as in files: A [R, inputs], B [outputs, R], and what B A is times."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.float32
+
+
+def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
+    """The leaves of a folder's adapter of a model, a nested dict of float32.
+
+    Where a module holds queries, keys and values side by side (GPT-2), each gets the module's A and
+    its part of B. Raises InputError with the file, the field or tensor, and the reason.
+    """
+    fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
+    _check_fields(fields)
+    modules = _modules(cfg)
+    pairs = _pairs(_weights(folder), modules)
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    for module, pair in pairs.items():
+        rank, scale = _rank_and_scale(fields, module)
+        inputs, outputs = _sides(modules[module][0], cfg)
+        shape = len(modules[module]), math.prod(outputs)
+        a = _whole(pair, "A", (rank, math.prod(inputs)), module)
+        b = _whole(pair, "B", (math.prod(shape), rank), module).reshape(*shape, rank)
+        for row in modules[module]:
+            found = (a.T.reshape(*inputs, rank), b[row.part].T.reshape(rank, *outputs), scale)
+            for name, leaf in zip(LORA, found, strict=True):
+                leaves[*row.path[:-1], name] = np.array(leaf, np.float32, order="C")
+    return nested(leaves)
+
+
+def write(folder: Path, cfg: GPTConfig, params: Any, base: str) -> list[Path]:
+    """Writes the adapter among the parameters of a model that `base` names; other leaves stay out.
+
+    Where a module holds queries, keys and values side by side (GPT-2), their factors become those
+    of one matrix, with the sum of their ranks unless they have one A. Raises InputError where there
+    is no adapter, or one of another model.
+    """
+    modules = _modules(cfg)
+    found = _found(cfg, modules, params)
+    adapters = {module: _joined(parts) for module, parts in found.items()}
+    ranks = {module: len(factors.a) for module, factors in adapters.items()}
+    alphas = {module: _alpha(factors) for module, factors in adapters.items()}
+    r, alpha = mode(ranks.values()), mode(alphas.values())
+    rank_pattern = {module: rank for module, rank in ranks.items() if rank != r}
+    alpha_pattern = {module: one for module, one in alphas.items() if one != alpha}
+    first = next(iter(modules.values()))[0]
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": _by_suffix(rank_pattern, modules),
+        "alpha_pattern": _by_suffix(alpha_pattern, modules),
+        "target_modules": sorted(_by_suffix(dict.fromkeys(adapters, True), modules)),
+        "fan_in_fan_out": first.axes.startswith(_inputs(first)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    tensors = {
+        f"{PREFIX}{module}.lora_{name.upper()}.weight": getattr(factors, name)
+        for module, factors in adapters.items()
+        for name in "ab"
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    shapes = {name: Shape("F32", tensor.shape) for name, tensor in tensors.items()}
+    return [folder / CONFIG, write_file(folder / WEIGHTS, shapes, shapes, tensors.__getitem__)]
+
+
+def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
+    """The modules that have matrices of the blocks, by name, each with its matrices in order."""
+    modules: dict[str, list[Row]] = {}
+    for row in sorted(rows(family_of(cfg), cfg), key=lambda row: row.part):
+        if row.path[0] == "blocks" and row.path[-1] == "w":
+            modules.setdefault(row.name.removesuffix(".weight"), []).append(row)
+    return modules
+
+
+def _inputs(row: Row) -> str:
+    """The letters of a matrix that are summed over: D of DNH, NH of NHD."""
+    return next(side for side in row.axes.split(",") if row.letters.startswith(side))
+
+
+def _sides(row: Row, cfg: GPTConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of a matrix's inputs, and of its outputs."""
+    sizes = tuple(cfg.sizes[letter] for letter in row.letters)
+    return sizes[: len(_inputs(row))], sizes[len(_inputs(row)) :]
+
+
+def _check_fields(fields: Fields) -> None:
+    """Raises InputError where a field says more than A, B and their scale can."""
+    fields("peft_type", kind=str)
+    fields.must("peft_type", "LORA")
+    fields.must("bias", "none")
+    # The other ways change the weights that the adapter is added to.
+    fields.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
+    for name, value in sorted(fields.values.items()):
+        if name not in HARMLESS | READ and value not in (None, False, [], {}):
+            raise InputError(
+                f"{fields.file}: {name}={value!r:.80} is more than two factors beside a matrix, "
+                f"and would be lost; train the adapter without {name}, or merge it with PEFT"
+            )
+
+
+def _weights(folder: Path) -> dict[str, Stored]:
+    if (path := inside(folder, WEIGHTS)).exists():
+        return read_header(path)
+    pickle = folder / "adapter_model.bin"
+    also = f" ({pickle.name} is a pickle, which is not read)" if pickle.exists() else ""
+    raise InputError(f"{folder} has no {WEIGHTS}{also}; save the adapter again with PEFT")
+
+
+def _pairs(
+    tensors: dict[str, Stored], modules: dict[str, list[Row]]
+) -> dict[str, dict[str, Stored]]:
+    """A and B of every adapted module."""
+    pairs: dict[str, dict[str, Stored]] = {}
+    for name, tensor in tensors.items():
+        module, _, factor = name.removeprefix(PREFIX).rpartition(".lora_")
+        known = name.startswith(PREFIX) and module in modules and factor in ("A.weight", "B.weight")
+        if not known or tensor.dtype not in DTYPES:
+            raise InputError(
+                f"{tensor.file}: {name!r}, {tensor.dtype}, is no factor beside a matrix in the "
+                "blocks of this model; use an adapter of this model, and of such matrices alone"
+            )
+        pairs.setdefault(module, {})[factor[0]] = tensor
+    if not pairs:
+        raise InputError(f"{WEIGHTS} holds no tensor; save the adapter again with PEFT")
+    return pairs
+
+
+def _whole(pair: dict[str, Stored], factor: str, shape: tuple[int, int], module: str) -> np.ndarray:
+    """A factor, float32; InputError where it is missing or not of this shape."""
+    if factor not in pair:
+        file = next(iter(pair.values())).file
+        raise InputError(f"{file}: {module} has no lora_{factor}; save the adapter again with PEFT")
+    tensor = pair[factor]
+    if tensor.shape != shape:
+        raise InputError(
+            f"{tensor.file}: lora_{factor} of {module} is {list(tensor.shape)}, and by the model "
+            f"and {CONFIG} it is {list(shape)}; use an adapter of this model"
+        )
+    return tensor.rows(0, shape[0]).astype(np.float32)
+
+
+def _rank_and_scale(fields: Fields, module: str) -> tuple[int, float]:
+    rank = _of_module(fields, module, "rank_pattern", fields("r", 8), int)
+    alpha = _of_module(
+        fields, module, "alpha_pattern", fields("lora_alpha", 8.0, kind=float), float
+    )
+    if rank < 1 or not math.isfinite(alpha):
+        raise InputError(
+            f"{fields.file}: {module} has rank {rank} and alpha {alpha}; save the adapter again "
+            "with PEFT"
+        )
+    return rank, alpha / (math.sqrt(rank) if fields("use_rslora", False, kind=bool) else rank)
+
+
+def _of_module(fields: Fields, module: str, pattern: str, default: Any, kind: type) -> Any:
+    """What a table of patterns says of a module: by the first that ends its name, as in PEFT."""
+    table = Fields(fields(pattern, {}, kind=dict), fields.file)
+    for key in table.values:
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return table(key, kind=kind)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{fields.file}: {pattern} has {key!r:.80}: {error}") from None
+    return default
+
+
+def _found(
+    cfg: GPTConfig, modules: dict[str, list[Row]], params: Any
+) -> dict[str, list[Factors | None]]:
+    """The factors of each adapted module's matrices, None beside those that have some."""
+    leaves = {
+        path: np.asarray(leaf, np.float32)
+        for path, leaf in flat(params).items()
+        if path[-1] in LORA
+    }
+    if not leaves:
+        raise InputError(
+            f"the parameters have no {LORA[0]}; give those of a run with tune.parts=lora"
+        )
+    found: dict[str, list[Factors | None]] = {}
+    for module, group in modules.items():
+        parts = [_factors(leaves, row, cfg) for row in group]
+        if any(parts):
+            found[module] = parts
+    if leaves:
+        raise InputError(
+            f"{'/'.join(min(leaves))} is beside no matrix of this model that PEFT can adapt; give "
+            "parameters of this model, with separate layers"
+        )
+    return found
+
+
+def _factors(leaves: dict[tuple[str, ...], np.ndarray], row: Row, cfg: GPTConfig) -> Factors | None:
+    """Takes a matrix's factors out of the leaves."""
+    where = row.path[:-1]
+    leaf = {name: leaves.pop((*where, name)) for name in LORA if (*where, name) in leaves}
+    if not leaf:
+        return None
+    inputs, outputs = _sides(row, cfg)
+    shapes = {name: array.shape for name, array in leaf.items()}
+    R = (0, *shapes.get("lora_a", ()))[-1]
+    if not R or shapes != dict(zip(LORA, ((*inputs, R), (R, *outputs), ()), strict=True)):
+        raise InputError(
+            f"{'/'.join(where)} has {shapes}, not {LORA[0]} {[*inputs, 'R']}, {LORA[1]} "
+            f"{['R', *outputs]} and one {LORA[2]}; give parameters of this model"
+        )
+    a, b, scale = (leaf[name] for name in LORA)
+    return Factors(a.reshape(-1, R).T, b.reshape(R, -1).T, np.float32(scale))
+
+
+def _joined(parts: list[Factors | None]) -> Factors:
+    """Factors of matrices that lie side by side as those of the whole; None has a share of 0.
+
+    Their A lie on each other, their B in a block-diagonal, unless all have one A and one scale.
+    """
+    there = [part for part in parts if part is not None]
+    a, scale = there[0].a, max(part.scale for part in there)
+    alike = all(np.array_equal(part.a, a) and part.scale == scale for part in there)
+    if alike and len(there) == len(parts):
+        return Factors(a, np.concatenate([part.b for part in there]), scale)
+    size = len(there[0].b)
+    b = np.zeros((len(parts) * size, sum(len(part.a) for part in there)), np.float32)
+    column = 0
+    for i, part in enumerate(parts):
+        if part is not None:
+            R = len(part.a)
+            b[i * size : (i + 1) * size, column : column + R] = part.b * (part.scale / scale)
+            column += R
+    return Factors(np.concatenate([part.a for part in there]), b, scale)
+
+
+def _alpha(factors: Factors) -> float:
+    """The alpha that divided by the rank is the scale, a whole number where there is one."""
+    rank = len(factors.a)
+    alpha = float(factors.scale) * rank
+    return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
+
+
+def _by_suffix(values: dict[str, Any], modules: dict[str, list[Row]]) -> dict[str, Any]:
+    """Values by module, or by the end of its name where all modules of that end have the same."""
+    ends: dict[str, list[Any]] = {}
+    for module in modules:
+        ends.setdefault(module.rpartition(".")[2], []).append(values.get(module))
+    alike = {end for end, group in ends.items() if group == group[:1] * len(group)}
+    return {
+        end if (end := module.rpartition(".")[2]) in alike else module: value
+        for module, value in values.items()
+    }

@@ -1,0 +1,230 @@
+"""Whole runs of every kind, from the command line's function, on tiny models."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from jaxgpt import checkpoint, config, load, parallel
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig, RecordsConfig
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
+from jaxgpt.optim import OptimConfig
+from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.tune import TuneConfig
+
+MAKE_MESH = parallel.make_mesh
+WORDS = ["".join(np.random.default_rng(n).choice([*"abcdefghij"], 4)) for n in range(200)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, and a run to start from, on one device."""
+    root = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+
+    def words(n):
+        return " ".join(rng.choice(WORDS, n))
+
+    (root / "old.txt").write_text("\n".join(words(12) for _ in range(400)))
+    (root / "new.txt").write_text("\n".join(words(12).upper() for _ in range(400)))
+    labelled = [("up" if n % 2 else "down", words(5)) for n in range(60)]
+    (root / "labels.tsv").write_text("".join(f"{a}\t{b} {a}\n" for a, b in labelled))
+    asked = [{"instruction": words(3), "output": words(3)} for _ in range(60)]
+    (root / "asked.json").write_text(json.dumps(asked))
+    pairs = [{"prompt": words(3), "chosen": words(3), "rejected": words(4)} for _ in range(60)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
+        assert run(BASE) == 0
+        yield root
+
+
+BASE = Config(
+    name="base",
+    model=GPTConfig(L=2, D=16, N=2, T=48, position="rotary", norm="rmsnorm", bias=False),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
+    data=DataConfig(paths=("old.txt",)),
+    optim=OptimConfig(warmup=1, learning_rate=1e-2),
+    train=TrainConfig(steps=4, batch=4, log_every=2, eval_every=2, eval_batches=1, sample_tokens=0),
+)
+STAGE = replace(BASE, name="", start="runs/base", model=GPTConfig(), tokenizer=TokenizerConfig())
+LABELS = replace(
+    STAGE,
+    name="labels",
+    data=RecordsConfig(paths=("labels.tsv",), columns=("label", "text"), test_fraction=0.1),
+    objective=Classify(),
+)
+ASKED = replace(
+    STAGE, name="asked", data=RecordsConfig(paths=("asked.json",)), objective=Instruct()
+)
+
+
+def run(cfg):
+    """Trains; the exit status, 2 for bad input as `main` has it."""
+    cfg.check()
+    with train.Signals() as signals:
+        return train.train(cfg, signals)
+
+
+def arrays(name, step, item="params"):
+    folder = Path("runs") / name / "checkpoints" / str(step)
+    return checkpoint.load_params(folder, item=item)
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def metrics(name):
+    lines = (Path("runs") / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
+    assert run(replace(LABELS, name="first")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"loaded +\d+ arrays, [\d,]+ parameters", said)
+    assert re.search(r"made new +classifier/w +\[16, 2\]", said)
+    assert run(replace(ASKED, name="then", start="runs/first")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"left out +classifier/w +\[16, 2\]", said)
+    assert "made new" not in said
+
+
+def test_new_special_tokens_get_rows_of_the_mean(place, capsys):
+    big = replace(BASE, name="full", tokenizer=TokenizerConfig(kind="bpe", vocab_size=384))
+    assert run(big) == 0
+    assert (
+        run(replace(ASKED, name="grown", start="runs/full", train=replace(BASE.train, steps=1)))
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert re.search(r"grown +wte +\[384, 16\] to \[512, 16\]", said)
+    assert load("runs/grown").tokenizer.vocab_size == 386
+
+
+@pytest.mark.parametrize(
+    ("name", "tune"),
+    [
+        ("lora", TuneConfig(parts="lora", rank=2, base="int8")),
+        ("last", TuneConfig(parts="last")),
+    ],
+)
+def test_what_is_not_trained_stays_and_a_resumed_run_is_the_same(place, name, tune, monkeypatch):
+    cfg = replace(
+        STAGE,
+        name=name,
+        data=RecordsConfig(paths=("pairs.jsonl",)),
+        objective=DPO(),
+        tune=tune,
+        optim=replace(STAGE.optim, ema=0.9, schedule="constant"),
+    )
+    assert run(cfg) == 0
+    assert run(replace(cfg, name=f"{name}2", train=replace(cfg.train, steps=2))) == 0
+    assert run(replace(cfg, name=f"{name}2")) == 0
+    for item in ("params", "train", "ema", "reference"):
+        assert same(arrays(name, 4, item), arrays(f"{name}2", 4, item)), item
+    before, after = arrays("base", 4), arrays(name, 4)
+    if name == "last":
+        assert same(before["blocks"]["0"], after["blocks"]["0"])
+        assert not same(before["blocks"]["1"]["q"], after["blocks"]["1"]["q"])
+    else:
+        assert after["blocks"]["0"]["up"]["w"].dtype == np.int8
+        assert set(arrays(name, 4, "reference")) == {"blocks"}  # no second copy of the model
+    losses = [m["val_loss"] for m in metrics(name) if "val_loss" in m]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # the reference is the start
+
+
+def test_answers_are_drawn_and_learned_from_and_a_resumed_run_is_the_same(place):
+    cfg = replace(
+        ASKED,
+        name="reward",
+        objective=GRPO(group=2, tokens=4, updates=2),
+        optim=replace(STAGE.optim, schedule="constant"),
+    )
+    assert run(cfg) == 0
+    assert run(replace(cfg, name="reward2", train=replace(cfg.train, steps=2))) == 0
+    assert run(replace(cfg, name="reward2")) == 0
+    assert same(arrays("reward", 4), arrays("reward2", 4))
+    assert {"val_reward", "reward", "kl"} <= {key for m in metrics("reward") for key in m}
+
+
+def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
+    cfg = replace(BASE, name="student", model=replace(BASE.model, D=8))
+    cfg = replace(cfg, objective=Distill(teacher="runs/teacher"))
+    assert run(replace(BASE, name="teacher", train=replace(BASE.train, steps=2))) == 0
+    assert run(replace(cfg, train=replace(cfg.train, steps=2))) == 0
+    assert load("runs/student").tokenizer.fingerprint == load("runs/teacher").tokenizer.fingerprint
+    assert "teacher" not in checkpoint.read("runs/student")["leaves"]
+    assert run(replace(BASE, name="teacher")) == 0  # it learns on
+    with pytest.raises(InputError, match="is not the one this run began with"):
+        run(cfg)
+    other = replace(BASE, name="other", tokenizer=TokenizerConfig(kind="bytes"))
+    assert run(other) == 0
+    with pytest.raises(InputError, match="another vocabulary"):
+        run(replace(STAGE, name="mixed", objective=Distill(teacher="runs/other")))
+
+
+def test_domain_tuning_tells_the_losses_on_both_before_and_after(place, capsys):
+    data = DataConfig(paths=("new.txt", "old.txt"), weights=(0.7, 0.3))
+    assert run(replace(STAGE, name="domain", data=data)) == 0
+    said = capsys.readouterr().out
+    for part in ("new.txt", "old.txt"):
+        assert re.search(rf"val_loss/{part} +\d+\.\d+ +\d+\.\d+", said)
+    values = [m for m in metrics("domain") if "val_loss/new.txt" in m]
+    assert values[-1]["val_loss/new.txt"] < values[0]["val_loss/new.txt"]
+
+
+def test_a_classifier_is_tested_and_used_from_its_folder(place, capsys):
+    from jaxgpt.cli import main
+
+    assert run(replace(LABELS, train=replace(LABELS.train, steps=40))) == 0
+    said = capsys.readouterr().out
+    assert "test_accuracy" in said and (Path("runs/labels/confusion.png")).stat().st_size > 1000
+    Path("texts.txt").write_text("the fox runs down\nthe dog runs up\n")
+    assert main(["classify", "runs/labels", "a lazy dog up", "--file", "texts.txt"]) == 0
+    labels = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == ["up", "down", "up"]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "says"),
+    [
+        (replace(LABELS, objective=NextToken()), "does not read RecordsConfig"),
+        (replace(STAGE, objective=Classify()), "does not read DataConfig"),
+        (replace(STAGE, tune=TuneConfig(parts="head")), "trains nothing"),
+        (replace(STAGE, tune=TuneConfig(rank=4)), "tune.rank=4 does nothing"),
+        (replace(STAGE, start="", adapter="folder"), "set start"),
+        (
+            replace(STAGE, tune=TuneConfig(parts="lora", matrices=("blocks/*/x",))),
+            "matches no matrix",
+        ),
+        (replace(ASKED, train=replace(ASKED.train, context=4)), "asked.json:0 has"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(place, cfg, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        run(replace(cfg, name="wrong"))
+
+
+def test_an_objective_of_ones_own_trains_resumes_and_loads(place):
+    @dataclass(frozen=True)
+    class Mine(NextToken):
+        """As next-token prediction."""
+
+    assert run(replace(STAGE, name="mine", objective=Mine())) == 0
+    saved = json.loads(Path("runs/mine/config.json").read_text())
+    assert config.from_dict(Config, saved).objective == Mine()
+    saved["objective"] = {"type": "Unknown", "field": 3}
+    with pytest.raises(InputError, match="Unknown is not one of jaxgpt's"):
+        config.from_dict(Config, saved).check()
