@@ -95,7 +95,7 @@ class Run:
             values |= {f"{name}_{k}{ending}": v for k, v in numbers.items()}
             whole = whole or sums
         if records := self.dataset.records.get(name):
-            measured = objective.measure(self.trained(state), records)
+            measured = objective.measure(self.trained(state), records, whole=name == "test")
             values |= {f"{name}_{k}": v for k, v in measured.items()}
         return values, whole
 

@@ -207,11 +207,12 @@ def test_every_config_builds(file):
     cfg = read(file)
     cfg.check()
     for platform in ("cpu", "gpu", "tpu"):
-        compute, _ = cfg.compute.resolve(cfg.model, platform, cfg.data.documents == "masked")
+        masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
+        compute, _ = cfg.compute.resolve(cfg.model, platform, masked)
         gpt = replace(cfg.model, V=50257).build(compute)
     gpt = gpt.clone(compute=replace(compute, layers="scan"))  # quick to count
     published = {"gpt2_124m": 124_439_808, "gpt2_1558m": 1_557_611_200}
-    assert model.count(gpt) == published.get(file.stem, model.count(gpt)) > 1_000_000
+    assert model.count(gpt) == published.get(file.stem, model.count(gpt)) > 100_000
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

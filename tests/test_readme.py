@@ -16,7 +16,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKE_MESH = parallel.make_mesh
-SHORT = "--train.steps 2 --optim.warmup 1 --train.eval_batches 1 --train.sample_tokens 8".split()
+SHORT = [
+    "--train.steps",
+    "2",
+    "--optim.warmup",
+    "1",
+    "--train.eval_batches",
+    "1",
+    "--train.sample_tokens",
+    "8",
+]
 
 
 def commands(text):
@@ -35,7 +44,7 @@ def newcomer(tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
-    assert train.main([*"--model.L 1 --model.D 32 --model.N 1".split(), *SHORT]) == 0
+    assert train.main([*["--model.L", "1", "--model.D", "32", "--model.N", "1"], *SHORT]) == 0
 
 
 def test_every_command_of_the_readme_runs(newcomer, capsys):

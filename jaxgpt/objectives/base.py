@@ -118,8 +118,11 @@ class Objective:
         """What the sums over the test set say, to read; pictures go to the run's folder."""
         return ""
 
-    def measure(self, trained: Any, records: Sequence[Record]) -> dict[str, float]:
-        """What is measured by using the model on held-out records: nothing."""
+    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+        """What is measured by using the model on held-out records: nothing.
+
+        On all of them where `whole` is asked for, which is at the end; else on as many as is quick.
+        """
         return {}
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:

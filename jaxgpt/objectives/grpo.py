@@ -199,9 +199,9 @@ class GRPO(Objective):
             "length": Mean(tokens, answers),
         }
 
-    def measure(self, trained: Any, records: Sequence[Record]) -> dict[str, float]:
-        """The mean reward of greedy answers to the first 256 held-out problems."""
-        some = records[:256]
+    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+        """The mean reward of greedy answers, to the first 256 problems unless `whole`."""
+        some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
         answers, _, _ = answer(trained, prompts, self.tokens, jax.random.key(0), 0.0)
         rights = [record.text(self.answer) for record in some]

@@ -1,7 +1,170 @@
-"""Being written."""
+"""Translation: next-token prediction of a target, by a model that has read the source."""
 
-from jaxgpt.objectives.base import Objective
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from jaxgpt.data.records import Record
+from jaxgpt.decode import beam_search
+from jaxgpt.errors import InputError
+from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
+from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.chunks import Mean, chunked_sum
+from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.tokenizer import Tokenizer
+
+ROWS = 64  # decoded at once, all beams counted
+MEASURED = 128  # held-out records translated for BLEU
 
 
-class Translate(Objective):
-    """Being written."""
+@dataclass(frozen=True)
+class Translate(NextToken):
+    """Cross-entropy of the target's tokens, with the source before the decoder's eyes.
+
+    The original Transformer (Vaswani et al. 2017): an encoder and a decoder of the model's layers.
+    """
+
+    reads_records: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    command: ClassVar[str] = "translate"
+
+    label_smoothing: float = 0.1
+    """Share of the target's probability spread evenly over the vocabulary (Vaswani et al. 2017)."""
+    source: str = "python"
+    """The field that is read."""
+    target: str = "prefix"
+    """The field that is written."""
+    beam: int = 5
+    """Beginnings kept while translating; 1: the likeliest token each time."""
+    length_penalty: float = 1.0
+    """A translation scores its log-probability over its length to this power; more: longer ones."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What is read and what is written."""
+        return (self.source, self.target)
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be."""
+        super().check()
+        if self.source == self.target:
+            raise InputError(
+                f"objective.source and target are both {self.source}; set them to two fields"
+            )
+        if self.beam < 1:
+            raise InputError(f"objective.beam={self.beam}; set it to 1 or more")
+        if self.length_penalty < 0:
+            raise InputError(f"objective.length_penalty={self.length_penalty}; set it to 0 or more")
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """source [S], and tokens, targets, weights [T] one after the other: "a b" and "x" become
+
+        source: a b eot, tokens: eot x, targets: x eot, weights: 1 1.
+        """
+        read, written = (tokenizer.encode(record.text(field)) for field in self.fields)
+        return {
+            "source": np.asarray([*read, tokenizer.eot], np.int32),
+            "tokens": np.asarray([tokenizer.eot, *written], np.int32),
+            "targets": np.asarray([*written, tokenizer.eot], np.int32),
+            "weights": np.ones(len(written) + 1, np.float32),
+        }
+
+    def build(self, cfg: GPTConfig, compute: Any) -> EncoderDecoder:
+        """The encoder and the decoder."""
+        return EncoderDecoder(cfg, cfg.build(compute).compute)
+
+    def __call__(
+        self,
+        model: Any,
+        params: Any,
+        batch: Batch,
+        key: jax.Array | None,
+        other: Other | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """Loss sum over the batch; "loss", the cross-entropy alone, and "accuracy" of tokens.
+
+        `batch` has tokens, targets, weights [B, T] and source [B, S], and may have positions,
+        segments, source_positions and source_segments: without them the padding of a source is
+        read too.
+        """
+        hidden_BTD = model.apply(
+            {"params": params},
+            batch["tokens"],
+            *(batch.get(name) for name in ("positions", "segments")),
+            *(batch.get(name) for name in ("source", "source_positions", "source_segments")),
+            rngs=None if key is None else {"dropout": key},
+            method="hidden",
+        )
+        rest = {"targets": batch["targets"], "weights": batch["weights"]}
+
+        def loss(hidden_BtD, w_DV, chunk):
+            logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
+            total, cross_entropy = self.of_logits(model.cfg, logits_BtV, **chunk)
+            right_Bt = logits_BtV.argmax(-1) == chunk["targets"]
+            return total, (cross_entropy, (chunk["weights"] * right_Bt).sum())
+
+        w_DV = output_weights(model.cfg, params)
+        total, (cross_entropy, right) = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
+        count = batch["weights"].sum()
+        return total, {"loss": Mean(cross_entropy, count), "accuracy": Mean(right, count)}
+
+    def translate(self, trained: Any, texts: Sequence[str], beam: int = 0) -> list[str]:
+        """The translation of each text, cut off where it does not end within the context.
+
+        `beam` is the objective's unless given. Raises InputError for a text that is empty, or does
+        not fit the context.
+        """
+        model, tokenizer, width = trained.model, trained.tokenizer, beam or self.beam
+        sources = []
+        for number, text in enumerate(texts):
+            ids = tokenizer.encode(Record(f"text {number}", {"text": text}).text("text"))
+            sources.append([*ids, tokenizer.eot])
+            if len(sources[-1]) > model.cfg.T:
+                raise InputError(
+                    f"text {number} has {len(sources[-1])} tokens, with its end, and the context "
+                    f"is {model.cfg.T}; shorten it"
+                )
+        # Of as many rows as a power of two, so that few programs are compiled.
+        size = min(1 << (len(sources) - 1).bit_length(), max(1, ROWS // width))
+        found: list[list[int]] = []
+        for start in range(0, len(sources), size):
+            some = sources[start : start + size]
+            found += beam_search(
+                model,
+                trained.params,
+                some + [some[-1]] * (size - len(some)),
+                model.cfg.T,
+                width=width,
+                length_penalty=self.length_penalty,
+                bos=tokenizer.eot,
+                eos=tokenizer.eot,
+                vocabulary=tokenizer.vocab_size,
+            )[: len(some)]
+        return [tokenizer.decode(ids) for ids in found]
+
+    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+        """BLEU (Papineni et al. 2002), of greedy translations of the first records unless `whole`.
+
+        Where sacrebleu is not installed, nothing.
+        """
+        try:
+            from sacrebleu import corpus_bleu
+        except ImportError:
+            return {}
+        texts, there = (
+            [record.text(field) for record in records[: None if whole else MEASURED]]
+            for field in self.fields
+        )
+        here = self.translate(trained, texts, beam=self.beam if whole else 1)
+        return {"bleu": corpus_bleu(here, [there]).score}
+
+    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+        """The first three held-out sources and their translations, there and here."""
+        texts, there = ([record.text(field) for record in records[:3]] for field in self.fields)
+        said = zip(texts, there, self.translate(trained, texts), strict=True)
+        return "\n\n".join(
+            f"{text}\n  there: {right}\n  here:  {here}" for text, right, here in said
+        )

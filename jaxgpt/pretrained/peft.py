@@ -24,7 +24,7 @@ from jaxgpt.model import GPTConfig
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import Fields
-from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, write_file, read_header, read_json
+from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
 from jaxgpt.pretrained.weights import Row, rows
 from jaxgpt.tune import LORA, flat, nested
 

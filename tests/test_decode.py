@@ -1,0 +1,284 @@
+import itertools
+import math
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import model
+from jaxgpt.decode import beam_search, decode, decode_arrays
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+
+PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+GPT2 = GPTConfig(L=2, D=16, N=4, T=24, V=50, tied=False)
+MODERN = GPTConfig(
+    L=2,
+    D=24,
+    N=4,
+    K=2,
+    H=8,
+    F=40,
+    T=24,
+    V=50,
+    position="rotary",
+    rope_theta=100.0,
+    rope_local_theta=20.0,
+    norm="rmsnorm",
+    mlp="swiglu",
+    bias=False,
+    tied=False,
+    qk_norm=True,
+    window=5,
+    global_every=2,
+    logit_softcap=3.0,
+)
+CONFIGS = {"learned": GPT2, "rotary, grouped, windows": MODERN}
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (5, 1, 9, 8)]
+
+
+@cache
+def random_params(gpt):
+    rng = np.random.default_rng(1)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.float32(0.4 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
+        jax.eval_shape(partial(model.init, gpt), KEY),
+    )
+
+
+@cache
+def forward(gpt, method="__call__"):
+    apply = jax.jit(partial(gpt.apply, method=method), static_argnames="slot")
+    return partial(apply, {"params": random_params(gpt)})
+
+
+def logprobs_after(gpt, tokens, source=None):
+    """Of every next token, by the forward pass of training over all the tokens."""
+    row = np.zeros((1, gpt.cfg.T), np.int32)
+    row[0, : len(tokens)] = tokens
+    rest = ()
+    if source is not None:
+        sources, segments = np.zeros((2, 1, gpt.cfg.T), np.int32)
+        sources[0, : len(source)], segments[0, : len(source)] = source, 1
+        rest = (None, None, sources, None, segments)
+    logits = np.asarray(forward(gpt)(row, *rest), np.float64)[0, len(tokens) - 1, : gpt.cfg.V]
+    return logits - math.log(np.exp(logits).sum())
+
+
+def greedy(gpt, tokens, new, stop, source=None):
+    """The likeliest tokens, one forward pass over all of them for each, up to a stop."""
+    found = list(tokens)
+    while len(found) < len(tokens) + new and found[len(tokens) :][-1:] != [stop]:
+        found.append(int(logprobs_after(gpt, found, source).argmax()))
+    return found[len(tokens) :]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_cached_decoding_of_ragged_prompts_equals_full_forward_passes(cfg):
+    gpt = cfg.build(PLAIN)
+    params = random_params(gpt)
+    tokens, logprobs, lengths = decode(gpt, params, PROMPTS, 15, key=KEY, temperature=0)
+    assert tokens.dtype == lengths.dtype == np.int32
+    assert logprobs.dtype == np.float32
+    assert lengths.tolist() == [15] * 4
+    for prompt, row, row_logprobs in zip(PROMPTS, tokens.tolist(), logprobs, strict=True):
+        assert row == greedy(gpt, prompt, 15, None)
+        exact = [logprobs_after(gpt, prompt + row[:t])[row[t]] for t in range(15)]
+        np.testing.assert_allclose(row_logprobs, exact, atol=1e-5)
+    assert len(set(tokens.ravel().tolist())) > 4  # not one id again and again
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_several_tokens_at_once_extend_a_cache_as_one_by_one(cfg):
+    gpt = cfg.build(PLAIN)
+    tokens = RNG.integers(0, 50, (2, 12))
+    exact = forward(gpt, "hidden")(tokens)
+    kept = model.empty_cache(gpt, 2, 20)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    for start, stop in ((0, 5), (5, 9)):
+        rows = tokens[:, start:stop], positions[:, start:stop]
+        hidden, kept = forward(gpt, "extend")(*rows, kept, slot=start)
+        np.testing.assert_allclose(hidden, exact[:, start:stop], atol=1e-5)
+
+
+def test_tokens_are_drawn_from_the_softmax_among_the_top_k():
+    gpt = replace(GPT2, V=6).build(PLAIN)
+    prompts = [[3, 1, 4]] * 3000
+    settings = {"key": KEY, "temperature": 2.0, "top_k": 3, "vocabulary": 5}
+    tokens, logprobs, _ = decode(gpt, random_params(gpt), prompts, 1, **settings)
+    logits = logprobs_after(gpt, prompts[0])[:6]
+    p = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    kept = np.where(p[:5] >= np.sort(p[:5])[-3], p[:5], 0)
+    shares = np.bincount(tokens[:, 0], minlength=5) / 3000
+    np.testing.assert_allclose(shares, kept / kept.sum(), atol=0.03)
+    assert (shares[kept == 0] == 0).all()
+    np.testing.assert_allclose(logprobs[:, 0], np.log(p)[tokens[:, 0]], atol=1e-5)
+
+
+def test_a_key_decides_the_text():
+    gpt = GPT2.build(PLAIN)
+    one, again, other = (
+        decode(gpt, random_params(gpt), PROMPTS, 9, key=jax.random.key(seed))[0].tolist()
+        for seed in (0, 0, 1)
+    )
+    assert one == again != other
+
+
+def test_a_row_ends_at_its_first_stop_which_fills_the_rest():
+    gpt = GPT2.build(PLAIN)
+    params = random_params(gpt)
+    whole, logprobs, _ = decode(gpt, params, PROMPTS, 12, key=KEY, temperature=0)
+    stops = whole[0, 3], whole[2, 9]
+    tokens, its_logprobs, lengths = decode(
+        gpt, params, PROMPTS, 12, key=KEY, temperature=0, stops=stops
+    )
+    for row, length in enumerate(lengths):
+        ends = np.flatnonzero(np.isin(whole[row], stops))
+        assert length == (ends[0] + 1 if ends.size else 12)
+        np.testing.assert_array_equal(tokens[row, :length], whole[row, :length])
+        np.testing.assert_allclose(its_logprobs[row, :length], logprobs[row, :length], atol=1e-6)
+        assert (tokens[row, length:] == tokens[row, length - 1]).all()
+        assert (its_logprobs[row, length:] == 0).all()
+    assert len({*lengths.tolist()}) > 2
+
+
+def test_decoding_is_compiled_once_for_parameters_that_change():
+    gpt = GPT2.build(PLAIN)
+    traces = []
+
+    @jax.jit
+    def sample(params, prompts, lengths, key):
+        traces.append(1)
+        return decode_arrays(gpt, params, prompts, lengths, 4, key=key, stops=(7,))
+
+    for step in range(3):
+        params = jax.tree.map(lambda x, step=step: x + 0.01 * step, random_params(gpt))
+        tokens, _, _ = sample(params, np.ones((2, 4), np.int32), np.array([4, 2]), KEY)
+        alone = decode(gpt, params, [[1] * 4, [1] * 2], 4, key=KEY, stops=(7,))[0]
+        np.testing.assert_array_equal(tokens, alone)
+    assert len(traces) == 1
+
+
+def test_scanned_layers_are_refused_with_what_to_set():
+    gpt = GPT2.build(replace(PLAIN, layers="scan"))
+    with pytest.raises(InputError, match="set compute.layers=unrolled"):
+        decode(gpt, random_params(GPT2.build(PLAIN)), PROMPTS, 3, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompts": []}, "give at least one"),
+        ({"prompts": [[1], []]}, "row 1 has no tokens"),
+        ({"prompts": [[1, 50]]}, "row 0 has ids outside the vocabulary of 50"),
+        ({"prompts": [[-1]]}, "outside the vocabulary of 50"),
+        ({"prompts": [[1.5]]}, "outside the vocabulary of 50"),
+        ({"prompts": [[1], [1] * 22]}, "row 1 has 22 tokens.*3 new.*context of 24.*at most 21"),
+        ({"new": 0}, "new=0"),
+        ({"new": 24}, "new=24 in a context of 24; set it to 1 to 23"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"vocabulary": 51}, "vocabulary=51"),
+        ({"sources": [[1]] * 4}, "GPT takes no sources"),
+    ],
+    ids=str,
+)
+def test_impossible_requests_are_refused(change, says):
+    gpt = GPT2.build(PLAIN)
+    settings = {"prompts": PROMPTS, "new": 3, "key": KEY} | change
+    with pytest.raises(InputError, match=says):
+        decode(gpt, None, **settings)
+
+
+# Translation: a vocabulary small enough to look at every target there is.
+
+BOS = EOS = 0
+TINY = GPTConfig(L=1, D=8, N=2, T=8, V=4, tied=False)
+SOURCES = [[1, 2, 3], [3], [2, 2, 1, 1, 3], [1, 3, 1, 2]]
+
+
+@cache
+def translator(cfg=TINY):
+    return EncoderDecoder(cfg, PLAIN)
+
+
+def log_p(gpt, source, target):
+    """Of a target, by full forward passes."""
+    ids = [BOS, *target]
+    steps = [logprobs_after(gpt, ids[:t], source)[ids[t]] for t in range(1, len(ids))]
+    return math.fsum(steps)
+
+
+def search(gpt, sources, new, width, penalty=1.0, eos=EOS):
+    settings = {"width": width, "length_penalty": penalty, "bos": BOS, "eos": eos}
+    return beam_search(gpt, random_params(gpt), sources, new, **settings)
+
+
+def test_a_beam_wide_enough_finds_the_best_of_all_targets():
+    gpt, new, found = translator(), 4, []
+    everything = [ids for n in range(new) for ids in itertools.product((1, 2, 3), repeat=n)]
+    for source in SOURCES:
+        exact = {target: log_p(gpt, source, (*target, EOS)) for target in everything}
+        for penalty in (0.0, 1.0):
+            scores = {ids: log_p / (len(ids) + 1) ** penalty for ids, log_p in exact.items()}
+            found.append(search(gpt, SOURCES, new, 3**new, penalty)[SOURCES.index(source)])
+            assert tuple(found[-1]) == max(scores, key=scores.get)
+    assert len({*map(tuple, found)}) > 2
+
+
+@pytest.mark.parametrize("cfg", [TINY, replace(MODERN, window=3, T=16)], ids=["tiny", "modern"])
+def test_a_beam_of_width_one_is_greedy(cfg):
+    gpt = translator(cfg)
+    found = search(gpt, SOURCES, 7, 1)
+    prompts, settings = [[BOS]] * 4, {"key": KEY, "temperature": 0, "stops": (EOS,)}
+    tokens, _, lengths = decode(gpt, random_params(gpt), prompts, 7, sources=SOURCES, **settings)
+    for source, ids, row, length in zip(SOURCES, found, tokens, lengths, strict=True):
+        exact = greedy(gpt, [BOS], 7, EOS, source)
+        assert row[:length].tolist() == exact
+        assert ids == (exact[:-1] if exact[-1] == EOS else exact)
+
+
+def test_a_beam_finds_likelier_targets_than_greedy():
+    gpt = translator(replace(TINY, V=6))
+    rng = np.random.default_rng(2)
+    sources = [rng.integers(1, 6, n).tolist() for n in rng.integers(1, 8, 8)]
+    narrow, wide = (search(gpt, sources, 7, width, eos=3) for width in (1, 3))
+    gains = [
+        log_p(gpt, source, more) - log_p(gpt, source, less)
+        for source, less, more in zip(sources, narrow, wide, strict=True)
+    ]
+    assert {len(ids) for ids in (*narrow, *wide)} == {7}  # this end is too rare
+    assert max(gains) > 0.1
+    assert math.fsum(gains) > 0
+
+
+def test_a_translation_does_not_depend_on_what_is_translated_with_it():
+    gpt = translator()
+    together = search(gpt, SOURCES, 6, 3)
+    assert search(gpt, SOURCES[2:3] * 4, 6, 3) == together[2:3] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sources": [[1] * 9]}, "row 0 has 9 tokens.*a source.*context of 8"),
+        ({"sources": [[]]}, "no tokens"),
+        ({"width": 0}, "width=0"),
+        ({"new": 9}, "new=9 does not fit the context of 8"),
+    ],
+    ids=str,
+)
+def test_impossible_searches_are_refused(change, says):
+    settings = {"sources": SOURCES, "new": 3, "width": 2, "bos": BOS, "eos": EOS} | change
+    with pytest.raises(InputError, match=says):
+        beam_search(translator(), None, **settings)
+
+
+def test_an_encoder_decoder_cannot_write_without_a_source():
+    with pytest.raises(InputError, match="EncoderDecoder needs sources"):
+        decode(translator(), None, [[BOS]], 3, key=KEY)
