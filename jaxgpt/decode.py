@@ -108,10 +108,10 @@ def decode_arrays(
 
     Row b goes on from the first `lengths_B[b]` tokens of `prompts_BP`. A token is drawn from
     softmax(logits / temperature), among the `top_k` likeliest where that is not 0; temperature 0
-    takes the likeliest, as its log-probability counts that of temperature 1. Ids from `vocabulary`
-    on, where that is not 0, are never drawn; the log-probability is the model's own, among all
-    ids and before `top_k`. A row's length counts up to its first stop, which fills the rest of it with
-    log-probability 0. May be called within a jitted function; checks nothing.
+    takes the likeliest, as its log-probability counts that of temperature 1. Ids from
+    `vocabulary` on, where that is not 0, are never drawn; the log-probability is the model's own,
+    among all ids and before `top_k`. A row's length counts up to its first stop, which fills the
+    rest of it with log-probability 0. May be called within a jitted function; checks nothing.
     """
     return _decode(
         model,
