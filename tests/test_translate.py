@@ -77,10 +77,9 @@ def batch(pack, context=20):
 
 
 @cache
-def loss_and_grads(cfg, key=None):
-    key = None if key is None else jax.random.key(key)
+def loss_and_grads(cfg):
     loss = partial(OBJECTIVE, build(cfg))
-    return jax.jit(jax.value_and_grad(lambda params, rows: loss(params, rows, key), has_aux=True))
+    return jax.jit(jax.value_and_grad(lambda params, rows: loss(params, rows, None), has_aux=True))
 
 
 def numpy_encoder_decoder(cfg, p, tokens, source):
@@ -222,14 +221,12 @@ def test_scan_over_stacked_layers_equals_unrolled(cfg):
 
 
 def test_dropout_is_on_only_with_a_key():
-    dropping = replace(GPT2, dropout=0.3)
+    dropping = jax.jit(partial(OBJECTIVE, build(replace(GPT2, dropout=0.3))))
     params, rows = random_params(GPT2), batch(pack=True)
-    still, again, one, other = (
-        loss_and_grads(cfg, key)(params, rows)[0][0]
-        for cfg, key in ((GPT2, None), (dropping, None), (dropping, 1), (dropping, 2))
-    )
-    assert still == again
-    assert len({float(still), float(one), float(other)}) == 3
+    keys = (jax.random.key(seed, impl="rbg") for seed in (0, 1))
+    still, one, other = (float(dropping(params, rows, key)[0]) for key in (None, *keys))
+    np.testing.assert_allclose(still, loss_and_grads(GPT2)(params, rows)[0][0], rtol=1e-6)
+    assert len({still, one, other}) == 3
 
 
 def test_the_loss_is_smoothed_cross_entropy_and_the_metrics_are_plain():
@@ -262,7 +259,7 @@ def test_a_record_becomes_a_source_and_a_target_shifted_by_one():
 @pytest.fixture(scope="module")
 def memorised():
     """A model that has learned the pairs by heart."""
-    cfg = Config(model=replace(MODERN, D=32, window=0), objective=OBJECTIVE)
+    cfg = Config(model=replace(MODERN, L=1, D=32, window=0), objective=OBJECTIVE)
     gpt, rows, tx = build(cfg.model), batch(pack=True), optax.adam(1e-2)
     step = jax.jit(partial(train_step, loss_fn=partial(OBJECTIVE, gpt), tx=tx))
     params = jax.jit(partial(model.init, gpt))(jax.random.key(0))
@@ -277,7 +274,7 @@ def memorised():
 def test_a_model_that_knows_the_pairs_translates_them(memorised, beam):
     texts, right = zip(*PAIRS, strict=True)
     assert OBJECTIVE.translate(memorised, texts, beam=beam) == [*right]
-    assert OBJECTIVE.translate(memorised, texts[2:3], beam=beam) == [right[2]]
+    assert OBJECTIVE.translate(memorised, texts[:3], beam=beam) == [*right[:3]]
 
 
 def test_held_out_translations_are_measured_and_shown(memorised, monkeypatch):
