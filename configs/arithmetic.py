@@ -3,6 +3,8 @@
 Command:   python train.py configs/arithmetic.py
 Hardware:  a laptop
 Data:      "37 + 58 =" and "95", made by rule
+Time:      five minutes on two cores that other work shared
+Expect:    a validation loss of 0.72, and a quarter of greedy answers right
 """
 
 from jaxgpt.checkpoint import CheckpointConfig

@@ -3,6 +3,8 @@
 Command:   python train.py configs/distill.py
 Hardware:  a laptop
 Data:      the Python library, as for the teacher, whose tokenizer the student has
+Time:      not measured; less than the teacher's own and its forward pass together
+Expect:    not measured
 """
 
 from dataclasses import replace

@@ -4,6 +4,7 @@ Command:   python train.py configs/domain.py --data.paths FOLDER python
 Hardware:  runs/default: a laptop
 Data:      the first path is the domain (medicine, law, one's own code), the second what the model
            was trained on before; `data.weights` are their shares of every batch
+Time:      not measured; `configs/finetune.py` is the same work
 Expect:    a table of the losses on both, before and after
 """
 

@@ -1,10 +1,14 @@
 """Preferences (DPO): the docstring of a function rather than that of another.
 
-Command:   python train.py configs/instruct.py && python train.py configs/prefer.py
+Before:    python train.py configs/instruct.py
+Command:   python train.py configs/prefer.py
            python train.py configs/prefer.py --data.paths preferences.jsonl --tune.parts lora
 Hardware:  a laptop
 Data:      functions of the running interpreter's library; or records with `prompt`, `chosen` and
            `rejected`
+Time:      a few minutes on two cores
+Expect:    a validation loss of about 0.61, from log 2 before the first step, and two of three pairs
+           the right way round
 """
 
 from jaxgpt.checkpoint import CheckpointConfig
@@ -18,6 +22,6 @@ config = Config(
     data=RecordsConfig(paths=("python:preferences",), val_fraction=0.1),
     objective=DPO(beta=0.1),
     optim=OptimConfig(learning_rate=1e-4, warmup=10, weight_decay=0.0, final=0.0),
-    train=TrainConfig(steps=200, batch=8, eval_every=50, eval_batches=20, sample_tokens=0),
-    checkpoint=CheckpointConfig(every=100),
+    train=TrainConfig(steps=100, batch=8, eval_every=25, eval_batches=20, sample_tokens=0),
+    checkpoint=CheckpointConfig(every=50),
 )

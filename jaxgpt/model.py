@@ -391,6 +391,11 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_BTNH.dtype)
 
 
+def by_head(x_BSKH: jax.Array) -> jax.Array:
+    """[B, S, K, H] to [B, K, S, H], or back: decoding keeps a head's keys in one piece."""
+    return x_BSKH.swapaxes(1, 2)
+
+
 class Context(NamedTuple):
     """What every layer reads beside the residual stream; None is what does not apply."""
 
@@ -453,11 +458,12 @@ class Block(nn.Module):
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
         if kept is not None:
-            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=1)
-            kept = {**kept, "k": put(kept["k"], k_BTKH), "v": put(kept["v"], v_BTKH)}
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2)
+            k_BKSH, v_BKSH = put(kept["k"], by_head(k_BTKH)), put(kept["v"], by_head(v_BTKH))
+            kept = {**kept, "k": k_BKSH, "v": v_BKSH}
         if context.distance_BTS is not None:
             seen_BTS = (context.distance_BTS >= 0) & (context.distance_BTS < (self.window or cfg.T))
-            out_BTNH = attend(q_BTNH, kept["k"], kept["v"], seen_BTS)
+            out_BTNH = attend(q_BTNH, by_head(kept["k"]), by_head(kept["v"]), seen_BTS)
         else:
             out_BTNH = attention(
                 q_BTNH,
@@ -476,12 +482,12 @@ class Block(nn.Module):
             y_BTD = Norm(cfg, name="cross_norm")(x_BTD)
             q_BTNH = heads("cross_q", "BTD,DNH->BTNH", y_BTD)
             if context.memory_BSD is None:
-                k_BSKH, v_BSKH = kept["cross_k"], kept["cross_v"]
+                k_BSKH, v_BSKH = by_head(kept["cross_k"]), by_head(kept["cross_v"])
             else:
                 k_BSKH = heads("cross_k", "BSD,DKH->BSKH", context.memory_BSD)
                 v_BSKH = heads("cross_v", "BSD,DKH->BSKH", context.memory_BSD)
             if kept is not None:
-                kept = {**kept, "cross_k": k_BSKH, "cross_v": v_BSKH}
+                kept = {**kept, "cross_k": by_head(k_BSKH), "cross_v": by_head(v_BSKH)}
             out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.seen_BTS, drop_weights)
             y_BTD = to_residual("BTNH,NHD->BTD", name="cross_o")(out_BTNH)
             x_BTD = x_BTD + drop(post("cross_norm_post")(y_BTD))
@@ -547,7 +553,7 @@ class Cache(NamedTuple):
     positions_BS: jax.Array
     """The position of the token in each slot; -1: there is none."""
     layers: dict[str, dict[str, jax.Array]]
-    """Of each layer the keys and values, `k` and `v` [B, S, K, H], and those of the source."""
+    """Of each layer the keys and values, `k` and `v` [B, K, S, H], and those of the source."""
     source_BS: jax.Array | None = None
     """Which tokens of the source there are, where there is one."""
 
@@ -560,7 +566,7 @@ def empty_cache(model: "GPT", B: int, S: int) -> Cache:
             "compute.layers=scan cannot decode; set compute.layers=unrolled, and model.unstack "
             "the parameters"
         )
-    zeros = jnp.zeros((B, S, cfg.sizes["K"], cfg.sizes["H"]), compute.dtype)
+    zeros = jnp.zeros((B, cfg.sizes["K"], S, cfg.sizes["H"]), compute.dtype)
     layers = {str(layer): {"k": zeros, "v": zeros} for layer in range(cfg.L)}
     return Cache(jnp.full((B, S), -1), layers)
 

@@ -63,7 +63,9 @@ class Run:
         return Trained(self.cfg, params, self.tokenizer)
 
     def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
-        """(params, batch, *frozen) -> the objective's sums, for `evaluate`."""
+        """(params, batch, *frozen) -> the objective's sums, for `evaluate`, where it will ask."""
+        if self.cfg.objective.annotates or not self.dataset.held_out:
+            return lambda *_: {}
         frozen = () if state.frozen is None else (state.frozen,)
         step = partial(eval_step, loss_fn=self.loss_fn)
         return self.layout.compile_eval(step, state.params, example, *frozen)
@@ -94,7 +96,8 @@ class Run:
             ending = f"/{part}" if part else ""
             values |= {f"{name}_{k}{ending}": v for k, v in numbers.items()}
             whole = whole or sums
-        if records := self.dataset.records.get(name):
+        limit = self.cfg.train.eval_batches * self.cfg.train.batch or None
+        if records := self.dataset.records.get(name, [])[:limit]:
             measured = objective.measure(self.trained(state), records, whole=name == "test")
             values |= {f"{name}_{k}": v for k, v in measured.items()}
         return values, whole

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.attention import CHUNK, attention, choose, obstacle
+from jaxgpt.attention import CHUNK, attend, attention, choose, obstacle
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 
@@ -88,6 +88,36 @@ def test_chunked_has_the_gradient_of_plain():
     ]
     for plain, chunked in zip(*grads, strict=True):
         np.testing.assert_allclose(chunked, plain, atol=1e-5)
+
+
+def numpy_attend(q, k, v, mask):
+    """The same equation for any mask [B, T, S]."""
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], 2).astype(np.float64) for x in (k, v))
+    weights = np.exp(np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[3])) * mask[:, None]
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def test_attend_sees_what_the_mask_shows():
+    (q, _, _), (_, k, v) = inputs(5), inputs(9)
+    mask = np.random.default_rng(1).random((2, 5, 9)) < 0.4
+    mask[..., 3] = True
+    np.testing.assert_allclose(attend(q, k, v, mask), numpy_attend(q, k, v, mask), atol=2e-6)
+    one = attend(q, k, v, mask[:1, :1])
+    np.testing.assert_allclose(one, numpy_attend(q, k, v, mask[:1, :1]), atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    q, k, v = inputs(5)
+    assert np.isfinite(attend(q, k, v, np.zeros((1, 1, 5), bool))).all()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_that_is_not_causal_sees_the_future_of_its_segment(masked):
+    q, k, v = inputs(CHUNK + 3)
+    segments = documents(CHUNK + 3) if masked else np.zeros((2, CHUNK + 3), np.int32)
+    ours = jitted(causal=False)(q, k, v, segments_BT=segments if masked else None)
+    mask = segments[:, :, None] == segments[:, None]
+    np.testing.assert_allclose(ours, numpy_attend(q, k, v, mask), atol=2e-6)
 
 
 def test_scores_too_large_for_exp_are_no_problem():

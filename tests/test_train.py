@@ -104,7 +104,8 @@ def cut_back(name: str, to: str, step: int) -> None:
 
 
 def spawn(*options: str, name: str, devices: int = 1) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    one = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": one}  # of a flag given twice, the last
     args = [sys.executable, str(ROOT / "train.py"), "tiny.py", "--name", name, *options]
     return subprocess.Popen(
         args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
