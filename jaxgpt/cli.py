@@ -13,7 +13,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import load
+from jaxgpt.trained import Trained, load
 
 
 def generate(
@@ -49,16 +49,8 @@ def classify(
         texts: The texts.
         file: A file with a text on each line; "-" is the standard input.
     """
-    trained = load(path)
-    objective = trained.config.objective
-    if not isinstance(objective, Classify):
-        raise InputError(
-            f"{path} was trained with {type(objective).__name__}, which has no labels; "
-            "train one with configs/classify.py"
-        )
-    given = [*texts, *_lines(file)] if file else [*texts]
-    if not given:
-        raise InputError("there is no text; give some after the run, or --file")
+    trained, objective = _trained(path, Classify)
+    given = _given(texts, file)
     for text, p_C in zip(given, objective.predict(trained, given), strict=True):
         print(f"{objective.labels[int(p_C.argmax())]}\t{p_C.max():.4f}\t{text}")
 
@@ -77,25 +69,35 @@ def translate(
         file: A file with a text on each line; "-" is the standard input.
         beam: Translations kept on the way; 1: the likeliest token each time.
     """
-    trained = load(path)
-    objective = trained.config.objective
-    if not isinstance(objective, Translate):
-        raise InputError(
-            f"{path} was trained with {type(objective).__name__}, which does not translate; "
-            "train one with configs/translate.py"
-        )
-    given = [*texts, *_lines(file)] if file else [*texts]
-    if not given:
-        raise InputError("there is no text; give some after the run, or --file")
+    trained, objective = _trained(path, Translate)
+    given = _given(texts, file)
     print(*objective.translate(trained, given, beam=beam), sep="\n")
 
 
-def _lines(file: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as text: {error}") from None
-    return lines_of(text)
+def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
+    """A model and its objective; InputError where it is not of this kind."""
+    trained = load(path)
+    objective = trained.config.objective
+    if not isinstance(objective, kind):
+        raise InputError(
+            f"{path} was trained with {type(objective).__name__}, and this needs {kind.__name__}; "
+            f"train one with configs/{kind.command}.py"
+        )
+    return trained, objective
+
+
+def _given(texts: tuple[str, ...], file: str) -> list[str]:
+    """The texts, and the lines of a file; InputError where there are none."""
+    given = [*texts]
+    if file:
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read as text: {error}") from None
+        given += lines_of(text)
+    if not given:
+        raise InputError("there is no text; give some after the run, or --file")
+    return given
 
 
 def tokenize(

@@ -4,14 +4,14 @@ A tree is trained whole, in part, or through low-rank factors beside its matrice
 2021): leaves `lora_a`, `lora_b` and `lora_scale` next to a `w`, which the model adds up where it
 finds them. What is not trained has no gradient and no optimizer state, and may be held in int8.
 
-    trained, rest = split(tree, cfg.trains)    # two trees without a leaf in common
+    trained, rest = Tree(model, objective.leaves(cfg), tune).create(key)    # no leaf in common
     tree = join(trained, rest)
-    tree = merged(tree)                        # as if there had never been LoRA or int8
+    tree = merged(tree)    # as if there had never been LoRA or int8
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -101,15 +101,6 @@ class TuneConfig:
                 f"on, and NAME is one of {', '.join(known)}"
             )
         return found
-
-    def trains(self, path: Path, own: Iterable[Path], L: int) -> bool:
-        """Whether the leaf at `path` is trained; `own` are the objective's, L the layers."""
-        if self.parts == "all" or path in own:
-            return True
-        if self.parts == "last":
-            last = [str(i) for i in range(L - self.blocks, L)]
-            return path[0] == "norm" or (path[0] == "blocks" and path[1] in last)
-        return self.parts == "lora" and path[-1] in LORA[:2]
 
 
 def _inputs(names: tuple[str, ...]) -> int:
@@ -231,7 +222,13 @@ class Tree:
 
     def trains(self, path: Path) -> bool:
         """Whether the leaf at `path` is trained."""
-        return self.cfg.trains(path, self.own, self.model.cfg.L)
+        cfg, L = self.cfg, self.model.cfg.L
+        if cfg.parts == "all" or path in self.own:
+            return True
+        if cfg.parts == "last":
+            last = [str(i) for i in range(L - cfg.blocks, L)]
+            return path[0] == "norm" or (path[0] == "blocks" and path[1] in last)
+        return cfg.parts == "lora" and path[-1] in LORA[:2]
 
     def create(self, key: jax.Array, given: Any = None) -> tuple[Any, Any]:
         """What is trained and the rest, each a tree: new leaves, but for those that are given."""

@@ -4,16 +4,19 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 # Tests compile far more than they compute: no optimization makes that four times as fast.
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += (
         " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
-# Tests share compiled programs, with the programs they start too: most are the same few.
+# Tests share compiled programs and tokenized text, with other workers and the programs they start.
 if "JAXGPT_TEST_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxgpt-tests-")
     os.environ["JAXGPT_TEST_CACHE"] = _cache.name
+os.environ["JAXGPT_CACHE"] = os.environ["JAXGPT_TEST_CACHE"] + "/tokens"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXGPT_TEST_CACHE"] + "/compiled"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -29,9 +32,3 @@ def bounded_memory():
     """Lets go of each module's compiled programs; those on disk are quick to load."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory, monkeypatch):
-    """Keeps a developer's own cache of tokenized text out of the tests, and theirs out of it."""
-    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -3,7 +3,9 @@
 import re
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -11,15 +13,13 @@ import pytest
 
 import train
 from jaxgpt import cli, config, parallel
+from jaxgpt.data import made, sources
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKE_MESH = parallel.make_mesh
-SHORT = [
-    *("--train.steps", "2", "--train.eval_batches", "1", "--train.sample_tokens", "0"),
-    *("--optim.warmup", "1", "--optim.schedule", "constant"),
-]
+FROM_COMMAND_LINE = config.from_command_line
 
 
 def commands(text):
@@ -30,15 +30,36 @@ def commands(text):
         yield (args[1], args[2:]) if args[0] == "-m" else (args[0], args[1:])
 
 
+def small(args, default):
+    """What the command line says, but for the sizes."""
+    cfg = FROM_COMMAND_LINE(args, default)
+    few = {"steps": 2, "batch": 4, "eval_batches": 1}
+    few["sample_tokens"] = min(cfg.train.sample_tokens, 8)
+    cfg = replace(
+        cfg, train=replace(cfg.train, **few), optim=replace(cfg.optim, name="adamw", warmup=1)
+    )
+    return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
+
+
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
-    """A copy of the repository, in which the first command has been run, on a tiny model."""
+    """A copy of the repository, in which the first command has been run; all is small."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name != "runs":
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
-    assert train.main([*["--model.L", "1", "--model.D", "32", "--model.N", "1"], *SHORT]) == 0
+    monkeypatch.setattr(config, "from_command_line", small)
+    root, files = sources.standard_library()
+    files = tuple(file for file in files if Path(file).parent.name == "asyncio")
+    for module in (made, sources):
+        monkeypatch.setattr(module, "standard_library", lambda: (f"{root}/asyncio", files))
+    few = {name: lambda make=make: islice(make(), 200) for name, make in made.MADE.items()}
+    monkeypatch.setattr(made, "MADE", few)
+    made._docstrings.cache_clear()
+    assert train.main([]) == 0
+    yield
+    made._docstrings.cache_clear()
 
 
 def test_every_command_of_the_readme_runs(newcomer, capsys):
@@ -55,16 +76,15 @@ def test_every_command_of_the_readme_runs(newcomer, capsys):
             if "config" in names and isinstance(names["config"], config.Config):
                 assert text.count("\n") < 30
                 Path("own.py").write_text(text)
-                assert train.main(["own.py", *SHORT]) == 0
+                assert train.main(["own.py"]) == 0
             continue
         assert language == "bash"
         for program, args in commands(text):
             main = {"train.py": train.main, "jaxgpt": cli.main}[program]
-            short = SHORT if program == "train.py" and "--train.steps" not in args else []
-            assert main([*args, *short]) == 0, (program, args)
+            assert main(args) == 0, (program, args)
             ran.append(program)
     assert ran.count("python") >= 1 and ran.count("jaxgpt") >= 2 and ran.count("train.py") >= 1
-    assert "class Point:" in capsys.readouterr().out
+    assert "def main(" in capsys.readouterr().out
 
 
 def test_every_option_and_file_the_readme_names_exists():

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,18 +22,24 @@ from jaxgpt.pretrained.tensors import read_header
 CFG = GPTConfig(L=2, D=16, N=2, T=8, V=50)
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model in one file and in several, to copy and to damage."""
     params = init(CFG.build(ComputeConfig()), jax.random.key(0))
-    pretrained.write(tmp_path, CFG, params)
-    return tmp_path
+    one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
+    pretrained.write(one, CFG, params)
+    pretrained.write(several, CFG, params, shard_bytes=10_000)
+    return one, several
 
 
 @pytest.fixture
-def sharded(tmp_path):
-    params = init(CFG.build(ComputeConfig()), jax.random.key(0))
-    pretrained.write(tmp_path, CFG, params, shard_bytes=10_000)
-    return tmp_path
+def folder(tmp_path, written):
+    return Path(shutil.copytree(written[0], tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def sharded(tmp_path, written):
+    return Path(shutil.copytree(written[1], tmp_path, dirs_exist_ok=True))
 
 
 def edit(file, change):

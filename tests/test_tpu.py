@@ -16,20 +16,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+CONFIGS, LAYOUTS = ("default", "gpt2_124m", "modern"), ("data", "fsdp")
+
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
         reason="libtpu, the compiler for TPU, is not installed",
     ),
-    pytest.mark.parametrize("layout", ["data", "fsdp"]),
-    pytest.mark.parametrize("name", ["default", "gpt2_124m", "modern"]),
+    pytest.mark.parametrize("layout", LAYOUTS),
+    pytest.mark.parametrize("name", CONFIGS),
 ]
 
 
 @cache
-def compiled(name: str, layout: str) -> dict:
-    command = [sys.executable, "benchmarks/tpu_compile.py", "--configs", f"configs/{name}.py"]
-    command += ["--layouts", layout, "--layers", "1", "--rows", "2", "--format", "json"]
+def programs() -> dict[tuple[str, str], dict]:
+    command = [sys.executable, "benchmarks/tpu_compile.py", "--layouts", *LAYOUTS]
+    command += ["--configs", *(f"configs/{name}.py" for name in CONFIGS)]
+    command += ["--layers", "1", "--rows", "2", "--format", "json"]
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
@@ -37,14 +40,15 @@ def compiled(name: str, layout: str) -> dict:
     }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    lines = map(json.loads, done.stdout.splitlines())
+    return {(Path(line["config"]).stem, line["layout"]): line for line in lines}
 
 
 def test_attention_is_the_splash_kernel_forward_and_backward(name, layout):
     # One call forward; backward one for the queries, and one for the keys and values.
-    assert compiled(name, layout)["splash_calls"] == 3
+    assert programs()[name, layout]["splash_calls"] == 3
 
 
 def test_the_whole_state_is_updated_in_place(name, layout):
-    program = compiled(name, layout)
+    program = programs()[name, layout]
     assert program["leaves_in_place"] == program["leaves"]

@@ -36,7 +36,7 @@ from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
 
 config = Config(
-    model=GPTConfig(L=2, D=32, N=2, T=16, dropout=0.1),
+    model=GPTConfig(L=1, D=32, N=2, T=16, dropout=0.1),
     tokenizer=TokenizerConfig(kind="characters"),
     data=DataConfig(paths=("text.txt",)),
     optim=OptimConfig(learning_rate=1e-2, warmup=2, ema=0.9),
@@ -46,23 +46,42 @@ config = Config(
 """
 
 
+def settle(folder, monkeypatch):
+    """Works in a folder with a config and a text, on one device."""
+    rng = random.Random(0)
+    (folder / "text.txt").write_text(" ".join(rng.choices(" ".join(WORDS).split(), k=2000)))
+    (folder / "tiny.py").write_text(TINY)
+    monkeypatch.chdir(folder)
+    on_devices(monkeypatch, 1)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with a config, a text, and nothing else."""
-    rng = random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(rng.choices(" ".join(WORDS).split(), k=2000)))
-    (tmp_path / "tiny.py").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    # One device, for speed; `eight_devices` takes the others back.
-    one = partial(MAKE_MESH, devices=jax.devices()[:1])
-    monkeypatch.setattr(train.parallel, "make_mesh", one)
+    settle(tmp_path, monkeypatch)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the runs after one, `a`."""
+    folder = tmp_path_factory.mktemp("a")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        settle(folder, monkeypatch)
+        assert run() == 0
+    return folder / "runs"
+
+
 @pytest.fixture
-def eight_devices(here, monkeypatch):
-    """A run takes all of the tests' devices."""
-    monkeypatch.setattr(train.parallel, "make_mesh", MAKE_MESH)
+def trained(here, runs):
+    """As `here`, after a run."""
+    shutil.copytree(runs, "runs")
+
+
+def on_devices(monkeypatch, number):
+    """Runs take so many of the tests' eight devices."""
+    some = partial(MAKE_MESH, devices=jax.devices()[:number])
+    monkeypatch.setattr(train.parallel, "make_mesh", some)
 
 
 def run(*options: str, name: str = "a", config: str = "tiny.py") -> int:
@@ -103,10 +122,10 @@ def cut_back(name: str, to: str, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def spawn(*options: str, name: str, devices: int = 1) -> subprocess.Popen:
-    one = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": one}  # of a flag given twice, the last
-    args = [sys.executable, str(ROOT / "train.py"), "tiny.py", "--name", name, *options]
+def spawn(*options, name, devices=1, program=(str(ROOT / "train.py"),)) -> subprocess.Popen:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}  # of two flags the last
+    args = [sys.executable, *program, "tiny.py", "--name", name, *options]
     return subprocess.Popen(
         args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -121,39 +140,56 @@ def wait_for_step(name: str, step: int) -> None:
     raise TimeoutError(f"{name} never took step {step}")
 
 
-def test_resume_is_bit_exact(here):
-    assert run() == 0
+def test_resume_is_bit_exact(trained):
     cut_back("a", "b", 3)
     assert run(name="b") == 0
     assert_same_run("a", "b", 6)
 
 
+KILLED = """
+import os, signal, sys, train
+log = train.telemetry.Telemetry.log
+def killed(self, step, values):
+    log(self, step, values)
+    if step == 8 and "loss" in values:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.telemetry.Telemetry.log = killed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 def test_resume_is_bit_exact_after_sigkill(here):
-    options = ("--train.steps", "40", "--checkpoint.every", "5", "--train.eval_every", "0")
-    whole = spawn(*options, name="whole")
-    cut = spawn(*options, name="cut")
-    for step in (8, 27):
-        wait_for_step("cut", step)
-        cut.send_signal(signal.SIGKILL)
-        cut.communicate()
-        cut = spawn(*options, name="cut")
-    assert cut.communicate()[0] and cut.returncode == 0
-    assert whole.communicate()[0] and whole.returncode == 0
-    assert_same_run("whole", "cut", 40)
+    assert run("--train.steps", "9", name="whole") == 0
+    cut = spawn("--train.steps", "9", name="cut", program=("-c", KILLED))
+    output, _ = cut.communicate()
+    assert cut.returncode == -signal.SIGKILL, output
+    assert run("--train.steps", "9", name="cut") == 0
+    assert checkpoint.read("runs/cut")["lineage"]["resumed_after"] in ([3], [6])
+    assert_same_run("whole", "cut", 9)
+
+
+def test_ctrl_c_ends_a_process_with_a_checkpoint(here):
+    interrupted = KILLED.replace("SIGKILL", "SIGINT").replace("== 8", "== 2")
+    process = spawn("--checkpoint.every", "0", name="a", program=("-c", interrupted))
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "which is saved" in output and len(list(Path("runs/a/checkpoints").iterdir())) == 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_exits_with_its_status(here, number, status):
-    options = ("--train.steps", "5000", "--checkpoint.every", "0", "--train.eval_every", "0")
-    process = spawn(*options, name="a")
-    wait_for_step("a", 3)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
-    assert Path("runs/a/checkpoints").is_dir(), output
+def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, number, status):
+    log = train.telemetry.Telemetry.log
+
+    def interrupted(self, step, values):
+        log(self, step, values)
+        if step == 3 and "loss" in values:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train.telemetry.Telemetry, "log", interrupted)
+    assert run("--checkpoint.every", "0", "--train.eval_every", "0") == status
     (saved,) = Path("runs/a/checkpoints").iterdir()
-    assert max(losses_of("a")) == int(saved.name)
-    assert f"stopped after step {saved.name}" in output
+    assert max(losses_of("a")) == int(saved.name) < 6
+    assert f"stopped after step {saved.name}" in capsys.readouterr().out
 
 
 def spawn_two(*options: str, name: str) -> list[subprocess.Popen]:
@@ -169,8 +205,7 @@ def spawn_two(*options: str, name: str) -> list[subprocess.Popen]:
 
 
 def test_two_processes_train_as_one_and_resume_each_other(here, monkeypatch):
-    four = partial(MAKE_MESH, devices=jax.devices()[:4])
-    monkeypatch.setattr(train.parallel, "make_mesh", four)
+    on_devices(monkeypatch, 4)
     exact = ("--model.dropout", "0")
     split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
     assert run(*exact) == 0
@@ -199,8 +234,9 @@ def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
     assert max(losses_of("a")) == int(saved.name)
 
 
-def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, eight_devices):
-    exact = ("--model.dropout", "0")
+def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, monkeypatch):
+    on_devices(monkeypatch, 8)
+    exact = ("--model.dropout", "0", "--model.L", "2")
     assert run(*exact) == 0
     for name, options in {
         "scan": ("--compute.layers", "scan"),
@@ -230,8 +266,7 @@ def test_the_loss_falls_and_everything_is_written(here, capsys):
     assert json.loads(Path("runs/a/config.json").read_text())["model"]["V"] == 28
 
 
-def test_bits_per_byte_is_the_loss_per_byte_of_text(here):
-    assert run() == 0
+def test_bits_per_byte_is_the_loss_per_byte_of_text(trained):
     lines = Path("runs/a/metrics.jsonl").read_text().splitlines()
     (record,) = (r for r in map(json.loads, lines) if "val_loss" in r and r["step"] == 6)
     text = Path("text.txt").read_text()
@@ -241,22 +276,20 @@ def test_bits_per_byte_is_the_loss_per_byte_of_text(here):
     )
 
 
-def test_a_trained_model_loads_from_its_folder_alone_and_writes(here, capsys):
-    assert run() == 0
+def test_a_trained_model_loads_from_its_folder_alone_and_writes(trained, capsys):
     text = Path("text.txt")
     text.unlink()
     config, params, tokenizer = jaxgpt.load("runs/a")
     assert config.model.D == 32 and params["wte"].shape == (128, 32)
     assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
     capsys.readouterr()
-    assert command(["generate", "runs/a", "the q", "--tokens", "9", "--seed", "3"]) == 0
+    assert command(["generate", "runs/a", "the q", "--tokens", "9", "--seed", "4"]) == 0
     written = capsys.readouterr().out
-    assert written == jaxgpt.load("runs/a")("the q", 9, seed=3) + "\n"
+    assert written == jaxgpt.load("runs/a")("the q", 9, seed=4) + "\n"
     assert written.startswith("the q") and len(written) == len("the q") + 9 + 1
 
 
-def test_loading_takes_the_average_of_the_parameters(here):
-    assert run() == 0
+def test_loading_takes_the_average_of_the_parameters(trained):
     state = state_of("a", 6)
     loaded = jaxgpt.load("runs/a").params
     np.testing.assert_array_equal(loaded["wte"], state["ema/['wte']"])
@@ -331,7 +364,8 @@ def test_steps_that_are_not_finite_are_skipped_where_asked(here):
         (("--model.dropout", "1"), ("model.dropout",)),
     ],
 )
-def test_bad_input_is_one_line_that_says_what_to_set(eight_devices, capsys, options, words):
+def test_bad_input_is_one_line_that_says_what_to_set(here, capsys, monkeypatch, options, words):
+    on_devices(monkeypatch, 8)
     assert run(*options) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: ")
@@ -371,30 +405,26 @@ def test_a_config_file_without_config_is_refused(here, capsys):
         (("--train.batch", "16"), "batch"),
     ],
 )
-def test_what_would_make_a_run_another_one_is_refused_on_resume(here, capsys, options, field):
-    assert run() == 0
+def test_what_would_make_a_run_another_one_is_refused_on_resume(trained, capsys, options, field):
     assert run(*options, "--train.steps", "9") == 2
     assert field in capsys.readouterr().err
 
 
-def test_a_changed_text_is_refused_on_resume(here, capsys):
-    assert run() == 0
+def test_a_changed_text_is_refused_on_resume(trained, capsys):
     with Path("text.txt").open("a") as file:
         file.write(" and more")
     assert run("--train.steps", "9") == 2
     assert "files" in capsys.readouterr().err
 
 
-def test_training_further_goes_on_from_the_last_step(here, capsys):
-    assert run() == 0
+def test_training_further_goes_on_from_the_last_step(trained, capsys):
     assert run("--train.steps", "9") == 0
     assert "resumed after step 6" in capsys.readouterr().out
     assert max(losses_of("a")) == 9
     assert checkpoint.read("runs/a")["lineage"]["resumed_after"] == [6]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(here, caplog):
-    assert run() == 0
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained, caplog):
     expected = losses_of("a")
     file = max(Path("runs/a/checkpoints/6/params").rglob("*"), key=lambda f: f.stat().st_size)
     content = bytearray(file.read_bytes())

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import checkpoint, pretrained
+from jaxgpt import checkpoint, parallel, pretrained
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf
 from jaxgpt.model import ComputeConfig, GPTConfig, init
@@ -21,6 +23,7 @@ from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
 from train import main
 
+MAKE_MESH = parallel.make_mesh
 QWEN = GPTConfig(
     L=2,
     D=32,
@@ -50,10 +53,32 @@ def folder(tmp_path_factory):
     return folder
 
 
+def settle(place, monkeypatch):
+    """Works in a folder with a text, on one device."""
+    monkeypatch.chdir(place)
+    Path("text.txt").write_text(TEXT)
+    monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
+
+
 @pytest.fixture
 def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(TEXT)
+    settle(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """The folder of the runs after one, `finetune`."""
+    place = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        settle(place, monkeypatch)
+        assert tune(folder) == 0
+    return place / "runs"
+
+
+@pytest.fixture
+def tuned(text, runs):
+    """As `text`, after a run from the folder."""
+    shutil.copytree(runs, "runs")
 
 
 def tune(folder, *options):
@@ -108,10 +133,9 @@ def first_batch():
     return data.Batches(corpus, cfg.data, seed=cfg.seed, context=16, batch=8).batch(0)
 
 
-def test_the_first_loss_is_that_of_transformers(folder, text):
+def test_the_first_loss_is_that_of_transformers(folder, tuned):
     torch = pytest.importorskip("torch", reason="compares with transformers: pip install torch")
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    assert tune(folder) == 0
     loss = losses("finetune")[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     batch = first_batch()
@@ -135,14 +159,13 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
 
 
 @pytest.mark.parametrize("options", [("--compute.layers", "scan"), ("--parallel.fsdp", "2")])
-def test_other_layouts_start_from_the_same_weights(folder, text, options):
-    assert tune(folder) == 0
+def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, options):
+    monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:2]))
     assert tune(folder, "--name", "other", *options) == 0
     np.testing.assert_allclose(losses("finetune"), losses("other"), rtol=1e-5)
 
 
-def test_a_run_is_a_start_too(folder, text):
-    assert tune(folder) == 0
+def test_a_run_is_a_start_too(tuned):
     assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
     about = checkpoint.read("runs/again")["lineage"]["started_from"]
     assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
@@ -161,8 +184,7 @@ def test_what_the_start_decides_cannot_be_set(folder, text, capsys, options, mes
     assert message in capsys.readouterr().err
 
 
-def test_another_start_is_refused_on_resume(folder, text, capsys):
-    assert tune(folder) == 0
+def test_another_start_is_refused_on_resume(tuned, capsys):
     assert tune("runs/finetune", "--train.steps", "8") == 2
     assert re.search(r"start was '.*small-qwen', is 'runs/finetune'", capsys.readouterr().err)
 
@@ -198,8 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
         jaxgpt.load(tmp_path)
 
 
-def test_an_export_tells_where_it_comes_from(folder, text, tmp_path):
-    assert tune(folder) == 0
+def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "jaxgpt", "export", "runs/finetune", "--to", "hf", str(out)],
@@ -233,10 +254,9 @@ def test_an_export_tells_where_it_comes_from(folder, text, tmp_path):
         to_hf("runs/finetune", out)
 
 
-def test_transformers_writes_what_we_write(folder, text, tmp_path):
+def test_transformers_writes_what_we_write(tuned, tmp_path):
     pytest.importorskip("torch", reason="compares with transformers: pip install torch")
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    assert tune(folder) == 0
     to_hf("runs/finetune", tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt.data.records import say
 from jaxgpt.data.sources import Source, content_digest, measure, open_source
 from jaxgpt.data.split import FEW, split
 from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
@@ -107,7 +107,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
         entries.append(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
     for source in sources:
         if source.skipped:
-            _say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
+            say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
     todo = [work for work in zip(sources, fractions, entries, strict=True) if not work[2].exists()]
     with _progress("checking the text", None) as progress:
         sizes = [measure(source, progress) for source, _, _ in todo]
@@ -174,7 +174,7 @@ def _write(
         write_tokens(entry, split(source, val_fraction), tokenizer, workers, progress)
     seconds = time.perf_counter() - began
     tokens = {name: len(stream) for name, stream in read_tokens(entry).items()}
-    _say(
+    say(
         f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
         f"{size / 1e6:.1f} MB in {seconds:.1f} s"
     )
@@ -204,7 +204,3 @@ def _progress(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
 def _cache_folder(cfg: DataConfig) -> Path:
     root = cfg.cache or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
     return Path(root).expanduser() / "tokens"
-
-
-def _say(line: str) -> None:
-    print(f"data: {line}", file=sys.stderr)

@@ -8,10 +8,11 @@ reads records says what a record becomes (`encode`); one with parameters of its 
 (`annotate`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ class Other(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(ABC):
     """A way of training."""
 
     reads_records: ClassVar[bool] = False
@@ -61,7 +62,7 @@ class Objective:
         """Updates of the parameters by one batch."""
         return 1
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most have something to check, not all
         """Raises InputError where a field cannot be."""
 
     def fit(self, records: Sequence[Record]) -> Self:
@@ -77,7 +78,7 @@ class Objective:
 
         Raises InputError, beginning with `record.where`, for a record that cannot be.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} reads records and lacks `encode`; define it")
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
         """An example that is too long, cut at its end."""
@@ -95,20 +96,20 @@ class Objective:
         """A batch of the data as one to learn from, by acting with the model as it is now."""
         return batch
 
+    @abstractmethod
     def __call__(
         self,
         model: Any,
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: "Other | None" = None,
+        other: Other | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over the batch, and sums to report, "loss" a `Mean` among them.
 
         `key` is None in evaluation, where nothing is random; `other` is the model that it compares
         with.
         """
-        raise NotImplementedError
 
     def report(self, sums: Sums) -> dict[str, float]:
         """What is logged of the sums over some batches: each mean."""
@@ -137,8 +138,12 @@ class Elsewhere(Objective):
     name: str = ""
     """The class."""
 
-    def check(self) -> None:
+    def check(self) -> NoReturn:
         """Raises InputError: it can be read about, not trained with."""
         raise InputError(
             f"objective {self.name} is not one of jaxgpt's; train with the config file that has it"
         )
+
+    def __call__(self, *_: Any) -> NoReturn:
+        """Raises InputError."""
+        self.check()

@@ -78,6 +78,23 @@ def _backward(loss, size, saved, cotangents):
 chunked_sum.defvjp(_forward, _backward)
 
 
+def hidden(
+    model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> jax.Array:
+    """What the output layer reads of a batch, [B, T, D]; dropout is on where there is a key.
+
+    `batch` has tokens [B, T], and may have positions and segments.
+    """
+    return model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch.get("positions"),
+        batch.get("segments"),
+        rngs=None if key is None else {"dropout": key},
+        method="hidden",
+    )
+
+
 def log_probs(
     model: Any,
     params: Any,
@@ -92,14 +109,7 @@ def log_probs(
     positions and segments. The logits of `size` positions of every row exist at once; the backward
     pass computes them again.
     """
-    hidden_BTD = model.apply(
-        {"params": params},
-        batch["tokens"],
-        batch.get("positions"),
-        batch.get("segments"),
-        rngs=None if key is None else {"dropout": key},
-        method="hidden",
-    )
+    hidden_BTD = hidden(model, params, batch, key)
     w_DV = constrain(output_weights(model.cfg, params), "-V")
     B, T, _ = hidden_BTD.shape
     size = min(size, T)

@@ -14,7 +14,7 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, Leaves
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
-from jaxgpt.objectives.chunks import Mean
+from jaxgpt.objectives.chunks import Mean, hidden
 from jaxgpt.tokenizer import Tokenizer
 
 BINS = 10  # of confidence, for the calibration error
@@ -91,7 +91,9 @@ class Classify(Objective):
         return str(value)
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """tokens, label, weights [T]: weights are 1 where the head reads, and add up to 1."""
+        """tokens, label, weights, ends [T]: `weights` are where the head learns, and add up to 1;
+        `ends` is 1 where its answer is read.
+        """
         label = self._label(record)
         if label not in self.labels:
             raise InputError(
@@ -127,24 +129,17 @@ class Classify(Objective):
     def probabilities(
         self, model: Any, params: Any, batch: Batch, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """log-probabilities [B, T, C] at each token, and at each end what the text is given."""
-        hidden_BTD = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
-            rngs=None if key is None else {"dropout": key},
-            method="hidden",
-        ).astype(jnp.float32)
+        """Log-probabilities of each token, and probabilities of the text at its end: [B, T, C]."""
+        hidden_BTD = hidden(model, params, batch, key).astype(jnp.float32)
         if self.token == "mean":
             hidden_BTD = _mean_so_far(hidden_BTD, batch["positions"])
         head = params["classifier"]
         logits_BTC = jnp.einsum("BTD,DC->BTC", hidden_BTD, head["w"]) + head["b"][None, None]
         log_p_BTC = jax.nn.log_softmax(logits_BTC)
         p_BTC = jnp.exp(log_p_BTC)
-        return log_p_BTC, _mean_so_far(
-            p_BTC, batch["positions"]
-        ) if self.token == "every" else p_BTC
+        if self.token == "every":
+            p_BTC = _mean_so_far(p_BTC, batch["positions"])
+        return log_p_BTC, p_BTC
 
     def __call__(
         self,

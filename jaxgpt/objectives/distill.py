@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxgpt.errors import InputError
 from jaxgpt.model import logits, output_weights
 from jaxgpt.objectives.base import Batch, Other, Sums
-from jaxgpt.objectives.chunks import Mean, chunked_sum
+from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.parallel import constrain
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,13 @@ class Distill(NextToken):
         """Loss sum; "loss" is the cross-entropy of the next token alone, "kl" the divergence."""
         if other is None:
             raise InputError("distillation needs a teacher; set objective.teacher")
-        where = (batch["tokens"], batch.get("positions"), batch.get("segments"))
-        hidden_BTD = model.apply(
-            {"params": params},
-            *where,
-            rngs=None if key is None else {"dropout": key},
-            method="hidden",
-        )
         theirs = jax.lax.stop_gradient(other.params)
-        teacher_BTD = other.model.apply({"params": theirs}, *where, method="hidden")
-        teacher_w_DV = output_weights(other.model.cfg, theirs)
+        # Under FSDP gathered once, not once a chunk.
+        teacher_w_DV = constrain(output_weights(other.model.cfg, theirs), "-V")
         rest = {
             "targets": batch["targets"],
             "weights": batch["weights"],
-            "teacher": teacher_BTD,
+            "teacher": hidden(other.model, theirs, batch),
         }
 
         def loss(hidden_BtD, w_DV, chunk):
@@ -87,6 +81,8 @@ class Distill(NextToken):
             return mixed, (cross_entropy, kl)
 
         w_DV = output_weights(model.cfg, params)
-        total, (cross_entropy, kl) = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
+        total, (cross_entropy, kl) = chunked_sum(
+            loss, self.chunk, hidden(model, params, batch, key), w_DV, rest
+        )
         count = batch["weights"].sum()
         return total, {"loss": Mean(cross_entropy, count), "kl": Mean(kl, count)}

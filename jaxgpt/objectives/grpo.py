@@ -122,7 +122,7 @@ class GRPO(Objective):
         """Problems as `group` rows each, with answers drawn and scored.
 
         tokens, targets, weights [B * group, T] as in next-token prediction, weights 1 on answers;
-        drawn [.., T] the log-probabilities they were drawn with; advantage, reward, length [..].
+        drawn [.., T] the log-probabilities they were drawn with; advantage and reward [..].
         """
         lengths = batch["length"].tolist()
         rights = [bytes(row[row != 0]).decode() for row in batch["right"]]
@@ -132,7 +132,7 @@ class GRPO(Objective):
         prompts, rights = (
             [each for each in some for _ in range(self.group)] for some in (prompts, rights)
         )
-        answers, ids, log_ps = answer(trained, prompts, self.tokens, key, self.temperature)
+        answers, ids, log_ps = draw_answers(trained, prompts, self.tokens, key, self.temperature)
         rewards = np.asarray([*map(self._reward, answers, rights)], np.float32)
         groups = rewards.reshape(-1, self.group)
         advantages = groups - groups.mean(1, keepdims=True)
@@ -203,7 +203,7 @@ class GRPO(Objective):
         """The mean reward of greedy answers, to the first 256 problems unless `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
-        answers, _, _ = answer(trained, prompts, self.tokens, jax.random.key(0), 0.0)
+        answers, _, _ = draw_answers(trained, prompts, self.tokens, jax.random.key(0), 0.0)
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
@@ -217,7 +217,7 @@ class GRPO(Objective):
         return "\n".join(lines)
 
 
-def answer(
+def draw_answers(
     trained: Any, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
 ) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
     """To each prompt an answer, None where it does not end, its ids and their log-probabilities."""

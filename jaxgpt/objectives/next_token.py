@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, GPTConfig, logits, output_weights
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
-from jaxgpt.objectives.chunks import Mean, chunked_sum
+from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,7 @@ class NextToken(Objective):
 
         `batch` has tokens, targets, weights [B, T], and may have positions and segments.
         """
-        hidden_BTD = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch.get("positions"),
-            batch.get("segments"),
-            rngs=None if key is None else {"dropout": key},
-            method="hidden",
-        )
+        hidden_BTD = hidden(model, params, batch, key)
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
         def loss(hidden_BtD, w_DV, chunk):
