@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxgpt.sample import generate
+    from jaxgpt.decode import generate
     from jaxgpt.trained import Trained, load
 
 __all__ = ["Trained", "generate", "load"]
@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
     # Imported when first asked for: `import jaxgpt.model` needs no tokenizer or checkpoint library.
     if name not in __all__:
         raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
-    room = "jaxgpt.sample" if name == "generate" else "jaxgpt.trained"
+    room = "jaxgpt.decode" if name == "generate" else "jaxgpt.trained"
     return getattr(import_module(room), name)

@@ -1,13 +1,19 @@
-"""Write from a model with a cache of keys and values: many rows at once, sampled or by beam search.
+"""Write from a model with a cache of keys and values: many rows at once, drawn or by beam search.
 
-Each is one program, compiled once for a shape: the prompts in one pass, then a loop on the device,
-a token of every row a turn, which ends when every row has.
+`start` reads prompts, and `steps` writes on from there, some tokens a call, in one loop on the
+device that ends when every row has. They are pure and compiled once for a shape, and prompts have
+the lengths of powers of two, so that few shapes are met.
 
-    tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, key=key, stops=(eot,))
+    state = start(model, params, prompts_BP, lengths_B, new_B, S)
+    state, written = steps(model, params, state, settings, stops_BE, n)
+    written = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
+
+    tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
     translations = beam_search(model, params, sources, new, width=5, bos=eot, eos=eot)
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +21,155 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.cache import Cache, CacheDtype
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPT, Cache, EncoderDecoder, GPTConfig, empty_cache, logits, output_weights
+from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, logits
+from jaxgpt.sampling import Memory, Sampling, Settings, draw, settings
+
+SHORTEST = 32  # prompts are padded to at least so many tokens
 
 Rows = tuple[Any, Any]  # ids [B, T], padded at the right, and how many there are in each row
+
+
+class State(NamedTuple):
+    """Texts being written, one in each row; all leaves begin with B."""
+
+    cache: Cache
+    token_B: jax.Array
+    """The last token of each, which the cache need not have yet."""
+    position_B: jax.Array
+    """Its position."""
+    left_B: jax.Array
+    """How many tokens may still follow; 0: the row is done."""
+    memory: Memory
+
+
+class Written(NamedTuple):
+    """What `steps` wrote, n tokens a row at most."""
+
+    tokens_Bn: jax.Array
+    """-1 where a row was done."""
+    logprobs_Bn: jax.Array
+    """The model's own, before the settings, and 0 where a row was done."""
+    top_ids_BnA: jax.Array
+    """The likeliest tokens, and their log-probabilities, where they were asked for."""
+    top_logprobs_BnA: jax.Array
+
+
+@partial(jax.jit, static_argnames=("model", "S", "ahead", "dtype"))
+def start(
+    model: GPT,
+    params: Any,
+    prompts_BP: Any,
+    lengths_B: Any,
+    new_B: Any,
+    S: int,
+    source: Rows | None = None,
+    *,
+    ahead: int = 1,
+    dtype: CacheDtype = "same",
+) -> State:
+    """The state in which row b has read the first `lengths_B[b]` tokens of `prompts_BP`.
+
+    `new_B` more may follow each, in a cache of S positions; `source` is what an `EncoderDecoder`
+    reads, `ahead` and `dtype` are those of the cache.
+    """
+    B, P = prompts_BP.shape
+    cache, hidden_BPD = _read(model, params, prompts_BP, lengths_B, S, source, ahead, dtype)
+    del hidden_BPD  # the last token is read again when the next is drawn
+    rows_B1 = jnp.arange(B)[:, None]
+    given_BV = jnp.zeros((B, model.cfg.sizes["V"]), bool)
+    given_BV = given_BV.at[rows_B1, prompts_BP].max(jnp.arange(P)[None] < lengths_B[:, None])
+    return State(
+        cache=cache,
+        token_B=prompts_BP[jnp.arange(B), lengths_B - 1].astype(jnp.int32),
+        position_B=lengths_B - 1,
+        left_B=new_B,
+        memory=Memory(jnp.zeros(given_BV.shape, jnp.int32), given_BV, jnp.zeros(B, jnp.int32)),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "n", "top", "tempered"), donate_argnames=("state",))
+def steps(
+    model: GPT,
+    params: Any,
+    state: State,
+    at: Settings,
+    stops_BE: Any,
+    n: int,
+    *,
+    top: int = 0,
+    tempered: bool = False,
+) -> tuple[State, Written]:
+    """Up to n more tokens of each row that is not done, drawn as `at` says.
+
+    A row is done after one of its stops, which it is written with. `top` of the likeliest tokens
+    are told beside each; log-probabilities are those after the temperature if `tempered`.
+    """
+    B = len(state.token_B)
+    w_VD = params["wte" if model.cfg.tied else "head"]
+
+    def step(carry: Any) -> Any:
+        i, state, out = carry
+        hidden_B1D, cache = _extend(
+            model, params, state.token_B[:, None], state.position_B, state.cache
+        )
+        logits_BV = logits(model.cfg, hidden_B1D, w_VD, "VD")[:, 0]
+        going_B = state.left_B > 0
+        token_B, memory = draw(logits_BV, at, state.memory, state.position_B + 1)
+        if tempered:
+            temperature_B = jnp.where(at.temperature_B > 0, at.temperature_B, 1)
+            logits_BV = logits_BV / temperature_B[:, None]
+        logprobs_BV = jax.nn.log_softmax(logits_BV)
+        logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], 1)[:, 0]
+        top_B = jax.lax.top_k(logprobs_BV, top) if top else ()
+        stopped_B = (token_B[:, None] == stops_BE).any(1)
+        new = jnp.where(going_B, token_B, -1), jnp.where(going_B, logprob_B, 0), *top_B[::-1]
+        out = tuple(all_.at[:, i].set(one) for all_, one in zip(out, new, strict=True))
+        state = State(
+            cache=cache,
+            token_B=jnp.where(going_B, token_B, state.token_B),
+            position_B=state.position_B + going_B,
+            left_B=jnp.where(stopped_B, 0, jnp.maximum(state.left_B - 1, 0)),
+            memory=memory,
+        )
+        return i + 1, state, out
+
+    def goes_on(carry: Any) -> jax.Array:
+        i, state, _ = carry
+        return (i < n) & (state.left_B > 0).any()
+
+    out: tuple[jax.Array, ...] = jnp.full((B, n), -1), jnp.zeros((B, n))
+    if top:
+        out += jnp.zeros((B, n, top), jnp.int32), jnp.zeros((B, n, top))
+    _, state, out = jax.lax.while_loop(goes_on, step, (0, state, out))
+    none = jnp.zeros((B, n, 0), jnp.int32), jnp.zeros((B, n, 0))
+    return state, Written(*out, *(() if top else none))
+
+
+@partial(jax.jit, static_argnames=("model", "new", "S", "tempered", "dtype"))
+def generate(
+    model: GPT,
+    params: Any,
+    prompts_BP: Any,
+    lengths_B: Any,
+    at: Settings,
+    stops_BE: Any,
+    new: int,
+    *,
+    S: int = 0,
+    source: Rows | None = None,
+    tempered: bool = False,
+    dtype: CacheDtype = "same",
+) -> Written:
+    """`start` and then `steps`, up to `new` tokens a row: a pure function, to jit and vmap.
+
+    The cache has S positions; 0: as many as there are tokens at most. Checks nothing.
+    """
+    new_B = jnp.full(len(prompts_BP), new, jnp.int32)
+    S = S or prompts_BP.shape[1] + new
+    state = start(model, params, prompts_BP, lengths_B, new_B, S, source, dtype=dtype)
+    return steps(model, params, state, at, stops_BE, new, tempered=tempered)[1]
 
 
 def decode(
@@ -27,46 +178,81 @@ def decode(
     prompts: Sequence[Sequence[int]],
     new: int,
     *,
-    key: jax.Array,
-    temperature: float = 1.0,
-    top_k: int = 0,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008
     stops: Sequence[int] = (),
     vocabulary: int = 0,
     sources: Sequence[Sequence[int]] | None = None,
+    guides: tuple[np.ndarray, np.ndarray] | None = None,
+    tempered: bool = False,
+    dtype: CacheDtype = "same",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to `new` tokens after each prompt, as `decode_arrays` gives them.
+    """Up to `new` tokens after each prompt: ids and log-probabilities [B, new], lengths [B].
 
-    Prompts are of any lengths, and padded to a power of two, so that not each is compiled anew;
-    `sources` are what an `EncoderDecoder` reads, one for each prompt. Raises InputError for a
-    prompt that is empty, has ids outside the vocabulary, or leaves no room in the context for
-    `new` tokens, and for a setting that cannot be.
+    A row's length counts up to its first stop, with it; the rest of the row is that stop, with
+    log-probability 0. Prompts are of any lengths; one `sampling` is for all, and row b then has
+    the seed `seed + b`. `sources` are what an `EncoderDecoder` reads, one for each prompt. Raises
+    InputError for a prompt that is empty, has ids outside the vocabulary, or leaves no room in the
+    context for `new` tokens, and for a setting that cannot be.
     """
     cfg = model.cfg
+    vocabulary = vocabulary or cfg.V
     if not 1 <= new < cfg.T:
         raise InputError(f"new={new} in a context of {cfg.T}; set it to 1 to {cfg.T - 1}")
-    if top_k < 0:
-        raise InputError(f"top_k={top_k}; set it to 0 or more")
-    if not (np.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature={temperature}; set it to 0 or more")
-    if not 0 <= vocabulary <= cfg.V:
+    if vocabulary > cfg.V:
         raise InputError(
             f"vocabulary={vocabulary} of a model of {cfg.V}; set it to {cfg.V} at most"
         )
-    prompt = padded(prompts, cfg, cfg.T - new, f"a prompt, with {new} new tokens after it,")
+    prompts_BP, lengths_B = padded(
+        prompts, cfg, cfg.T - new, f"a prompt, with {new} new tokens after it,"
+    )
     if (sources is not None) != isinstance(model, EncoderDecoder):
         raise InputError(f"{type(model).__name__} {'takes no' if sources else 'needs'} sources")
     if sources is not None and len(sources) != len(prompts):
         raise InputError(f"{len(sources)} sources for {len(prompts)} prompts; give one for each")
     source = None if sources is None else padded(sources, cfg, cfg.T, "a source")
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "stops": stops}
-    settings |= {"vocabulary": vocabulary, "source": source}
-    tokens_Bn, logprobs_Bn, lengths_B = jax.device_get(
-        decode_arrays(model, params, *prompt, new, key=key, **settings)
+    B = len(prompts)
+    if isinstance(sampling, Sampling):
+        sampling = [replace(sampling, seed=(sampling.seed + row) % 2**63) for row in range(B)]
+    at = settings(sampling, vocabulary, cfg.sizes["V"], guides)
+    S = positions(prompts_BP.shape[1] + new, cfg)
+    written = generate(
+        model,
+        params,
+        prompts_BP,
+        lengths_B,
+        at,
+        stops_of([stops] * B),
+        new,
+        S=S,
+        source=source,
+        tempered=tempered,
+        dtype=dtype,
     )
-    return tokens_Bn, logprobs_Bn, lengths_B
+    tokens_Bn, logprobs_Bn = jax.device_get((written.tokens_Bn, written.logprobs_Bn))
+    lengths_B = (tokens_Bn >= 0).sum(1).astype(np.int32)
+    last_B1 = tokens_Bn[np.arange(B), lengths_B - 1][:, None]
+    return np.where(tokens_Bn < 0, last_B1, tokens_Bn), logprobs_Bn, lengths_B
 
 
-def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str) -> Rows:
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is not below the number, nor below `least`."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def positions(wanted: int, cfg: GPTConfig) -> int:
+    """Of how many positions to make a cache: a power of two, and the context at most."""
+    return min(power_of_two(wanted, 2 * SHORTEST), cfg.T)
+
+
+def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
+    """Each row's stops, int32 [B, E], E a power of two; -1 where there are fewer."""
+    most = power_of_two(max(map(len, stops), default=1) or 1)
+    return np.asarray([[*row, *[-1] * (most - len(row))] for row in stops], np.int32)
+
+
+def padded(
+    lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str, least: int = SHORTEST
+) -> Rows:
     """Lists of ids as one int32 array, 0 at their right, as long as a power of two or `most`.
 
     Raises InputError for none, and for a list that is empty, is longer, or has other ids.
@@ -82,104 +268,12 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
             f"row {lengths.argmax()} has {longest} tokens, and {what} has to fit the context of "
             f"{cfg.T}; give at most {most}"
         )
-    ids_BT = np.zeros((len(lists), min(1 << (longest - 1).bit_length(), most)), np.int32)
+    ids_BT = np.zeros((len(lists), min(power_of_two(longest, least), most)), np.int32)
     for number, ids in enumerate(map(np.asarray, lists)):
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= cfg.V:
             raise InputError(f"row {number} has ids outside the vocabulary of {cfg.V}")
         ids_BT[number, : len(ids)] = ids
     return ids_BT, lengths
-
-
-def decode_arrays(
-    model: GPT,
-    params: Any,
-    prompts_BP: jax.Array,
-    lengths_B: jax.Array,
-    new: int,
-    *,
-    key: jax.Array,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    stops: Sequence[int] = (),
-    vocabulary: int = 0,
-    source: Rows | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens int32 and their log-probabilities float32, both [B, new], and lengths int32 [B].
-
-    Row b goes on from the first `lengths_B[b]` tokens of `prompts_BP`. A token is drawn from
-    softmax(logits / temperature), among the `top_k` likeliest where that is not 0; temperature 0
-    takes the likeliest, as its log-probability counts that of temperature 1. Ids from
-    `vocabulary` on, where that is not 0, are never drawn; the log-probability is the model's own,
-    among all ids and before `top_k`. A row's length counts up to its first stop, which fills the
-    rest of it with log-probability 0. May be called within a jitted function; checks nothing.
-    """
-    return _decode(
-        model,
-        new,
-        min(top_k, model.cfg.V),
-        temperature == 0,
-        tuple(stops),
-        params,
-        prompts_BP,
-        lengths_B,
-        np.float32(temperature or 1.0),
-        np.int32(vocabulary or model.cfg.V),
-        key,
-        source,
-    )
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _decode(
-    model, new, top_k, greedy, stops, params, prompts_BP, lengths_B, temperature, real, key, source
-):
-    P = prompts_BP.shape[1]
-    start_B = lengths_B
-
-    def draw(i, hidden_BD, out):
-        tokens_Bn, logprobs_Bn, lengths_B = out
-        logits_BV = _logits(model, params, hidden_BD) / temperature
-        logprobs_BV = jax.nn.log_softmax(logits_BV)
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] < real, logits_BV, -jnp.inf)
-        if top_k:
-            smallest_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-        if greedy:
-            token_B = logits_BV.argmax(-1)
-        else:
-            token_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV)
-        logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], 1)[:, 0]
-        stopped_B = jnp.isin(token_B, jnp.asarray(stops, jnp.int32))
-        return (
-            tokens_Bn.at[:, i].set(token_B.astype(jnp.int32)),
-            logprobs_Bn.at[:, i].set(logprob_B),
-            jnp.where(stopped_B & (i < lengths_B), i + 1, lengths_B),
-        )
-
-    def goes_on(state):
-        i, _, (_, _, lengths_B) = state
-        return (i < new) & (i < lengths_B).any()
-
-    def step(state):
-        i, cache, out = state
-        last_B1 = jax.lax.dynamic_slice_in_dim(out[0], i - 1, 1, axis=1)
-        positions_B1 = (start_B + i - 1)[:, None]
-        hidden_B1D, cache = _extend(model, params, last_B1, positions_B1, cache, P + i - 1)
-        return i + 1, cache, draw(i, hidden_B1D[:, 0], out)
-
-    hidden_BD, cache = _prefill(model, params, prompts_BP, lengths_B, P + new - 1, source)
-    B = len(prompts_BP)
-    empty = jnp.zeros((B, new), jnp.int32), jnp.zeros((B, new)), jnp.full(B, new)
-    _, _, (tokens_Bn, logprobs_Bn, lengths_B) = jax.lax.while_loop(
-        goes_on, step, (1, cache, draw(0, hidden_BD, empty))
-    )
-    written_Bn = jnp.arange(new)[None] < lengths_B[:, None]
-    stop_B1 = jnp.take_along_axis(tokens_Bn, lengths_B[:, None] - 1, 1)
-    return (
-        jnp.where(written_Bn, tokens_Bn, stop_B1),
-        jnp.where(written_Bn, logprobs_Bn, 0),
-        lengths_B,
-    )
 
 
 def beam_search(
@@ -240,11 +334,11 @@ class Beams(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
-    B = len(source[0])
+    B, w_VD = len(source[0]), params["wte" if model.cfg.tied else "head"]
 
     def choose(i, hidden_RD, beams):
         """The beams with one more token, and which row of B W each goes on from."""
-        logits_RV = _logits(model, params, hidden_RD)
+        logits_RV = logits(model.cfg, hidden_RD[:, None], w_VD, "VD")[:, 0]
         V = logits_RV.shape[1]
         logits_RV = jnp.where(jnp.arange(V)[None] < real, logits_RV, -jnp.inf)
         scores_BWV = beams.scores_BW[..., None] + jax.nn.log_softmax(logits_RV).reshape(B, W, V)
@@ -280,15 +374,15 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
     def step(state):
         i, cache, beams = state
         last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWn, i - 1, 2, keepdims=False)
-        positions_R1 = jnp.full((B * W, 1), i)
         hidden_R1D, cache = _extend(
-            model, params, last_BW.reshape(B * W, 1), positions_R1, cache, i
+            model, params, last_BW.reshape(B * W, 1), jnp.full(B * W, i), cache
         )
         beams, from_R = choose(i, hidden_R1D[:, 0], beams)
         return i + 1, _reordered(cache, from_R), beams
 
     prompts_B1, one_B = jnp.full((B, 1), bos), jnp.ones(B, jnp.int32)
-    hidden_BD, cache = _prefill(model, params, prompts_B1, one_B, new, source)
+    cache, hidden_B1D = _read(model, params, prompts_B1, one_B, new, source)
+    hidden_BD = hidden_B1D[:, 0]
     hidden_RD, cache = jax.tree.map(partial(jnp.repeat, repeats=W, axis=0), (hidden_BD, cache))
     beams = Beams(
         jnp.zeros((B, W, new), jnp.int32),
@@ -313,26 +407,28 @@ def _reordered(cache: Cache, from_R: jax.Array) -> Cache:
     return cache._replace(layers={name: one(layer) for name, layer in cache.layers.items()})
 
 
-def _prefill(model, params, prompts_BP, lengths_B, S, source):
-    """The hidden state [B, D] of each prompt's last token, and a cache of S slots with them all."""
-    B, P = prompts_BP.shape
-    positions_BP = jnp.arange(P)[None]
-    positions_BP = jnp.where(positions_BP < lengths_B[:, None], positions_BP, -1)
-    cache, memory_BSD = empty_cache(model, B, max(S, P)), None
+def _read(
+    model: GPT,
+    params: Any,
+    prompts_BP: Any,
+    lengths_B: Any,
+    S: int,
+    source: Rows | None,
+    ahead: int = 1,
+    dtype: CacheDtype = "same",
+) -> tuple[Cache, jax.Array]:
+    """A cache of S positions with the prompts in it, and their hidden states [B, P, D]."""
+    B = len(prompts_BP)
+    cache, memory_BSD = empty_cache(model, B, S, ahead, dtype), None
     if source is not None:
         ids_BS, source_lengths_B = source
         is_BS = jnp.arange(ids_BS.shape[1])[None] < source_lengths_B[:, None]
         memory_BSD = model.apply({"params": params}, ids_BS, None, is_BS, method="encode")
         cache = cache._replace(source_BS=is_BS)
-    hidden_BPD, cache = _extend(model, params, prompts_BP, positions_BP, cache, 0, memory_BSD)
-    last_B11 = (lengths_B - 1)[:, None, None]
-    return jnp.take_along_axis(hidden_BPD, last_B11, 1)[:, 0], cache
+    first_B = jnp.zeros(B, jnp.int32)
+    hidden_BPD, cache = _extend(model, params, prompts_BP, first_B, cache, lengths_B, memory_BSD)
+    return cache, hidden_BPD
 
 
 def _extend(model, params, *args):
     return model.apply({"params": params}, *args, method="extend")
-
-
-def _logits(model, params, hidden_BD):
-    hidden_B1D = hidden_BD[:, None]
-    return logits(model.cfg, hidden_B1D, output_weights(model.cfg, params))[:, 0]

@@ -30,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxgpt import cache
 from jaxgpt.attention import attend, attention, choose
+from jaxgpt.cache import Cache
 from jaxgpt.errors import InputError
 from jaxgpt.parallel import constrain
 
@@ -403,10 +405,10 @@ class Context(NamedTuple):
     """Tables of cosines and sines, "global" and "local"."""
     segments_BT: jax.Array | None = None
     """Tokens see only those of their own segment."""
-    slot: Any = None
-    """Decoding: where in the cache the tokens go."""
-    distance_BTS: jax.Array | None = None
-    """Decoding: how many positions before each token a slot of the cache is; negative: unseen."""
+    start_B: Any = None
+    """Decoding: the position of the first of these tokens in each row."""
+    lengths_B: jax.Array | None = None
+    """Decoding, where nothing is cached yet: how many of these tokens there are in each row."""
     memory_BSD: jax.Array | None = None
     """What the encoder says of a source."""
     seen_BTS: jax.Array | None = None
@@ -430,7 +432,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """The residual stream after the layer, and what decoding keeps for the tokens to come.
 
-        Kept are the layer's keys and values, `k` and `v` in the slots of the cache, and those of
+        Kept are the layer's keys and values, `k` and `v` in the cache's slots, and those of
         the source, `cross_k` and `cross_v`, which the first tokens bring; in training, None.
         """
         cfg = self.cfg
@@ -458,12 +460,11 @@ class Block(nn.Module):
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
         if kept is not None:
-            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2)
-            k_BKSH, v_BKSH = put(kept["k"], by_head(k_BTKH)), put(kept["v"], by_head(v_BTKH))
-            kept = {**kept, "k": k_BKSH, "v": v_BKSH}
-        if context.distance_BTS is not None:
-            seen_BTS = (context.distance_BTS >= 0) & (context.distance_BTS < (self.window or cfg.T))
-            out_BTNH = attend(q_BTNH, by_head(kept["k"]), by_head(kept["v"]), seen_BTS)
+            kept = cache.write(kept, k_BTKH, v_BTKH, context.start_B, context.lengths_B)
+        if kept is not None and context.lengths_B is None:
+            T, S = q_BTNH.shape[1], kept["k"].shape[2]
+            seen_BTS = cache.seen(context.start_B, T, S, self.window)
+            out_BTNH = attend(q_BTNH, *cache.read(kept), seen_BTS)
         else:
             out_BTNH = attention(
                 q_BTNH,
@@ -547,28 +548,22 @@ def _scanned(cfg: GPTConfig, compute: ComputeConfig, causal: bool = True) -> Any
     return scan(cfg, compute, cfg.windows()[0] if causal else 0, causal)
 
 
-class Cache(NamedTuple):
-    """What decoding keeps of the tokens so far, in S slots a row; all leaves begin with B."""
+def empty_cache(
+    model: "GPT", B: int, S: int, ahead: int = 1, dtype: cache.CacheDtype = "same"
+) -> Cache:
+    """A cache for B rows of S positions each; InputError for layers that are scanned.
 
-    positions_BS: jax.Array
-    """The position of the token in each slot; -1: there is none."""
-    layers: dict[str, dict[str, jax.Array]]
-    """Of each layer the keys and values, `k` and `v` [B, K, S, H], and those of the source."""
-    source_BS: jax.Array | None = None
-    """Which tokens of the source there are, where there is one."""
-
-
-def empty_cache(model: "GPT", B: int, S: int) -> Cache:
-    """A cache for B rows of S tokens each; InputError for layers that are scanned."""
+    `ahead` is the most tokens that come at once after the first; `dtype` "int8" holds keys and
+    values in a byte each, with a scale for every position and head.
+    """
     cfg, compute = model.cfg, model.compute
     if compute.layers == "scan":
         raise InputError(
             "compute.layers=scan cannot decode; set compute.layers=unrolled, and model.unstack "
             "the parameters"
         )
-    zeros = jnp.zeros((B, cfg.sizes["K"], S, cfg.sizes["H"]), compute.dtype)
-    layers = {str(layer): {"k": zeros, "v": zeros} for layer in range(cfg.L)}
-    return Cache(jnp.full((B, S), -1), layers)
+    of = jnp.int8 if dtype == "int8" else jnp.dtype(compute.dtype)
+    return Cache(cache.empty(cfg.windows(), B, cfg.sizes["K"], S, cfg.sizes["H"], of, ahead=ahead))
 
 
 class GPT(nn.Module):
@@ -608,31 +603,23 @@ class GPT(nn.Module):
     def extend(
         self,
         tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        cache: Cache,
-        slot: Any,
+        start_B: jax.Array,
+        kept: Cache,
+        lengths_B: jax.Array | None = None,
         memory_BSD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """`hidden` of tokens that follow those in the cache, [B, T, D], and the cache with them.
 
-        They take the slots from `slot` on, in every row the same; a token with position -1 is
-        padding, which no other sees. With `slot` the Python number 0 the cache is taken as empty:
-        such tokens have positions from 0 on, and padding after them. `memory_BSD`, with the first
-        tokens, is what `encode` gave.
+        In row b they are at the positions from `start_B[b]` on. Where the cache is empty,
+        `start_B` is 0 and `lengths_B` says how many of a row's tokens are no padding; with them
+        comes `memory_BSD`, what `encode` gave.
         """
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-        slots_BS = put(cache.positions_BS, positions_BT)
-        distance_BTS = None
-        if not (isinstance(slot, int) and slot == 0):
-            distance_BTS = positions_BT[:, :, None] - slots_BS[:, None]
-            distance_BTS = jnp.where(slots_BS[:, None] < 0, -1, distance_BTS)
-        seen_BTS = None if cache.source_BS is None else cache.source_BS[:, None]
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+        seen_BTS = None if kept.source_BS is None else kept.source_BS[:, None]
         x_BTD, rotary = self._embed(tokens_BT, positions_BT)
-        context = Context(rotary, None, slot, distance_BTS, memory_BSD, seen_BTS)
-        x_BTD, layers = self.blocks(x_BTD, context, cache.layers)
-        return constrain(self.norm(x_BTD), "BTD"), cache._replace(
-            positions_BS=slots_BS, layers=layers
-        )
+        context = Context(rotary, None, start_B, lengths_B, memory_BSD, seen_BTS)
+        x_BTD, layers = self.blocks(x_BTD, context, kept.layers)
+        return constrain(self.norm(x_BTD), "BTD"), kept._replace(layers=layers)
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> tuple[jax.Array, Any]:
         """The residual stream before the first layer, and the tables of rotary positions."""
@@ -667,8 +654,7 @@ class GPT(nn.Module):
         return self._logits(self.hidden(tokens_BT, positions_BT, segments_BT))
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        w_VD = self.wte if self.cfg.tied else self.head
-        return logits(self.cfg, hidden_BTD, w_VD.T)
+        return logits(self.cfg, hidden_BTD, self.wte if self.cfg.tied else self.head, "VD")
 
 
 class EncoderDecoder(GPT):
@@ -726,9 +712,11 @@ class EncoderDecoder(GPT):
         return self._logits(self.hidden(tokens_BT, *rest))
 
 
-def logits(cfg: GPTConfig, hidden_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
+def logits(
+    cfg: GPTConfig, hidden_BTD: jax.Array, w: jax.Array, letters: Literal["DV", "VD"] = "DV"
+) -> jax.Array:
     """The output layer: float32 logits [B, T, V padded], soft-capped; padding is -inf."""
-    logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, w_DV, hidden_BTD.dtype)
+    logits_BTV = matmul(f"BTD,{letters}->BTV", hidden_BTD, w, hidden_BTD.dtype)
     logits_BTV = constrain(logits_BTV, "BTV")
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)

@@ -1,8 +1,8 @@
 """A trained model, from its files alone: config, parameters, tokenizer."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ import numpy as np
 from jaxgpt import checkpoint, pretrained
 from jaxgpt.chat import Messages, choose, render
 from jaxgpt.config import Config, from_dict
-from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.parallel import Layout
-from jaxgpt.sample import generate
+from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, split
+from jaxgpt.writing import write
 
 
 class Trained(NamedTuple):
@@ -38,63 +38,106 @@ class Trained(NamedTuple):
         compute = replace(compute, attention="plain")
         return self.config.objective.build(self.config.model, compute)
 
-    def __call__(
+    def __call__(self, prompt: str = "", tokens: int = 200, **settings: Any) -> str:
+        """The prompt and what is written on from it: what `stream` gives, in one."""
+        return prompt + "".join(self.stream(prompt, tokens, **settings))
+
+    def stream(
         self,
-        prompt: str,
+        prompt: str = "",
         tokens: int = 200,
         *,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        seed: int = 0,
-    ) -> str:
-        """The prompt and `tokens` sampled tokens after it; see `jaxgpt.generate`."""
-        text = self.tokenizer.encode(prompt)
-        # As documents begin, so does a prompt.
-        ids = [*self.tokenizer.prefix, *text] or [self.tokenizer.eot]
-        new = generate(
-            self.model,
-            self.params,
-            ids,
-            tokens,
-            key=jax.random.key(seed),
-            temperature=temperature,
-            top_k=top_k,
-            vocabulary=self.tokenizer.vocab_size,
-        )
-        # Decoded as one: what a token stands for may depend on whether one is before it.
-        before = len(self.tokenizer.decode(text))
-        return prompt + self.tokenizer.decode([*text, *new.tolist()])[before:]
+        stop: str | Sequence[str] = (),
+        choices: Sequence[str] = (),
+        regex: str = "",
+        schema: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """What follows a prompt, up to so many tokens, in pieces as it is written.
 
-    def chat(
+        It ends where the model ends the text, or before a `stop`. `choices`, `regex` or `schema`
+        (JSON) say what it may be. The rest are the fields of `Sampling`; the temperature is 0.8
+        unless given. As documents begin, so does a prompt. Raises InputError for a prompt longer
+        than the context, and for a setting that cannot be.
+        """
+        text = self.tokenizer.encode(prompt)
+        ids = [*self.tokenizer.prefix, *text] or [self.tokenizer.eot]
+        ends = [self.tokenizer.eot, self.tokenizer.eos]
+        guide = self._guide(ends, choices, regex, schema)
+        yield from self._write(ids, tokens, stop, ends, guide, settings, before=text)
+
+    def chat(self, messages: Messages, tokens: int = 200, **settings: Any) -> str:
+        """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
+        return "".join(self.stream_chat(messages, tokens, **settings))
+
+    def stream_chat(
         self,
         messages: Messages,
         tokens: int = 200,
         *,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        seed: int = 0,
-    ) -> str:
-        """The assistant's answer, of at most so many tokens, to a conversation.
+        stop: str | Sequence[str] = (),
+        choices: Sequence[str] = (),
+        regex: str = "",
+        schema: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """The assistant's answer, of at most so many tokens, in pieces; else as `stream`.
 
         `messages` are mappings of `role` and `content`, the last one the user's. Raises InputError
         for a conversation that cannot be, and a tokenizer without a chat format.
         """
         template = choose(self.tokenizer)
-        stops = template.stops(self.tokenizer)
-        prompt = render(template, self.tokenizer, messages, open=True).tokens
-        new, _, lengths = decode(
+        ends = template.stops(self.tokenizer)
+        ids = render(template, self.tokenizer, messages, open=True).tokens
+        guide = self._guide(ends, choices, regex, schema)
+        yield from self._write(ids, tokens, stop, ends, guide, settings)
+
+    def _write(
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        stop: str | Sequence[str],
+        ends: Sequence[int],
+        guide: Any,
+        settings: dict[str, Any],
+        before: Sequence[int] | None = None,
+    ) -> Iterator[str]:
+        known = {field.name for field in fields(Sampling)}
+        if wrong := settings.keys() - known:
+            raise InputError(
+                f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
+            )
+        return write(
             self.model,
             self.params,
-            [prompt],
+            self.tokenizer,
+            ids,
             tokens,
-            key=jax.random.key(seed),
-            temperature=temperature,
-            top_k=top_k,
-            stops=tuple(stops),
-            vocabulary=self.tokenizer.vocab_size,
+            Sampling(**{"temperature": 0.8, **settings}),
+            stops=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_ids=tuple(dict.fromkeys(ends)),
+            guide=guide,
+            before=before,
         )
-        said = np.asarray(new)[0, : int(lengths[0])].tolist()
-        return self.tokenizer.decode(said[:-1] if said[-1] in stops else said)
+
+    def _guide(
+        self,
+        ends: Sequence[int],
+        choices: Sequence[str],
+        regex: str,
+        schema: Mapping[str, Any] | None,
+    ) -> Any:
+        from jaxgpt import guide
+
+        asked = {"choices": choices, "regex": regex, "schema": schema}
+        given = [name for name, value in asked.items() if value]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} at once; give one")
+        if choices:
+            return guide.choices(self.tokenizer, choices, ends=ends)
+        if regex:
+            return guide.regex(self.tokenizer, regex, ends=ends)
+        return guide.json_schema(self.tokenizer, dict(schema), ends=ends) if schema else None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.decode import beam_search, decode, decode_arrays
+from jaxgpt.decode import beam_search, decode, generate, stops_of
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.sampling import Sampling, settings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 GPT2 = GPTConfig(L=2, D=16, N=4, T=24, V=50, tied=False)
@@ -37,6 +38,7 @@ MODERN = GPTConfig(
 )
 CONFIGS = {"learned": GPT2, "rotary, grouped, windows": MODERN}
 KEY = jax.random.key(0)
+GREEDY = Sampling(temperature=0)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (5, 1, 9, 8)]
 
@@ -52,7 +54,7 @@ def random_params(gpt):
 
 @cache
 def forward(gpt, method="__call__"):
-    apply = jax.jit(partial(gpt.apply, method=method), static_argnames="slot")
+    apply = jax.jit(partial(gpt.apply, method=method))
     return partial(apply, {"params": random_params(gpt)})
 
 
@@ -81,7 +83,7 @@ def greedy(gpt, tokens, new, stop, source=None):
 def test_cached_decoding_of_ragged_prompts_equals_full_forward_passes(cfg):
     gpt = cfg.build(PLAIN)
     params = random_params(gpt)
-    tokens, logprobs, lengths = decode(gpt, params, PROMPTS, 15, key=KEY, temperature=0)
+    tokens, logprobs, lengths = decode(gpt, params, PROMPTS, 15, sampling=GREEDY)
     assert tokens.dtype == lengths.dtype == np.int32
     assert logprobs.dtype == np.float32
     assert lengths.tolist() == [15] * 4
@@ -97,44 +99,65 @@ def test_several_tokens_at_once_extend_a_cache_as_one_by_one(cfg):
     gpt = cfg.build(PLAIN)
     tokens = RNG.integers(0, 50, (2, 12))
     exact = forward(gpt, "hidden")(tokens)
-    kept = model.empty_cache(gpt, 2, 20)
-    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
-    for start, stop in ((0, 5), (5, 9)):
-        rows = tokens[:, start:stop], positions[:, start:stop]
-        hidden, kept = forward(gpt, "extend")(*rows, kept, slot=start)
-        np.testing.assert_allclose(hidden, exact[:, start:stop], atol=1e-5)
+    rows = np.arange(2)
+    kept = model.empty_cache(gpt, 2, 20, ahead=4)
+    # The second row has one token less in the cache, and is one behind from there on.
+    lengths = np.array([5, 4], np.int32)
+    _, kept = forward(gpt, "extend")(tokens[:, :5], np.zeros(2, np.int32), kept, lengths)
+    for start in (lengths, lengths + 4):
+        columns = start[:, None] + np.arange(4)
+        columns = np.minimum(columns, 11)
+        hidden, kept = forward(gpt, "extend")(tokens[rows[:, None], columns], start, kept)
+        for row in rows:
+            n = min(4, 12 - start[row])
+            np.testing.assert_allclose(
+                hidden[row, :n], exact[row, start[row] : start[row] + n], atol=1e-5
+            )
 
 
 def test_tokens_are_drawn_from_the_softmax_among_the_top_k():
     gpt = replace(GPT2, V=6).build(PLAIN)
     prompts = [[3, 1, 4]] * 3000
-    settings = {"key": KEY, "temperature": 2.0, "top_k": 3, "vocabulary": 5}
-    tokens, logprobs, _ = decode(gpt, random_params(gpt), prompts, 1, **settings)
-    logits = logprobs_after(gpt, prompts[0])[:6]
-    p = np.exp(logits / 2) / np.exp(logits / 2).sum()
-    kept = np.where(p[:5] >= np.sort(p[:5])[-3], p[:5], 0)
-    shares = np.bincount(tokens[:, 0], minlength=5) / 3000
-    np.testing.assert_allclose(shares, kept / kept.sum(), atol=0.03)
-    assert (shares[kept == 0] == 0).all()
-    np.testing.assert_allclose(logprobs[:, 0], np.log(p)[tokens[:, 0]], atol=1e-5)
+    sampling = Sampling(temperature=2.0, top_k=3)
+    for tempered in (False, True):
+        tokens, logprobs, _ = decode(
+            gpt,
+            random_params(gpt),
+            prompts,
+            1,
+            sampling=sampling,
+            vocabulary=5,
+            tempered=tempered,
+        )
+        logits = logprobs_after(gpt, prompts[0])[:6]
+        p = np.exp(logits / 2) / np.exp(logits / 2).sum()
+        kept = np.where(p[:5] >= np.sort(p[:5])[-3], p[:5], 0)
+        shares = np.bincount(tokens[:, 0], minlength=5) / 3000
+        np.testing.assert_allclose(shares, kept / kept.sum(), atol=0.03)
+        assert (shares[kept == 0] == 0).all()
+        exact = np.log(p) if tempered else logits
+        np.testing.assert_allclose(logprobs[:, 0], exact[tokens[:, 0]], atol=1e-5)
 
 
-def test_a_key_decides_the_text():
+def test_a_seed_decides_the_text_of_its_row_whatever_is_written_beside_it():
     gpt = GPT2.build(PLAIN)
     one, again, other = (
-        decode(gpt, random_params(gpt), PROMPTS, 9, key=jax.random.key(seed))[0].tolist()
-        for seed in (0, 0, 1)
+        decode(gpt, random_params(gpt), PROMPTS, 9, sampling=Sampling(seed=seed))[0].tolist()
+        for seed in (0, 0, 7)
     )
     assert one == again != other
+    for row, prompt in enumerate(PROMPTS):
+        alone, *_ = decode(gpt, random_params(gpt), [prompt], 9, sampling=Sampling(seed=row))
+        assert alone[0].tolist() == one[row]
 
 
 def test_a_row_ends_at_its_first_stop_which_fills_the_rest():
     gpt = GPT2.build(PLAIN)
     params = random_params(gpt)
-    whole, logprobs, _ = decode(gpt, params, PROMPTS, 12, key=KEY, temperature=0)
+    whole, logprobs, _ = decode(gpt, params, PROMPTS, 12, sampling=GREEDY)
     stops = whole[0, 3], whole[2, 9]
     tokens, its_logprobs, lengths = decode(
-        gpt, params, PROMPTS, 12, key=KEY, temperature=0, stops=stops
+        gpt, params, PROMPTS, 12, sampling=GREEDY, stops=stops
     )
     for row, length in enumerate(lengths):
         ends = np.flatnonzero(np.isin(whole[row], stops))
@@ -151,22 +174,25 @@ def test_decoding_is_compiled_once_for_parameters_that_change():
     traces = []
 
     @jax.jit
-    def sample(params, prompts, lengths, key):
+    def sample(params, prompts, lengths, at):
         traces.append(1)
-        return decode_arrays(gpt, params, prompts, lengths, 4, key=key, stops=(7,))
+        return generate(gpt, params, prompts, lengths, at, stops_of([[7]] * 2), 4)
 
     for step in range(3):
         params = jax.tree.map(lambda x, step=step: x + 0.01 * step, random_params(gpt))
-        tokens, _, _ = sample(params, np.ones((2, 4), np.int32), np.array([4, 2]), KEY)
-        alone = decode(gpt, params, [[1] * 4, [1] * 2], 4, key=KEY, stops=(7,))[0]
-        np.testing.assert_array_equal(tokens, alone)
+        at = settings([Sampling(seed=3), Sampling(seed=4)], 50, 128)
+        written = sample(params, np.ones((2, 4), np.int32), np.array([4, 2]), at)
+        prompts = [[1] * 4, [1] * 2]
+        alone = decode(gpt, params, prompts, 4, sampling=Sampling(seed=3), stops=(7,))[0]
+        tokens = np.asarray(written.tokens_Bn)
+        np.testing.assert_array_equal(tokens[tokens >= 0], alone[tokens >= 0])
     assert len(traces) == 1
 
 
 def test_scanned_layers_are_refused_with_what_to_set():
     gpt = GPT2.build(replace(PLAIN, layers="scan"))
     with pytest.raises(InputError, match="set compute.layers=unrolled"):
-        decode(gpt, random_params(GPT2.build(PLAIN)), PROMPTS, 3, key=KEY)
+        decode(gpt, random_params(GPT2.build(PLAIN)), PROMPTS, 3)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +206,9 @@ def test_scanned_layers_are_refused_with_what_to_set():
         ({"prompts": [[1], [1] * 22]}, "row 1 has 22 tokens.*3 new.*context of 24.*at most 21"),
         ({"new": 0}, "new=0"),
         ({"new": 24}, "new=24 in a context of 24; set it to 1 to 23"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
+        ({"sampling": Sampling(temperature=-1.0)}, "temperature=-1.0"),
+        ({"sampling": Sampling(temperature=math.nan)}, "temperature=nan"),
         ({"vocabulary": 51}, "vocabulary=51"),
         ({"sources": [[1]] * 4}, "GPT takes no sources"),
     ],
@@ -190,7 +216,7 @@ def test_scanned_layers_are_refused_with_what_to_set():
 )
 def test_impossible_requests_are_refused(change, says):
     gpt = GPT2.build(PLAIN)
-    settings = {"prompts": PROMPTS, "new": 3, "key": KEY} | change
+    settings = {"prompts": PROMPTS, "new": 3} | change
     with pytest.raises(InputError, match=says):
         decode(gpt, None, **settings)
 
@@ -235,8 +261,8 @@ def test_a_beam_wide_enough_finds_the_best_of_all_targets():
 def test_a_beam_of_width_one_is_greedy(cfg):
     gpt = translator(cfg)
     found = search(gpt, SOURCES, 7, 1)
-    prompts, settings = [[BOS]] * 4, {"key": KEY, "temperature": 0, "stops": (EOS,)}
-    tokens, _, lengths = decode(gpt, random_params(gpt), prompts, 7, sources=SOURCES, **settings)
+    prompts, rest = [[BOS]] * 4, {"sampling": GREEDY, "stops": (EOS,)}
+    tokens, _, lengths = decode(gpt, random_params(gpt), prompts, 7, sources=SOURCES, **rest)
     for source, ids, row, length in zip(SOURCES, found, tokens, lengths, strict=True):
         exact = greedy(gpt, [BOS], 7, EOS, source)
         assert row[:length].tolist() == exact
@@ -281,4 +307,4 @@ def test_impossible_searches_are_refused(change, says):
 
 def test_an_encoder_decoder_cannot_write_without_a_source():
     with pytest.raises(InputError, match="EncoderDecoder needs sources"):
-        decode(translator(), None, [[BOS]], 3, key=KEY)
+        decode(translator(), None, [[BOS]], 3)

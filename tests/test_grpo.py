@@ -190,9 +190,9 @@ def test_answers_are_scored_and_compared_within_their_group(monkeypatch):
     log_ps = RNG.uniform(-3, 0, (6, 4)).astype(np.float32)
     batch = problems(objective, tokenizer, 64, record("6*7", "42"), record("π", "7"))
 
-    def decode(model, params, prompts, tokens, *, key, temperature, stops, vocabulary):
-        assert (model, params, tokens, temperature) == ("model", "params", 4, 0.5)
-        assert end in stops and vocabulary == tokenizer.vocab_size
+    def decode(model, params, prompts, tokens, *, sampling, stops, vocabulary, tempered):
+        assert (model, params, tokens, tempered) == ("model", "params", 4, True)
+        assert sampling.temperature == 0.5 and end in stops and vocabulary == tokenizer.vocab_size
         for row, prompt in enumerate(prompts):
             asked = [{"role": "user", "content": "π" if row > 2 else "6*7"}]
             assert prompt == chat.render(chat.ChatML(), tokenizer, asked, open=True).tokens

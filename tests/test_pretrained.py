@@ -11,10 +11,11 @@ import pytest
 
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
+from jaxgpt.decode import decode
 from jaxgpt.model import ComputeConfig, GPTConfig, RopeScaling, count, init
 from jaxgpt.model import letters as letters_of
 from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
-from jaxgpt.sample import generate
+from jaxgpt.sampling import Sampling
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 T = 80
@@ -180,10 +181,9 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     expected = model.generate(
         torch.tensor(prompt[None]), max_new_tokens=64, do_sample=False, eos_token_id=None
     )
-    ours = generate(
-        found.cfg.build(PLAIN), found.params(), prompt, 64, key=jax.random.key(0), temperature=0
-    )
-    assert ours.tolist() == expected[0, 7:].tolist()
+    greedy = Sampling(temperature=0)
+    ours, *_ = decode(found.cfg.build(PLAIN), found.params(), [prompt], 64, sampling=greedy)
+    assert ours[0].tolist() == expected[0, 7:].tolist()
 
 
 def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):

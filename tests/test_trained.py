@@ -15,9 +15,11 @@ import pytest
 
 import jaxgpt
 from jaxgpt import checkpoint, parallel, pretrained
+from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf
 from jaxgpt.model import ComputeConfig, GPTConfig, init
+from jaxgpt.sampling import Sampling
 from jaxgpt.telemetry import read_metrics
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
@@ -97,10 +99,9 @@ def test_a_folder_is_loaded_and_writes(folder):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(folder):
     gpt = jaxgpt.load(folder)
-    new = jaxgpt.generate(
-        gpt.model, gpt.params, [1], 400, key=jax.random.key(0), temperature=9.0, vocabulary=257
-    )
-    free = jaxgpt.generate(gpt.model, gpt.params, [1], 400, key=jax.random.key(0), temperature=9.0)
+    hot, prompts = Sampling(temperature=9.0), [[1]] * 40
+    new, *_ = decode(gpt.model, gpt.params, prompts, 10, sampling=hot, vocabulary=257)
+    free, *_ = decode(gpt.model, gpt.params, prompts, 10, sampling=hot)
     assert new.max() < 257 <= free.max() < 300
 
 
@@ -265,10 +266,9 @@ def test_transformers_writes_what_we_write(tuned, tmp_path):
     assert ids[0].tolist() == [*gpt.tokenizer.prefix, *gpt.tokenizer.encode("It was a dark")]
     assert gpt.tokenizer.prefix == [256]
     theirs = model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
-    ours = jaxgpt.generate(
-        gpt.model, gpt.params, ids[0].numpy(), 30, key=jax.random.key(0), temperature=0
-    )
-    assert theirs.tolist() == ours.tolist()[: len(theirs)] and len(theirs) > 3
+    greedy = Sampling(temperature=0)
+    ours, *_ = decode(gpt.model, gpt.params, ids.tolist(), 30, sampling=greedy)
+    assert theirs.tolist() == ours[0].tolist()[: len(theirs)] and len(theirs) > 3
 
 
 def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):

@@ -15,6 +15,7 @@ from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -223,17 +224,17 @@ def draw_answers(
     """To each prompt an answer, None where it does not end, its ids and their log-probabilities."""
     tokenizer = trained.tokenizer
     stops = chat.choose(tokenizer).stops(tokenizer)
+    seed = int(jax.random.bits(key, dtype=jnp.uint32))
     new, log_ps, lengths = decode(
         trained.model,
         trained.params,
         prompts,
         tokens,
-        key=key,
-        temperature=temperature,
-        stops=tuple(stops),
+        sampling=Sampling(temperature, seed=seed),
+        stops=stops,
         vocabulary=tokenizer.vocab_size,
+        tempered=True,
     )
-    new, log_ps, lengths = np.asarray(new), np.asarray(log_ps), np.asarray(lengths)
     ids = [row[:length].tolist() for row, length in zip(new, lengths, strict=True)]
     return (
         [tokenizer.decode(row[:-1]) if row and row[-1] in stops else None for row in ids],

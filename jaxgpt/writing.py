@@ -1,0 +1,128 @@
+"""From tokens to text as they come, and the loop that writes one text.
+
+for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
+    print(piece, end="", flush=True)
+"""
+
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.decode import padded, positions, start, steps, stops_of
+from jaxgpt.errors import InputError
+from jaxgpt.guide import Guide, stacked
+from jaxgpt.model import GPT
+from jaxgpt.sampling import Sampling, settings
+from jaxgpt.tokenizer import Tokenizer
+
+CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
+CONTEXT = 16  # tokens before one that may change how it reads, at most
+
+
+class Text:
+    """The text of tokens that come a few at a time, shown as soon as it is certain.
+
+    Held back is what may still change: half a character, and what a stop string may begin with.
+    What is shown in all is the text up to the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stops: Sequence[str] = ()):
+        """`before` are the tokens in front of them, which may change how the first one reads."""
+        if not all(stops):
+            raise InputError("a stop string is empty; give it a character, or leave it out")
+        self.stops = tuple(stops)
+        self.stopped = False
+        self._bytes_of = tokenizer.decode_bytes
+        self._before = list(before[-CONTEXT:])
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, ids: Sequence[int]) -> str:
+        """What can be shown now that these tokens have come; "" after a stop string."""
+        known = len(self._bytes_of(self._before))
+        self._before += ids
+        fresh = self._decoder.decode(self._bytes_of(self._before)[known:])
+        self._before = self._before[-CONTEXT:]
+        return self._show(fresh)
+
+    def end(self) -> str:
+        """The rest, when no token will come."""
+        shown = self._show(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return shown + held
+
+    def _show(self, fresh: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + fresh
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text the stop string begins with."""
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def write(
+    model: GPT,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    *,
+    stops: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    guide: Guide | None = None,
+    before: Sequence[int] | None = None,
+) -> Iterator[str]:
+    """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
+
+    It ends before a stop string or a stop id. A text may be longer than the context: when that is
+    full, the model goes on from what fills half of it, the last that was written. `before` are the
+    tokens whose text the new one follows, the prompt unless given. Raises InputError for a prompt
+    that is empty, longer than the context, or has ids outside the vocabulary.
+    """
+    cfg = model.cfg
+    if tokens < 1:
+        raise InputError(f"tokens={tokens}; set it to 1 or more")
+    text = Text(tokenizer, prompt if before is None else before, stops)
+    guides = None if guide is None else stacked([guide], cfg.sizes["V"])
+    stops_1E = stops_of([stop_ids])
+    ids, left, guide_1 = list(prompt), tokens, None
+    while left:
+        at = settings([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
+        at = jax.device_put(at)
+        prompt_1P, length_1 = padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
+        fit = min(left, cfg.T - len(ids))
+        S = positions(prompt_1P.shape[1] + fit, cfg)
+        state = start(model, params, prompt_1P, length_1, np.full(1, fit, np.int32), S)
+        if guide_1 is not None:
+            state = state._replace(memory=state.memory._replace(guide_B=guide_1))
+        while fit:
+            state, written = steps(model, params, state, at, stops_1E, CHUNK)
+            new = [token for token in np.asarray(written.tokens_Bn)[0].tolist() if token >= 0]
+            ended = new[-1] in stop_ids
+            piece = text.add(new[:-1] if ended else new)
+            if ended or text.stopped or len(new) == left:
+                piece += text.end()
+                if piece:
+                    yield piece
+                return
+            if piece:
+                yield piece
+            ids, left, fit = ids + new, left - len(new), fit - len(new)
+        ids, guide_1 = ids[-(cfg.T // 2) :], state.memory.guide_B
+        # Positions come again, and the draws at them should not.
+        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
