@@ -1,0 +1,296 @@
+"""The server: its paths, and its life from a model's files to SIGTERM.
+
+A call is read, becomes requests, the engine's streams of pieces, and an answer made of them. The
+event loop only waits: text becomes tokens in a thread of its own.
+"""
+
+import asyncio
+import base64
+import hashlib
+import ipaddress
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from jaxgpt.chat import choose
+from jaxgpt.errors import InputError
+from jaxgpt.serve import engine as engines
+from jaxgpt.serve.answers import Answer, Chat, Completion, Streams
+from jaxgpt.serve.api import Asked, Refused, Served
+from jaxgpt.serve.engine import Busy, Engine, Stopped
+from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
+from jaxgpt.serve.metrics import Metrics
+from jaxgpt.trained import load
+
+DRAIN = 25.0
+"""Seconds that what is running has, after SIGTERM, to end."""
+CLOSE = 5
+"""Seconds more that connections have to take what is left."""
+CONNECTIONS = 512
+
+
+def create_app(
+    engine: Engine,
+    *,
+    name: str,
+    api_key: str = "",
+    local: bool = True,
+    deadline: float = 300.0,
+) -> FastAPI:
+    """The server of an engine's model, which is called `name`, as an ASGI application.
+
+    With `api_key` every call needs it, but for the page and /health. `local` refuses calls that
+    name another host than this machine. An answer takes at most `deadline` seconds.
+    """
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.state.draining = False
+    served = _served(engine, name)
+    metrics = Metrics()
+    created = int(time.time())
+    page, policy = _page()
+
+    async def answer(
+        request: Request,
+        parse: Callable[[bytes], tuple[Asked, list[engines.Request]]],
+        kind: type[Answer],
+    ) -> Response:
+        if app.state.draining:
+            raise _stopping()
+        content = await read(request)
+        body, requests = await asyncio.to_thread(parse, content)
+        try:
+            streams = Streams(engine, requests, deadline, metrics)
+        except InputError as error:
+            field = re.match(r"(\w+)[:=]", str(error))
+            raise Refused(400, str(error), param=field and field[1]) from None
+        except Busy:
+            raise Refused(
+                429,
+                "all places are taken, and all places to wait; ask again soon",
+                code="queue_full",
+                headers={"retry-after": "2"},
+            ) from None
+        except Stopped:
+            raise _stopping() from None
+        made = kind(body, served, requests)
+        if body.stream:
+            return Events(made.events(streams), streams)
+        try:
+            return JSONResponse(await unless_gone(request.receive, made.whole(streams)))
+        finally:
+            streams.cancel()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, served.completion, Completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, served.chat, Chat)
+
+    model = {"id": name, "object": "model", "created": created, "owned_by": "jaxgpt"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> dict[str, Any]:
+        served.check_name(asked)
+        return model
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        return {"name": name, "chat": served.template is not None, "context": served.context}
+
+    @app.get("/health")
+    async def health() -> Response:
+        status = "draining" if app.state.draining else "ok" if engine.alive else "stalled"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def counted() -> Response:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return PlainTextResponse(metrics.text(engine.stats), media_type=kind)
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        known = {404: "there is nothing at this path", 405: "this path takes another method"}
+        message = known.get(error.status_code, str(error.detail))
+        headers = dict(error.headers) if error.headers else None
+        return refusal(Refused(error.status_code, message, headers=headers))
+
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    app.add_middleware(Guard, api_key=api_key, local=local, metrics=metrics, paths=paths)
+    return app
+
+
+def _served(engine: Engine, name: str) -> Served:
+    tokenizer = engine.trained.tokenizer
+    try:
+        template = choose(tokenizer)
+    except InputError:
+        template = None
+    return Served(name, tokenizer, engine.context, template)
+
+
+def _stopping() -> Refused:
+    return Refused(
+        503, "the server is shutting down", code="stopped", headers={"retry-after": "30"}
+    )
+
+
+def _page() -> tuple[str, str]:
+    """The page, and a content security policy that allows what is in it and nothing else."""
+    page = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return page, policy
+
+
+class Events(Response):
+    """Server-sent events, until they end, the client leaves, or takes them no longer."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], streams: Streams) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._events, self._streams = events, streams
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Writes them; lets go of the streams, however it ends."""
+        try:
+            await unless_gone(receive, self._write(send))
+        except (Refused, TimeoutError):
+            pass  # nobody is there to be told
+        finally:
+            self._streams.cancel()
+
+    async def _write(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for event in self._events:
+            async with asyncio.timeout(SECONDS):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first signal refuses new calls and lets the running ones end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, engine: Engine) -> None:
+        super().__init__(config)
+        self._app, self._engine = app, engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; the next ends at once."""
+        if self._app.state.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self._app.state.draining = True
+            print("ending what is running; once more to end at once", file=sys.stderr)
+            threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        self._engine.drain(DRAIN)
+        self.should_exit = True
+
+
+def run(
+    path: str,
+    host: str,
+    port: int,
+    api_key: str,
+    name: str,
+    slots: int,
+    queue: int,
+    context: int,
+    deadline: float,
+) -> None:
+    """See `jaxgpt.serve.run`."""
+    api_key = api_key or os.environ.get("JAXGPT_API_KEY", "")
+    if not re.fullmatch(r"[!-~]*", api_key):
+        raise InputError("api_key has characters that no header can; use letters and digits")
+    local = _is_local(host)
+    if not (local or api_key):
+        raise InputError(
+            f"host={host} can be reached from other machines; set api_key, or $JAXGPT_API_KEY, to "
+            "a secret, or host to 127.0.0.1"
+        )
+    if not deadline > 0:
+        raise InputError(f"deadline={deadline}; set it to seconds above 0")
+    with _bound(host, port) as sock:
+        trained = load(path)
+        engine = Engine(trained, slots=slots, queue=queue, context=context)
+        engine.start()
+        name = name or (trained.config.name if Path(path).exists() else path.partition("@")[0])
+        app = create_app(engine, name=name, api_key=api_key, local=local, deadline=deadline)
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            server_header=False,
+            access_log=False,
+            log_level="warning",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=CLOSE,
+        )
+        print(
+            f"{name}: http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}",
+            flush=True,
+        )
+        try:
+            Server(config, app, engine).run([sock])
+        finally:
+            engine.stop()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of the address, not yet listening; InputError where there can be none."""
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"port={port}; set it from 1 to 65535, or to 0 for a free one")
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise InputError(
+            f"cannot serve at host={host} port={port}: {error.strerror}; set another"
+        ) from None
+    return sock

@@ -1,0 +1,422 @@
+"""The engine: one thread that writes many texts at once, each in a slot of a running batch.
+
+A request waits until a slot is free, is read into it in one program, and from then on takes part in
+every chunk of steps until it has ended, is stopped, or nobody listens. Shapes never change, so
+nothing is compiled after `start`; what a text says depends on its request alone, whatever is
+written beside it.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.decode import SHORTEST, Written, padded, start, steps, stops_of
+from jaxgpt.errors import InputError
+from jaxgpt.guide import Guide, stacked
+from jaxgpt.sampling import Sampling, settings
+from jaxgpt.trained import Trained
+from jaxgpt.writing import Text
+
+TOP = 20  # of the likeliest tokens that can be told beside each
+STOPS = 8  # ids that end a text, at most
+PULSE = 10.0  # seconds without a heartbeat after which the engine is taken for dead
+STATES, CLASSES = 1024, 512  # of a guide, at most
+
+
+class Busy(Exception):
+    """No place in the queue: try again later."""
+
+
+class Stopped(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be written."""
+
+    prompt: tuple[int, ...]
+    """Token ids."""
+    tokens: int
+    """How many new ones, at most."""
+    sampling: Sampling = Sampling()  # noqa: RUF009
+    stops: tuple[str, ...] = ()
+    """Strings that end the text, and are no part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end it, and are no part of its text."""
+    guide: Guide | None = None
+    """What the text may be."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are told beside each, 0 to 20."""
+
+
+class Token(NamedTuple):
+    """A token that was written."""
+
+    id: int
+    logprob: float
+    """The model's own, before temperature and what else the request asks for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest ids with theirs, most likely first."""
+
+
+class Piece(NamedTuple):
+    """What is new of a text."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: str = ""
+    """Why it ended: stop, length, deadline, cancelled, error; "" while it goes on."""
+
+
+class Stream:
+    """A text being written: iterate over its pieces, or give a listener to `submit`."""
+
+    def __init__(
+        self,
+        request: Request,
+        text: Text,
+        listener: Callable[[Piece], None] | None,
+        deadline: float,
+    ) -> None:
+        self.request = request
+        self.deadline = deadline
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._listener = listener or self._pieces.put
+        self._cancelled = threading.Event()
+        self._text = text
+        self._left = request.tokens
+
+    def get(self, timeout: float | None = None) -> Piece:
+        """The next piece; queue.Empty where none comes in so many seconds."""
+        return self._pieces.get(timeout=timeout)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, the last of which says why it ended."""
+        while True:
+            piece = self.get()
+            yield piece
+            if piece.finish:
+                return
+
+    def cancel(self) -> None:
+        """Ends the text at the next chunk; its last piece says so."""
+        self._cancelled.set()
+
+    def _why_not(self) -> str:
+        """Why it should not go on, if so."""
+        if self._cancelled.is_set():
+            return "cancelled"
+        return "deadline" if time.monotonic() > self.deadline else ""
+
+
+class Engine:
+    """Writes the texts of many requests with one model."""
+
+    def __init__(
+        self,
+        trained: Trained,
+        slots: int = 8,
+        queue: int = 64,
+        chunk: int = 8,
+        context: int = 0,
+    ) -> None:
+        """`slots` texts at once, `queue` more waiting, `chunk` tokens of each between two looks.
+
+        Prompt and text of a request have to fit `context` tokens; 0: the model's.
+        """
+        most = trained.config.model.T
+        for name, value in (("slots", slots), ("chunk", chunk)):
+            if value < 1:
+                raise InputError(f"{name}={value}; set it to 1 or more")
+        if queue < 0:
+            raise InputError(f"queue={queue}; set it to 0 or more")
+        if context and not 2 <= context <= most:
+            raise InputError(f"context={context} of a model of {most}; set it to 2 to {most}")
+        self.trained = trained
+        self.context = context or most
+        self.heartbeat = time.monotonic()
+        self._slots = slots
+        self._queue = queue
+        self._chunk = chunk
+        self._model = trained.model
+        self._V = trained.config.model.sizes["V"]
+        self._waiting: deque[Stream] = deque()
+        self._running: dict[int, Stream] = {}
+        self._change = threading.Condition()
+        self._closing = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "tokens", "cancelled"), 0)
+
+    # What others call
+
+    def start(self) -> None:
+        """Compiles all there is, then takes requests."""
+        self._state, self._at = self._empty(self._slots)
+        for length in self._lengths():
+            self._admit(0, Request((0,) * length, 1))
+        for top in (0, TOP):
+            self._state, _ = self._step(top)
+        self._state, self._at = self._empty(self._slots)
+        self.heartbeat = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        request: Request,
+        listener: Callable[[Piece], None] | None = None,
+        deadline: float | None = None,
+    ) -> Stream:
+        """The stream of a request's text; `listener` is called with its pieces instead.
+
+        It is called from the engine's thread. `deadline` is in seconds from now. Raises InputError
+        for a request that cannot be, Busy and Stopped where it cannot be now.
+        """
+        self.check(request)
+        until = float("inf") if deadline is None else time.monotonic() + deadline
+        text = Text(self.trained.tokenizer, request.prompt, request.stops)
+        stream = Stream(request, text, listener, until)
+        with self._change:
+            if self._closing or not self._runs:
+                raise Stopped("the engine takes no more requests")
+            if len(self._waiting) >= self._queue + self._slots - len(self._running):
+                raise Busy(f"{self._slots} texts are being written, and {self._queue} wait")
+            self._waiting.append(stream)
+            self._counts["requests"] += 1
+            self._change.notify()
+        return stream
+
+    def check(self, request: Request) -> None:
+        """Raises InputError where a request cannot be."""
+        V = self.trained.tokenizer.vocab_size
+        if not (request.prompt and isinstance(request.prompt, tuple)):
+            raise InputError("prompt: it has no tokens; give a tuple of at least one")
+        if not all(0 <= token < V for token in request.prompt):
+            raise InputError(f"prompt: it has ids outside the vocabulary of {V}")
+        if request.tokens < 1:
+            raise InputError(f"max_tokens={request.tokens}; set it to 1 or more")
+        length = len(request.prompt)
+        if length >= self.context:
+            raise InputError(
+                f"prompt: it has {length} tokens, and the context is {self.context}; shorten it"
+            )
+        if length + request.tokens > self.context:
+            raise InputError(
+                f"max_tokens={request.tokens} after a prompt of {length} tokens, and the context "
+                f"is {self.context}; set max_tokens to {self.context - length} at most"
+            )
+        if not 0 <= request.top_logprobs <= TOP:
+            raise InputError(f"top_logprobs={request.top_logprobs}; set it to 0 to {TOP}")
+        if len(request.stop_ids) > STOPS:
+            raise InputError(f"{len(request.stop_ids)} ids end the text; give {STOPS} at most")
+        if not all(request.stops):
+            raise InputError("stop: a string is empty; give it a character, or leave it out")
+        if request.guide is not None:
+            S, C = request.guide.next_SC.shape
+            if S > STATES or C > CLASSES:
+                raise InputError(
+                    f"what the text may be takes {S} states and {C} classes of tokens, and "
+                    f"{STATES} and {CLASSES} are the most; make it simpler"
+                )
+        request.sampling.check(V)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, and has been seen to in the last seconds."""
+        return self._runs and time.monotonic() - self.heartbeat < PULSE
+
+    @property
+    def _runs(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, and what runs and waits now."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "slots": self._slots,
+            **{f"{name}_total": value for name, value in self._counts.items()},
+        }
+
+    def drain(self, seconds: float) -> None:
+        """Takes no more requests, and stops when those there are have ended, or time is up."""
+        end = time.monotonic() + seconds
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        while (self._running or self._waiting) and self._runs and time.monotonic() < end:
+            time.sleep(0.02)
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends all texts and the thread."""
+        with self._change:
+            self._closing = self._stopping = True
+            self._change.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=60)
+
+    # The thread
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self.heartbeat = time.monotonic()
+                with self._change:
+                    if not (self._waiting or self._running):
+                        self._change.wait(timeout=1.0)
+                    new = self._seat()
+                for slot, stream in new:
+                    self._admit(slot, stream.request)
+                    self.heartbeat = time.monotonic()
+                if self._running:
+                    top = TOP if any(s.request.top_logprobs for s in self._running.values()) else 0
+                    self._state, written = self._step(top)
+                    self._hand_out(jax.device_get(written), top)
+        finally:
+            # Also after an error: nobody shall wait for ever.
+            with self._change:
+                self._closing = True
+                left = [*self._running.values(), *self._waiting]
+                self._running.clear()
+                self._waiting.clear()
+            for stream in left:
+                stream._listener(Piece("", (), "cancelled" if self._stopping else "error"))
+
+    def _seat(self) -> list[tuple[int, Stream]]:
+        """Takes out of the queue what need not be written, and gives the rest the free slots."""
+        seated = []
+        for stream in [*self._waiting]:
+            if finish := stream._why_not():
+                self._waiting.remove(stream)
+                stream._listener(Piece("", (), finish))
+        free = [slot for slot in range(self._slots) if slot not in self._running]
+        for slot in free[: len(self._waiting)]:
+            stream = self._waiting.popleft()
+            self._counts["prompt_tokens"] += len(stream.request.prompt)
+            self._running[slot] = stream
+            seated.append((slot, stream))
+        return seated
+
+    def _hand_out(self, written: Written, top: int) -> None:
+        """Gives each text its new tokens, and frees the slots of those that have ended."""
+        over = False
+        for slot, stream in [*self._running.items()]:
+            request, text = stream.request, stream._text
+            ids = [token for token in written.tokens_Bn[slot].tolist() if token >= 0]
+            stream._left -= len(ids)
+            self._counts["tokens"] += len(ids)
+            said: list[Token] = []
+            shown, finish = "", stream._why_not()
+            for i, token in enumerate(ids):
+                if token in request.stop_ids:
+                    finish = "stop"
+                    break
+                likeliest = zip(
+                    written.top_ids_BnA[slot, i, : request.top_logprobs].tolist(),
+                    written.top_logprobs_BnA[slot, i, : request.top_logprobs].tolist(),
+                    strict=True,
+                )
+                logprob = float(written.logprobs_Bn[slot, i])
+                said.append(Token(token, logprob, tuple(likeliest) if top else ()))
+                shown += text.add([token])
+                if text.stopped:
+                    finish = "stop"
+                    break
+            if not finish and stream._left == 0:
+                finish = "length"
+            if finish:
+                shown += text.end()
+                self._counts["cancelled"] += finish == "cancelled"
+                over = True
+                del self._running[slot]
+            if shown or said or finish:
+                stream._listener(Piece(shown, tuple(said), finish))
+        if over:
+            left = [self._running[s]._left if s in self._running else 0 for s in range(self._slots)]
+            self._state = self._state._replace(left_B=jnp.asarray(left, jnp.int32))
+
+    # The programs
+
+    def _lengths(self) -> list[int]:
+        """The lengths prompts are padded to."""
+        most, length, lengths = self.context - 1, min(SHORTEST, self.context - 1), []
+        while length < most:
+            lengths.append(length)
+            length *= 2
+        return [*lengths, most]
+
+    def _empty(self, B: int) -> tuple[Any, Any]:
+        """The state and settings of slots with nothing in them."""
+        prompts_BP, lengths_B = np.zeros((B, 1), np.int32), np.ones(B, np.int32)
+        state = start(
+            self._model,
+            self.trained.params,
+            prompts_BP,
+            lengths_B,
+            np.zeros(B, np.int32),
+            self.context,
+        )
+        return state, jax.device_put(
+            (self._settings([Request((0,), 1)] * B), stops_of([[-1] * STOPS] * B))
+        )
+
+    def _settings(self, requests: list[Request]) -> Any:
+        vocabulary, B = self.trained.tokenizer.vocab_size, len(requests)
+        if any(request.guide is not None for request in requests):
+            few_BV, few_BSC = stacked([request.guide for request in requests], self._V)
+        else:
+            few_BV, few_BSC = np.zeros((B, self._V), np.int32), np.zeros((B, 1, 1), np.int32)
+        next_BSC = np.full((B, STATES, CLASSES), -1, np.int32)
+        next_BSC[:, : few_BSC.shape[1], : few_BSC.shape[2]] = few_BSC
+        samplings = [request.sampling for request in requests]
+        return settings(samplings, vocabulary, self._V, (few_BV, next_BSC))
+
+    def _admit(self, slot: int, request: Request) -> None:
+        """Reads a prompt into a slot."""
+        prompts_1P, length_1 = padded(
+            [request.prompt], self.trained.config.model, self.context - 1, "a prompt"
+        )
+        stops_1E = stops_of([[*request.stop_ids, *[-1] * (STOPS - len(request.stop_ids))]])
+        self._state, self._at = _admit(
+            self._model,
+            self.trained.params,
+            self._state,
+            self._at,
+            np.int32(slot),
+            prompts_1P,
+            length_1,
+            np.asarray([request.tokens], np.int32),
+            (self._settings([request]), stops_1E),
+        )
+
+    def _step(self, top: int) -> tuple[Any, Written]:
+        at, stops_BE = self._at
+        return steps(
+            self._model, self.trained.params, self._state, at, stops_BE, self._chunk, top=top
+        )
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1):
+    """The state and settings with those of one more text in a slot."""
+    alone = start(model, params, prompts_1P, length_1, new_1, prompts_1P.shape[1])
+
+    def put(all_, one):
+        return jax.lax.dynamic_update_slice(
+            all_, one.astype(all_.dtype), (slot, *[0] * (one.ndim - 1))
+        )
+
+    return jax.tree.map(put, (state, at), (alone, at_1))

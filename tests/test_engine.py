@@ -1,0 +1,251 @@
+"""The engine of the server: many texts at once, each as if it were alone."""
+
+import queue
+import threading
+import time
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import guide, model
+from jaxgpt.config import Config
+from jaxgpt.decode import decode
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig
+from jaxgpt.sampling import Sampling
+from jaxgpt.serve.engine import Busy, Engine, Request, Stopped
+from jaxgpt.tokenizer import TokenizerConfig, build
+from jaxgpt.trained import Trained
+
+CFG = GPTConfig(
+    L=2,
+    D=32,
+    N=4,
+    K=2,
+    T=64,
+    position="rotary",
+    norm="rmsnorm",
+    mlp="swiglu",
+    bias=False,
+    window=8,
+    global_every=2,
+    init_std=0.3,
+)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    tokenizer = build(TokenizerConfig(kind="bytes"), ["a"])
+    config = Config(model=CFG.__class__(**{**vars(CFG), "V": tokenizer.vocab_size}))
+    gpt = Trained(config, None, tokenizer).model
+    return Trained(config, model.init(gpt, jax.random.key(3)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(trained):
+    made = Engine(trained, slots=3, queue=40, chunk=4)
+    made.start()
+    yield made
+    made.stop()
+
+
+def prompt(length):
+    return tuple(RNG.integers(0, 256, length).tolist())
+
+
+def alone(trained, request):
+    """What `decode` writes for a request, with its log-probabilities."""
+    tokens, logprobs, lengths = decode(
+        trained.model,
+        trained.params,
+        [request.prompt],
+        request.tokens,
+        sampling=[request.sampling],
+        stops=request.stop_ids,
+        vocabulary=trained.tokenizer.vocab_size,
+    )
+    return tokens[0, : lengths[0]].tolist(), logprobs[0, : lengths[0]]
+
+
+def ids_of(pieces):
+    return [token.id for piece in pieces for token in piece.tokens]
+
+
+def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, trained):
+    requests = [
+        Request(
+            prompt(int(RNG.integers(1, 40))),
+            int(RNG.integers(1, 20)),
+            Sampling(temperature=float(temperature), top_k=50, seed=seed),
+            stop_ids=(7, 200),
+        )
+        for seed, temperature in enumerate(RNG.choice([0, 0.7, 2], 24))
+    ]
+    streams = [engine.submit(request) for request in requests]
+    for stream, request in zip(streams, requests, strict=True):
+        pieces = list(stream)
+        ids, logprobs = alone(trained, request)
+        ended = ids[-1] in request.stop_ids
+        assert ids_of(pieces) == (ids[:-1] if ended else ids)
+        assert pieces[-1].finish == ("stop" if ended else "length")
+        assert "".join(piece.text for piece in pieces) == trained.tokenizer.decode(ids_of(pieces))
+        said = [token.logprob for piece in pieces for token in piece.tokens]
+        np.testing.assert_allclose(said, logprobs[: len(said)], atol=1e-4)
+    assert engine.stats["running"] == engine.stats["waiting"] == 0
+
+
+def test_nothing_is_compiled_once_it_has_started(engine):
+    compiled = []
+
+    def note(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    choice = guide.choices(engine.trained.tokenizer, ["yes", "no"])
+    requests = [
+        Request(prompt(n), 3, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)
+        for n, g in ((1, None), (31, choice), (32, None), (33, None), (60, choice))
+    ]
+    for stream in [engine.submit(request) for request in requests]:
+        assert list(stream)[-1].finish
+    assert compiled == []
+    jax.jit(lambda x: x * 3.5)(np.ones(7))  # what would have been noticed
+    assert compiled
+
+
+def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
+    options = ["blue", "green", "greenish"]
+    held = guide.choices(trained.tokenizer, options, ends=[trained.tokenizer.eot])
+    end = (trained.tokenizer.eot,)
+    free = Request(prompt(5), 20, Sampling(seed=1), stop_ids=end)
+    texts = [
+        engine.submit(
+            Request(prompt(5), 20, Sampling(temperature=3, seed=s), stop_ids=end, guide=held)
+        )
+        for s in range(6)
+    ]
+    beside = engine.submit(free)
+    for text in texts:
+        pieces = list(text)
+        assert "".join(piece.text for piece in pieces) in options and pieces[-1].finish == "stop"
+    ids, _ = alone(trained, free)
+    assert ids_of(beside) == ids[: len(ids) - (ids[-1] in end)]
+
+
+def test_the_likeliest_are_told_where_they_are_asked_for(engine, trained):
+    asked = Request(prompt(6), 5, Sampling(temperature=0), top_logprobs=4)
+    others = [engine.submit(Request(prompt(6), 5)) for _ in range(2)]
+    tokens = [token for piece in engine.submit(asked) for token in piece.tokens]
+    for token in tokens:
+        assert len(token.top) == 4
+        assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-5))
+        assert sorted(token.top, key=lambda pair: -pair[1]) == list(token.top)
+    for other in others:
+        assert all(token.top == () for piece in other for token in piece.tokens)
+
+
+def test_a_stop_string_ends_a_text_and_is_not_shown(engine, trained):
+    whole = "".join(piece.text for piece in engine.submit(Request((97, 98, 99), 30, Sampling(seed=5))))
+    stop = whole[7:9]
+    pieces = list(engine.submit(Request((97, 98, 99), 30, Sampling(seed=5), stops=(stop,))))
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish == "stop"
+
+
+def slow(engine, monkeypatch, seconds=0.05):
+    """Makes chunks take so long that one can act between them."""
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda top: (time.sleep(seconds), step(top))[1])
+
+
+def test_a_cancelled_text_frees_its_slot_within_a_chunk(engine, monkeypatch):
+    slow(engine, monkeypatch)
+    streams = [engine.submit(Request(prompt(2), 60)) for _ in range(4)]
+    assert streams[0].get(timeout=10).finish == ""
+    assert engine.stats["running"] == 3 and engine.stats["waiting"] == 1
+    before = time.monotonic()
+    streams[0].cancel()
+    assert list(streams[0])[-1].finish == "cancelled"
+    assert streams[3].get(timeout=10).finish == ""  # has its slot
+    assert time.monotonic() - before < 1
+    for stream in streams[1:]:
+        stream.cancel()
+        assert list(stream)[-1].finish == "cancelled"
+
+
+def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
+    slow(engine, monkeypatch)
+    streams = [engine.submit(Request(prompt(2), 60), deadline=0.2) for _ in range(5)]
+    assert [list(stream)[-1].finish for stream in streams] == ["deadline"] * 5
+
+
+def test_a_listener_gets_the_pieces_in_order_and_no_more_than_the_queue_wait(trained, monkeypatch):
+    small = Engine(trained, slots=1, queue=2, chunk=4, context=32)
+    small.start()
+    slow(small, monkeypatch)
+    heard = queue.SimpleQueue()
+    small.submit(Request(prompt(2), 12), heard.put)
+    more = [small.submit(Request(prompt(2), 12)) for _ in range(2)]
+    with pytest.raises(Busy, match="2 wait"):
+        small.submit(Request(prompt(2), 12))
+    pieces = [heard.get(timeout=10)]
+    while not pieces[-1].finish:
+        pieces.append(heard.get(timeout=10))
+    assert len(ids_of(pieces)) == 12
+    threading.Thread(target=small.drain, args=(20,)).start()
+    assert [list(stream)[-1].finish for stream in more] == ["length"] * 2
+    time.sleep(0.1)
+    assert not small.alive
+    with pytest.raises(Stopped):
+        small.submit(Request(prompt(2), 12))
+
+
+def test_what_is_left_when_time_is_up_is_ended(trained, monkeypatch):
+    small = Engine(trained, slots=1, queue=2, chunk=1, context=32)
+    small.start()
+    slow(small, monkeypatch)
+    streams = [small.submit(Request(prompt(2), 30)) for _ in range(2)]
+    small.drain(0.1)
+    assert [list(stream)[-1].finish for stream in streams] == ["cancelled"] * 2
+
+
+def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
+    small = Engine(trained, slots=1, queue=2, chunk=1, context=32)
+    small.start()
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(small, "_step", partial(int, "no number"))
+    assert [piece.finish for piece in small.submit(Request(prompt(2), 3))] == ["error"]
+    small._thread.join(timeout=5)
+    assert not small.alive
+    with pytest.raises(Stopped):
+        small.submit(Request(prompt(2), 3))
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request((), 3), "prompt: it has no tokens"),
+        (Request((1, 999), 3), "prompt: it has ids outside"),
+        (Request((1,) * 64, 3), "64 tokens, and the context is 64"),
+        (Request((1,) * 60, 5), "max_tokens=5 .*set max_tokens to 4 at most"),
+        (Request((1,), 0), "max_tokens=0"),
+        (Request((1,), 3, top_logprobs=21), "top_logprobs=21"),
+        (Request((1,), 3, stops=("",)), "stop: a string is empty"),
+        (Request((1,), 3, stop_ids=tuple(range(9))), "9 ids"),
+        (Request((1,), 3, Sampling(temperature=-1)), "temperature=-1"),
+    ],
+    ids=str,
+)
+def test_impossible_requests_are_refused_before_they_are_queued(engine, request_, says):
+    with pytest.raises(InputError, match=says):
+        engine.submit(request_)
+
+
+@pytest.mark.parametrize("change", [{"slots": 0}, {"queue": -1}, {"chunk": 0}, {"context": 65}])
+def test_impossible_engines_are_refused(trained, change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        Engine(trained, **change)
