@@ -1,40 +1,133 @@
 """`python -m jaxgpt COMMAND`: what one does with a trained model, and with text."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
+from jaxgpt import terminal
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
+from jaxgpt.paths import cache_folder
+from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import TokenizerConfig, build, report
 from jaxgpt.trained import Trained, load
+
+Drawn = Annotated[Sampling, tyro.conf.arg(name="")]
 
 
 def generate(
     path: tyro.conf.Positional[str],
-    prompt: tyro.conf.Positional[str],
+    prompt: tyro.conf.Positional[str] = "",
     tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    regex: str = "",
+    schema: str = "",
+    sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
 ) -> None:
     """Write on from a prompt.
 
     Args:
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         prompt: The text to go on from.
-        tokens: How many tokens to write.
-        temperature: 0 takes the likeliest token; 1 draws as the model says.
-        top_k: Draw among so many of the likeliest; 0: among all.
-        seed: Another seed, another text.
+        tokens: How many tokens to write, at most: a text may end before.
+        stop: Texts before which to stop.
+        choices: What is written is one of these.
+        regex: What is written matches this expression.
+        schema: A file with a JSON schema; what is written is JSON that fits it.
     """
-    print(load(path)(prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
+    trained = _ready(path)
+    print(terminal.printable(prompt), end="", flush=True)
+    rest: dict[str, Any] = {"stop": stop, "choices": choices, "regex": regex}
+    rest["schema"] = _json(schema) if schema else None
+    terminal.say(trained.stream(prompt, tokens, **rest, **vars(sampling)))
+
+
+def chat(
+    path: tyro.conf.Positional[str],
+    system: str = "",
+    tokens: int = 512,
+    sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
+) -> None:
+    """Talk to a model, or, where it has no chat format, let it go on from what you write.
+
+    Args:
+        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        system: A message before the conversation that says how to answer.
+        tokens: How many tokens an answer has, at most.
+    """
+    terminal.converse(terminal.Conversation(_ready(path), system, tokens, dict(vars(sampling))))
+
+
+def serve(
+    path: tyro.conf.Positional[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str = "",
+    name: str = "",
+    slots: int = 8,
+    queue: int = 64,
+    context: int = 0,
+    deadline: float = 300.0,
+) -> None:
+    """Serve a model by OpenAI's interface, with a page to chat on.
+
+    Args:
+        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        host: The address to bind; another than this machine's own needs a key.
+        port: The port.
+        api_key: What callers have to know; better in $JAXGPT_API_KEY, where nobody sees it.
+        name: What the model is called; by default after its run.
+        slots: How many texts are written at once.
+        queue: How many requests wait for a slot before others are turned away.
+        context: Tokens of a prompt and its answer, at most; 0: the model's.
+        deadline: Seconds an answer may take.
+    """
+    from jaxgpt import serve
+
+    compiled_programs()
+    serve.run(
+        path,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        slots=slots,
+        queue=queue,
+        context=context,
+        deadline=deadline,
+    )
+
+
+def _ready(path: str) -> Trained:
+    """A model to write from, and a folder for the programs that are compiled."""
+    compiled_programs()
+    return load(path)
+
+
+def compiled_programs() -> None:
+    """Keeps compiled programs in the user's own folder, unless jax is told of another."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        folder = cache_folder() / "compiled"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def classify(
@@ -76,7 +169,7 @@ def translate(
 
 def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
     """A model and its objective; InputError where it is not of this kind."""
-    trained = load(path)
+    trained = _ready(path)
     objective = trained.config.objective
     if not isinstance(objective, kind):
         raise InputError(
@@ -136,6 +229,8 @@ def export(
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "classify": classify,
     "translate": translate,
     "tokenize": tokenize,

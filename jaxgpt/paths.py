@@ -1,5 +1,6 @@
-"""Files that a folder from elsewhere names: none of them may lie outside of it."""
+"""Where files are: in the cache, and in a folder from elsewhere, that none may lead out of."""
 
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from jaxgpt.errors import InputError
@@ -34,3 +35,9 @@ def inside(folder: Path, name: str) -> Path:
             f"{path} is a link out of the folder, to {target}; put the file itself there"
         )
     return path
+
+
+def cache_folder(given: str = "") -> Path:
+    """What can be made again is kept here: `given`, $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+    root = given or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
+    return Path(root).expanduser()

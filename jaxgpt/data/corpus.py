@@ -15,6 +15,7 @@ from jaxgpt.data.sources import Source, content_digest, measure, open_source
 from jaxgpt.data.split import FEW, split
 from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
 from jaxgpt.errors import InputError
+from jaxgpt.paths import cache_folder
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 1  # of a cache entry; a new number makes old entries unused
@@ -100,7 +101,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     on_disk = sum(os.path.getsize(file) for source in sources for file in source.files)
     with _progress("reading the text", on_disk) as progress:
         digests = [content_digest(source, progress) for source in sources]
-    cache = _cache_folder(cfg)
+    cache = cache_folder(cfg.cache) / "tokens"
     entries = []
     for digest, fraction in zip(digests, fractions, strict=True):
         identity = json.dumps([FORMAT, FEW, digest, fraction, tokenizer.fingerprint])
@@ -199,8 +200,3 @@ def _progress(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=size)
         yield lambda bytes: bar.advance(task, bytes)
-
-
-def _cache_folder(cfg: DataConfig) -> Path:
-    root = cfg.cache or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
-    return Path(root).expanduser() / "tokens"
