@@ -3,8 +3,9 @@
 Command:   python train.py configs/arithmetic.py
 Hardware:  a laptop
 Data:      "37 + 58 =" and "95", made by rule
-Time:      five minutes on two cores that other work shared
-Expect:    a validation loss of 0.72, and a quarter of greedy answers right
+Time:      160 s on two cores of an Intel Xeon
+Expect:    a validation loss of 0.2 to 0.6 and a quarter to three quarters of greedy answers right, by
+           the seed
 """
 
 from jaxgpt.checkpoint import CheckpointConfig
@@ -23,6 +24,6 @@ config = Config(
     data=RecordsConfig(paths=("arithmetic",), val_fraction=0.05, test_fraction=0.05),
     objective=Instruct(),
     optim=OptimConfig(learning_rate=2e-3, warmup=50, final=0.1),
-    train=TrainConfig(steps=300, batch=64, eval_every=100, sample_tokens=8),
+    train=TrainConfig(steps=600, batch=64, eval_every=100, sample_tokens=8),
     checkpoint=CheckpointConfig(every=100),
 )

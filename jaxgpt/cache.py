@@ -56,7 +56,8 @@ def write(
     are padding, and so is what is written for them.
     """
     (B, T), S = k_BTKH.shape[:2], kept["k"].shape[2]
-    update = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+    update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    update = jax.vmap(update) if B > 1 else _for_one(update)
 
     def put(old: jax.Array, new_BKT: jax.Array) -> jax.Array:
         if lengths_B is None:
@@ -82,6 +83,11 @@ def write(
             written[f"{name}_scale"] = put(kept[f"{name}_scale"], scale_BKT)
         written[name] = put(kept[name], x_BKTH.astype(kept[name].dtype))
     return kept | written
+
+
+def _for_one(update: Any) -> Any:
+    """What `vmap` makes of it for one row, but not a scatter, which costs as much as attention."""
+    return lambda old, new, slot_1: update(old[0], new[0], slot_1[0])[None]
 
 
 def read(kept: Kept) -> tuple[jax.Array, jax.Array]:

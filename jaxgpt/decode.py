@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxgpt.cache import Cache, CacheDtype
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, logits
+from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
 from jaxgpt.sampling import Memory, Sampling, Settings, draw, settings
 
 SHORTEST = 32  # prompts are padded to at least so many tokens
@@ -107,14 +107,13 @@ def steps(
     are told beside each; log-probabilities are those after the temperature if `tempered`.
     """
     B = len(state.token_B)
-    w_VD = params["wte" if model.cfg.tied else "head"]
 
     def step(carry: Any) -> Any:
         i, state, out = carry
         hidden_B1D, cache = _extend(
             model, params, state.token_B[:, None], state.position_B, state.cache
         )
-        logits_BV = logits(model.cfg, hidden_B1D, w_VD, "VD")[:, 0]
+        logits_BV = next_logits(model.cfg, params, hidden_B1D)[:, 0]
         going_B = state.left_B > 0
         token_B, memory = draw(logits_BV, at, state.memory, state.position_B + 1)
         if tempered:
@@ -334,11 +333,11 @@ class Beams(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
-    B, w_VD = len(source[0]), params["wte" if model.cfg.tied else "head"]
+    B = len(source[0])
 
     def choose(i, hidden_RD, beams):
         """The beams with one more token, and which row of B W each goes on from."""
-        logits_RV = logits(model.cfg, hidden_RD[:, None], w_VD, "VD")[:, 0]
+        logits_RV = next_logits(model.cfg, params, hidden_RD[:, None])[:, 0]
         V = logits_RV.shape[1]
         logits_RV = jnp.where(jnp.arange(V)[None] < real, logits_RV, -jnp.inf)
         scores_BWV = beams.scores_BW[..., None] + jax.nn.log_softmax(logits_RV).reshape(B, W, V)

@@ -264,6 +264,10 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
     gradient of a weight is in the weight's dtype, straight from the accumulator.
     """
+    if equation == "BTNH,NHD->BTD":
+        # As two letters, XLA for CPU copies the weight first, in another order.
+        equation, x = "BTF,FD->BTD", x.reshape(*x.shape[:2], -1)
+        w = w.reshape(-1, w.shape[-1])
     return jnp.einsum(
         equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
     )
@@ -299,6 +303,30 @@ def _matmul_backward(equation, dtype, saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def rounded_matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum(equation, x, w)` of int8 weights and x, [B, T, ...] rounded to int8 token by token.
+
+    Float32, without the scale of the weights and without a gradient: for decoding, where reading
+    the weights is all that takes time.
+    """
+    B, T = x.shape[:2]
+    x_BTF = x.reshape(B, T, -1).astype(jnp.float32)
+    scale_BT1 = jnp.maximum(jnp.abs(x_BTF).max(-1, keepdims=True), 1e-30) / 127
+    x_XF = jnp.round(x_BTF / scale_BT1).astype(jnp.int8).reshape(B * T, -1)
+    if B * T == 1:
+        x_XF = jnp.concatenate([x_XF, x_XF])  # XLA for CPU has a fast product from two rows on
+    letters = equation.split(",")[1].split("->")
+    made = [letter in letters[1] for letter in letters[0]]
+    shape = [size for size, is_made in zip(w.shape, made, strict=True) if is_made]
+    y_XF = (
+        jnp.einsum("XF,VF->XV", x_XF, w, preferred_element_type=jnp.int32)
+        if made[0]
+        else jnp.matmul(x_XF, w.reshape(x_XF.shape[1], -1), preferred_element_type=jnp.int32)
+    )
+    y_BTF = y_XF[: B * T].reshape(B, T, -1).astype(jnp.float32) * scale_BT1
+    return y_BTF.reshape(B, T, *shape)
+
+
 class Linear(nn.Module):
     """A linear layer is its equation: `Linear(cfg, "BTD,DNH->BTNH")` has w [D, N, H], b [N, H]."""
 
@@ -307,6 +335,8 @@ class Linear(nn.Module):
     dtype: Any
     bias: bool
     scale: float = 1.0
+    rounded: bool = False
+    """Round x too, where w is in int8."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -317,9 +347,12 @@ class Linear(nn.Module):
         w = self.param("w", *_leaf(self.cfg, w_letters, init))
         made = "".join(letter for letter in w_letters if letter not in x_letters)
         beside = self.variables.get("params", {})
-        if "w_scale" in beside:
-            w = w * jnp.expand_dims(beside["w_scale"], range(w.ndim - len(made)))
-        y = matmul(self.equation, x, w, self.dtype)
+        if "w_scale" in beside and self.rounded:
+            y = rounded_matmul(self.equation, x, w) * beside["w_scale"][None, None]
+        else:
+            if "w_scale" in beside:
+                w = w * jnp.expand_dims(beside["w_scale"], range(w.ndim - len(made)))
+            y = matmul(self.equation, x, w, self.dtype)
         if "lora_a" in beside:
             low = x_letters[:2] + "R"
             to_low = f"{x_letters},{w_letters.removesuffix(made)}R->{low}"
@@ -436,7 +469,8 @@ class Block(nn.Module):
         the source, `cross_k` and `cross_v`, which the first tokens bring; in training, None.
         """
         cfg = self.cfg
-        linear = partial(Linear, cfg, dtype=jnp.dtype(self.compute.dtype), bias=cfg.bias)
+        dtype, decoding = jnp.dtype(self.compute.dtype), kept is not None
+        linear = partial(Linear, cfg, dtype=dtype, bias=cfg.bias, rounded=decoding)
         to_residual = partial(linear, scale=1 / math.sqrt(2 * cfg.L))
         drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
         drop_weights = drop if cfg.dropout and self.has_rng("dropout") else None
@@ -632,6 +666,8 @@ class GPT(nn.Module):
         rotary = None
         # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
         x_BTD = constrain(constrain(self.wte, "V-")[tokens_BT], "BTD")
+        if self.wte.dtype == jnp.int8:
+            x_BTD = x_BTD * self.variables["params"]["wte_scale"][tokens_BT][..., None]
         if cfg.scale_embedding:
             x_BTD *= math.sqrt(cfg.D)
         if cfg.position == "learned":
@@ -654,7 +690,10 @@ class GPT(nn.Module):
         return self._logits(self.hidden(tokens_BT, positions_BT, segments_BT))
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        return logits(self.cfg, hidden_BTD, self.wte if self.cfg.tied else self.head, "VD")
+        name = "wte" if self.cfg.tied else "head"
+        return next_logits(
+            self.cfg, self.variables["params"] | {name: getattr(self, name)}, hidden_BTD
+        )
 
 
 class EncoderDecoder(GPT):
@@ -716,8 +755,21 @@ def logits(
     cfg: GPTConfig, hidden_BTD: jax.Array, w: jax.Array, letters: Literal["DV", "VD"] = "DV"
 ) -> jax.Array:
     """The output layer: float32 logits [B, T, V padded], soft-capped; padding is -inf."""
-    logits_BTV = matmul(f"BTD,{letters}->BTV", hidden_BTD, w, hidden_BTD.dtype)
-    logits_BTV = constrain(logits_BTV, "BTV")
+    product_BTV = matmul(f"BTD,{letters}->BTV", hidden_BTD, w, hidden_BTD.dtype)
+    return _as_logits(cfg, product_BTV)
+
+
+def next_logits(cfg: GPTConfig, params: Any, hidden_BTD: jax.Array) -> jax.Array:
+    """`logits` by a tree whose tables may be in int8, with `wte_scale` or `head_scale` beside."""
+    name = "wte" if cfg.tied else "head"
+    if params[name].dtype != jnp.int8:
+        return logits(cfg, hidden_BTD, params[name], "VD")
+    product_BTV = rounded_matmul("BTD,VD->BTV", hidden_BTD, params[name])
+    return _as_logits(cfg, product_BTV * params[f"{name}_scale"][None, None])
+
+
+def _as_logits(cfg: GPTConfig, product_BTV: jax.Array) -> jax.Array:
+    logits_BTV = constrain(product_BTV, "BTV")
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     if cfg.sizes["V"] == cfg.V:

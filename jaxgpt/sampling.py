@@ -4,9 +4,9 @@ Settings are arrays with a row for each text, so that rows with other settings s
 a row's draws are a function of its own seed and position, whatever is written beside it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 
-
 BANNED = -1e9  # finite: a guide that allows nothing else is stronger
+LARGEST = 1000  # of what logits meet, which BANNED stays far below
+TINY = 1e-30  # where float32 is about to end
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,28 @@ class Sampling:
 
     def check(self, vocabulary: int) -> None:
         """Raises InputError where a field cannot be, for a vocabulary of so many ids."""
-        for name in ("temperature", "min_p", "top_k"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name}={value}; set it to 0 or more")
+        for name, low, high in (
+            ("temperature", 0, LARGEST),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1 / LARGEST, LARGEST),
+            ("frequency_penalty", -LARGEST, LARGEST),
+            ("presence_penalty", -LARGEST, LARGEST),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name}={getattr(self, name)}; set it to {low} to {high}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}; set it above 0, and to 1 at most")
-        if self.min_p > 1:
-            raise InputError(f"min_p={self.min_p}; set it to 1 at most")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty={self.repetition_penalty}; set it above 0")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name}={getattr(self, name)}; set it to a number")
-        if not 0 <= self.seed < 2**63:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
+            raise InputError(f"top_k={self.top_k}; set it to a whole number, 0 or more")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed}; set it from 0 to 2**63 - 1")
         for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocabulary:
+            if not isinstance(token, Integral) or not 0 <= token < vocabulary:
                 raise InputError(f"logit_bias has token {token}; ids are 0 to {vocabulary - 1}")
-            if math.isnan(bias) or bias == math.inf:
-                raise InputError(f"logit_bias of token {token} is {bias}; set it to a number")
+            if not bias <= LARGEST:
+                raise InputError(
+                    f"logit_bias of token {token} is {bias}; set it to {LARGEST} at most"
+                )
 
 
 class Settings(NamedTuple):
@@ -186,11 +189,12 @@ def _penalized(logits_BV: jax.Array, at: Settings, memory: Memory) -> jax.Array:
 
 def _drawn(logits_BV: jax.Array, at: Settings, position_B: jax.Array) -> jax.Array:
     """Draws by Gumbel's trick: the largest of the logits, each with noise of its own."""
-    x_BV = logits_BV / jnp.where(at.temperature_B > 0, at.temperature_B, 1)[:, None]
-    x_BV = _if(at.top_k_B > 0, lambda x_BV: _top_k(x_BV, at.top_k_B), x_BV)
+    x_BV = _if(at.top_k_B > 0, lambda x_BV: _top_k(x_BV, at.top_k_B), logits_BV)
+    # The largest is 0, which no temperature makes infinite.
+    x_BV = x_BV - x_BV.max(-1, keepdims=True)
+    x_BV = x_BV / jnp.maximum(at.temperature_B, TINY)[:, None]
     x_BV = _if(at.top_p_B < 1, lambda x_BV: _top_p(x_BV, at.top_p_B), x_BV)
-    smallest_B = x_BV.max(-1) + jnp.log(at.min_p_B)
-    x_BV = jnp.where(x_BV < smallest_B[:, None], -jnp.inf, x_BV)
+    x_BV = jnp.where(x_BV < jnp.log(at.min_p_B)[:, None], -jnp.inf, x_BV)
 
     def noise(key_2: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_2), position)
@@ -205,7 +209,8 @@ def _top_k(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
 
 
 def _top_p(x_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    kept_BV = _at_least(x_BV, jax.nn.softmax(x_BV), p_B) | (p_B >= 1)[:, None]
+    weight_BV = jax.nn.softmax(x_BV)
+    kept_BV = _at_least(x_BV, weight_BV, jnp.maximum(p_B, TINY)) | (p_B >= 1)[:, None]
     return jnp.where(kept_BV, x_BV, -jnp.inf)
 
 

@@ -162,18 +162,24 @@ def merged(tree: Any) -> Any:
     return plain
 
 
-def quantized(tree: Any, leaves: Leaves) -> Any:
-    """The tree with every matrix of its blocks in int8, and beside it `w_scale` by output."""
+def quantized(tree: Any, leaves: Leaves, tables: bool = False) -> Any:
+    """The tree with every matrix of its blocks in int8, and beside it `w_scale` by output.
+
+    With `tables` also the token embedding and the output layer, with a scale by token beside.
+    """
     out: dict[str, Any] = {}
     for path, leaf in flat(tree).items():
         names = leaves[path][0]
-        if path[-1] != "w" or path[0] not in ("blocks", "encoder"):
+        if path[-1] == "w" and path[0] in ("blocks", "encoder"):
+            axes = tuple(range(int("L" in names), _inputs(names)))
+        elif tables and path in (("wte",), ("head",)):
+            axes = (1,)
+        else:
             _put(out, path, leaf)
             continue
-        axes = tuple(range(int("L" in names), _inputs(names)))
         scale = jnp.maximum(jnp.abs(leaf).max(axes, keepdims=True), 1e-30) / 127
         _put(out, path, jnp.round(leaf / scale).astype(jnp.int8))
-        _put(out, (*path[:-1], "w_scale"), scale.squeeze(axes))
+        _put(out, (*path[:-1], f"{path[-1]}_scale"), scale.squeeze(axes))
     return out
 
 
