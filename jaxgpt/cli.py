@@ -31,6 +31,8 @@ def generate(
     choices: tuple[str, ...] = (),
     regex: str = "",
     schema: str = "",
+    dtype: Literal["float32", "int8"] = "float32",
+    draft: str = "",
     sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
 ) -> None:
     """Write on from a prompt.
@@ -43,18 +45,21 @@ def generate(
         choices: What is written is one of these.
         regex: What is written matches this expression.
         schema: A file with a JSON schema; what is written is JSON that fits it.
+        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
+        draft: A smaller model of the same tokenizer, which guesses ahead; the text is the same.
     """
-    trained = _ready(path)
-    print(terminal.printable(prompt), end="", flush=True)
     rest: dict[str, Any] = {"stop": stop, "choices": choices, "regex": regex}
     rest["schema"] = _json(schema) if schema else None
-    terminal.say(trained.stream(prompt, tokens, **rest, **vars(sampling)))
+    trained = _ready(path, dtype)
+    rest["draft"] = load(draft) if draft else None
+    terminal.say(trained.stream(prompt, tokens, **rest, **vars(sampling)), before=prompt)
 
 
 def chat(
     path: tyro.conf.Positional[str],
     system: str = "",
     tokens: int = 512,
+    dtype: Literal["float32", "int8"] = "float32",
     sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
 ) -> None:
     """Talk to a model, or, where it has no chat format, let it go on from what you write.
@@ -63,8 +68,11 @@ def chat(
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         system: A message before the conversation that says how to answer.
         tokens: How many tokens an answer has, at most.
+        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
     """
-    terminal.converse(terminal.Conversation(_ready(path), system, tokens, dict(vars(sampling))))
+    terminal.converse(
+        terminal.Conversation(_ready(path, dtype), system, tokens, dict(vars(sampling)))
+    )
 
 
 def serve(
@@ -77,6 +85,7 @@ def serve(
     queue: int = 64,
     context: int = 0,
     deadline: float = 300.0,
+    dtype: Literal["float32", "int8"] = "float32",
 ) -> None:
     """Serve a model by OpenAI's interface, with a page to chat on.
 
@@ -90,6 +99,7 @@ def serve(
         queue: How many requests wait for a slot before others are turned away.
         context: Tokens of a prompt and its answer, at most; 0: the model's.
         deadline: Seconds an answer may take.
+        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
     """
     from jaxgpt import serve
 
@@ -104,30 +114,38 @@ def serve(
         queue=queue,
         context=context,
         deadline=deadline,
+        dtype=dtype,
     )
 
 
-def _ready(path: str) -> Trained:
+def _ready(path: str, dtype: Literal["float32", "int8"] = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
     compiled_programs()
-    return load(path)
+    return load(path, dtype=dtype)
 
 
 def compiled_programs() -> None:
     """Keeps compiled programs in the user's own folder, unless jax is told of another."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         folder = cache_folder() / "compiled"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # what is in it runs: nobody else may write there
+        except OSError:  # it cannot be made, or is not one's own
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _json(path: str) -> Any:
+def _json(path: str) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}; a schema is an object")
+    return found
 
 
 def classify(
@@ -145,7 +163,8 @@ def classify(
     trained, objective = _trained(path, Classify)
     given = _given(texts, file)
     for text, p_C in zip(given, objective.predict(trained, given), strict=True):
-        print(f"{objective.labels[int(p_C.argmax())]}\t{p_C.max():.4f}\t{text}")
+        label = terminal.printable(objective.labels[int(p_C.argmax())])
+        print(f"{label}\t{p_C.max():.4f}\t{text}")
 
 
 def translate(
@@ -164,7 +183,8 @@ def translate(
     """
     trained, objective = _trained(path, Translate)
     given = _given(texts, file)
-    print(*objective.translate(trained, given, beam=beam), sep="\n")
+    found = objective.translate(trained, given, beam=beam)
+    print(*map(terminal.printable, found), sep="\n")
 
 
 def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:

@@ -211,7 +211,10 @@ def decode(
     source = None if sources is None else padded(sources, cfg, cfg.T, "a source")
     B = len(prompts)
     if isinstance(sampling, Sampling):
+        sampling.check(vocabulary)
         sampling = [replace(sampling, seed=(sampling.seed + row) % 2**63) for row in range(B)]
+    if len(sampling) != B:
+        raise InputError(f"{len(sampling)} samplings for {B} prompts; give one, or one for each")
     at = settings(sampling, vocabulary, cfg.sizes["V"], guides)
     S = positions(prompts_BP.shape[1] + new, cfg)
     written = generate(
@@ -269,6 +272,8 @@ def padded(
         )
     ids_BT = np.zeros((len(lists), min(power_of_two(longest, least), most)), np.int32)
     for number, ids in enumerate(map(np.asarray, lists)):
+        if ids.ndim != 1:
+            raise InputError(f"row {number} has ids of shape {list(ids.shape)}; give one list")
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= cfg.V:
             raise InputError(f"row {number} has ids outside the vocabulary of {cfg.V}")
         ids_BT[number, : len(ids)] = ids

@@ -691,9 +691,8 @@ class GPT(nn.Module):
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         name = "wte" if self.cfg.tied else "head"
-        return next_logits(
-            self.cfg, self.variables["params"] | {name: getattr(self, name)}, hidden_BTD
-        )
+        params = {**self.variables["params"], name: getattr(self, name)}
+        return next_logits(self.cfg, params, hidden_BTD)
 
 
 class EncoderDecoder(GPT):

@@ -4,12 +4,14 @@ Over a model without a chat format a line is a text, and the answer is how the m
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from itertools import chain
-from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
@@ -17,12 +19,14 @@ from rich.text import Text
 
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
+from jaxgpt.sampling import Sampling
 from jaxgpt.trained import Trained
 
 MOMENT = 0.5  # seconds
 
 HELP = """\
 A line is a message. End it with \\ to go on in the next, or put several between lines of \"\"\".
+/help           this
 /reset          forget the conversation
 /system TEXT    start anew with a system message
 /retry          answer the last message again
@@ -31,16 +35,18 @@ A line is a message. End it with \\ to go on in the next, or put several between
 /quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
-def say(pieces: Iterator[str], out: Any = None) -> str:
-    """Prints pieces as they come, and returns them in one, also after Ctrl-C.
+def say(pieces: Iterator[str], before: str = "") -> str:
+    """Prints a text and the pieces that follow as they come; these in one, also after Ctrl-C.
 
-    The first may have to wait for programs to be compiled, and a clock then says so.
+    The first may have to wait for programs to be compiled, and a clock then says so, on a line of
+    its own: `before` comes after it.
     """
-    out = out or sys.stdout
+    out = sys.stdout
     said = []
     with suppress(KeyboardInterrupt):
         with clock("compiling…"):
             first = next(pieces, "")
+        print(printable(before), end="", file=out)
         for piece in chain([first], pieces):
             said.append(piece)
             # A model writes text, and no commands to the terminal.
@@ -51,7 +57,7 @@ def say(pieces: Iterator[str], out: Any = None) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters, but line breaks and tabs, as U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t " else "\ufffd" for c in text)
+    return "".join("\ufffd" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
 @contextmanager
@@ -82,6 +88,9 @@ class Conversation:
             self.chats = False
         if system and not self.chats:
             raise InputError("this model has no chat format, and so no system message; leave it")
+        if tokens < 1:
+            raise InputError(f"tokens={tokens}; set it to 1 or more")
+        Sampling(**settings).check(trained.tokenizer.vocab_size)
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -90,53 +99,53 @@ class Conversation:
         """Forgets all but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str) -> Iterator[str]:
-        """How the model answers a message, or goes on from a text, in pieces."""
-        self.messages.append({"role": "user", "content": text})
+    def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        """How the model answers the last of the messages, or goes on from it, in pieces."""
         if self.chats:
-            self._check_room()
-            return self.trained.stream_chat(self.messages, self._room(), **self.settings)
-        return self.trained.stream(text, self.tokens, **self.settings)
+            room = self._room(messages)
+            return self.trained.stream_chat(messages, min(self.tokens, room), **self.settings)
+        return self.trained.stream(messages[-1]["content"], self.tokens, **self.settings)
 
-    def _length(self) -> int:
-        template, tokenizer = choose(self.trained.tokenizer), self.trained.tokenizer
-        return len(render(template, tokenizer, self.messages, open=True).tokens)
-
-    def _room(self) -> int:
-        return max(1, min(self.tokens, self.trained.config.model.T - self._length()))
-
-    def _check_room(self) -> None:
-        length, T = self._length(), self.trained.config.model.T
+    def _room(self, messages: list[dict[str, str]]) -> int:
+        """How many tokens fit the context after the messages; InputError for none."""
+        tokenizer, T = self.trained.tokenizer, self.trained.config.model.T
+        length = len(render(choose(tokenizer), tokenizer, messages, open=True).tokens)
         if length >= T:
-            self.messages.pop()
             raise InputError(
                 f"the conversation has {length} tokens with this message, and the context is {T}; "
                 "/reset, or say less"
             )
+        return T - length
 
     def save(self, path: str) -> None:
         """Appends the conversation to a file, as a line of JSON."""
         if not path:
             raise InputError("/save needs a file's name")
+        if not any(message["role"] == "assistant" for message in self.messages):
+            raise InputError("nothing has been said that could be saved")
         try:
-            with Path(path).open("a", encoding="utf-8") as file:
+            with open(os.path.expanduser(path), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be written: {error}") from None
 
 
-def read_message(prompt: str = "> ") -> str:
-    """A message from the terminal, of one line or several; EOFError at the end."""
+def read_message(prompt: str = "> ") -> tuple[str, bool]:
+    """A message from the terminal, and whether it is a command; EOFError at the end.
+
+    It has one line, or several: what is between \"\"\" is a message whatever it begins with.
+    """
     line = input(prompt)
     lines: list[str] = []
     if line.strip() == '"""':
         while (line := input("… ")).strip() != '"""':
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join(lines), False
     while line.endswith("\\"):
         lines.append(line[:-1])
         line = input("… ")
-    return "\n".join([*lines, line])
+    text = "\n".join([*lines, line])
+    return text, text.startswith("/")
 
 
 def converse(conversation: Conversation) -> None:
@@ -146,38 +155,42 @@ def converse(conversation: Conversation) -> None:
 
         readline.set_auto_history(True)
     kind = "" if conversation.chats else " (it has no chat format: it goes on from what you write)"
-    print(f"{conversation.trained.config.name}{kind}; /help says what else there is")
+    name = printable(conversation.trained.config.name)
+    print(f"{name}{kind}; /help says what else there is")
     while True:
         try:
-            text = read_message()
+            text, is_command = read_message()
+            if is_command:
+                if not command(conversation, text):
+                    return
+            elif text.strip():
+                reply(conversation, [*conversation.messages, {"role": "user", "content": text}])
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
-            continue
-        try:
-            if text.startswith("/"):
-                if not command(conversation, text):
-                    return
-            elif text.strip():
-                reply(conversation, text)
-        except InputError as error:
-            print(f"error: {error}")
+        except (InputError, UnicodeDecodeError) as error:
+            print(f"error: {printable(str(error))}")
 
 
-def reply(conversation: Conversation, text: str) -> None:
-    """Answers a message on the terminal."""
-    said = say(conversation.answer(text))
-    conversation.messages.append({"role": "assistant", "content": said})
+def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
+    """Answers the last of the messages on the terminal, and keeps them if anything was said."""
+    said = say(conversation.answer(messages))
+    if said:
+        conversation.messages = [*messages, {"role": "assistant", "content": said}]
+    else:
+        print("(nothing was said; the conversation is as before)")
 
 
 def command(conversation: Conversation, text: str) -> bool:
     """Does what a line that begins with / says; False where it is to leave."""
-    name, _, rest = text[1:].partition(" ")
+    name, rest = [*text[1:].split(maxsplit=1), "", ""][:2]
     if name in ("quit", "exit"):
         return False
-    if name == "reset":
+    if name == "help":
+        print(HELP)
+    elif name == "reset":
         conversation.reset()
     elif name == "system":
         if not conversation.chats:
@@ -189,23 +202,26 @@ def command(conversation: Conversation, text: str) -> bool:
     elif name == "set":
         setting(conversation, rest)
     elif name == "retry":
-        asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
+        asked = [at for at, m in enumerate(conversation.messages) if m["role"] == "user"]
         if not asked:
             raise InputError("there is no message to answer again")
-        while conversation.messages.pop()["role"] != "user":
-            pass
-        conversation.settings["seed"] = conversation.settings.get("seed", 0) + 1
-        reply(conversation, asked[-1])
+        conversation.settings["seed"] = (conversation.settings.get("seed", 0) + 1) % 2**63
+        reply(conversation, conversation.messages[: asked[-1] + 1])
     else:
-        print(HELP)
+        raise InputError(f"/{name} is no command; /help says what there is")
     return True
 
 
 def setting(conversation: Conversation, text: str) -> None:
-    """`NAME VALUE` to a field of the settings."""
-    name, _, value = text.partition(" ")
-    whole = name in ("top_k", "seed")
+    """`NAME VALUE` to a field of the settings; InputError, and no change, where it cannot be."""
+    name, value = [*text.split(maxsplit=1), "", ""][:2]
+    known = [field.name for field in fields(Sampling) if field.name != "logit_bias"]
+    if name not in known:
+        raise InputError(f"/set {text}: there are {', '.join(known)}")
     try:
-        conversation.settings[name] = int(value) if whole else float(value)
+        number = int(value) if name in ("top_k", "seed") else float(value)
     except ValueError:
         raise InputError(f"/set {text}: give a name and a number, as in /set top_k 40") from None
+    changed = {**conversation.settings, name: number}
+    Sampling(**changed).check(conversation.trained.tokenizer.vocab_size)
+    conversation.settings = changed

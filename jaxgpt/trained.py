@@ -57,20 +57,22 @@ class Trained(NamedTuple):
         choices: Sequence[str] = (),
         regex: str = "",
         schema: Mapping[str, Any] | None = None,
+        draft: "Trained | None" = None,
         **settings: Any,
     ) -> Iterator[str]:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
         It ends where the model ends the text, or before a `stop`. `choices`, `regex` or `schema`
-        (JSON) say what it may be. The rest are the fields of `Sampling`; the temperature is 0.8
-        unless given. As documents begin, so does a prompt. Raises InputError for a prompt longer
-        than the context, and for a setting that cannot be.
+        (JSON) say what it may be. `draft`, a smaller model with the same tokenizer, guesses tokens
+        ahead, and the text stays the same. The rest are the fields of `Sampling`; the temperature
+        is 0.8 unless given. As documents begin, so does a prompt. Raises InputError for a prompt
+        longer than the context, and for a setting that cannot be.
         """
         text = self.tokenizer.encode(prompt)
         ids = [*self.tokenizer.prefix, *text] or [self.tokenizer.eot]
         ends = [self.tokenizer.eot, self.tokenizer.eos]
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, settings, before=text)
+        yield from self._write(ids, tokens, stop, ends, guide, draft, settings, before=text)
 
     def chat(self, messages: Messages, tokens: int = 200, **settings: Any) -> str:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
@@ -85,6 +87,7 @@ class Trained(NamedTuple):
         choices: Sequence[str] = (),
         regex: str = "",
         schema: Mapping[str, Any] | None = None,
+        draft: "Trained | None" = None,
         **settings: Any,
     ) -> Iterator[str]:
         """The assistant's answer, of at most so many tokens, in pieces; else as `stream`.
@@ -96,7 +99,7 @@ class Trained(NamedTuple):
         ends = template.stops(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True).tokens
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, settings)
+        yield from self._write(ids, tokens, stop, ends, guide, draft, settings)
 
     def _write(
         self,
@@ -105,6 +108,7 @@ class Trained(NamedTuple):
         stop: str | Sequence[str],
         ends: Sequence[int],
         guide: Any,
+        draft: "Trained | None",
         settings: dict[str, Any],
         before: Sequence[int] | None = None,
     ) -> Iterator[str]:
@@ -124,7 +128,22 @@ class Trained(NamedTuple):
             stop_ids=tuple(dict.fromkeys(ends)),
             guide=guide,
             before=before,
+            draft=None if draft is None else self._drafted_by(draft),
         )
+
+    def _drafted_by(self, draft: "Trained") -> tuple[GPT, Any]:
+        """The model that guesses; InputError where it has other tokens, or a shorter context."""
+        if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"draft={draft.config.name} has another tokenizer than {self.config.name}, and its "
+                "tokens mean nothing here; give a model with the same one, such as a student"
+            )
+        if draft.config.model.T < self.config.model.T:
+            raise InputError(
+                f"draft={draft.config.name} has a context of {draft.config.model.T}, less than "
+                f"{self.config.model.T}; give one of at least that"
+            )
+        return draft.model, draft.params
 
     def _guide(
         self,
@@ -206,7 +225,8 @@ def load(
     average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
     adapter of PEFT's layout, whose leaves are put beside the matrices. `dtype` "int8" holds
     matrices in a byte a number, to write from only: a quarter of the memory, and faster where
-    reading them is what takes the time. Raises InputError where there is no model, or it is damaged.
+    reading them is what takes the time. Raises InputError where there is no model, or it is
+    damaged.
     """
     found = source(path, adapter)
     trained = Trained(found.config, found.params(), found.tokenizer)

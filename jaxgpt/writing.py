@@ -7,6 +7,7 @@ for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, stacked
 from jaxgpt.model import GPT
 from jaxgpt.sampling import Sampling, settings
+from jaxgpt.speculative import speculative_steps
 from jaxgpt.tokenizer import Tokenizer
 
 CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
+AHEAD = 4  # tokens that a small model guesses at once
 CONTEXT = 16  # tokens before one that may change how it reads, at most
 
 
@@ -51,21 +54,20 @@ class Text:
 
     def end(self) -> str:
         """The rest, when no token will come."""
-        shown = self._show(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return shown + held
+        return self._show(self._decoder.decode(b"", final=True), over=True)
 
-    def _show(self, fresh: str) -> str:
+    def _show(self, fresh: str, over: bool = False) -> str:
         if self.stopped:
             return ""
         text = self._held + fresh
         found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        at = min(found, default=len(text))
+        keep = 0 if over else max((_overlap(text, stop) for stop in self.stops), default=0)
+        # Of two stops the one that begins first counts, also where the other is whole before it.
+        certain = len(text) - keep
+        self.stopped = bool(found) and at <= certain
+        self._held = "" if self.stopped else text[certain:]
+        return text[: min(at, certain)]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -86,13 +88,16 @@ def write(
     stop_ids: Sequence[int] = (),
     guide: Guide | None = None,
     before: Sequence[int] | None = None,
+    draft: tuple[GPT, Any] | None = None,
 ) -> Iterator[str]:
     """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
 
     It ends before a stop string or a stop id. A text may be longer than the context: when that is
     full, the model goes on from what fills half of it, the last that was written. `before` are the
-    tokens whose text the new one follows, the prompt unless given. Raises InputError for a prompt
-    that is empty, longer than the context, or has ids outside the vocabulary.
+    tokens whose text the new one follows, the prompt unless given; `draft` is a small model of the
+    same vocabulary and its parameters, which guesses tokens without changing the text. Raises
+    InputError for a prompt that is empty, longer than the context, or has ids outside the
+    vocabulary.
     """
     cfg = model.cfg
     if tokens < 1:
@@ -100,18 +105,33 @@ def write(
     text = Text(tokenizer, prompt if before is None else before, stops)
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
     stops_1E = stops_of([stop_ids])
-    ids, left, guide_1 = list(prompt), tokens, None
+    ids, left, memory = list(prompt), tokens, None
     while left:
         at = settings([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
         at = jax.device_put(at)
         prompt_1P, length_1 = padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
         fit = min(left, cfg.T - len(ids))
         S = positions(prompt_1P.shape[1] + fit, cfg)
-        state = start(model, params, prompt_1P, length_1, np.full(1, fit, np.int32), S)
-        if guide_1 is not None:
-            state = state._replace(memory=state.memory._replace(guide_B=guide_1))
+        ahead = AHEAD if draft else 0
+        begin = partial(
+            start,
+            prompts_BP=prompt_1P,
+            lengths_B=length_1,
+            new_B=np.full(1, fit, np.int32),
+            S=S + ahead,
+            ahead=ahead + 1,
+        )
+        state = begin(model, params)
+        guessing = begin(*draft).cache if draft else None
+        if memory is not None:
+            state = state._replace(memory=memory)
         while fit:
-            state, written = steps(model, params, state, at, stops_1E, CHUNK)
+            if draft:
+                state, guessing, written, _ = speculative_steps(
+                    model, params, *draft, state, guessing, at, stops_1E, CHUNK, AHEAD
+                )
+            else:
+                state, written = steps(model, params, state, at, stops_1E, CHUNK)
             new = [token for token in np.asarray(written.tokens_Bn)[0].tolist() if token >= 0]
             ended = new[-1] in stop_ids
             piece = text.add(new[:-1] if ended else new)
@@ -123,6 +143,6 @@ def write(
             if piece:
                 yield piece
             ids, left, fit = ids + new, left - len(new), fit - len(new)
-        ids, guide_1 = ids[-(cfg.T // 2) :], state.memory.guide_B
+        ids, memory = ids[-(cfg.T // 2) :], state.memory
         # Positions come again, and the draws at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)

@@ -1,16 +1,17 @@
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.decode import beam_search, decode, generate, stops_of
+from jaxgpt.decode import beam_search, decode, generate, start, stops_of
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig, RopeScaling
 from jaxgpt.sampling import Sampling, settings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -69,6 +70,13 @@ def logprobs_after(gpt, tokens, source=None):
         rest = (None, None, sources, None, segments)
     logits = np.asarray(forward(gpt)(row, *rest), np.float64)[0, len(tokens) - 1, : gpt.cfg.V]
     return logits - math.log(np.exp(logits).sum())
+
+
+def logits_after(gpt, tokens):
+    """Of every next token."""
+    row = np.zeros((1, gpt.cfg.T), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.array(forward(gpt)(row))[0, len(tokens) - 1, : gpt.cfg.V]
 
 
 def greedy(gpt, tokens, new, stop, source=None):
@@ -156,9 +164,7 @@ def test_a_row_ends_at_its_first_stop_which_fills_the_rest():
     params = random_params(gpt)
     whole, logprobs, _ = decode(gpt, params, PROMPTS, 12, sampling=GREEDY)
     stops = whole[0, 3], whole[2, 9]
-    tokens, its_logprobs, lengths = decode(
-        gpt, params, PROMPTS, 12, sampling=GREEDY, stops=stops
-    )
+    tokens, its_logprobs, lengths = decode(gpt, params, PROMPTS, 12, sampling=GREEDY, stops=stops)
     for row, length in enumerate(lengths):
         ends = np.flatnonzero(np.isin(whole[row], stops))
         assert length == (ends[0] + 1 if ends.size else 12)
@@ -209,6 +215,9 @@ def test_scanned_layers_are_refused_with_what_to_set():
         ({"sampling": Sampling(top_k=-1)}, "top_k=-1"),
         ({"sampling": Sampling(temperature=-1.0)}, "temperature=-1.0"),
         ({"sampling": Sampling(temperature=math.nan)}, "temperature=nan"),
+        ({"sampling": Sampling(seed=-1)}, "seed=-1"),
+        ({"sampling": [Sampling()] * 3}, "3 samplings for 4 prompts; give one, or one for each"),
+        ({"prompts": [[1], [[2, 3]]]}, r"row 1 has ids of shape \[1, 2\]; give one list"),
         ({"vocabulary": 51}, "vocabulary=51"),
         ({"sources": [[1]] * 4}, "GPT takes no sources"),
     ],
@@ -219,6 +228,129 @@ def test_impossible_requests_are_refused(change, says):
     settings = {"prompts": PROMPTS, "new": 3} | change
     with pytest.raises(InputError, match=says):
         decode(gpt, None, **settings)
+
+
+# Every option of the architecture, in prompts around the lengths that they are padded to.
+
+WIDE = GPTConfig(L=2, D=16, N=4, T=80, V=50)
+ARCHITECTURES = {
+    "learned": WIDE,
+    "learned, windows wider than prompts": replace(
+        WIDE, norm="rmsnorm", bias=False, mlp="relu2", tied=False, window=45, qk_norm=True
+    ),
+    "rotary, grouped": replace(
+        WIDE,
+        position="rotary",
+        rope_scaling=RopeScaling("llama3", factor=4.0, T=32),
+        norm="rmsnorm",
+        norm_eps=1e-2,
+        mlp="swiglu",
+        bias=False,
+        qkv_bias=True,
+        tied=False,
+        K=2,
+        F=24,
+    ),
+    "rotary, one key, some windows": replace(
+        WIDE,
+        position="rotary",
+        rope_theta=100.0,
+        rope_local_theta=20.0,
+        rope_scaling=RopeScaling("linear", factor=2.0),
+        norm="rmsnorm+1",
+        mlp="geglu",
+        bias=False,
+        qk_norm=True,
+        K=1,
+        H=8,
+        window=5,
+        global_every=2,
+        logit_softcap=5.0,
+        post_norm=True,
+        scale_embedding=True,
+    ),
+}
+
+
+def test_every_option_of_the_architecture_is_among_those_decoded():
+    sizes_and_training = {"L", "D", "N", "T", "V", "dropout", "init_std"}
+    for field in fields(GPTConfig):
+        values = {getattr(cfg, field.name) for cfg in ARCHITECTURES.values()}
+        if field.name in sizes_and_training:
+            continue
+        assert len(values) > 1, field.name
+        if choices := get_args(get_type_hints(GPTConfig)[field.name]):
+            assert values == {*choices}, field.name
+    kinds = {cfg.rope_scaling.kind for cfg in ARCHITECTURES.values()}
+    assert kinds == {*get_args(get_type_hints(RopeScaling)["kind"])}
+
+
+def exact_logprobs(gpt, prompts, rows):
+    """Of each row's ids after its prompt, by one forward pass of training."""
+    tokens = np.zeros((len(rows), gpt.cfg.T), np.int32)
+    for row, prompt, new in zip(tokens, prompts, rows, strict=True):
+        row[: len(prompt) + len(new)] = [*prompt, *new]
+    logits = np.asarray(forward(gpt)(tokens), np.float64)[:, :, : gpt.cfg.V]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.array(
+        [
+            [logprobs[row, len(prompt) - 1 + t, new[t]] for t in range(len(new))]
+            for row, (prompt, new) in enumerate(zip(prompts, rows, strict=True))
+        ]
+    )
+
+
+def prompts_of(*lengths):
+    return [RNG.integers(0, 50, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("cfg", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_every_architecture_decodes_as_its_full_forward_pass(cfg):
+    gpt, prompts = cfg.build(PLAIN), prompts_of(33, 1, 32, 31, 6)
+    tokens, logprobs, _ = decode(gpt, random_params(gpt), prompts, 40, sampling=Sampling(seed=3))
+    np.testing.assert_allclose(logprobs, exact_logprobs(gpt, prompts, tokens), atol=1e-5)
+    assert len({*tokens.ravel().tolist()}) > 20
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 64, 65])
+def test_one_prompt_at_the_borders_of_what_it_is_padded_to(length):
+    cfg = replace(ARCHITECTURES["rotary, one key, some windows"], L=1, window=7, global_every=0)
+    gpt, prompts = cfg.build(PLAIN), prompts_of(length)
+    tokens, logprobs, _ = decode(gpt, random_params(gpt), prompts, 15, sampling=Sampling(seed=3))
+    np.testing.assert_allclose(logprobs, exact_logprobs(gpt, prompts, tokens), atol=1e-5)
+
+
+def test_a_cache_in_int8_is_one_and_close():
+    cfg = ARCHITECTURES["rotary, one key, some windows"]
+    gpt, prompts = cfg.build(PLAIN), prompts_of(33, 1, 32, 31, 6)
+    params, drawn = random_params(gpt), {"sampling": Sampling(seed=3)}
+    tokens, logprobs, _ = decode(gpt, params, prompts, 40, dtype="int8", **drawn)
+    error = np.abs(logprobs - exact_logprobs(gpt, prompts, tokens))
+    assert 1e-5 < error.max() < 0.05
+    rows = np.ones((2, 32), np.int32), np.ones(2, np.int32), np.ones(2, np.int32)
+    begin = partial(start, gpt, S=80, dtype="int8")
+    for kept in jax.eval_shape(begin, params, *rows).cache.layers.values():
+        assert kept["k"].dtype == kept["v"].dtype == np.int8
+
+
+def test_what_is_given_and_what_is_written_are_counted_apart():
+    gpt, prompts = GPT2.build(PLAIN), [[7, 7, 3], [1, 2, 3, 4, 5]]
+    params, sampling = (
+        random_params(gpt),
+        Sampling(
+            temperature=0, repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.4
+        ),
+    )
+    tokens, *_ = decode(gpt, params, prompts, 15, sampling=sampling)
+    plain, *_ = decode(gpt, params, prompts, 15, sampling=GREEDY)
+    for prompt, row in zip(prompts, tokens.tolist(), strict=True):
+        for t, token in enumerate(row):
+            logits = logits_after(gpt, prompt + row[:t])
+            count = np.bincount(row[:t], minlength=50)
+            seen = (count > 0) | np.isin(np.arange(50), prompt)
+            logits[seen] = np.where(logits > 0, logits / 1.3, logits * 1.3)[seen]
+            assert token == (logits - 0.2 * count - 0.4 * (count > 0)).argmax()
+    assert (tokens != plain).any(1).all()
 
 
 # Translation: a vocabulary small enough to look at every target there is.

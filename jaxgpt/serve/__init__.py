@@ -8,6 +8,8 @@ a request becomes a special token; and only this machine can ask, unless there i
 FastAPI, uvicorn and pydantic come with `pip install 'jaxgpt[serve]'`; nothing else here needs them.
 """
 
+from typing import Literal
+
 from jaxgpt.errors import InputError
 
 
@@ -22,10 +24,12 @@ def run(
     queue: int = 64,
     context: int = 0,
     deadline: float = 300.0,
+    dtype: Literal["float32", "int8"] = "float32",
 ) -> None:
     """Loads a model and serves it until SIGTERM or SIGINT, then ends what is running.
 
-    `path` is what `jaxgpt.load` takes; `name` is what the model is called, by default after it.
+    `path` and `dtype` are what `jaxgpt.load` takes; `name` is what the model is called, by default
+    after it.
     `slots` answers are written at once and `queue` more wait; a prompt and its answer fit
     `context` tokens (0: the model's), and an answer takes at most `deadline` seconds. `api_key`
     may also be in $JAXGPT_API_KEY; it is needed where `host` is not this machine alone. Raises
@@ -39,4 +43,4 @@ def run(
         raise InputError(
             f"the server needs {error.name}, which is not installed; pip install 'jaxgpt[serve]'"
         ) from None
-    app.run(path, host, port, api_key, name, slots, queue, context, deadline)
+    app.run(path, host, port, api_key, name, slots, queue, context, deadline, dtype)

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -232,6 +232,7 @@ def run(
     queue: int,
     context: int,
     deadline: float,
+    dtype: Literal["float32", "int8"],
 ) -> None:
     """See `jaxgpt.serve.run`."""
     api_key = api_key or os.environ.get("JAXGPT_API_KEY", "")
@@ -246,7 +247,7 @@ def run(
     if not deadline > 0:
         raise InputError(f"deadline={deadline}; set it to seconds above 0")
     with _bound(host, port) as sock:
-        trained = load(path)
+        trained = load(path, dtype=dtype)
         engine = Engine(trained, slots=slots, queue=queue, context=context)
         engine.start()
         name = name or (trained.config.name if Path(path).exists() else path.partition("@")[0])

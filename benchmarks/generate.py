@@ -1,0 +1,218 @@
+"""Writing with a GPT-2 of random weights: ours against transformers' with its cache of keys.
+
+    python benchmarks/generate.py
+    python benchmarks/generate.py --ours float32 int8 --batches 1 8 32
+
+Both sides write the likeliest tokens after the same prompts, on the same machine, one after the
+other in each round and each in its own process. What one token takes at least is the bytes of all
+matrices and of the keys and values so far, read once, over the speed at which memory is copied here
+(bytes read and written, over the time); the share of that limit is told beside. torch and
+transformers are needed here only: `pip install torch transformers`.
+"""
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """The size of the model and of the measurement. The defaults are GPT-2 124M."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    context: int = 1024
+    vocabulary: int = 50257
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Texts at once."""
+    prompt: int = 128
+    """Tokens of each prompt."""
+    new: int = 128
+    """Tokens written after it."""
+    ours: tuple[str, ...] = ("float32", "int8")
+    """Our matrices: float32, bfloat16, int8."""
+    theirs: str = "float32"
+    """Theirs: float32, bfloat16."""
+    rounds: int = 3
+    """Times each side is measured."""
+
+
+def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], None], float, float]:
+    """Our side: what it is, how it writes, and the bytes of its matrices and of a cached token."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
+    import jax
+
+    from jaxgpt import model as gpt
+    from jaxgpt.decode import generate, positions, stops_of
+    from jaxgpt.sampling import Sampling, settings
+    from jaxgpt.tune import quantized
+
+    cfg = gpt.GPTConfig(
+        L=options.layers,
+        D=options.width,
+        N=options.heads,
+        T=options.context,
+        V=options.vocabulary,
+    )
+    compute = gpt.ComputeConfig("bfloat16" if dtype == "bfloat16" else "float32", attention="plain")
+    model = cfg.build(compute)
+    params = jax.jit(partial(gpt.init, model))(jax.random.key(0))
+    if dtype == "int8":
+        params = jax.jit(partial(quantized, leaves=gpt.letters(model), tables=True))(params)
+    if dtype == "bfloat16":
+        params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    S = positions(options.prompt + options.new, cfg)
+
+    def write(prompts: np.ndarray) -> None:
+        B = len(prompts)
+        at = settings([Sampling(temperature=0)] * B, cfg.V, cfg.sizes["V"])
+        lengths = np.full(B, options.prompt, np.int32)
+        written = generate(
+            model, params, prompts, lengths, at, stops_of([[]] * B), options.new, S=S
+        )
+        assert np.asarray(written.tokens_Bn).min() >= 0  # all were written
+
+    read = {path: leaf for path, leaf in params.items() if path != "wpe"}
+    matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    cached = (
+        2 * cfg.L * cfg.D * np.dtype(compute.dtype if dtype == "bfloat16" else "float32").itemsize
+    )
+    device = jax.devices()[0].device_kind
+    return f"jaxgpt, {dtype}: jax {jax.__version__} on {device}", write, matrices, cached
+
+
+def transformers(
+    options: Options, dtype: str
+) -> tuple[str, Callable[[np.ndarray], None], float, float]:
+    """Their side."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = GPT2Config(
+        n_layer=options.layers,
+        n_embd=options.width,
+        n_head=options.heads,
+        n_positions=options.context,
+        vocab_size=options.vocabulary,
+    )
+    model = GPT2LMHeadModel(config).eval().to(device, getattr(torch, dtype))
+
+    def write(prompts: np.ndarray) -> None:
+        ids = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=options.new,
+                min_new_tokens=options.new,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == options.prompt + options.new
+
+    matrices = sum(p.numel() * p.element_size() for p in model.parameters())
+    matrices -= model.transformer.wpe.weight.numel() * model.transformer.wpe.weight.element_size()
+    cached = 2 * options.layers * options.width * getattr(torch, dtype).itemsize
+    versions = (
+        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}"
+    )
+    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return f"transformers, {dtype}: {versions} on {where}", write, matrices, cached
+
+
+def copy_speed() -> float:
+    """Bytes read and written a second, by copying a large array on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    x, times = jnp.ones(2**28, jnp.float32), 8  # 1 GiB
+    # In place, so that no new memory is asked for, which would cost more than the copying.
+    copy = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, x: x + 1, x), donate_argnums=0)
+    best = float("inf")
+    for _ in range(4):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(copy(x))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * times * x.nbytes / best
+
+
+def serve(options: Options, side: Callable[..., Any], dtype: str, pipe: Connection) -> None:
+    """Measures in a process of its own, whenever it is told a batch."""
+    description, write, matrices, cached = side(options, dtype)
+    pipe.send((description, matrices, cached))
+    random = np.random.default_rng(0)
+    while batch := pipe.recv():
+        prompts = random.integers(0, options.vocabulary, (batch, options.prompt)).astype(np.int32)
+        begin = time.perf_counter()
+        write(prompts)
+        pipe.send((time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def main() -> None:
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1) as pool:
+        speed = pool.apply(copy_speed)
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")
+    print(f"memory is copied at {speed / 1e9:.1f} GB/s (read and written)")
+    sides = {}
+    for side, dtypes in ((jaxgpt, options.ours), (transformers, (options.theirs,))):
+        for dtype in dtypes:
+            here, there = spawn.Pipe()
+            child = spawn.Process(target=serve, args=(options, side, dtype, there), daemon=True)
+            child.start()
+            description, matrices, cached = here.recv()
+            print(description, flush=True)
+            sides[side.__name__, dtype] = here, matrices, cached
+    name_of_theirs = ("transformers", options.theirs)
+    for batch in options.batches:
+        times: dict[Any, list[float]] = {name: [] for name in sides}
+        memory = {}
+        for turn in range(options.rounds + 1):
+            for name, (pipe, _, _) in sides.items():
+                pipe.send(batch)
+                seconds, memory[name] = pipe.recv()
+                if turn:  # the first compiles
+                    times[name].append(seconds)
+        print(f"\nbatch {batch}, prompt {options.prompt}, {options.new} new tokens")
+        for name, (_, matrices, cached) in sides.items():
+            best = statistics.median(times[name])
+            rate = batch * options.new / best
+            ratios = [
+                theirs / ours
+                for ours, theirs in zip(times[name], times[name_of_theirs], strict=True)
+            ]
+            needed = matrices + batch * cached * (options.prompt + options.new / 2)
+            share = needed / speed / (best / options.new)
+            print(
+                f"  {name[0]:<12} {name[1]:<8} {rate:8.1f} tokens/s  "
+                f"{statistics.median(ratios):5.2f} times ({min(ratios):.2f} to {max(ratios):.2f})  "
+                f"{share:4.0%} of the limit  {memory[name] / 2**20:.2f} GiB",
+                flush=True,
+            )
+    for pipe, *_ in sides.values():
+        pipe.send(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Speculative decoding: a small model guesses some tokens, a large one checks them all at once.
+
+Leviathan et al. 2022, but coupled otherwise: both models draw with the same noise for the same
+position, and a guess is right where it is the very token that the large model draws. So the text is
+the one that it would have written alone, seed for seed, whatever the settings.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.cache import Cache
+from jaxgpt.decode import State, Written
+from jaxgpt.model import GPT, next_logits
+from jaxgpt.sampling import Memory, Settings, draw
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "small", "n", "ahead"),
+    donate_argnames=("state", "small_cache"),
+)
+def speculative_steps(
+    model: GPT,
+    params: Any,
+    small: GPT,
+    small_params: Any,
+    state: State,
+    small_cache: Cache,
+    at: Settings,
+    stops_BE: Any,
+    n: int,
+    ahead: int = 4,
+) -> tuple[State, Cache, Written, jax.Array]:
+    """`decode.steps` with `ahead` tokens guessed by a small model of the same vocabulary.
+
+    Both caches are those that `decode.start` makes of the same prompts, with `ahead=ahead + 1` and
+    room for `ahead` positions more than the texts take. Also tells how many of the guesses, in all
+    rows, were right.
+    """
+    B, V = len(state.token_B), at.bias_BV.shape[1]
+
+    def guess(carry: Any, _: None) -> Any:
+        cache, token_B, position_B, memory = carry
+        hidden_B1D, cache = _extend(small, small_params, token_B[:, None], position_B, cache)
+        logits_BV = next_logits(small.cfg, small_params, hidden_B1D)[:, 0, :V]
+        token_B, memory = draw(logits_BV, at, memory, position_B + 1)
+        return (cache, token_B, position_B + 1, memory), token_B
+
+    def check(carry: Any, one: Any) -> Any:
+        state, count_B, out, alive_B = carry
+        logits_BV, guess_B = one
+        alive_B &= (state.left_B > 0) & (count_B < n)
+        token_B, after = draw(logits_BV, at, state.memory, state.position_B + 1)
+        logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], 1)[:, 0]
+        rows_B, column_B = jnp.arange(B), jnp.where(alive_B, count_B, n)  # n: left out
+        tokens_Bn, logprobs_Bn = out
+        out = (
+            tokens_Bn.at[rows_B, column_B].set(token_B, mode="drop"),
+            logprobs_Bn.at[rows_B, column_B].set(logprob_B, mode="drop"),
+        )
+        stopped_B = (token_B[:, None] == stops_BE).any(1)
+        left_B = jnp.where(stopped_B, 0, state.left_B - 1)
+        state = state._replace(
+            token_B=jnp.where(alive_B, token_B, state.token_B),
+            position_B=state.position_B + alive_B,
+            left_B=jnp.where(alive_B, left_B, state.left_B),
+            memory=_where(alive_B, after, state.memory),
+        )
+        right_B = alive_B & (token_B == guess_B)
+        return (state, count_B + alive_B, out, right_B), right_B
+
+    def round_(carry: Any) -> Any:
+        state, cache, count_B, out, right = carry
+        # One more guess than is checked, so that the small model has read all the others.
+        begin: Any = cache, state.token_B, state.position_B, state.memory
+        (cache, *_), guesses_gB = jax.lax.scan(guess, begin, None, length=ahead + 1)
+        read_Bg = jnp.concatenate([state.token_B[None], guesses_gB[:ahead]]).T
+        hidden_BgD, large_cache = _extend(model, params, read_Bg, state.position_B, state.cache)
+        logits_gBV = next_logits(model.cfg, params, hidden_BgD).swapaxes(0, 1)
+        everyone_B = jnp.ones(B, bool)
+        (state, count_B, out, _), right_gB = jax.lax.scan(
+            check, (state, count_B, out, everyone_B), (logits_gBV, guesses_gB)
+        )
+        return (
+            state._replace(cache=large_cache),
+            cache,
+            count_B,
+            out,
+            right + right_gB[:ahead].sum(),
+        )
+
+    def goes_on(carry: Any) -> jax.Array:
+        state, _, count_B, *_ = carry
+        return ((state.left_B > 0) & (count_B < n)).any()
+
+    out = jnp.full((B, n), -1), jnp.zeros((B, n))
+    none = jnp.zeros((B, n, 0), jnp.int32), jnp.zeros((B, n, 0))
+    state, small_cache, _, out, right = jax.lax.while_loop(
+        goes_on, round_, (state, small_cache, jnp.zeros(B, jnp.int32), out, jnp.int32(0))
+    )
+    return state, small_cache, Written(*out, *none), right
+
+
+def _where(chosen_B: jax.Array, yes: Memory, no: Memory) -> Memory:
+    def one(yes: jax.Array, no: jax.Array) -> jax.Array:
+        return jnp.where(chosen_B.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+    return jax.tree.map(one, yes, no)
+
+
+def _extend(model, params, *args):
+    return model.apply({"params": params}, *args, method="extend")
