@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.decode import beam_search, decode, generate, start, stops_of
+from jaxgpt.cache import empty, read
+from jaxgpt.cache import write as write_cache
+from jaxgpt.decode import beam_search, decode, generate, stops_of
+from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig, RopeScaling
 from jaxgpt.sampling import Sampling, settings
@@ -320,17 +323,39 @@ def test_one_prompt_at_the_borders_of_what_it_is_padded_to(length):
     np.testing.assert_allclose(logprobs, exact_logprobs(gpt, prompts, tokens), atol=1e-5)
 
 
-def test_a_cache_in_int8_is_one_and_close():
+def test_log_probabilities_with_a_cache_in_int8_are_close():
     cfg = ARCHITECTURES["rotary, one key, some windows"]
     gpt, prompts = cfg.build(PLAIN), prompts_of(33, 1, 32, 31, 6)
     params, drawn = random_params(gpt), {"sampling": Sampling(seed=3)}
     tokens, logprobs, _ = decode(gpt, params, prompts, 40, dtype="int8", **drawn)
     error = np.abs(logprobs - exact_logprobs(gpt, prompts, tokens))
-    assert 1e-5 < error.max() < 0.05
-    rows = np.ones((2, 32), np.int32), np.ones(2, np.int32), np.ones(2, np.int32)
-    begin = partial(start, gpt, S=80, dtype="int8")
-    for kept in jax.eval_shape(begin, params, *rows).cache.layers.values():
-        assert kept["k"].dtype == kept["v"].dtype == np.int8
+    assert 1e-3 < error.mean() < 0.02
+    assert error.max() < 0.2
+
+
+def test_a_cache_in_int8_holds_bytes_and_a_scale_for_each_position_and_head():
+    gpt = ARCHITECTURES["rotary, one key, some windows"].build(PLAIN)
+    rows = np.ones((3, 32), np.int32), np.ones(3, np.int32), np.ones(3, np.int32)
+    begin = partial(read_prompts, gpt, S=80, dtype="int8")
+    local, full = jax.eval_shape(begin, random_params(gpt), *rows).cache.layers.values()
+    for kept, slots in ((local, 5), (full, 80)):
+        assert {name: (x.dtype.name, x.shape) for name, x in kept.items()} == {
+            "k": ("int8", (3, 1, slots, 8)),
+            "v": ("int8", (3, 1, slots, 8)),
+            "k_scale": ("float32", (3, 1, slots)),
+            "v_scale": ("float32", (3, 1, slots)),
+        }
+
+
+def test_what_is_read_from_int8_is_off_by_half_a_step_at_most():
+    rng = np.random.default_rng(3)
+    sizes_T11 = np.array([1.0, 0.0, 1e-6, 1e4])[:, None, None]
+    k, v = np.float32(sizes_T11 * rng.normal(size=(2, 2, 4, 3, 8)))
+    kept = empty([0], 2, 3, 4, 8, np.dtype("int8"))["0"]
+    found = read(write_cache(kept, k, v, np.zeros(2, np.int32), np.full(2, 4)))
+    for exact, ours in zip((k, v), found, strict=True):
+        step = np.abs(exact).max(-1, keepdims=True) / 127
+        assert (np.abs(ours - exact) <= 0.5001 * step).all()
 
 
 def test_what_is_given_and_what_is_written_are_counted_apart():

@@ -41,7 +41,9 @@ def trained():
     tokenizer = build(TokenizerConfig(kind="bytes"), ["a"])
     config = Config(model=CFG.__class__(**{**vars(CFG), "V": tokenizer.vocab_size}))
     gpt = Trained(config, None, tokenizer).model
-    return Trained(config, model.init(gpt, jax.random.key(3)), tokenizer)
+    params = model.init(gpt, jax.random.key(3))
+    # As `load` puts them: jax compiles anew for arrays whose place was named.
+    return Trained(config, jax.device_put(params, jax.devices()[0]), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,16 @@ def test_nothing_is_compiled_once_it_has_started(engine):
     jax.monitoring.register_event_duration_secs_listener(note)
     choice = guide.choices(engine.trained.tokenizer, ["yes", "no"])
     requests = [
-        Request(prompt(n), 3, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)
-        for n, g in ((1, None), (31, choice), (32, None), (33, None), (60, choice))
+        Request(prompt(n), t, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)
+        for n, t, g in (
+            (1, 40, None),  # goes on while others end and come
+            (31, 3, choice),
+            (32, 3, None),
+            (33, 3, None),
+            (60, 3, choice),
+            (5, 3, None),
+            (40, 3, None),
+        )
     ]
     for stream in [engine.submit(request) for request in requests]:
         assert list(stream)[-1].finish

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -14,10 +15,12 @@ import pytest
 import train
 from jaxgpt import cli, config, parallel
 from jaxgpt.data import made, sources
+from jaxgpt.serve import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BOUND = app._bound
 MAKE_MESH = parallel.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
@@ -41,6 +44,10 @@ def small(args, default):
     return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
 
 
+def assert_alive(engine):
+    assert engine.alive
+
+
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
     """A copy of the repository, in which the first command has been run; all is small."""
@@ -57,6 +64,10 @@ def newcomer(tmp_path, monkeypatch):
     few = {name: lambda make=make: islice(make(), 200) for name, make in made.MADE.items()}
     monkeypatch.setattr(made, "MADE", few)
     made._docstrings.cache_clear()
+    # Nobody types, and nobody calls the server; it is loaded and started.
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+    monkeypatch.setattr(app, "_bound", lambda host, _: BOUND(host, 0))
+    monkeypatch.setattr(app.Server, "run", lambda self, _: assert_alive(self._engine))
     assert train.main([]) == 0
     yield
     made._docstrings.cache_clear()

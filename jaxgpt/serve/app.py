@@ -260,10 +260,12 @@ def run(
             proxy_headers=False,
             server_header=False,
             access_log=False,
+            log_config=None,  # it would close other libraries' handlers, and stderr with them
             log_level="warning",
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=CLOSE,
         )
+        sock.listen(config.backlog)  # who reads where it is may call at once
         print(
             f"{name}: http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}",
             flush=True,

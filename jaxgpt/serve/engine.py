@@ -167,7 +167,7 @@ class Engine:
             self._admit(0, Request((0,) * length, 1))
         for top in (0, TOP):
             self._state, _ = self._step(top)
-        self._state, self._at = self._empty(self._slots)
+        self._keep()
         self.heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -345,8 +345,7 @@ class Engine:
             if shown or said or finish:
                 stream._listener(Piece(shown, tuple(said), finish))
         if over:
-            left = [self._running[s]._left if s in self._running else 0 for s in range(self._slots)]
-            self._state = self._state._replace(left_B=jnp.asarray(left, jnp.int32))
+            self._keep()
 
     # The programs
 
@@ -369,9 +368,10 @@ class Engine:
             np.zeros(B, np.int32),
             self.context,
         )
-        return state, jax.device_put(
-            (self._settings([Request((0,), 1)] * B), stops_of([[-1] * STOPS] * B))
-        )
+        at = self._settings([Request((0,), 1)] * B), stops_of([[-1] * STOPS] * B)
+        # Put in place by name, as what the programs return is: jax compiles anew for what is not.
+        places = jax.tree.map(lambda x: x.sharding, state)
+        return jax.device_put(state, places), jax.device_put(at, state.left_B.sharding)
 
     def _settings(self, requests: list[Request]) -> Any:
         vocabulary, B = self.trained.tokenizer.vocab_size, len(requests)
@@ -402,6 +402,11 @@ class Engine:
             (self._settings([request]), stops_1E),
         )
 
+    def _keep(self) -> None:
+        """Ends what is written in slots where no text is."""
+        taken_B = np.asarray([slot in self._running for slot in range(self._slots)])
+        self._state = self._state._replace(left_B=_keep(self._state.left_B, taken_B))
+
     def _step(self, top: int) -> tuple[Any, Written]:
         at, stops_BE = self._at
         return steps(
@@ -420,3 +425,9 @@ def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1):
         )
 
     return jax.tree.map(put, (state, at), (alone, at_1))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _keep(left_B, taken_B):
+    """How many tokens may follow, none where a slot is not taken."""
+    return jnp.where(taken_B, left_B, 0)
