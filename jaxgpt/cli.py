@@ -86,6 +86,7 @@ def serve(
     context: int = 0,
     deadline: float = 300.0,
     dtype: Literal["float32", "int8"] = "float32",
+    cache: Literal["same", "int8"] = "same",
 ) -> None:
     """Serve a model by OpenAI's interface, with a page to chat on.
 
@@ -100,6 +101,7 @@ def serve(
         context: Tokens of a prompt and its answer, at most; 0: the model's.
         deadline: Seconds an answer may take.
         dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
+        cache: Of keys and values: int8 leaves room for more of them.
     """
     from jaxgpt import serve
 
@@ -115,6 +117,7 @@ def serve(
         context=context,
         deadline=deadline,
         dtype=dtype,
+        cache=cache,
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import checkpoint, pretrained
+from jaxgpt.cache import CacheDtype
 from jaxgpt.chat import Messages, choose, render
 from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
@@ -58,21 +59,23 @@ class Trained(NamedTuple):
         regex: str = "",
         schema: Mapping[str, Any] | None = None,
         draft: "Trained | None" = None,
+        cache: CacheDtype = "same",
         **settings: Any,
     ) -> Iterator[str]:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
         It ends where the model ends the text, or before a `stop`. `choices`, `regex` or `schema`
         (JSON) say what it may be. `draft`, a smaller model with the same tokenizer, guesses tokens
-        ahead, and the text stays the same. The rest are the fields of `Sampling`; the temperature
-        is 0.8 unless given. As documents begin, so does a prompt. Raises InputError for a prompt
-        longer than the context, and for a setting that cannot be.
+        ahead, and the text stays the same; `cache` "int8" holds keys and values in a byte each.
+        The rest are the fields of `Sampling`; the temperature is 0.8 unless given. As documents
+        begin, so does a prompt. Raises InputError for a prompt longer than the context, and for a
+        setting that cannot be.
         """
         text = self.tokenizer.encode(prompt)
         ids = [*self.tokenizer.prefix, *text] or [self.tokenizer.eot]
         ends = [self.tokenizer.eot, self.tokenizer.eos]
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, draft, settings, before=text)
+        yield from self._write(ids, tokens, stop, ends, guide, draft, cache, settings, before=text)
 
     def chat(self, messages: Messages, tokens: int = 200, **settings: Any) -> str:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
@@ -88,6 +91,7 @@ class Trained(NamedTuple):
         regex: str = "",
         schema: Mapping[str, Any] | None = None,
         draft: "Trained | None" = None,
+        cache: CacheDtype = "same",
         **settings: Any,
     ) -> Iterator[str]:
         """The assistant's answer, of at most so many tokens, in pieces; else as `stream`.
@@ -99,7 +103,7 @@ class Trained(NamedTuple):
         ends = template.stops(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True).tokens
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, draft, settings)
+        yield from self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
 
     def _write(
         self,
@@ -109,6 +113,7 @@ class Trained(NamedTuple):
         ends: Sequence[int],
         guide: Any,
         draft: "Trained | None",
+        cache: CacheDtype,
         settings: dict[str, Any],
         before: Sequence[int] | None = None,
     ) -> Iterator[str]:
@@ -129,6 +134,7 @@ class Trained(NamedTuple):
             guide=guide,
             before=before,
             draft=None if draft is None else self._drafted_by(draft),
+            cache=cache,
         )
 
     def _drafted_by(self, draft: "Trained") -> tuple[GPT, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt.cache import CacheDtype
 from jaxgpt.decode import padded, positions, start, steps, stops_of
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, stacked
@@ -89,13 +90,15 @@ def write(
     guide: Guide | None = None,
     before: Sequence[int] | None = None,
     draft: tuple[GPT, Any] | None = None,
+    cache: CacheDtype = "same",
 ) -> Iterator[str]:
     """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
 
     It ends before a stop string or a stop id. A text may be longer than the context: when that is
     full, the model goes on from what fills half of it, the last that was written. `before` are the
     tokens whose text the new one follows, the prompt unless given; `draft` is a small model of the
-    same vocabulary and its parameters, which guesses tokens without changing the text. Raises
+    same vocabulary and its parameters, which guesses tokens without changing the text; `cache`
+    "int8" holds keys and values in a byte each. Raises
     InputError for a prompt that is empty, longer than the context, or has ids outside the
     vocabulary.
     """
@@ -120,6 +123,7 @@ def write(
             new_B=np.full(1, fit, np.int32),
             S=S + ahead,
             ahead=ahead + 1,
+            dtype=cache,
         )
         state = begin(model, params)
         guessing = begin(*draft).cache if draft else None

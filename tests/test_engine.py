@@ -166,6 +166,43 @@ def test_a_stop_string_ends_a_text_and_is_not_shown(engine, trained):
     assert pieces[-1].finish == "stop"
 
 
+def test_matrices_and_cache_in_a_byte_write_what_they_write_alone(trained):
+    small = trained.in_int8()
+    made = Engine(small, slots=2, queue=4, chunk=4, cache="int8")
+    made.start()
+    assert made._state.cache.layers["0"]["k"].dtype == np.int8
+    requests = [Request(prompt(n), 12, Sampling(temperature=0)) for n in (3, 20, 40)]
+    streams = [made.submit(request) for request in requests]
+    for request, stream in zip(requests, streams, strict=True):
+        tokens, _, _ = decode(
+            small.model,
+            small.params,
+            [request.prompt],
+            12,
+            sampling=request.sampling,
+            vocabulary=trained.tokenizer.vocab_size,
+            dtype="int8",
+        )
+        assert ids_of(stream) == tokens[0].tolist()
+    made.stop()
+
+
+def test_int8_is_a_quarter_of_the_memory_and_nearly_the_same(trained):
+    small = trained.in_int8()
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(t.params)) for t in (trained, small)]
+    assert sizes[1] < 0.3 * sizes[0]
+    tokens = np.asarray([prompt(32)])
+    exact, near = (t.model.apply({"params": t.params}, tokens)[..., :257] for t in (trained, small))
+    assert np.abs(exact - near).max() < 0.1 * np.abs(exact).max()
+    written, logprobs, _ = decode(
+        small.model, small.params, tokens.tolist(), 10, sampling=Sampling(temperature=0)
+    )
+    whole = np.concatenate([tokens, written], axis=1)
+    rest = trained.model.apply({"params": trained.params}, whole)[0, 31:-1, :257]
+    rest = jax.nn.log_softmax(rest)[np.arange(10), written[0]]
+    np.testing.assert_allclose(logprobs[0], rest, atol=0.5)
+
+
 def slow(engine, monkeypatch, seconds=0.05):
     """Makes chunks take so long that one can act between them."""
     step = engine._step

@@ -25,15 +25,16 @@ def run(
     context: int = 0,
     deadline: float = 300.0,
     dtype: Literal["float32", "int8"] = "float32",
+    cache: Literal["same", "int8"] = "same",
 ) -> None:
     """Loads a model and serves it until SIGTERM or SIGINT, then ends what is running.
 
     `path` and `dtype` are what `jaxgpt.load` takes; `name` is what the model is called, by default
-    after it.
-    `slots` answers are written at once and `queue` more wait; a prompt and its answer fit
-    `context` tokens (0: the model's), and an answer takes at most `deadline` seconds. `api_key`
-    may also be in $JAXGPT_API_KEY; it is needed where `host` is not this machine alone. Raises
-    InputError where one of them cannot be, before the model is read.
+    after it. `slots` answers are written at once and `queue` more wait; a prompt and its answer fit
+    `context` tokens (0: the model's), and an answer takes at most `deadline` seconds. `cache` is
+    the dtype of keys and values. `api_key` may also be in $JAXGPT_API_KEY; it is needed where
+    `host` is not this machine alone. Raises InputError where one of them cannot be, before the
+    model is read.
     """
     try:
         from jaxgpt.serve import app
@@ -43,4 +44,4 @@ def run(
         raise InputError(
             f"the server needs {error.name}, which is not installed; pip install 'jaxgpt[serve]'"
         ) from None
-    app.run(path, host, port, api_key, name, slots, queue, context, deadline, dtype)
+    app.run(path, host, port, api_key, name, slots, queue, context, deadline, dtype, cache)

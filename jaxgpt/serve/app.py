@@ -233,6 +233,7 @@ def run(
     context: int,
     deadline: float,
     dtype: Literal["float32", "int8"],
+    cache: Literal["same", "int8"],
 ) -> None:
     """See `jaxgpt.serve.run`."""
     api_key = api_key or os.environ.get("JAXGPT_API_KEY", "")
@@ -248,7 +249,7 @@ def run(
         raise InputError(f"deadline={deadline}; set it to seconds above 0")
     with _bound(host, port) as sock:
         trained = load(path, dtype=dtype)
-        engine = Engine(trained, slots=slots, queue=queue, context=context)
+        engine = Engine(trained, slots=slots, queue=queue, context=context, cache=cache)
         engine.start()
         name = name or (trained.config.name if Path(path).exists() else path.partition("@")[0])
         app = create_app(engine, name=name, api_key=api_key, local=local, deadline=deadline)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.cache import CacheDtype
 from jaxgpt.decode import SHORTEST, Written, padded, start, steps, stops_of
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, stacked
@@ -129,10 +130,12 @@ class Engine:
         queue: int = 64,
         chunk: int = 8,
         context: int = 0,
+        cache: CacheDtype = "same",
     ) -> None:
         """`slots` texts at once, `queue` more waiting, `chunk` tokens of each between two looks.
 
-        Prompt and text of a request have to fit `context` tokens; 0: the model's.
+        Prompt and text of a request have to fit `context` tokens; 0: the model's. `cache` "int8"
+        holds keys and values in a byte each.
         """
         most = trained.config.model.T
         for name, value in (("slots", slots), ("chunk", chunk)):
@@ -148,6 +151,7 @@ class Engine:
         self._slots = slots
         self._queue = queue
         self._chunk = chunk
+        self._cache: CacheDtype = cache
         self._model = trained.model
         self._V = trained.config.model.sizes["V"]
         self._waiting: deque[Stream] = deque()
@@ -367,6 +371,7 @@ class Engine:
             lengths_B,
             np.zeros(B, np.int32),
             self.context,
+            dtype=self._cache,
         )
         at = self._settings([Request((0,), 1)] * B), stops_of([[-1] * STOPS] * B)
         # Put in place by name, as what the programs return is: jax compiles anew for what is not.
@@ -400,6 +405,7 @@ class Engine:
             length_1,
             np.asarray([request.tokens], np.int32),
             (self._settings([request]), stops_1E),
+            self._cache,
         )
 
     def _keep(self) -> None:
@@ -414,10 +420,10 @@ class Engine:
         )
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1):
+@partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 3))
+def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, cache):
     """The state and settings with those of one more text in a slot."""
-    alone = start(model, params, prompts_1P, length_1, new_1, prompts_1P.shape[1])
+    alone = start(model, params, prompts_1P, length_1, new_1, prompts_1P.shape[1], dtype=cache)
 
     def put(all_, one):
         return jax.lax.dynamic_update_slice(
