@@ -2,7 +2,8 @@
 
 Leviathan et al. 2022, but coupled otherwise: both models draw with the same noise for the same
 position, and a guess is right where it is the very token that the large model draws. So the text is
-the one that it would have written alone, seed for seed, whatever the settings.
+the one that it would have written alone, seed for seed, whatever the settings: token for token in
+float32, while in bfloat16 and int8 several tokens at once may be rounded otherwise than one.
 """
 
 from functools import partial

@@ -69,7 +69,9 @@ def clock(what: str) -> Iterator[None]:
             elapsed = task.elapsed or 0
             return Text(f"{what} {elapsed:.0f} s" if elapsed > MOMENT else "")
 
-    with Progress(Clock(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    console.quiet = not console.is_interactive  # a pipe would get an empty line
+    with Progress(Clock(), console=console, transient=True) as progress:
         progress.add_task("")
         yield
 

@@ -1,0 +1,130 @@
+"""Speculative decoding: a model alone, and with a smaller one guessing ahead.
+
+    python train.py && python train.py configs/distill.py
+    python benchmarks/speculative.py runs/default runs/distill
+    python benchmarks/speculative.py
+
+With two runs of one tokenizer, told are the share of tokens that were guessed and the time, and
+that both write the same. Without, it is the most there is to win: a GPT-2 124M of random weights of
+which all layers but the first two add nothing, guessed ahead by those two, so that every guess is
+right.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared."""
+
+    run: tyro.conf.Positional[str] = ""
+    """The run that writes."""
+    draft: tyro.conf.Positional[str] = ""
+    """The run that guesses."""
+    new: int = 96
+    """Tokens."""
+    ahead: int = 4
+    """Guesses at once."""
+    rounds: int = 4
+    """Times each is measured."""
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    prompts: tuple[str, ...] = ("def main(", "class Point:", "import os\n", '"""Return the')
+
+
+def most() -> tuple[Any, Any]:
+    """A model and parameters, and the same of its first two layers, which write the same."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxgpt.model import ComputeConfig, GPTConfig, init
+
+    cfg = GPTConfig(L=12, D=768, N=12, T=1024, V=50257, init_std=0.2)
+    compute = ComputeConfig("float32", attention="plain")
+    params = jax.jit(partial(init, cfg.build(compute)))(jax.random.key(0))
+    for number in range(2, 12):
+        for name in ("o", "down"):
+            params["blocks"][str(number)][name] = jax.tree.map(
+                jnp.zeros_like, params["blocks"][str(number)][name]
+            )
+    few = {**params, "blocks": {number: params["blocks"][number] for number in "01"}}
+    return (cfg.build(compute), params), (replace(cfg, L=2).build(compute), few)
+
+
+def measure(
+    options: Options, large: Any, small: Any, prompts: list[list[int]], vocabulary: int
+) -> None:
+    """Prints a line for each temperature."""
+    import jax
+
+    from jaxgpt.decode import generate, padded, positions, start, stops_of
+    from jaxgpt.sampling import Sampling, settings
+    from jaxgpt.speculative import speculative_steps
+
+    cfg = large[0].cfg
+    S = positions(64 + options.new, cfg) + options.ahead
+    none, left = stops_of([[]]), np.full(1, options.new, np.int32)
+
+    def alone(row: Any, length: Any, at: Any) -> Any:
+        return generate(*large, row, length, at, none, options.new, S=S).tokens_Bn, 0
+
+    def together(row: Any, length: Any, at: Any) -> Any:
+        begin = partial(start, ahead=options.ahead + 1, new_B=left, S=S)
+        state = begin(*large, prompts_BP=row, lengths_B=length)
+        cache = begin(*small, prompts_BP=row, lengths_B=length).cache
+        *_, written, right = speculative_steps(
+            *large, *small, state, cache, at, none, options.new, options.ahead
+        )
+        return written.tokens_Bn, right
+
+    for temperature in options.temperatures:
+        shares, ratios = [], []
+        for seed, ids in enumerate(prompts):
+            row, length = padded([ids], cfg, 64, "a prompt")
+            sampling = Sampling(temperature=temperature, seed=seed)
+            at = settings([sampling], vocabulary, cfg.sizes["V"])
+            expected, _ = alone(row, length, at)
+            found, right = together(row, length, at)
+            if (np.asarray(expected) != np.asarray(found)).any():
+                sys.exit("they write different tokens")
+            shares.append(int(right) / options.new)
+            for _ in range(options.rounds):
+                seconds = []
+                for way in (alone, together):
+                    begin = time.perf_counter()
+                    jax.block_until_ready(way(row, length, at))
+                    seconds.append(time.perf_counter() - begin)
+                ratios.append(seconds[0] / seconds[1])
+        print(
+            f"temperature {temperature}: {np.mean(shares):.0%} of the tokens were guessed, "
+            f"{statistics.median(ratios):.2f} times as fast "
+            f"({min(ratios):.2f} to {max(ratios):.2f})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    import jaxgpt
+
+    if options.run:
+        large, small = map(jaxgpt.load, (options.run, options.draft))
+        tokenizer = large.tokenizer
+        prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in options.prompts]
+        models = [(each.model, each.params) for each in (large, small)]
+        print(f"{options.run}, guessed ahead by {options.draft}, {options.ahead} tokens at once")
+        measure(options, *models, prompts, tokenizer.vocab_size)
+    else:
+        print(f"GPT-2 124M, guessed ahead by 2 of 12 layers, {options.ahead} tokens at once")
+        measure(options, *most(), [[1, 2, 3], [4, 5]], 50257)
+
+
+if __name__ == "__main__":
+    main()
