@@ -5,8 +5,8 @@ Hardware:  runs/default: a laptop
 Data:      the first path is the domain (medicine, law, one's own code), the second what the model
            was trained on before; `data.weights` are their shares of every batch
 Time:      67 s on two cores of an Intel Xeon
-Expect:    a table of the losses on both, before and after: with `jaxgpt python`, 4.62 to 3.62 on the
-           new and 3.61 to 3.71 on the old
+Expect:    a table of the losses on both, before and after: with `jaxgpt python`, 4.62 to 3.62 on
+           the new and 3.61 to 3.71 on the old
 """
 
 from jaxgpt.checkpoint import CheckpointConfig
