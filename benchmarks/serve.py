@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import tyro
 
-ROOT = Path(__file__).parent.parent
 WARM = 0.2  # of the time under load; memory is compared with what it is then
 GROWTH = 5.0  # percent of memory, at most
 EXIT = 30.0  # seconds from SIGTERM to the end, at most
@@ -42,6 +41,7 @@ DRAIN = 25.0  # seconds what was asked before has to end
 PATIENCE = 330.0  # seconds for an answer; the server itself allows 300
 IDLE = 3.0  # seconds after which a connection is not used again; the server closes it after 5
 LOST = (OSError, EOFError)  # what a connection that breaks off raises
+PATHS = ("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")
 COMPILED = re.compile(r"Finished XLA compilation of (\S+)")
 
 
@@ -110,10 +110,12 @@ def cases(trained: Any, options: Options) -> list[Case]:
     rng = random.Random(options.seed)
     tokenizer, context = trained.tokenizer, trained.config.model.T
     special = {*tokenizer.specials.values(), tokenizer.eot}
+    # Whole characters, that one can see.
+    texts_of = enumerate(piece.decode(errors="replace") for piece in tokenizer.pieces)
     usual = [
         id
-        for id, piece in enumerate(tokenizer.pieces)
-        if id not in special and piece.decode(errors="replace").isprintable()
+        for id, text in texts_of
+        if id not in special and text.isprintable() and "\ufffd" not in text
     ]
     try:
         template = choose(tokenizer)
@@ -148,7 +150,7 @@ def cases(trained: Any, options: Options) -> list[Case]:
     )
     made: list[Case] = []
     while len(made) < options.prompts:
-        is_chat = template is not None and len(made) % 4 == 1
+        is_chat = template is not None and len(made) % 3 == 1
         longest = max(1, (context - 2) * len(made) // options.prompts)
         prompt, length = asked(rng.randint(1, longest), is_chat)
         if not 0 < length < context:
@@ -156,22 +158,17 @@ def cases(trained: Any, options: Options) -> list[Case]:
         body = {**next(settings), "seed": rng.randrange(2**40)}
         body["max_tokens"] = rng.randint(1, min(options.tokens, context - length))
         if "guided_choice" in body:
-            body["guided_choice"] = [said(4) for _ in range(3)]
+            body["guided_choice"] = list(dict.fromkeys(said(4) for _ in range(3)))
         given = {"choices" if key == "guided_choice" else key: x for key, x in body.items()}
         choices, most = given.pop("n", 1), given.pop("max_tokens")
         write = trained.stream_chat if is_chat else trained.stream
-
-        def texts(given: dict[str, Any] = given, write=write, prompt=prompt, most=most) -> str:
-            return "".join(write(prompt, most, **given))
-
         if "stop" in body:
-            whole = texts(given | {"stop": ()})
+            whole = "".join(write(prompt, most, **{**given, "stop": ()}))
             given["stop"] = body["stop"] = [whole[len(whole) // 2 :][:2] or "none"]
-        written = [texts(given | {"seed": body["seed"] + choice}) for choice in range(choices)]
-        if is_chat:
-            made.append(Case("/v1/chat/completions", {**body, "messages": prompt}, written))
-        else:
-            made.append(Case("/v1/completions", {**body, "prompt": prompt}, written))
+        seeds = range(body["seed"], body["seed"] + choices)
+        texts = ["".join(write(prompt, most, **{**given, "seed": seed})) for seed in seeds]
+        path, name = PATHS[is_chat]
+        made.append(Case(path, {**body, name: prompt}, texts))
     return made
 
 
@@ -560,7 +557,7 @@ async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Serve
     started = time.monotonic()
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
-            *command, cwd=ROOT, env=env, stdout=asyncio.subprocess.PIPE, stderr=stderr
+            *command, env=env, stdout=asyncio.subprocess.PIPE, stderr=stderr
         )
     server = Server(process, log, started)
     try:
@@ -668,7 +665,7 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
     still = counts.get("running", -1), counts.get("waiting", -1)
     let_go = counts.get("cancelled_total", 0)
     ended = sum(answer.ended > load.signalled for answer in load.answers)
-    ends = f"{running} were running, {ended} ended, {load.turned_away} turned away"
+    ends = f"{running} had begun, {ended} ended, {load.turned_away} turned away"
     promises = [
         ("every answer is what is written alone", f"{answers} answers", broken["texts"]),
         ("every call is answered", calls, broken["ended"]),
@@ -690,8 +687,10 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
     for program in sorted(set(late)):
         print(f"compiled late: {late.count(program)} x {program}")
     for promise, found in broken.items():
-        for number, one in enumerate(found[:5], 1):
-            print(f"{promise}, {number} of {len(found)}: {one[:600]}")
+        for one, count in Counter(found).most_common(5):
+            print(f"{promise}, {count} of {len(found)}: {one[:600]}")
+    if failures or status:
+        print(f"the end of the server's log:\n{log[-3000:]}")
     return int(any(wrong for _, _, wrong in promises))
 
 
