@@ -360,14 +360,11 @@ def test_what_is_read_from_int8_is_off_by_half_a_step_at_most():
 
 def test_what_is_given_and_what_is_written_are_counted_apart():
     gpt, prompts = GPT2.build(PLAIN), [[7, 7, 3], [1, 2, 3, 4, 5]]
-    params, sampling = (
-        random_params(gpt),
-        Sampling(
-            temperature=0, repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.4
-        ),
+    sampling = Sampling(
+        temperature=0, repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.4
     )
-    tokens, *_ = decode(gpt, params, prompts, 15, sampling=sampling)
-    plain, *_ = decode(gpt, params, prompts, 15, sampling=GREEDY)
+    tokens, *_ = decode(gpt, random_params(gpt), prompts, 15, sampling=sampling)
+    plain, *_ = decode(gpt, random_params(gpt), prompts, 15, sampling=GREEDY)
     for prompt, row in zip(prompts, tokens.tolist(), strict=True):
         for t, token in enumerate(row):
             logits = logits_after(gpt, prompt + row[:t])
@@ -376,6 +373,13 @@ def test_what_is_given_and_what_is_written_are_counted_apart():
             logits[seen] = np.where(logits > 0, logits / 1.3, logits * 1.3)[seen]
             assert token == (logits - 0.2 * count - 0.4 * (count > 0)).argmax()
     assert (tokens != plain).any(1).all()
+
+
+def test_padding_is_not_in_a_prompt():
+    gpt, prompts = GPT2.build(PLAIN), np.array([[7, 7, 3, 0, 0], [1, 2, 3, 4, 5]])
+    begin = partial(read_prompts, gpt, random_params(gpt), S=24)
+    given = begin(prompts, np.array([3, 5]), np.ones(2, np.int32)).memory.given_BV
+    assert [np.flatnonzero(row).tolist() for row in given] == [[3, 7], [1, 2, 3, 4, 5]]
 
 
 # Translation: a vocabulary small enough to look at every target there is.
