@@ -197,7 +197,7 @@ def _drawn(logits_BV: jax.Array, at: Settings, position_B: jax.Array) -> jax.Arr
     x_BV = jnp.where(x_BV < jnp.log(at.min_p_B)[:, None], -jnp.inf, x_BV)
 
     def noise(key_2: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_2), position)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), position)
         return jax.random.gumbel(key, x_BV.shape[1:])
 
     return (x_BV + jax.vmap(noise)(at.key_B2, position_B)).argmax(-1)

@@ -71,11 +71,10 @@ class Trained(NamedTuple):
         begin, so does a prompt. Raises InputError for a prompt longer than the context, and for a
         setting that cannot be.
         """
-        text = self.tokenizer.encode(prompt)
-        ids = [*self.tokenizer.prefix, *text] or [self.tokenizer.eot]
+        ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         ends = [self.tokenizer.eot, self.tokenizer.eos]
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, draft, cache, settings, before=text)
+        return self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
 
     def chat(self, messages: Messages, tokens: int = 200, **settings: Any) -> str:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
@@ -103,7 +102,7 @@ class Trained(NamedTuple):
         ends = template.stops(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True).tokens
         guide = self._guide(ends, choices, regex, schema)
-        yield from self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
+        return self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
 
     def _write(
         self,
@@ -115,7 +114,6 @@ class Trained(NamedTuple):
         draft: "Trained | None",
         cache: CacheDtype,
         settings: dict[str, Any],
-        before: Sequence[int] | None = None,
     ) -> Iterator[str]:
         known = {field.name for field in fields(Sampling)}
         if wrong := settings.keys() - known:
@@ -132,7 +130,6 @@ class Trained(NamedTuple):
             stops=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_ids=tuple(dict.fromkeys(ends)),
             guide=guide,
-            before=before,
             draft=None if draft is None else self._drafted_by(draft),
             cache=cache,
         )

@@ -5,7 +5,7 @@ for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0
 """
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,6 @@ from jaxgpt.tokenizer import Tokenizer
 
 CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
 AHEAD = 4  # tokens that a small model guesses at once
-CONTEXT = 16  # tokens before one that may change how it reads, at most
 
 
 class Text:
@@ -34,24 +33,18 @@ class Text:
     What is shown in all is the text up to the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stops: Sequence[str] = ()):
-        """`before` are the tokens in front of them, which may change how the first one reads."""
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         if not all(stops):
             raise InputError("a stop string is empty; give it a character, or leave it out")
         self.stops = tuple(stops)
         self.stopped = False
         self._bytes_of = tokenizer.decode_bytes
-        self._before = list(before[-CONTEXT:])
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def add(self, ids: Sequence[int]) -> str:
         """What can be shown now that these tokens have come; "" after a stop string."""
-        known = len(self._bytes_of(self._before))
-        self._before += ids
-        fresh = self._decoder.decode(self._bytes_of(self._before)[known:])
-        self._before = self._before[-CONTEXT:]
-        return self._show(fresh)
+        return self._show(self._decoder.decode(self._bytes_of(ids)))
 
     def end(self) -> str:
         """The rest, when no token will come."""
@@ -88,31 +81,50 @@ def write(
     stops: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     guide: Guide | None = None,
-    before: Sequence[int] | None = None,
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
 ) -> Iterator[str]:
     """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
 
     It ends before a stop string or a stop id. A text may be longer than the context: when that is
-    full, the model goes on from what fills half of it, the last that was written. `before` are the
-    tokens whose text the new one follows, the prompt unless given; `draft` is a small model of the
-    same vocabulary and its parameters, which guesses tokens without changing the text; `cache`
-    "int8" holds keys and values in a byte each. Raises
-    InputError for a prompt that is empty, longer than the context, or has ids outside the
-    vocabulary.
+    full, the model goes on from what fills half of it, the last that was written. `draft` is a
+    small model of the same vocabulary and its parameters, which guesses tokens without changing the
+    text; `cache` "int8" holds keys and values in a byte each. Raises InputError, before the first
+    piece is asked for, for a prompt that is empty, longer than the context, or has ids outside the
+    vocabulary, and for a setting that cannot be.
     """
     cfg = model.cfg
     if tokens < 1:
         raise InputError(f"tokens={tokens}; set it to 1 or more")
-    text = Text(tokenizer, prompt if before is None else before, stops)
+    text = Text(tokenizer, stops)
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
-    stops_1E = stops_of([stop_ids])
-    ids, left, memory = list(prompt), tokens, None
-    while left:
+
+    def read(ids: list[int], sampling: Sampling) -> Any:
         at = settings([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
-        at = jax.device_put(at)
-        prompt_1P, length_1 = padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
+        return jax.device_put(at), padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
+
+    begun = read(list(prompt), sampling)
+    return _pieces(
+        model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
+    )
+
+
+def _pieces(
+    model: GPT,
+    params: Any,
+    begun: Any,
+    read: Callable[[list[int], Sampling], Any],
+    text: Text,
+    ids: list[int],
+    left: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    draft: tuple[GPT, Any] | None,
+    cache: CacheDtype,
+) -> Iterator[str]:
+    cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
+    while left:
+        at, (prompt_1P, length_1) = begun
         fit = min(left, cfg.T - len(ids))
         S = positions(prompt_1P.shape[1] + fit, cfg)
         ahead = AHEAD if draft else 0
@@ -150,3 +162,4 @@ def write(
         ids, memory = ids[-(cfg.T // 2) :], state.memory
         # Positions come again, and the draws at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
+        begun = read(ids, sampling)

@@ -103,8 +103,8 @@ def chunks(ids, sizes):
     return found
 
 
-def shown(tokenizer, ids, sizes, before=(), stops=()):
-    text = Text(tokenizer, before, stops)
+def shown(tokenizer, ids, sizes, stops=()):
+    text = Text(tokenizer, stops)
     return "".join([*(text.add(chunk) for chunk in chunks(ids, sizes)), text.end()])
 
 
@@ -117,11 +117,11 @@ def test_what_is_shown_in_all_is_what_the_ids_decode_to(tokenizers, kind, ids, s
     assert shown(tokenizer, ids, sizes) == tokenizer.decode(ids)
 
 
-@given(kinds, any_text, any_text, chunkings)
+@given(kinds, any_text, chunkings)
 @trials(deadline=None, max_examples=200)
-def test_all_whole_characters_are_shown_at_once(tokenizers, kind, before, whole, sizes):
+def test_all_whole_characters_are_shown_at_once(tokenizers, kind, whole, sizes):
     tokenizer = tokenizers[kind]
-    ids, text = tokenizer.encode(whole), Text(tokenizer, tokenizer.encode(before))
+    ids, text = tokenizer.encode(whole), Text(tokenizer)
     so_far, seen = [], ""
     for chunk in chunks(ids, sizes):
         so_far += chunk
@@ -138,7 +138,7 @@ def test_after_other_tokens_a_word_has_the_space_in_front_of_it(tokenizers, whol
     ids = tokenizer.encode(whole)
     before = ids[: data.draw(st.integers(1, len(ids)))]
     assume("\ufffd" not in tokenizer.decode(before))
-    text = shown(tokenizer, ids[len(before) :], sizes, before=before)
+    text = shown(tokenizer, ids[len(before) :], sizes)
     assert tokenizer.decode(before) + text == tokenizer.decode(ids) == whole
 
 
@@ -156,7 +156,7 @@ def cut(text, stops):
 @example("abaa", ["abab", "b"], [1])
 @trials(deadline=None, max_examples=500)
 def test_it_ends_before_the_first_stop_string_however_it_comes(whole, stops, sizes):
-    text, so_far, seen = Text(Bytes(), (), stops), "", ""
+    text, so_far, seen = Text(Bytes(), stops), "", ""
     for chunk in chunks(list(whole.encode()), sizes):
         so_far += bytes(chunk).decode()
         seen += text.add(chunk)
@@ -180,7 +180,7 @@ def test_a_stop_may_begin_and_end_inside_of_tokens(tokenizers, kind, whole, stop
 
 
 def test_what_only_begins_like_a_stop_is_held_back_and_shown():
-    text = Text(Bytes(), (), ["stop", "top hat"])
+    text = Text(Bytes(), ["stop", "top hat"])
     pieces = [text.add([byte]) for byte in b"a st to stom topst"]
     pieces.append(text.end())
     assert pieces == [
@@ -206,7 +206,7 @@ def test_what_only_begins_like_a_stop_is_held_back_and_shown():
 
 
 def test_after_a_stop_nothing_is_shown():
-    text = Text(Bytes(), (), ["."])
+    text = Text(Bytes(), ["."])
     assert text.add(list(b"One. Two")) == "One"
     assert text.stopped
     assert text.add(list(b" Three")) == text.end() == ""
@@ -214,7 +214,7 @@ def test_after_a_stop_nothing_is_shown():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError, match="a stop string is empty"):
-        Text(Bytes(), (), ["a", ""])
+        Text(Bytes(), ["a", ""])
 
 
 # A model that writes.

@@ -189,7 +189,7 @@ class Engine:
         """
         self.check(request)
         until = float("inf") if deadline is None else time.monotonic() + deadline
-        text = Text(self.trained.tokenizer, request.prompt, request.stops)
+        text = Text(self.trained.tokenizer, request.stops)
         stream = Stream(request, text, listener, until)
         with self._change:
             if self._closing or not self._runs:
@@ -343,6 +343,7 @@ class Engine:
                 finish = "length"
             if finish:
                 shown += text.end()
+                finish = "stop" if text.stopped else finish
                 self._counts["cancelled"] += finish == "cancelled"
                 over = True
                 del self._running[slot]
