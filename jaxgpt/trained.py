@@ -158,14 +158,18 @@ class Trained(NamedTuple):
         from jaxgpt import guide
 
         asked = {"choices": choices, "regex": regex, "schema": schema}
-        given = [name for name, value in asked.items() if value]
+        given = [name for name, value in asked.items() if value not in ((), [], "", None)]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} at once; give one")
         if choices:
             return guide.choices(self.tokenizer, choices, ends=ends)
         if regex:
             return guide.regex(self.tokenizer, regex, ends=ends)
-        return guide.json_schema(self.tokenizer, dict(schema), ends=ends) if schema else None
+        return (
+            guide.json_schema(self.tokenizer, dict(schema), ends=ends)
+            if schema is not None
+            else None
+        )
 
 
 @dataclass(frozen=True)
