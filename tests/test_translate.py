@@ -264,7 +264,7 @@ def memorised():
     step = jax.jit(partial(train_step, loss_fn=partial(OBJECTIVE, gpt), tx=tx))
     params = jax.jit(partial(model.init, gpt))(jax.random.key(0))
     state = init_state(params, tx, jax.random.key(1))
-    for _ in range(200):
+    for _ in range(600):
         state, metrics = step(state, rows)
     assert metrics["accuracy"].value == 1
     return Trained(cfg, state.params, Bytes())

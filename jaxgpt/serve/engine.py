@@ -291,6 +291,7 @@ class Engine:
                     self._hand_out(jax.device_get(written), top)
         finally:
             # Also after an error: nobody shall wait for ever.
+            self.heartbeat = float("-inf")
             with self._change:
                 self._closing = True
                 left = [*self._running.values(), *self._waiting]
