@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -9,9 +10,9 @@ os.environ["XLA_FLAGS"] = (
 )
 # Tests compile far more than they compute: no optimization makes that four times as fast.
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # later ones end at the flag
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Tests share compiled programs and tokenized text, with other workers and the programs they start.
 if "JAXGPT_TEST_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxgpt-tests-")

@@ -786,7 +786,7 @@ JSON = st.recursive(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(chats=st.booleans(), body=st.dictionaries(NAMES, JSON, max_size=4))
 def test_no_body_is_the_servers_fault(shared, chats, body):
