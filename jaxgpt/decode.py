@@ -295,8 +295,9 @@ def beam_search(
     """The best target found for each source: its ids after `bos`, without the `eos` at the end.
 
     The `width` likeliest beginnings are kept. One that ends with `eos` while it is among them is
-    finished, and scores log p / length**length_penalty, the length with `eos`; a source is done
-    when `width` are, or `new` tokens are written, and the finished one of the best score is taken.
+    finished, and scores log p / length**length_penalty, the length with `eos`. A source is done
+    when `width` are and none that goes on scores better so far, or when `new` tokens are written,
+    and the finished one of the best score is taken.
     Where none has finished it is the likeliest beginning, cut off. A width of 1 is greedy. Raises
     InputError as `decode` does.
     """
@@ -353,7 +354,7 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
         tokens_BXn = tokens_BXn.at[:, :, i].set(token_BX)
         ended_BX = token_BX == eos
 
-        may_end_BX = ended_BX & (jnp.arange(2 * W) < W)[None] & (beams.finished_B < W)[:, None]
+        may_end_BX = ended_BX & (jnp.arange(2 * W) < W)[None] & open_(i, beams)[:, None]
         final_BX = scores_BX / (i + 1.0) ** penalty
         final_BX = jnp.where(may_end_BX, final_BX, -jnp.inf)
         better_B = final_BX.max(1) > beams.best_score_B
@@ -371,9 +372,14 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
             finished_B,
         ), (jnp.arange(B)[:, None] * W + from_BW).reshape(B * W)
 
+    def open_(i, beams):
+        """Which sources are not done, when beginnings have i tokens."""
+        hope_B = beams.scores_BW.max(1) / jnp.maximum(i, 1) ** penalty
+        return (beams.finished_B < W) | (hope_B > beams.best_score_B)
+
     def goes_on(state):
         i, _, beams = state
-        return (i < new) & (beams.finished_B < W).any()
+        return (i < new) & open_(i, beams).any()
 
     def step(state):
         i, cache, beams = state

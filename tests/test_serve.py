@@ -909,6 +909,7 @@ def test_a_dead_engine_is_an_error_and_not_healthy(real, monkeypatch):
     status, _, answer = call(port, "/v1/completions", {"prompt": "a"})
     assert status == 500 and answer["error"]["code"] == "model_failed"
     assert call(port, "/health")[0] == call(port, "/v1/completions", {"prompt": "a"})[0] == 503
+    engine._thread.join(timeout=5)  # its exception is this test's, not the next one's
 
 
 DRAINING = """
