@@ -1,7 +1,9 @@
 """From tokens to text as they come, and the loop that writes one text.
 
-for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
-    print(piece, end="", flush=True)
+    for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
+        print(piece, end="", flush=True)
+
+What cannot be is refused before the first piece is asked for.
 """
 
 from codecs import getincrementaldecoder
