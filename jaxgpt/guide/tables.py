@@ -1,0 +1,215 @@
+"""The tables of a guide: what tokens do to the states of an expression."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxgpt.errors import InputError
+from jaxgpt.guide.expressions import Expressions
+from jaxgpt.tokenizer.base import Tokenizer
+
+LIMIT = 4096
+"""States of a guide, at most, where `limit` does not say otherwise."""
+LARGEST_LIMIT = 1 << 14
+"""The largest `limit`: what is known of each two states takes a byte."""
+LARGEST_TABLE = 1 << 23
+"""States times classes, at most: 32 MB."""
+
+_NEVER, _END = 0, 1  # the classes of tokens that are never allowed, and of those that end
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A deterministic automaton over a tokenizer's ids. State 0 is the start, the last is the end.
+
+    Class 0 is that of tokens that are never allowed, class 1 that of the end tokens.
+    """
+
+    classes_V: np.ndarray
+    """int32: the class of each id; ids that lead from every state to the same one share it."""
+    next_SC: np.ndarray
+    """int32: the state after a token of a class; -1: not allowed."""
+
+    def allowed(self, state: int) -> np.ndarray:
+        """Which ids may follow in a state, bool[V]."""
+        return self.next_SC[state, self.classes_V] >= 0
+
+    def after(self, state: int, token: int) -> int:
+        """The state after a token; -1: it is not allowed."""
+        return int(self.next_SC[state, self.classes_V[token]])
+
+
+def guide_of(
+    graph: Expressions, root: int, tokenizer: Tokenizer, ends: Sequence[int] | None, limit: int
+) -> Guide:
+    """The tables of an expression, for the tokens that there are."""
+    if not 2 <= limit <= LARGEST_LIMIT:
+        raise InputError(f"limit={limit}; set it from 2 to {LARGEST_LIMIT}")
+    end_ids = _end_ids(tokenizer, ends)
+    next_SB, complete_S = graph.automaton(root, limit)
+    tokens, functions_FS, function_of = _token_functions(tokenizer, end_ids, next_SB)
+
+    # Keep the states from which tokens lead to a complete one, and that tokens lead to.
+    S = len(next_SB)
+    leads_SS = np.zeros((S, S + 1), bool)
+    for next_S in functions_FS:
+        leads_SS[np.arange(S), next_S] = True
+    leads_SS = leads_SS[:, :S]
+    alive_S = _reached(leads_SS.T, complete_S)
+    if not alive_S[0]:
+        raise InputError(
+            "no text can be written: none matches, or the tokenizer has no tokens for those that do"
+        )
+    kept = np.flatnonzero(_reached(leads_SS & alive_S, np.arange(S) == 0))
+    numbers = np.full(S + 1, -1, np.int32)
+    numbers[kept] = np.arange(len(kept))
+
+    columns_CS, class_of = _distinct(numbers[functions_FS[:, kept]])
+    used = (columns_CS >= 0).any(1)
+    _check_size(len(kept) + 1, int(used.sum()) + 2)
+    classes = np.where(used, np.cumsum(used) + _END, _NEVER)
+    classes_V = np.full(tokenizer.vocab_size, _NEVER, np.int32)
+    classes_V[tokens] = classes[class_of[function_of]]
+    classes_V[end_ids] = _END
+    final = len(kept)
+    next_SC = np.full((final + 1, used.sum() + 2), -1, np.int32)
+    next_SC[:final, 2:] = columns_CS[used].T
+    next_SC[:final, _END] = np.where(complete_S[kept], final, -1)
+    next_SC[final, _END] = final
+    return Guide(classes_V, next_SC)
+
+
+def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of a batch's rows: classes, int32[B, V], and next states, int32[B, S, C].
+
+    None is a row where everything is allowed, all in state 0. S and C are powers of two that hold
+    every guide of the batch, so that a loop is compiled for few sizes. `V` may be larger than the
+    tokenizer's vocabulary; ids beyond that are never allowed in a guided row. Raises InputError
+    where it is smaller.
+    """
+    given = [guide for guide in guides if guide is not None]
+    if (ids := max((len(guide.classes_V) for guide in given), default=0)) > V:
+        raise InputError(f"V={V}, but a guide has {ids} ids; set it to that or more")
+    S, C = (_power(max((guide.next_SC.shape[i] for guide in given), default=1)) for i in (0, 1))
+    classes_BV = np.full((len(guides), V), _NEVER, np.int32)
+    next_BSC = np.full((len(guides), S, C), -1, np.int32)
+    for row, guide in enumerate(guides):
+        if guide is None:
+            next_BSC[row, 0] = 0
+        else:
+            states, classes = guide.next_SC.shape
+            classes_BV[row, : len(guide.classes_V)] = guide.classes_V
+            next_BSC[row, :states, :classes] = guide.next_SC
+    return classes_BV, next_BSC
+
+
+def _power(size: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+def _end_ids(tokenizer: Tokenizer, ends: Sequence[int] | None) -> list[int]:
+    ids = sorted({tokenizer.eot, tokenizer.eos} if ends is None else set(ends))
+    if not ids:
+        raise InputError("ends is empty; give the id of at least one end token")
+    for token in ids:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise InputError(f"ends has {token}; ids are 0 to {tokenizer.vocab_size - 1}")
+    return ids
+
+
+def _token_functions(
+    tokenizer: Tokenizer, ends: list[int], next_SB: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids that stand for text, what they do to states, and which of them does what.
+
+    What a token does is a row of states, one for each that it is read in, S for none. Tokens are
+    read byte by byte, all at once, and those that do the same so far share the next step.
+    """
+    S = len(next_SB)
+    step_KS, kind_B = _distinct(np.where(next_SB < 0, S, next_SB).T)
+    step_KS = np.pad(step_KS, ((0, 0), (0, 1)), constant_values=S)
+    tokens = _text_tokens(tokenizer, ends)
+    pieces = [tokenizer.pieces[token] for token in tokens]
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    kinds = kind_B[np.frombuffer(b"".join(pieces), np.uint8)]
+
+    functions = [np.arange(S, dtype=np.int32), np.full(S, S, np.int32)]
+    numbers = {function.tobytes(): number for number, function in enumerate(functions)}
+    function_of = np.zeros(len(tokens), np.int64)
+    for depth in range(lengths.max(initial=0)):
+        live = np.flatnonzero((lengths > depth) & (function_of != 1))
+        pairs, pair_of = np.unique(
+            function_of[live] * len(step_KS) + kinds[starts[live] + depth], return_inverse=True
+        )
+        after = np.zeros(len(pairs), np.int64)
+        for i, pair in enumerate(pairs.tolist()):
+            function = step_KS[pair % len(step_KS)][functions[pair // len(step_KS)]]
+            after[i] = numbers.setdefault(function.tobytes(), len(functions))
+            if after[i] == len(functions):
+                functions.append(function)
+                _check_size(S, len(functions))
+        function_of[live] = after[pair_of]
+    used, function_of = np.unique(function_of, return_inverse=True)
+    return tokens, np.array([functions[number] for number in used]).reshape(-1, S), function_of
+
+
+def _check_size(states: int, classes: int) -> None:
+    if states * classes > LARGEST_TABLE:
+        raise InputError(
+            f"the guide has {states:,} states and {classes:,} classes of tokens or more, a table "
+            f"of over {LARGEST_TABLE:,} entries; use fewer or shorter texts and names"
+        )
+
+
+def _text_tokens(tokenizer: Tokenizer, ends: list[int]) -> np.ndarray:
+    """The ids that stand for text: neither special, nor the end, nor of no token."""
+    nothing = "\ufffd".encode()
+    try:
+        real = tokenizer.encode("\ufffd")
+    except InputError:
+        real = []
+    excluded = {*ends, *tokenizer.specials.values()}
+    return np.array(
+        [
+            token
+            for token, piece in enumerate(tokenizer.pieces)
+            if piece and token not in excluded and (piece != nothing or token in real)
+        ],
+        np.int64,
+    )
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows, and for each row which of them it is."""
+    numbers: dict[bytes, int] = {}
+    which = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
+    return rows[np.unique(which, return_index=True)[1]], which
+
+
+def _reached(leads_SS: np.ndarray, start_S: np.ndarray) -> np.ndarray:
+    """The states on a way from others."""
+    leads_SS, reached_S, new_S = np.ascontiguousarray(leads_SS), start_S.copy(), start_S
+    while new_S.any():
+        new_S = leads_SS[new_S].any(0) & ~reached_S
+        reached_S |= new_S
+    return reached_S
+
+
+def pieces_of(guide: Guide, tokenizer: Tokenizer) -> set[bytes]:
+    """What the tokens stand for that a guide allows anywhere."""
+    return {tokenizer.pieces[token] for token in np.flatnonzero(guide.classes_V > _END).tolist()}
+
+
+def spells(pieces: set[bytes], text: bytes) -> bool:
+    """Whether some of the pieces in a row are the text."""
+    if all(text[i : i + 1] in pieces for i in range(len(text))):
+        return True
+    longest = max(map(len, pieces), default=0)
+    ends = [True] + [False] * len(text)
+    for end in range(1, len(ends)):
+        starts = range(max(end - longest, 0), end)
+        ends[end] = any(ends[start] and text[start:end] in pieces for start in starts)
+    return ends[-1]
