@@ -11,11 +11,12 @@ Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 `blocks/i/{norm1,norm2}/{scale,b}`, `blocks/i/{q,k,v,o,up,gate,down}/{w,b}`,
 `blocks/i/{q_norm,k_norm,norm1_post,norm2_post}/scale`. Stacked for scan, the same without `i`, with
 a leading L. With an encoder also `encoder/i/...` like `blocks/i/...`, `encoder_norm/{scale,b}`, and
-`blocks/i/cross_{q,k,v,o,norm,...}`.
+`blocks/i/cross_{q,k,v,o,norm,...}`. Every matrix has its outputs first: what one of them is the sum
+of lies together.
 
 Leaves that `init` never makes may lie beside a `w`, and the layer then computes with them:
-`lora_a`, `lora_b` and `lora_scale`, to whose product the layer adds up (Hu et al. 2021: [D, R],
-[R, N, H] and a number beside a `w` of [D, N, H]); and `w_scale`, one for each output, by which a
+`lora_a`, `lora_b` and `lora_scale`, to whose product the layer adds up (Hu et al. 2021: [R, D],
+[N, H, R] and a number beside a `w` of [N, H, D]); and `w_scale`, one for each output, by which a
 `w` in int8 is multiplied.
 """
 
@@ -256,7 +257,6 @@ class ComputeConfig:
         return resolved, f"{dtype}, layers {self.layers}, attention {name} ({why})"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     """`einsum(equation, x, w)` of factors in `dtype`, accumulated and returned in float32.
 
@@ -264,17 +264,48 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
     gradient of a weight is in the weight's dtype, straight from the accumulator.
     """
-    if equation == "BTNH,NHD->BTD":
-        # As two letters, XLA for CPU copies the weight first, in another order.
-        equation, x = "BTF,FD->BTD", x.reshape(*x.shape[:2], -1)
-        w = w.reshape(-1, w.shape[-1])
-    return jnp.einsum(
-        equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
-    )
+    x_letters, w_letters = equation.split("->")[0].split(",")
+    inputs = x_letters[2:]
+    if not w_letters.endswith(inputs):
+        return _matmul(equation, x, w, dtype)
+    # Of three letters, XLA for CPU would copy the weight first, in another order.
+    outputs = w.shape[: w.ndim - len(inputs)]
+    x_BTF, w_YF = x.reshape(*x.shape[:2], -1), w.reshape(math.prod(outputs), -1)
+    return _matmul("BTF,YF->BTY", x_BTF, w_YF, dtype).reshape(*x.shape[:2], *outputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    return _product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
+
+
+def _product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.Array:
+    product = partial(jnp.einsum, equation, preferred_element_type=accumulator)
+    if x.shape[:2] != (1, 1) or equation != "BTF,YF->BTY":
+        return product(x, w)
+    of_one = partial(_product_of_one, accumulator=accumulator)
+    return jax.lax.platform_dependent(x, w, cpu=of_one, default=product)
+
+
+def _product_of_one(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+    """The product with one token, where reading the weights is what takes time, on a CPU.
+
+    XLA's threads share a float32 matrix better as a batch of four. For bfloat16 and int8 it has
+    fast products from two rows on, and is fastest with four.
+    """
+    Y, F = w_YF.shape
+    product = partial(jnp.einsum, preferred_element_type=accumulator)
+    if w_YF.dtype == jnp.float32:
+        G = math.gcd(4, Y)
+        x_GXF = jnp.broadcast_to(x_11F, (G, 1, F))
+        y = product("GXF,GYF->GXY", x_GXF, w_YF.reshape(G, -1, F))
+    else:
+        y = product("XF,YF->XY", jnp.broadcast_to(x_11F[0], (4, F)), w_YF)[0]
+    return y.reshape(1, 1, Y)
 
 
 def _matmul_forward(equation, x, w, dtype):
-    return matmul(equation, x, w, dtype), (x, w)
+    return _matmul(equation, x, w, dtype), (x, w)
 
 
 def _matmul_backward(equation, dtype, saved, dy):
@@ -300,11 +331,11 @@ def _matmul_backward(equation, dtype, saved, dy):
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def rounded_matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`einsum(equation, x, w)` of int8 weights and x, [B, T, ...] rounded to int8 token by token.
+def rounded_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x, [B, T, ...] rounded to int8 token by token, times the int8 weights of each output.
 
     Float32, without the scale of the weights and without a gradient: for decoding, where reading
     the weights is all that takes time.
@@ -312,23 +343,15 @@ def rounded_matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     B, T = x.shape[:2]
     x_BTF = x.reshape(B, T, -1).astype(jnp.float32)
     scale_BT1 = jnp.maximum(jnp.abs(x_BTF).max(-1, keepdims=True), 1e-30) / 127
-    x_XF = jnp.round(x_BTF / scale_BT1).astype(jnp.int8).reshape(B * T, -1)
-    if B * T == 1:
-        x_XF = jnp.concatenate([x_XF, x_XF])  # XLA for CPU has a fast product from two rows on
-    letters = equation.split(",")[1].split("->")
-    made = [letter in letters[1] for letter in letters[0]]
-    shape = [size for size, is_made in zip(w.shape, made, strict=True) if is_made]
-    y_XF = (
-        jnp.einsum("XF,VF->XV", x_XF, w, preferred_element_type=jnp.int32)
-        if made[0]
-        else jnp.matmul(x_XF, w.reshape(x_XF.shape[1], -1), preferred_element_type=jnp.int32)
-    )
-    y_BTF = y_XF[: B * T].reshape(B, T, -1).astype(jnp.float32) * scale_BT1
-    return y_BTF.reshape(B, T, *shape)
+    rounded_BTF = jnp.round(x_BTF / scale_BT1).astype(jnp.int8)
+    outputs = w.shape[: w.ndim - len(x.shape[2:])]
+    w_YF = w.reshape(-1, x_BTF.shape[-1])
+    y_BTY = _product("BTF,YF->BTY", rounded_BTF, w_YF, jnp.int32).astype(jnp.float32)
+    return (y_BTY * scale_BT1).reshape(B, T, *outputs)
 
 
 class Linear(nn.Module):
-    """A linear layer is its equation: `Linear(cfg, "BTD,DNH->BTNH")` has w [D, N, H], b [N, H]."""
+    """A linear layer is its equation: `Linear(cfg, "BTD,NHD->BTNH")` has w [N, H, D], b [N, H]."""
 
     cfg: GPTConfig
     equation: str
@@ -348,16 +371,16 @@ class Linear(nn.Module):
         made = "".join(letter for letter in w_letters if letter not in x_letters)
         beside = self.variables.get("params", {})
         if "w_scale" in beside and self.rounded:
-            y = rounded_matmul(self.equation, x, w) * beside["w_scale"][None, None]
+            y = rounded_matmul(x, w) * beside["w_scale"][None, None]
         else:
             if "w_scale" in beside:
-                w = w * jnp.expand_dims(beside["w_scale"], range(w.ndim - len(made)))
+                w = w * jnp.expand_dims(beside["w_scale"], range(len(made), w.ndim))
             y = matmul(self.equation, x, w, self.dtype)
         if "lora_a" in beside:
             low = x_letters[:2] + "R"
-            to_low = f"{x_letters},{w_letters.removesuffix(made)}R->{low}"
+            to_low = f"{x_letters},R{w_letters.removeprefix(made)}->{low}"
             z_BTR = matmul(to_low, x, beside["lora_a"], self.dtype)
-            z = matmul(f"{low},R{made}->{out}", z_BTR, beside["lora_b"], self.dtype)
+            z = matmul(f"{low},{made}R->{out}", z_BTR, beside["lora_b"], self.dtype)
             y = y + beside["lora_scale"] * z
         if self.bias:
             b = self.param("b", *_leaf(self.cfg, made, nn.initializers.zeros))
@@ -487,9 +510,9 @@ class Block(nn.Module):
 
         x_BTD = constrain(x_BTD, "BTD")
         y_BTD = Norm(cfg, name="norm1")(x_BTD)
-        q_BTNH = heads("q", "BTD,DNH->BTNH", y_BTD)
-        k_BTKH = heads("k", "BTD,DKH->BTKH", y_BTD)
-        v_BTKH = heads("v", "BTD,DKH->BTKH", y_BTD)
+        q_BTNH = heads("q", "BTD,NHD->BTNH", y_BTD)
+        k_BTKH = heads("k", "BTD,KHD->BTKH", y_BTD)
+        v_BTKH = heads("v", "BTD,KHD->BTKH", y_BTD)
         if cfg.position == "rotary":
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
@@ -511,33 +534,33 @@ class Block(nn.Module):
                 segments_BT=context.segments_BT,
                 drop=drop_weights,
             )
-        x_BTD = x_BTD + drop(post("norm1_post")(to_residual("BTNH,NHD->BTD", name="o")(out_BTNH)))
+        x_BTD = x_BTD + drop(post("norm1_post")(to_residual("BTNH,DNH->BTD", name="o")(out_BTNH)))
 
         if context.seen_BTS is not None:
             y_BTD = Norm(cfg, name="cross_norm")(x_BTD)
-            q_BTNH = heads("cross_q", "BTD,DNH->BTNH", y_BTD)
+            q_BTNH = heads("cross_q", "BTD,NHD->BTNH", y_BTD)
             if context.memory_BSD is None:
                 k_BSKH, v_BSKH = by_head(kept["cross_k"]), by_head(kept["cross_v"])
             else:
-                k_BSKH = heads("cross_k", "BSD,DKH->BSKH", context.memory_BSD)
-                v_BSKH = heads("cross_v", "BSD,DKH->BSKH", context.memory_BSD)
+                k_BSKH = heads("cross_k", "BSD,KHD->BSKH", context.memory_BSD)
+                v_BSKH = heads("cross_v", "BSD,KHD->BSKH", context.memory_BSD)
             if kept is not None:
                 kept = {**kept, "cross_k": by_head(k_BSKH), "cross_v": by_head(v_BSKH)}
             out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.seen_BTS, drop_weights)
-            y_BTD = to_residual("BTNH,NHD->BTD", name="cross_o")(out_BTNH)
+            y_BTD = to_residual("BTNH,DNH->BTD", name="cross_o")(out_BTNH)
             x_BTD = x_BTD + drop(post("cross_norm_post")(y_BTD))
 
         y_BTD = Norm(cfg, name="norm2")(x_BTD)
-        h_BTF = linear("BTD,DF->BTF", name="up")(y_BTD)
+        h_BTF = linear("BTD,FD->BTF", name="up")(y_BTD)
         gelu = partial(nn.gelu, approximate=True)
         if cfg.mlp in GATED:
             gate = nn.silu if cfg.mlp == "swiglu" else gelu
-            h_BTF = gate(linear("BTD,DF->BTF", name="gate")(y_BTD)) * h_BTF
+            h_BTF = gate(linear("BTD,FD->BTF", name="gate")(y_BTD)) * h_BTF
         elif cfg.mlp == "relu2":
             h_BTF = jnp.square(nn.relu(h_BTF))
         else:
             h_BTF = gelu(h_BTF)
-        x_BTD = x_BTD + drop(post("norm2_post")(to_residual("BTF,FD->BTD", name="down")(h_BTF)))
+        x_BTD = x_BTD + drop(post("norm2_post")(to_residual("BTF,DF->BTD", name="down")(h_BTF)))
         return x_BTD, kept
 
 
@@ -763,7 +786,7 @@ def next_logits(cfg: GPTConfig, params: Any, hidden_BTD: jax.Array) -> jax.Array
     name = "wte" if cfg.tied else "head"
     if params[name].dtype != jnp.int8:
         return logits(cfg, hidden_BTD, params[name], "VD")
-    product_BTV = rounded_matmul("BTD,VD->BTV", hidden_BTD, params[name])
+    product_BTV = rounded_matmul(hidden_BTD, params[name])
     return _as_logits(cfg, product_BTV * params[f"{name}_scale"][None, None])
 
 
@@ -808,6 +831,12 @@ def letters(model: GPT) -> Leaves:
     return {
         tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves
     }
+
+
+def inputs_of(names: tuple[str, ...]) -> int:
+    """Where the letters of a block's matrix that are summed over begin, after those of outputs."""
+    lead = int("L" in names)
+    return lead + 1 if names[lead] in "DF" else len(names) - 1
 
 
 def count(model: GPT, padded: bool = False) -> int:

@@ -13,7 +13,7 @@ import jax
 import optax
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import Leaves
+from jaxgpt.model import Leaves, inputs_of
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,13 @@ def _labels(letters: Leaves, params: Any) -> Any:
 def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
     """Which axes of a block's matrix are summed over and which are its output, or None.
 
-    Read off the letters: D is the input of q, k, v, up and gate and the output of o and down; the
-    leading L of stacked leaves is neither, so each layer is orthogonalized by itself.
+    The leading L of stacked leaves is neither, so each layer is orthogonalized by itself.
     """
     if path[0] != "blocks" or path[-1] != "w":
         return None
-    axes = [axis for axis, letter in enumerate(names) if letter != "L"]
-    reads = axes[:1] if names[axes[0]] == "D" else axes[:-1]
-    writes = [axis for axis in axes if axis not in reads]
-    return optax.contrib.MuonDimensionNumbers(tuple(reads), tuple(writes))
+    middle = inputs_of(names)
+    writes = tuple(axis for axis in range(middle) if names[axis] != "L")
+    return optax.contrib.MuonDimensionNumbers(tuple(range(middle, len(names))), writes)
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import Leaves, count, init, letters
+from jaxgpt.model import Leaves, count, init, inputs_of, letters
 
 LORA = ("lora_a", "lora_b", "lora_scale")
 Path = tuple[str, ...]
@@ -38,7 +38,7 @@ class TuneConfig:
     blocks: int = 1
     """last: how many blocks."""
     rank: int = 8
-    """lora: columns of the first factor and rows of the second, R."""
+    """lora: rows of the first factor and columns of the second, R."""
     alpha: float = 16.0
     """lora: the product of the factors is scaled by alpha / rank."""
     matrices: tuple[str, ...] = ("blocks/*/q", "blocks/*/v")
@@ -82,16 +82,16 @@ class TuneConfig:
             if not matching:
                 continue
             lead = int("L" in names)
-            middle = _inputs(names)
+            middle = inputs_of(names)
             split = (names[:lead], names[lead:middle], names[middle:])
             sizes = (shape[:lead], shape[lead:middle], shape[middle:])
             found[(*path, "lora_a")] = (
-                (*split[0], *split[1], "R"),
-                (*sizes[0], *sizes[1], self.rank),
-            )
-            found[(*path, "lora_b")] = (
                 (*split[0], "R", *split[2]),
                 (*sizes[0], self.rank, *sizes[2]),
+            )
+            found[(*path, "lora_b")] = (
+                (*split[0], *split[1], "R"),
+                (*sizes[0], *sizes[1], self.rank),
             )
             found[(*path, "lora_scale")] = (split[0], sizes[0])
         if unused:
@@ -101,12 +101,6 @@ class TuneConfig:
                 f"on, and NAME is one of {', '.join(known)}"
             )
         return found
-
-
-def _inputs(names: tuple[str, ...]) -> int:
-    """Where the letters of a block's matrix that are summed over end: D or NH or F, after L."""
-    lead = int("L" in names)
-    return lead + 1 if names[lead] in "DF" else len(names) - 1
 
 
 def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[str, Any]:
@@ -155,10 +149,10 @@ def merged(tree: Any) -> Any:
     plain = {name: merged(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")}
     if "w_scale" in tree:
         w, scale = tree["w"], tree["w_scale"]
-        plain["w"] = w * scale.reshape((1,) * (w.ndim - scale.ndim) + scale.shape)
+        plain["w"] = w * jnp.expand_dims(scale, range(scale.ndim, w.ndim))
     if "lora_a" in tree:
         a, b, scale = (tree[name] for name in LORA)
-        plain["w"] += scale * jnp.tensordot(a, b, 1, precision="highest")
+        plain["w"] += scale * jnp.tensordot(b, a, 1, precision="highest")
     return plain
 
 
@@ -171,7 +165,7 @@ def quantized(tree: Any, leaves: Leaves, tables: bool = False) -> Any:
     for path, leaf in flat(tree).items():
         names = leaves[path][0]
         if path[-1] == "w" and path[0] in ("blocks", "encoder"):
-            axes = tuple(range(int("L" in names), _inputs(names)))
+            axes = tuple(range(inputs_of(names), len(names)))
         elif tables and path in (("wte",), ("head",)):
             axes = (1,)
         else:

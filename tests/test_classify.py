@@ -61,7 +61,7 @@ def random_params():
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(partial(model.init, GPT), jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.float32(0.3 * rng.standard_normal(x.shape)), shapes)
-    w, b = (jnp.float32(rng.standard_normal(shape)) for shape in ((8, 3), (3,)))
+    w, b = (jnp.float32(rng.standard_normal(shape)) for shape in ((3, 8), (3,)))
     return {**params, "classifier": {"w": w, "b": b}}
 
 
@@ -97,7 +97,7 @@ def log_probabilities():
     for h, n in zip(hidden, batch["segments"].sum(1), strict=True):
         read = {"last": h[n - 1 : n], "first": h[:1], "mean": h[:n].mean(0)[None], "every": h[:n]}
         for token, x in read.items():
-            logits = x @ w + b
+            logits = x @ w.T + b
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             found[token].append((log_p, np.exp(log_p).mean(0)))
     return found
@@ -219,7 +219,7 @@ def test_classes_are_those_of_the_training_examples():
     fitted = Classify().fit(RECORDS)
     assert (fitted.labels, fitted.class_weights) == (("3", "ham", "spam"), ())
     assert Classify(labels=("spam", "3", "ham")).fit(RECORDS).labels == ("spam", "3", "ham")
-    assert fitted.leaves(CFG)[("classifier", "w")] == (("D", "C"), (8, 3))
+    assert fitted.leaves(CFG)[("classifier", "w")] == (("C", "D"), (3, 8))
 
 
 def test_balanced_weights_are_inverse_counts_and_1_on_average():

@@ -49,7 +49,7 @@ PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (5, 1, 9, 8)]
 
 @cache
 def random_params(gpt):
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(5)
     return jax.tree_util.tree_map_with_path(
         lambda path, x: np.float32(0.4 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
         jax.eval_shape(partial(model.init, gpt), KEY),
@@ -434,7 +434,7 @@ def test_a_beam_finds_likelier_targets_than_greedy():
     gpt = translator(replace(TINY, V=6))
     rng = np.random.default_rng(2)
     sources = [rng.integers(1, 6, n).tolist() for n in rng.integers(1, 8, 8)]
-    narrow, wide = (search(gpt, sources, 7, width, eos=3) for width in (1, 3))
+    narrow, wide = (search(gpt, sources, 7, width, eos=2) for width in (1, 3))
     gains = [
         log_p(gpt, source, more) - log_p(gpt, source, less)
         for source, less, more in zip(sources, narrow, wide, strict=True)

@@ -56,13 +56,13 @@ def factors(params, layers, zero=False):
     new, merged = {}, {}
     for (*path, _), w, inputs in beside(params):
         lead = w.shape[: layers == "scan"]
-        split = len(lead) + inputs
-        a = np.float32(rng.standard_normal((*w.shape[:split], R)))
-        b = np.float32((0 if zero else 1) * rng.standard_normal((*lead, R, *w.shape[split:])))
+        split = w.ndim - inputs
+        a = np.float32(rng.standard_normal((*lead, R, *w.shape[split:])))
+        b = np.float32((0 if zero else 1) * rng.standard_normal((*w.shape[:split], R)))
         new[(*path, "lora_a")], new[(*path, "lora_b")] = a, b
         new[(*path, "lora_scale")] = np.full(lead, SCALE, np.float32)
         products = [
-            np.tensordot(x, y, 1) for x, y in (zip(a, b, strict=True) if lead else [(a, b)])
+            np.tensordot(y, x, 1) for x, y in (zip(a, b, strict=True) if lead else [(a, b)])
         ]
         merged[(*path, "w")] = w + SCALE * np.stack(products).reshape(w.shape)
     assert len(new) == 3 * len(merged) > 0
@@ -110,11 +110,11 @@ def test_matrices_in_int8_equal_what_they_stand_for(layers):
     rng, new, exact = np.random.default_rng(3), {}, {}
     for (*path, _), w, inputs in beside(params):
         lead = w.shape[: layers == "scan"]
-        outputs = w.shape[len(lead) + inputs :]
+        outputs = w.shape[len(lead) : w.ndim - inputs]
         whole = rng.integers(-127, 128, w.shape, np.int8)
         scale = np.float32(rng.uniform(0.001, 0.01, (*lead, *outputs)))
         new[(*path, "w")], new[(*path, "w_scale")] = whole, scale
-        exact[(*path, "w")] = whole * scale.reshape(*lead, *(1,) * inputs, *outputs)
+        exact[(*path, "w")] = whole * scale.reshape(*lead, *outputs, *(1,) * inputs)
     small = logits(gpt, with_leaves(params, new))
     np.testing.assert_allclose(small, logits(gpt, with_leaves(params, exact)), atol=1e-6)
 

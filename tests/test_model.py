@@ -108,8 +108,8 @@ def numpy_gpt2(cfg, params, tokens):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * p["scale"] + p["b"]
 
     def heads(x, p):
-        D, N, H = p["w"].shape
-        return (x @ p["w"].reshape(D, N * H) + p["b"].reshape(N * H)).reshape(*x.shape[:2], N, H)
+        N, H, D = p["w"].shape
+        return (x @ p["w"].reshape(N * H, D).T + p["b"].reshape(N * H)).reshape(*x.shape[:2], N, H)
 
     def gelu(x):
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -119,9 +119,9 @@ def numpy_gpt2(cfg, params, tokens):
         p = params["blocks"][str(layer)]
         y = norm(x, p["norm1"])
         out = numpy_attention(heads(y, p["q"]), heads(y, p["k"]), heads(y, p["v"]), 0)
-        x = x + out.reshape(x.shape) @ p["o"]["w"].reshape(cfg.D, cfg.D) + p["o"]["b"]
-        h = gelu(norm(x, p["norm2"]) @ p["up"]["w"] + p["up"]["b"])
-        x = x + h @ p["down"]["w"] + p["down"]["b"]
+        x = x + out.reshape(x.shape) @ p["o"]["w"].reshape(cfg.D, cfg.D).T + p["o"]["b"]
+        h = gelu(norm(x, p["norm2"]) @ p["up"]["w"].T + p["up"]["b"])
+        x = x + h @ p["down"]["w"].T + p["down"]["b"]
     return norm(x, params["norm"]) @ params["wte"].T
 
 
@@ -141,18 +141,18 @@ def numpy_modern(cfg, params, tokens):
     for layer in range(cfg.L):
         p = params["blocks"][str(layer)]
         y = norm(x, p["norm1"]["scale"])
-        q, k, v = (np.tensordot(y, p[name]["w"], 1) for name in "qkv")
+        q, k, v = (np.tensordot(y, p[name]["w"], (-1, -1)) for name in "qkv")
         q, k = (rotate(norm(z, p[f"{n}_norm"]["scale"])) for z, n in ((q, "q"), (k, "k")))
         window = 0 if (layer + 1) % cfg.global_every == 0 else cfg.window
-        x = x + np.tensordot(numpy_attention(q, k, v, window), p["o"]["w"], 2)
+        x = x + np.einsum("btnh,dnh->btd", numpy_attention(q, k, v, window), p["o"]["w"])
         y = norm(x, p["norm2"]["scale"])
-        h = y @ p["up"]["w"]
+        h = y @ p["up"]["w"].T
         if cfg.mlp == "swiglu":
-            gate = y @ p["gate"]["w"]
+            gate = y @ p["gate"]["w"].T
             h = gate / (1 + np.exp(-gate)) * h
         else:
             h = np.maximum(h, 0) ** 2
-        x = x + h @ p["down"]["w"]
+        x = x + h @ p["down"]["w"].T
     logits = norm(x, params["norm"]["scale"]) @ params["head"].T
     return cfg.logit_softcap * np.tanh(logits / cfg.logit_softcap)
 
@@ -192,10 +192,10 @@ def test_parameter_paths_and_shapes_are_the_documented_ones():
     block = {
         **{f"{norm}/scale": (16,) for norm in ("norm1", "norm2")},
         **{f"{norm}/b": (16,) for norm in ("norm1", "norm2")},
-        **{f"{name}/w": (16, 4, 4) for name in "qkv"},
+        **{f"{name}/w": (4, 4, 16) for name in "qkv"},
         **{f"{name}/b": (4, 4) for name in "qkv"},
-        **{"o/w": (4, 4, 16), "o/b": (16,)},
-        **{"up/w": (16, 64), "up/b": (64,), "down/w": (64, 16), "down/b": (16,)},
+        **{"o/w": (16, 4, 4), "o/b": (16,)},
+        **{"up/w": (64, 16), "up/b": (64,), "down/w": (16, 64), "down/b": (16,)},
     }
     rest = {"wte": (128, 16), "wpe": (12, 16), "norm/scale": (16,), "norm/b": (16,)}
     unrolled = {f"blocks/{i}/{path}": shape for i in "01" for path, shape in block.items()}
@@ -205,9 +205,9 @@ def test_parameter_paths_and_shapes_are_the_documented_ones():
 
     block = {
         **{f"{norm}/scale": (24,) for norm in ("norm1", "norm2")},
-        **{"q/w": (24, 4, 8), "k/w": (24, 2, 8), "v/w": (24, 2, 8), "o/w": (4, 8, 24)},
+        **{"q/w": (4, 8, 24), "k/w": (2, 8, 24), "v/w": (2, 8, 24), "o/w": (24, 4, 8)},
         **{"q_norm/scale": (8,), "k_norm/scale": (8,)},
-        **{"up/w": (24, 40), "gate/w": (24, 40), "down/w": (40, 24)},
+        **{"up/w": (40, 24), "gate/w": (40, 24), "down/w": (24, 40)},
     }
     rest = {"wte": (128, 24), "head": (128, 24), "norm/scale": (24,)}
     unrolled = {f"blocks/{i}/{path}": shape for i in "012" for path, shape in block.items()}
@@ -279,8 +279,8 @@ def test_initial_weights_have_their_standard_deviations():
         assert np.std(w) == pytest.approx(expected, rel=0.1)
         assert abs(np.mean(w)) < 0.1 * expected
     assert (params["norm"]["scale"] == 1).all()
-    w_LDNH = params["blocks"]["q"]["w"]
-    assert not (w_LDNH[0] == w_LDNH[1]).any()  # each layer has its own
+    w_LNHD = params["blocks"]["q"]["w"]
+    assert not (w_LNHD[0] == w_LNHD[1]).any()  # each layer has its own
 
 
 def test_initial_weights_are_the_same_stacked_and_unrolled():
@@ -465,10 +465,11 @@ def test_packed_documents_do_not_see_each_other(cfg, attention):
 
 
 EQUATIONS = {
-    "BTD,DNH->BTNH": ((2, 3, 4), (4, 2, 3)),
-    "BTNH,NHD->BTD": ((2, 3, 2, 3), (2, 3, 4)),
-    "BTF,FD->BTD": ((2, 3, 5), (5, 4)),
+    "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),
+    "BTNH,DNH->BTD": ((2, 3, 2, 3), (4, 2, 3)),
+    "BTF,DF->BTD": ((2, 3, 5), (4, 5)),
     "BTD,DV->BTV": ((2, 3, 4), (4, 5)),
+    "BTD,FD->BTF": ((1, 1, 4), (6, 4)),
 }
 
 
@@ -489,12 +490,12 @@ def test_gradient_of_matmul_is_that_of_einsum(equation):
 
 def test_matmul_accumulates_in_float32_and_casts_the_cotangent():
     x = jnp.full((1, 1, 4096), 1.0, jnp.bfloat16)
-    w = jnp.full((4096, 1), 1.0 + 2**-7, jnp.float32)
-    y = model.matmul("BTD,DF->BTF", x, w, jnp.bfloat16)
+    w = jnp.full((1, 4096), 1.0 + 2**-7, jnp.float32)
+    y = model.matmul("BTD,FD->BTF", x, w, jnp.bfloat16)
     assert y.item() == 4096 * (1 + 2**-7)  # bfloat16 sums would stop at 256
 
     def total(x, w):
-        return model.matmul("BTD,DF->BTF", x, w, jnp.bfloat16).sum()
+        return model.matmul("BTD,FD->BTF", x, w, jnp.bfloat16).sum()
 
     products = jax.jit(jax.grad(total, (0, 1))).lower(x, w).as_text()
     lines = [line for line in products.splitlines() if "dot_general" in line]

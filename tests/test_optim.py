@@ -139,14 +139,14 @@ def test_muon_updates_of_block_matrices_are_orthogonal():
     rate, shrunk = DECAYED.muon_learning_rate, 1 - DECAYED.muon_learning_rate * 0.1
     params = random_tree(0)
     after, _ = updated(replace(DECAYED, name="muon"), [random_tree(1)], params)
-    # Rows are what a matrix sums over: D for those that read the stream, heads or F for the others.
-    rows = {"q": 8, "k": 8, "v": 8, "up": 8, "o": 2 * 6, "down": 12}
+    # Columns are what a matrix sums over: D for those that read the stream, heads or F for others.
+    columns = {"q": 8, "k": 8, "v": 8, "up": 8, "o": 2 * 6, "down": 12}
     checked = 0
     for path, now in by_path(after).items():
         if path[-1] != "w":
             continue
-        update = (shrunk * by_path(params)[path] - now).reshape(rows[path[-2]], -1) / rate
-        fan_in, fan_out = update.shape
+        update = (shrunk * by_path(params)[path] - now).reshape(-1, columns[path[-2]]) / rate
+        fan_out, fan_in = update.shape
         scale = math.sqrt(max(1, fan_out / fan_in))  # Muon's own, for width
         singular = np.linalg.svd(update / scale, compute_uv=False)
         # Five steps of Newton-Schulz end between 0.7 and 1.2 (Jordan 2024).

@@ -242,9 +242,9 @@ def test_a_batch_is_split_by_rows():
     ("letters", "expected"),
     [
         ("BTD", P(("data", "fsdp"), None, None)),
-        ("DNH", P("fsdp", "tensor", None)),
         ("NHD", P("tensor", None, "fsdp")),
-        ("DF", P("fsdp", "tensor")),
+        ("DNH", P("fsdp", "tensor", None)),
+        ("FD", P("tensor", "fsdp")),
         ("VD", P("tensor", "fsdp")),
         ("LDF", P(None, "fsdp", "tensor")),
         ("BTV", P(("data", "fsdp"), None, "tensor")),

@@ -72,7 +72,7 @@ def deltas(tree):
     leaves = flat(tree)
     return {
         path[:-1]: leaves[*path[:-1], "lora_scale"]
-        * np.tensordot(leaf, leaves[*path[:-1], "lora_b"], 1)
+        * np.tensordot(leaves[*path[:-1], "lora_b"], leaf, 1)
         for path, leaf in leaves.items()
         if path[-1] == "lora_a"
     }
@@ -110,8 +110,8 @@ def test_queries_and_values_become_one_matrix_that_adds_the_same(tmp_path):
     )
     peft.write(tmp_path, GPT2, tree, "gpt2")
     again = peft.read(tmp_path, GPT2)
-    assert again["blocks"]["0"]["q"]["lora_a"].shape == (32, 8)
-    assert again["blocks"]["1"]["q"]["lora_a"].shape == (32, 10)
+    assert again["blocks"]["0"]["q"]["lora_a"].shape == (8, 32)
+    assert again["blocks"]["1"]["q"]["lora_a"].shape == (10, 32)
     before, after = deltas(tree), deltas(again)
     for path, delta in after.items():
         np.testing.assert_allclose(delta, before.get(path, 0 * delta), atol=1e-5)
@@ -268,7 +268,7 @@ def test_a_tree_without_an_adapter_of_this_model_is_refused(tmp_path):
         peft.write(tmp_path, LLAMA, {"blocks": {"0": {"q": {"w": np.zeros(3)}}}}, "base")
     with pytest.raises(InputError, match=r"blocks/2/q/lora_a is beside no matrix"):
         peft.write(tmp_path, LLAMA, adapter(replace(LLAMA, L=3), "blocks/2/q"), "base")
-    with pytest.raises(InputError, match=r"blocks/0/q has .* lora_a \[64, 'R'\]"):
+    with pytest.raises(InputError, match=r"blocks/0/q has .* lora_a \['R', 64\]"):
         peft.write(tmp_path, replace(LLAMA, D=64), good, "base")
     del good["blocks"]["1"]["q"]["lora_b"]
     with pytest.raises(InputError, match="blocks/1/q has .* lora_b"):

@@ -99,10 +99,10 @@ def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
     assert run(replace(LABELS, name="first")) == 0
     said = capsys.readouterr().out
     assert re.search(r"loaded +\d+ arrays, [\d,]+ parameters", said)
-    assert re.search(r"made new +classifier/w +\[16, 2\]", said)
+    assert re.search(r"made new +classifier/w +\[2, 16\]", said)
     assert run(replace(ASKED, name="then", start="runs/first")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"left out +classifier/w +\[16, 2\]", said)
+    assert re.search(r"left out +classifier/w +\[2, 16\]", said)
     assert "made new" not in said
 
 

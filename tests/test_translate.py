@@ -91,17 +91,17 @@ def numpy_encoder_decoder(cfg, p, tokens, source):
 
     def attention(p, name, x, memory, seen):
         q, k, v = (
-            np.einsum("td,dnh->nth", of, p[name + letter]["w"]) + p[name + letter]["b"][:, None]
+            np.einsum("td,nhd->nth", of, p[name + letter]["w"]) + p[name + letter]["b"][:, None]
             for letter, of in (("q", x), ("k", memory), ("v", memory))
         )
         scores = np.where(seen, np.exp(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])), 0)
         out = scores / scores.sum(-1, keepdims=True) @ v
-        return np.einsum("nth,nhd->td", out, p[name + "o"]["w"]) + p[name + "o"]["b"]
+        return np.einsum("nth,dnh->td", out, p[name + "o"]["w"]) + p[name + "o"]["b"]
 
     def mlp(p, x):
-        h = x @ p["up"]["w"] + p["up"]["b"]
+        h = x @ p["up"]["w"].T + p["up"]["b"]
         h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        return h @ p["down"]["w"] + p["down"]["b"]
+        return h @ p["down"]["w"].T + p["down"]["b"]
 
     memory = p["wte"][source] + p["wpe"][: len(source)]
     for layer in (p["encoder"]["0"], p["encoder"]["1"]):
@@ -182,8 +182,8 @@ def test_gradients_flow_to_every_leaf(cfg):
 
 def test_parameter_paths_and_shapes_are_the_documented_ones():
 
-    side = {"q": (16, 4, 6), "k": (16, 2, 6), "v": (16, 2, 6), "o": (4, 6, 16)}
-    mlp = {"up": (16, 24), "gate": (16, 24), "down": (24, 16)}
+    side = {"q": (4, 6, 16), "k": (2, 6, 16), "v": (2, 6, 16), "o": (16, 4, 6)}
+    mlp = {"up": (24, 16), "gate": (24, 16), "down": (16, 24)}
     scales = {"norm1": 16, "norm2": 16, "norm1_post": 16, "norm2_post": 16}
     one = {f"{name}/w": shape for name, shape in (side | mlp).items()}
     one |= {f"{name}/scale": (size,) for name, size in scales.items()}

@@ -138,13 +138,13 @@ def test_blocks_that_cannot_be_trained_alone_are_refused(layers, settings, says)
 
 
 FACTORS = {
-    "q": ((8, 3), (3, 2, 6)),
-    "k": ((8, 3), (3, 1, 6)),
-    "v": ((8, 3), (3, 1, 6)),
-    "o": ((2, 6, 3), (3, 8)),
-    "up": ((8, 3), (3, 12)),
-    "gate": ((8, 3), (3, 12)),
-    "down": ((12, 3), (3, 8)),
+    "q": ((3, 8), (2, 6, 3)),
+    "k": ((3, 8), (1, 6, 3)),
+    "v": ((3, 8), (1, 6, 3)),
+    "o": ((3, 2, 6), (8, 3)),
+    "up": ((3, 8), (12, 3)),
+    "gate": ((3, 8), (12, 3)),
+    "down": ((3, 12), (8, 3)),
 }
 
 
@@ -201,12 +201,12 @@ def test_a_pattern_of_no_matrix_is_refused_with_their_names(layers, pattern):
 def test_new_leaves_have_the_spread_of_their_inputs_or_are_zero():
     cfg = TuneConfig("lora", rank=64, alpha=16.0)
     leaves = {
-        ("q", "lora_a"): (("D", "R"), (48, 64)),
-        ("q", "lora_b"): (("R", "N", "H"), (64, 2, 5)),
+        ("q", "lora_a"): (("R", "D"), (64, 48)),
+        ("q", "lora_b"): (("N", "H", "R"), (2, 5, 64)),
         ("q", "lora_scale"): ((), ()),
-        ("o", "lora_a"): (("L", "N", "H", "R"), (2, 4, 9, 64)),
+        ("o", "lora_a"): (("L", "R", "N", "H"), (2, 64, 4, 9)),
         ("o", "lora_scale"): (("L",), (2,)),
-        ("classifier", "w"): (("D", "C"), (48, 64)),
+        ("classifier", "w"): (("C", "D"), (64, 48)),
         ("classifier", "b"): (("C",), (64,)),
     }
     new = fresh(leaves, jax.random.key(0), cfg, 0.02)
@@ -289,8 +289,8 @@ def test_int8_is_off_by_half_a_step_at_most(layers):
     plain = merged(apart)
     assert flat(plain).keys() == flat(base()).keys()
     steps = {
-        "q": "DNH,NH", "k": "DNH,NH", "v": "DNH,NH", "o": "NHD,D",
-        "up": "DF,F", "gate": "DF,F", "down": "FD,D",
+        "q": "NHD,NH", "k": "NHD,NH", "v": "NHD,NH", "o": "DNH,D",
+        "up": "FD,F", "gate": "FD,F", "down": "DF,D",
     }  # fmt: skip
     for path, exact in flat(base()).items():
         held, used = (np.asarray(flat(tree)[path]) for tree in (apart, plain))
@@ -302,6 +302,7 @@ def test_int8_is_off_by_half_a_step_at_most(layers):
         w_letters, out = steps[path[-2]].split(",")
         summed = tuple(i for i, letter in enumerate(w_letters) if letter not in out)
         np.testing.assert_allclose(scale, abs(exact).max(summed) / 127, rtol=1e-6)
+        scale = np.expand_dims(scale, summed)
         np.testing.assert_array_equal(used, held * scale)
         assert (abs(used - exact) <= 0.5001 * scale).all()
     run = logits(layers)(small(layers), TOKENS)[..., :50]
@@ -313,9 +314,9 @@ def test_int8_is_off_by_half_a_step_at_most(layers):
 THERE = {
     ("wte",): (128, 8),
     ("norm", "scale"): (8,),
-    ("blocks", "0", "q", "w"): (8, 2, 6),
-    ("blocks", "1", "q", "w"): (8, 2, 6),
-    ("classifier", "w"): (8, 5),
+    ("blocks", "0", "q", "w"): (2, 6, 8),
+    ("blocks", "1", "q", "w"): (2, 6, 8),
+    ("classifier", "w"): (5, 8),
 }
 HERE = {
     ("wte",): (("V", "D"), (256, 8)),
@@ -324,8 +325,8 @@ HERE = {
         ("blocks", i, "q", name): leaf
         for i in "01"
         for name, leaf in {
-            "w": (("D", "N", "H"), (8, 2, 6)),
-            "lora_a": (("D", "R"), (8, 3)),
+            "w": (("N", "H", "D"), (2, 6, 8)),
+            "lora_a": (("R", "D"), (3, 8)),
         }.items()
     },
     ("head",): (("V", "D"), (256, 8)),
@@ -336,17 +337,17 @@ def test_a_comparison_says_what_becomes_of_each_leaf():
     diff = compare(THERE, HERE)
     assert diff.loaded == {path: THERE[path] for path in list(THERE)[1:4]}
     assert diff.grown == {("wte",): ((128, 8), (256, 8))}
-    assert diff.left_out == {("classifier", "w"): (8, 5)}
+    assert diff.left_out == {("classifier", "w"): (5, 8)}
     assert diff.new == {
-        ("blocks", "0", "q", "lora_a"): (8, 3),
-        ("blocks", "1", "q", "lora_a"): (8, 3),
+        ("blocks", "0", "q", "lora_a"): (3, 8),
+        ("blocks", "1", "q", "lora_a"): (3, 8),
         ("head",): (256, 8),
     }
     assert [" ".join(line.split()) for line in str(diff).splitlines()] == [
         "loaded 3 arrays, 200 parameters",
         "grown wte [128, 8] to [256, 8]",
-        "left out classifier/w [8, 5]",
-        "made new blocks/*/q/lora_a 2 x [8, 3]",
+        "left out classifier/w [5, 8]",
+        "made new blocks/*/q/lora_a 2 x [3, 8]",
         "made new head [256, 8]",
     ]
 

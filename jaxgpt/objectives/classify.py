@@ -22,7 +22,7 @@ BINS = 10  # of confidence, for the calibration error
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """Cross-entropy of a text's label; the head is `classifier/w` [D, C] and `classifier/b` [C]."""
+    """Cross-entropy of a text's label; the head is `classifier/w` [C, D] and `classifier/b` [C]."""
 
     reads_records: ClassVar[bool] = True
     packs: ClassVar[bool] = True
@@ -122,7 +122,7 @@ class Classify(Objective):
         """The head; C is the number of classes."""
         C = len(self.labels)
         return {
-            ("classifier", "w"): (("D", "C"), (cfg.D, C)),
+            ("classifier", "w"): (("C", "D"), (C, cfg.D)),
             ("classifier", "b"): (("C",), (C,)),
         }
 
@@ -134,7 +134,7 @@ class Classify(Objective):
         if self.token == "mean":
             hidden_BTD = _mean_so_far(hidden_BTD, batch["positions"])
         head = params["classifier"]
-        logits_BTC = jnp.einsum("BTD,DC->BTC", hidden_BTD, head["w"]) + head["b"][None, None]
+        logits_BTC = jnp.einsum("BTD,CD->BTC", hidden_BTD, head["w"]) + head["b"][None, None]
         log_p_BTC = jax.nn.log_softmax(logits_BTC)
         p_BTC = jnp.exp(log_p_BTC)
         if self.token == "every":

@@ -71,7 +71,7 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
         a = _whole(pair, "A", (rank, math.prod(inputs)), module)
         b = _whole(pair, "B", (math.prod(shape), rank), module).reshape(*shape, rank)
         for row in modules[module]:
-            found = (a.T.reshape(*inputs, rank), b[row.part].T.reshape(rank, *outputs), scale)
+            found = a.reshape(rank, *inputs), b[row.part].reshape(*outputs, rank), scale
             for name, leaf in zip(LORA, found, strict=True):
                 leaves[*row.path[:-1], name] = np.array(leaf, np.float32, order="C")
     return nested(leaves)
@@ -128,14 +128,14 @@ def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
 
 
 def _inputs(row: Row) -> str:
-    """The letters of a matrix that are summed over: D of DNH, NH of NHD."""
-    return next(side for side in row.axes.split(",") if row.letters.startswith(side))
+    """The letters of a matrix that are summed over: D of NHD, NH of DNH."""
+    return next(side for side in row.axes.split(",") if row.letters.endswith(side))
 
 
 def _sides(row: Row, cfg: GPTConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of a matrix's inputs, and of its outputs."""
     sizes = tuple(cfg.sizes[letter] for letter in row.letters)
-    return sizes[: len(_inputs(row))], sizes[len(_inputs(row)) :]
+    return sizes[-len(_inputs(row)) :], sizes[: -len(_inputs(row))]
 
 
 def _check_fields(fields: Fields) -> None:
@@ -253,14 +253,14 @@ def _factors(leaves: dict[tuple[str, ...], np.ndarray], row: Row, cfg: GPTConfig
         return None
     inputs, outputs = _sides(row, cfg)
     shapes = {name: array.shape for name, array in leaf.items()}
-    R = (0, *shapes.get("lora_a", ()))[-1]
-    if not R or shapes != dict(zip(LORA, ((*inputs, R), (R, *outputs), ()), strict=True)):
+    R = (*shapes.get("lora_a", ()), 0)[0]
+    if not R or shapes != dict(zip(LORA, ((R, *inputs), (*outputs, R), ()), strict=True)):
         raise InputError(
-            f"{'/'.join(where)} has {shapes}, not {LORA[0]} {[*inputs, 'R']}, {LORA[1]} "
-            f"{['R', *outputs]} and one {LORA[2]}; give parameters of this model"
+            f"{'/'.join(where)} has {shapes}, not {LORA[0]} {['R', *inputs]}, {LORA[1]} "
+            f"{[*outputs, 'R']} and one {LORA[2]}; give parameters of this model"
         )
     a, b, scale = (leaf[name] for name in LORA)
-    return Factors(a.reshape(-1, R).T, b.reshape(R, -1).T, np.float32(scale))
+    return Factors(a.reshape(R, -1), b.reshape(-1, R), np.float32(scale))
 
 
 def _joined(parts: list[Factors | None]) -> Factors:

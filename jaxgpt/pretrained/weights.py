@@ -1,7 +1,7 @@
 """A family's tensors <-> our parameter tree, piece by piece, straight into its place.
 
 A row of a family's table names a leaf, a tensor, and the tensor's dimensions in our letters: as
-"NH,D" is a matrix of N H rows and D columns, from which the transposition to the leaf's "DNH"
+"D,NH" is a matrix of D rows and N H columns, from which the transposition to the leaf's "NHD"
 follows. In "D,3NH" three leaves lie side by side, and the row says which of them its leaf is.
 """
 
