@@ -6,8 +6,9 @@
 Both sides write the likeliest tokens after the same prompts, on the same machine, one after the
 other in each round and each in its own process. What one token takes at least is the bytes of all
 matrices and of the keys and values so far, read once, over the speed at which memory is copied here
-(bytes read and written, over the time); the share of that limit is told beside. torch and
-transformers are needed here only: `pip install torch transformers`.
+(bytes read and written, over the time); the share of that limit is told beside, and that of the
+speed at which it is read where nothing is written. torch and transformers are needed here only:
+`pip install torch transformers`.
 """
 
 import importlib.metadata
@@ -138,20 +139,35 @@ def transformers(
     return f"transformers, {dtype}: {versions} on {where}", write, matrices, cached
 
 
-def copy_speed() -> float:
-    """Bytes read and written a second, by copying a large array on the device."""
+def speeds() -> tuple[float, float]:
+    """Bytes a second on the device: read and written by copying a large array, and only read."""
     import jax
     import jax.numpy as jnp
 
     x, times = jnp.ones(2**28, jnp.float32), 8  # 1 GiB
+
+    def seconds(function: Callable[[Any], Any], x: Any) -> float:
+        best = float("inf")
+        for _ in range(4):
+            begin = time.perf_counter()
+            x = jax.block_until_ready(function(x))
+            best = min(best, time.perf_counter() - begin)
+        return best / times
+
     # In place, so that no new memory is asked for, which would cost more than the copying.
     copy = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, x: x + 1, x), donate_argnums=0)
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        x = jax.block_until_ready(copy(x))
-        best = min(best, time.perf_counter() - begin)
-    return 2 * times * x.nbytes / best
+    copied = seconds(copy, x)
+    x = jnp.ones((4, 2**14, 2**12), jnp.float32)
+
+    @jax.jit
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
+        def one(_: Any, y: jax.Array) -> jax.Array:
+            return y + 1e-9 * jnp.einsum("gsf,gf->gs", x, y).sum()
+
+        return jax.lax.fori_loop(0, times, one, y)
+
+    read = seconds(partial(products, x), jnp.ones((4, 2**12)))
+    return 2 * x.nbytes / copied, x.nbytes / read
 
 
 def serve(options: Options, side: Callable[..., Any], dtype: str, pipe: Connection) -> None:
@@ -172,9 +188,10 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1) as pool:
-        speed = pool.apply(copy_speed)
+        copied, read = pool.apply(speeds)
     print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")
-    print(f"memory is copied at {speed / 1e9:.1f} GB/s (read and written)")
+    print(f"memory is copied at {copied / 1e9:.1f} GB/s (read and written)", end=", ")
+    print(f"read at {read / 1e9:.1f} GB/s")
     sides = {}
     for side, dtypes in ((jaxgpt, options.ours), (transformers, (options.theirs,))):
         for dtype in dtypes:
@@ -203,11 +220,12 @@ def main() -> None:
                 for ours, theirs in zip(times[name], times[name_of_theirs], strict=True)
             ]
             needed = matrices + batch * cached * (options.prompt + options.new / 2)
-            share = needed / speed / (best / options.new)
+            rate_needed = needed / (best / options.new)
             print(
                 f"  {name[0]:<12} {name[1]:<8} {rate:8.1f} tokens/s  "
                 f"{statistics.median(ratios):5.2f} times ({min(ratios):.2f} to {max(ratios):.2f})  "
-                f"{share:4.0%} of the limit  {memory[name] / 2**20:.2f} GiB",
+                f"{rate_needed / copied:4.0%} of copying, {rate_needed / read:4.0%} of reading  "
+                f"{memory[name] / 2**20:.2f} GiB",
                 flush=True,
             )
     for pipe, *_ in sides.values():

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import jax
 import tyro
 
 from jaxgpt import terminal
+from jaxgpt.cache import CacheDtype
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
@@ -17,23 +19,51 @@ from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import cache_folder
 from jaxgpt.sampling import Sampling
+from jaxgpt.serve import ServeConfig
+from jaxgpt.serve import run as run_server
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import Trained, load
+from jaxgpt.trained import Dtype, Trained, load
 
-Drawn = Annotated[Sampling, tyro.conf.arg(name="")]
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """What `generate` and `chat` both take."""
+
+    temperature: float = 0.8
+    """Logits are divided by it; 0: the likeliest token."""
+    stop: tuple[str, ...] = ()
+    """Texts before which to stop."""
+    choices: tuple[str, ...] = ()
+    """What is written is one of these."""
+    regex: str = ""
+    """What is written matches this expression."""
+    schema: str = ""
+    """A file with a JSON schema; what is written is JSON that fits it."""
+    draft: str = ""
+    """A smaller model of the same tokenizer, which guesses ahead; the text is the same."""
+    dtype: Dtype = "float32"
+    """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
+    half of it."""
+    cache: CacheDtype = "same"
+    """Of keys and values: int8 leaves room for more of them."""
+
+    def load(self, path: str) -> tuple[Trained, dict[str, Any]]:
+        """The model at `path`, and the options that its `stream` takes."""
+        options = {name: value for name, value in vars(self).items() if name != "dtype"}
+        options["schema"] = _json(self.schema) if self.schema else None
+        trained = _ready(path, self.dtype)
+        options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
+        return trained, options
+
+
+Flat = Annotated[Options, tyro.conf.arg(name="")]
 
 
 def generate(
     path: tyro.conf.Positional[str],
     prompt: tyro.conf.Positional[str] = "",
     tokens: int = 200,
-    stop: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
-    regex: str = "",
-    schema: str = "",
-    dtype: Literal["float32", "int8"] = "float32",
-    draft: str = "",
-    sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
+    options: Flat = Options(),
 ) -> None:
     """Write on from a prompt.
 
@@ -41,26 +71,17 @@ def generate(
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         prompt: The text to go on from.
         tokens: How many tokens to write, at most: a text may end before.
-        stop: Texts before which to stop.
-        choices: What is written is one of these.
-        regex: What is written matches this expression.
-        schema: A file with a JSON schema; what is written is JSON that fits it.
-        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
-        draft: A smaller model of the same tokenizer, which guesses ahead; the text is the same.
+        options: How to write.
     """
-    rest: dict[str, Any] = {"stop": stop, "choices": choices, "regex": regex}
-    rest["schema"] = _json(schema) if schema else None
-    trained = _ready(path, dtype)
-    rest["draft"] = load(draft) if draft else None
-    terminal.say(trained.stream(prompt, tokens, **rest, **vars(sampling)), before=prompt)
+    trained, how = options.load(path)
+    terminal.say(trained.stream(prompt, tokens, **how), before=prompt)
 
 
 def chat(
     path: tyro.conf.Positional[str],
     system: str = "",
     tokens: int = 512,
-    dtype: Literal["float32", "int8"] = "float32",
-    sampling: Drawn = Sampling(temperature=0.8),  # noqa: B008
+    options: Flat = Options(),
 ) -> None:
     """Talk to a model, or, where it has no chat format, let it go on from what you write.
 
@@ -68,60 +89,27 @@ def chat(
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         system: A message before the conversation that says how to answer.
         tokens: How many tokens an answer has, at most.
-        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
+        options: How to write.
     """
-    terminal.converse(
-        terminal.Conversation(_ready(path, dtype), system, tokens, dict(vars(sampling)))
-    )
+    trained, how = options.load(path)
+    terminal.converse(terminal.Conversation(trained, system, tokens, how))
 
 
 def serve(
     path: tyro.conf.Positional[str],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str = "",
-    name: str = "",
-    slots: int = 8,
-    queue: int = 64,
-    context: int = 0,
-    deadline: float = 300.0,
-    dtype: Literal["float32", "int8"] = "float32",
-    cache: Literal["same", "int8"] = "same",
+    options: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig(),  # noqa: B008
 ) -> None:
     """Serve a model by OpenAI's interface, with a page to chat on.
 
     Args:
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
-        host: The address to bind; another than this machine's own needs a key.
-        port: The port.
-        api_key: What callers have to know; better in $JAXGPT_API_KEY, where nobody sees it.
-        name: What the model is called; by default after its run.
-        slots: How many texts are written at once.
-        queue: How many requests wait for a slot before others are turned away.
-        context: Tokens of a prompt and its answer, at most; 0: the model's.
-        deadline: Seconds an answer may take.
-        dtype: Of the matrices: int8 is a quarter of the memory, faster, and nearly the same.
-        cache: Of keys and values: int8 leaves room for more of them.
+        options: Where, and to how many.
     """
-    from jaxgpt import serve
-
     compiled_programs()
-    serve.run(
-        path,
-        host=host,
-        port=port,
-        api_key=api_key,
-        name=name,
-        slots=slots,
-        queue=queue,
-        context=context,
-        deadline=deadline,
-        dtype=dtype,
-        cache=cache,
-    )
+    run_server(path, options)
 
 
-def _ready(path: str, dtype: Literal["float32", "int8"] = "float32") -> Trained:
+def _ready(path: str, dtype: Dtype = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
     compiled_programs()
     return load(path, dtype=dtype)

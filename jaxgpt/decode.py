@@ -110,7 +110,7 @@ def steps(
 
     def step(carry: Any) -> Any:
         i, state, out = carry
-        hidden_B1D, cache = _extend(
+        hidden_B1D, cache = extend(
             model, params, state.token_B[:, None], state.position_B, state.cache
         )
         logits_BV = next_logits(model.cfg, params, hidden_B1D)[:, 0]
@@ -252,9 +252,7 @@ def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
     return np.asarray([[*row, *[-1] * (most - len(row))] for row in stops], np.int32)
 
 
-def padded(
-    lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str, least: int = SHORTEST
-) -> Rows:
+def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str) -> Rows:
     """Lists of ids as one int32 array, 0 at their right, as long as a power of two or `most`.
 
     Raises InputError for none, and for a list that is empty, is longer, or has other ids.
@@ -270,7 +268,7 @@ def padded(
             f"row {lengths.argmax()} has {longest} tokens, and {what} has to fit the context of "
             f"{cfg.T}; give at most {most}"
         )
-    ids_BT = np.zeros((len(lists), min(power_of_two(longest, least), most)), np.int32)
+    ids_BT = np.zeros((len(lists), min(power_of_two(longest, SHORTEST), most)), np.int32)
     for number, ids in enumerate(map(np.asarray, lists)):
         if ids.ndim != 1:
             raise InputError(f"row {number} has ids of shape {list(ids.shape)}; give one list")
@@ -384,7 +382,7 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
     def step(state):
         i, cache, beams = state
         last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWn, i - 1, 2, keepdims=False)
-        hidden_R1D, cache = _extend(
+        hidden_R1D, cache = extend(
             model, params, last_BW.reshape(B * W, 1), jnp.full(B * W, i), cache
         )
         beams, from_R = choose(i, hidden_R1D[:, 0], beams)
@@ -436,9 +434,10 @@ def _read(
         memory_BSD = model.apply({"params": params}, ids_BS, None, is_BS, method="encode")
         cache = cache._replace(source_BS=is_BS)
     first_B = jnp.zeros(B, jnp.int32)
-    hidden_BPD, cache = _extend(model, params, prompts_BP, first_B, cache, lengths_B, memory_BSD)
+    hidden_BPD, cache = extend(model, params, prompts_BP, first_B, cache, lengths_B, memory_BSD)
     return cache, hidden_BPD
 
 
-def _extend(model, params, *args):
+def extend(model: GPT, params: Any, *args: Any) -> Any:
+    """`model.extend` by these parameters."""
     return model.apply({"params": params}, *args, method="extend")

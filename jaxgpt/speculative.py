@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.cache import Cache
-from jaxgpt.decode import State, Written
+from jaxgpt.decode import State, Written, extend
 from jaxgpt.model import GPT, next_logits
 from jaxgpt.sampling import Memory, Settings, draw
 
@@ -45,7 +45,7 @@ def speculative_steps(
 
     def guess(carry: Any, _: None) -> Any:
         cache, token_B, position_B, memory = carry
-        hidden_B1D, cache = _extend(small, small_params, token_B[:, None], position_B, cache)
+        hidden_B1D, cache = extend(small, small_params, token_B[:, None], position_B, cache)
         logits_BV = next_logits(small.cfg, small_params, hidden_B1D)[:, 0, :V]
         token_B, memory = draw(logits_BV, at, memory, position_B + 1)
         return (cache, token_B, position_B + 1, memory), token_B
@@ -79,7 +79,7 @@ def speculative_steps(
         begin: Any = cache, state.token_B, state.position_B, state.memory
         (cache, *_), guesses_gB = jax.lax.scan(guess, begin, None, length=ahead + 1)
         read_Bg = jnp.concatenate([state.token_B[None], guesses_gB[:ahead]]).T
-        hidden_BgD, large_cache = _extend(model, params, read_Bg, state.position_B, state.cache)
+        hidden_BgD, large_cache = extend(model, params, read_Bg, state.position_B, state.cache)
         logits_gBV = next_logits(model.cfg, params, hidden_BgD).swapaxes(0, 1)
         everyone_B = jnp.ones(B, bool)
         (state, count_B, out, _), right_gB = jax.lax.scan(
@@ -110,7 +110,3 @@ def _where(chosen_B: jax.Array, yes: Memory, no: Memory) -> Memory:
         return jnp.where(chosen_B.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 
     return jax.tree.map(one, yes, no)
-
-
-def _extend(model, params, *args):
-    return model.apply({"params": params}, *args, method="extend")

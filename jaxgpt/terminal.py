@@ -20,7 +20,7 @@ from rich.text import Text
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
 from jaxgpt.sampling import Sampling
-from jaxgpt.trained import Trained
+from jaxgpt.trained import Trained, Writing
 
 MOMENT = 0.5  # seconds
 
@@ -92,7 +92,7 @@ class Conversation:
             raise InputError("this model has no chat format, and so no system message; leave it")
         if tokens < 1:
             raise InputError(f"tokens={tokens}; set it to 1 or more")
-        Sampling(**settings).check(trained.tokenizer.vocab_size)
+        Writing(**settings).check(trained.tokenizer.vocab_size)
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -225,5 +225,5 @@ def setting(conversation: Conversation, text: str) -> None:
     except ValueError:
         raise InputError(f"/set {text}: give a name and a number, as in /set top_k 40") from None
     changed = {**conversation.settings, name: number}
-    Sampling(**changed).check(conversation.trained.tokenizer.vocab_size)
+    Writing(**changed).check(conversation.trained.tokenizer.vocab_size)
     conversation.settings = changed

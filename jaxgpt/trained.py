@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import checkpoint, pretrained
+from jaxgpt import checkpoint, guide, pretrained
 from jaxgpt.cache import CacheDtype
 from jaxgpt.chat import Messages, choose, render
 from jaxgpt.config import Config, from_dict
@@ -22,6 +22,42 @@ from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
 from jaxgpt.writing import write
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class Writing(Sampling):
+    """How a text is written: how its tokens are drawn, what it may be, and by which means."""
+
+    temperature: float = 0.8
+    """Logits are divided by it; 0: the likeliest token."""
+    stop: str | Sequence[str] = ()
+    """The text ends before one of these."""
+    choices: Sequence[str] = ()
+    """It is one of these."""
+    regex: str = ""
+    """It matches this expression as a whole."""
+    schema: Mapping[str, Any] | None = None
+    """It is JSON that fits this schema."""
+    draft: "Trained | None" = None
+    """A smaller model with the same tokenizer, which guesses ahead; the text stays the same."""
+    cache: CacheDtype = "same"
+    """Of keys and values; int8: in a byte each."""
+
+    def as_guide(self, tokenizer: Tokenizer, ends: Sequence[int]) -> guide.Guide | None:
+        """What `choices`, `regex` or `schema` leave; InputError for two of them."""
+        asked = {"choices": self.choices, "regex": self.regex, "schema": self.schema}
+        given = [name for name, value in asked.items() if value not in ((), [], "", None)]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} at once; give one")
+        if self.choices:
+            return guide.choices(tokenizer, self.choices, ends=ends)
+        if self.regex:
+            return guide.regex(tokenizer, self.regex, ends=ends)
+        if self.schema is not None:
+            return guide.json_schema(tokenizer, dict(self.schema), ends=ends)
+        return None
 
 
 class Trained(NamedTuple):
@@ -34,104 +70,82 @@ class Trained(NamedTuple):
     @property
     def model(self) -> GPT:
         """The model, as it runs best here: `model.apply({"params": params}, tokens_BT)`."""
-        compute, _ = ComputeConfig().resolve(self.config.model, jax.default_backend())
+        halved = self.params["wte"].dtype == jnp.bfloat16
+        asked = ComputeConfig(dtype="bfloat16" if halved else "auto")
+        compute, _ = asked.resolve(self.config.model, jax.default_backend())
         # One row of any length: the kernels for training want whole blocks.
         compute = replace(compute, attention="plain")
         return self.config.objective.build(self.config.model, compute)
 
-    def in_int8(self) -> "Trained":
-        """The model with its matrices in int8, LoRA's factors added on: to write from only."""
+    def held_in(self, dtype: Dtype) -> "Trained":
+        """The model to write from only, with smaller matrices, LoRA's factors added on.
+
+        bfloat16 holds every parameter in two bytes; int8 a matrix in one for each number. Raises
+        InputError for bfloat16 on a CPU where jax lacks its products.
+        """
+        if dtype == "float32":
+            return self
         leaves = letters(self.model)
-        tree = jax.jit(lambda params: quantized(merged(params), leaves, tables=True))(self.params)
-        return self._replace(params=tree)
 
-    def __call__(self, prompt: str = "", tokens: int = 200, **settings: Any) -> str:
+        def smaller(params: Any) -> Any:
+            plain = merged(params)
+            if dtype == "int8":
+                return quantized(plain, leaves, tables=True)
+            return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
+
+        held = self._replace(params=jax.jit(smaller)(self.params))
+        _ = held.model  # which cannot run everywhere
+        return held
+
+    def __call__(self, prompt: str = "", tokens: int = 200, **options: Any) -> str:
         """The prompt and what is written on from it: what `stream` gives, in one."""
-        return prompt + "".join(self.stream(prompt, tokens, **settings))
+        return prompt + "".join(self.stream(prompt, tokens, **options))
 
-    def stream(
-        self,
-        prompt: str = "",
-        tokens: int = 200,
-        *,
-        stop: str | Sequence[str] = (),
-        choices: Sequence[str] = (),
-        regex: str = "",
-        schema: Mapping[str, Any] | None = None,
-        draft: "Trained | None" = None,
-        cache: CacheDtype = "same",
-        **settings: Any,
-    ) -> Iterator[str]:
+    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Iterator[str]:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
-        It ends where the model ends the text, or before a `stop`. `choices`, `regex` or `schema`
-        (JSON) say what it may be. `draft`, a smaller model with the same tokenizer, guesses tokens
-        ahead, and the text stays the same; `cache` "int8" holds keys and values in a byte each.
-        The rest are the fields of `Sampling`; the temperature is 0.8 unless given. As documents
-        begin, so does a prompt. Raises InputError for a prompt longer than the context, and for a
-        setting that cannot be.
+        The options are the fields of `Writing`. As documents begin, so does a prompt; the text ends
+        where the model ends it. Raises InputError for a prompt longer than the context, and for an
+        option that cannot be.
         """
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
-        ends = [self.tokenizer.eot, self.tokenizer.eos]
-        guide = self._guide(ends, choices, regex, schema)
-        return self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
+        return self._write(ids, (self.tokenizer.eot, self.tokenizer.eos), tokens, options)
 
-    def chat(self, messages: Messages, tokens: int = 200, **settings: Any) -> str:
+    def chat(self, messages: Messages, tokens: int = 200, **options: Any) -> str:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
-        return "".join(self.stream_chat(messages, tokens, **settings))
+        return "".join(self.stream_chat(messages, tokens, **options))
 
-    def stream_chat(
-        self,
-        messages: Messages,
-        tokens: int = 200,
-        *,
-        stop: str | Sequence[str] = (),
-        choices: Sequence[str] = (),
-        regex: str = "",
-        schema: Mapping[str, Any] | None = None,
-        draft: "Trained | None" = None,
-        cache: CacheDtype = "same",
-        **settings: Any,
-    ) -> Iterator[str]:
-        """The assistant's answer, of at most so many tokens, in pieces; else as `stream`.
+    def stream_chat(self, messages: Messages, tokens: int = 200, **options: Any) -> Iterator[str]:
+        """The assistant's answer, of at most so many tokens, in pieces; options as for `stream`.
 
         `messages` are mappings of `role` and `content`, the last one the user's. Raises InputError
         for a conversation that cannot be, and a tokenizer without a chat format.
         """
         template = choose(self.tokenizer)
-        ends = template.stops(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True).tokens
-        guide = self._guide(ends, choices, regex, schema)
-        return self._write(ids, tokens, stop, ends, guide, draft, cache, settings)
+        return self._write(ids, template.stops(self.tokenizer), tokens, options)
 
     def _write(
-        self,
-        ids: Sequence[int],
-        tokens: int,
-        stop: str | Sequence[str],
-        ends: Sequence[int],
-        guide: Any,
-        draft: "Trained | None",
-        cache: CacheDtype,
-        settings: dict[str, Any],
+        self, ids: Sequence[int], ends: Sequence[int], tokens: int, options: dict[str, Any]
     ) -> Iterator[str]:
-        known = {field.name for field in fields(Sampling)}
-        if wrong := settings.keys() - known:
+        known = {field.name for field in fields(Writing)}
+        if wrong := options.keys() - known:
             raise InputError(
                 f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
             )
+        how = Writing(**options)
         return write(
             self.model,
             self.params,
             self.tokenizer,
             ids,
             tokens,
-            Sampling(**{"temperature": 0.8, **settings}),
-            stops=(stop,) if isinstance(stop, str) else tuple(stop),
+            how,
+            stops=(how.stop,) if isinstance(how.stop, str) else tuple(how.stop),
             stop_ids=tuple(dict.fromkeys(ends)),
-            guide=guide,
-            draft=None if draft is None else self._drafted_by(draft),
-            cache=cache,
+            guide=how.as_guide(self.tokenizer, ends),
+            draft=None if how.draft is None else self._drafted_by(how.draft),
+            cache=how.cache,
         )
 
     def _drafted_by(self, draft: "Trained") -> tuple[GPT, Any]:
@@ -147,29 +161,6 @@ class Trained(NamedTuple):
                 f"{self.config.model.T}; give one of at least that"
             )
         return draft.model, draft.params
-
-    def _guide(
-        self,
-        ends: Sequence[int],
-        choices: Sequence[str],
-        regex: str,
-        schema: Mapping[str, Any] | None,
-    ) -> Any:
-        from jaxgpt import guide
-
-        asked = {"choices": choices, "regex": regex, "schema": schema}
-        given = [name for name, value in asked.items() if value not in ((), [], "", None)]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} at once; give one")
-        if choices:
-            return guide.choices(self.tokenizer, choices, ends=ends)
-        if regex:
-            return guide.regex(self.tokenizer, regex, ends=ends)
-        return (
-            guide.json_schema(self.tokenizer, dict(schema), ends=ends)
-            if schema is not None
-            else None
-        )
 
 
 @dataclass(frozen=True)
@@ -222,22 +213,20 @@ class Source:
         return jax.device_put(tree, places(tree))
 
 
-def load(
-    path: str | Path, adapter: str | Path = "", *, dtype: Literal["float32", "int8"] = "float32"
-) -> Trained:
+def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32") -> Trained:
     """A model, ready to write, to fine-tune and to evaluate.
 
     `path` is a run's folder (its newest checkpoint), one checkpoint's folder, a folder of Hugging
     Face's layout, or a name there, NAME or NAME@REVISION, which is downloaded once. The running
     average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
-    adapter of PEFT's layout, whose leaves are put beside the matrices. `dtype` "int8" holds
-    matrices in a byte a number, to write from only: a quarter of the memory, and faster where
-    reading them is what takes the time. Raises InputError where there is no model, or it is
-    damaged.
+    adapter of PEFT's layout, whose leaves are put beside the matrices. With another `dtype` it is a
+    model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory, "int8" a
+    quarter, and both are faster where reading the matrices is what takes the time. Raises
+    InputError where there is no model, or it is damaged.
     """
     found = source(path, adapter)
     trained = Trained(found.config, found.params(), found.tokenizer)
-    return trained if dtype == "float32" else trained.in_int8()
+    return trained.held_in(dtype)
 
 
 def source(path: str | Path, adapter: str | Path = "") -> Source:

@@ -370,3 +370,14 @@ def test_settings_that_cannot_be_are_refused(change, says):
 )
 def test_settings_at_their_bounds_are_taken(change):
     settings([Sampling(**change)], V, V)
+
+
+@pytest.mark.parametrize("V", [128, 384, 1000])
+def test_the_likeliest_is_the_first_of_equals_in_any_vocabulary(V):
+    logits = np.random.default_rng(V).integers(0, 9, (64, V)).astype(np.float32)
+    logits[:32] *= np.random.default_rng(1).random((32, V)) < 0.01  # few are not equal
+    logits[0], logits[1, : V // 2] = -np.inf, -np.inf
+    rest = np.zeros((64, V), np.int32), np.zeros((64, V), bool), np.zeros(64, np.int32)
+    at = settings([Sampling(temperature=0)] * 64, V, V)
+    tokens, _ = DRAW(logits, at, Memory(*rest), np.arange(64, dtype=np.int32))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))

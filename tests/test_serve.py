@@ -963,17 +963,17 @@ def test_other_machines_need_a_key(monkeypatch):
     monkeypatch.delenv("JAXGPT_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
         with pytest.raises(InputError, match="set api_key"):
-            serve.run("nowhere", host=host)
+            serve.run("nowhere", serve.ServeConfig(host=host))
 
 
 def test_an_address_that_cannot_be_is_found_before_the_model_is_read(monkeypatch):
-    monkeypatch.setattr(app, "load", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(app, "load", lambda path, dtype: pytest.fail("read"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match="port"):
-            serve.run("nowhere", port=taken.getsockname()[1])
+            serve.run("nowhere", serve.ServeConfig(port=taken.getsockname()[1]))
     for wrong in ({"port": 70_000}, {"deadline": 0.0}, {"api_key": "two words"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
-            serve.run("nowhere", **wrong)
+            serve.run("nowhere", serve.ServeConfig(**wrong))
 
 
 def test_without_fastapi_it_says_what_to_install(monkeypatch):

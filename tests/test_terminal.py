@@ -475,6 +475,8 @@ def test_in_a_pipe_one_gets_the_text_and_no_clock(run, goes_on, monkeypatch):
 def test_a_text_ends_before_a_stop(run, goes_on):
     _, out, _ = run("generate", goes_on, "12A", *GREEDY, "--stop", "FG", "XY")
     assert out == "12ABCDE\n"
+    _, out, _ = run("chat", goes_on, *GREEDY, "--stop", "FG", "--cache", "int8", given="12A\n")
+    assert out.splitlines()[1] == "> BCDE"
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -14,7 +14,7 @@ from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.decode import steps
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPTConfig
+from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, HuggingFace, TokenizerConfig
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
@@ -222,14 +222,14 @@ def test_an_empty_stop_string_is_refused():
 CFG = GPTConfig(
     L=1, D=16, N=2, T=48, V=bpe().vocab_size, norm="rmsnorm", bias=False, tied=False, window=20
 )
-RNG = np.random.default_rng(0)
+RNG = np.random.default_rng(9)
 PROMPT = [97, 98, 99]
 
 
 @cache
 def trained(cfg=CFG):
     config = Config(model=cfg, tokenizer=TokenizerConfig("bpe"))
-    gpt, rng = Trained(config, None, bpe()).model, np.random.default_rng(6)
+    gpt, rng = cfg.build(ComputeConfig("float32", attention="plain")), np.random.default_rng(9)
     shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
     params = jax.tree.map(lambda x: np.float32(rng.standard_normal(x.shape)), shapes)
     return Trained(config, params, bpe())
@@ -367,8 +367,8 @@ def test_a_chat_answers_after_the_header_and_ends_with_its_turn():
     prompt = [271, *b"user\nHello<|im_end|>", 272, *b"\n", 271, *b"assistant\n"]
     for bias in ({}, {272: 6.0}, {270: 6.0}):
         answer = greedy(prompt, 50, [270, 272], bias)
-        if bias:
-            assert len(answer) < 50
+        assert len(answer) < 50 or not bias
+        if answer[-1] in (270, 272):
             del answer[-1]
         said = trained().chat(messages, 50, temperature=0, logit_bias=bias)
         assert said == decoded(answer)
@@ -410,7 +410,7 @@ def test_a_guide_holds_past_the_context():
     ("change", "says"),
     [
         ({"tokens": 0}, "tokens=0; set it to 1 or more"),
-        ({"heat": 1, "cold": 2}, "cold, heat: no such setting; there are frequency_penalty, logit"),
+        ({"heat": 1, "cold": 2}, "cold, heat: no such setting; there are cache, choices, draft"),
         ({"temperature": -1}, "temperature=-1; set it to 0 to 1000"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": ""}, "a stop string is empty"),

@@ -8,33 +8,45 @@ a request becomes a special token; and only this machine can ask, unless there i
 FastAPI, uvicorn and pydantic come with `pip install 'jaxgpt[serve]'`; nothing else here needs them.
 """
 
-from typing import Literal
+from dataclasses import dataclass
 
+from jaxgpt.cache import CacheDtype
 from jaxgpt.errors import InputError
+from jaxgpt.trained import Dtype
 
 
-def run(
-    path: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str = "",
-    name: str = "",
-    slots: int = 8,
-    queue: int = 64,
-    context: int = 0,
-    deadline: float = 300.0,
-    dtype: Literal["float32", "int8"] = "float32",
-    cache: Literal["same", "int8"] = "same",
-) -> None:
-    """Loads a model and serves it until SIGTERM or SIGINT, then ends what is running.
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where a model is served, to how many, and how it is held."""
 
-    `path` and `dtype` are what `jaxgpt.load` takes; `name` is what the model is called, by default
-    after it. `slots` answers are written at once and `queue` more wait; a prompt and its answer fit
-    `context` tokens (0: the model's), and an answer takes at most `deadline` seconds. `cache` is
-    the dtype of keys and values. `api_key` may also be in $JAXGPT_API_KEY; it is needed where
-    `host` is not this machine alone. Raises InputError where one of them cannot be, before the
-    model is read.
+    host: str = "127.0.0.1"
+    """The address to bind; another than this machine's own needs a key."""
+    port: int = 8000
+    """The port; 0: a free one."""
+    api_key: str = ""
+    """What callers have to know; better in $JAXGPT_API_KEY, where nobody sees it."""
+    name: str = ""
+    """What the model is called; by default after its run."""
+    slots: int = 8
+    """How many texts are written at once."""
+    queue: int = 64
+    """How many requests wait for a slot before others are turned away."""
+    context: int = 0
+    """Tokens of a prompt and its answer, at most; 0: the model's."""
+    deadline: float = 300.0
+    """Seconds an answer may take."""
+    dtype: Dtype = "float32"
+    """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
+    half of it."""
+    cache: CacheDtype = "same"
+    """Of keys and values: int8 leaves room for more of them."""
+
+
+def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
+    """Loads a model, from what `jaxgpt.load` takes, and serves it until SIGTERM or SIGINT.
+
+    What is running then is ended. Raises InputError for a setting that cannot be, before the model
+    is read.
     """
     try:
         from jaxgpt.serve import app
@@ -44,4 +56,4 @@ def run(
         raise InputError(
             f"the server needs {error.name}, which is not installed; pip install 'jaxgpt[serve]'"
         ) from None
-    app.run(path, host, port, api_key, name, slots, queue, context, deadline, dtype, cache)
+    app.run(path, cfg)

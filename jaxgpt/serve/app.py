@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
+from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.answers import Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Asked, Refused, Served
@@ -222,21 +223,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(
-    path: str,
-    host: str,
-    port: int,
-    api_key: str,
-    name: str,
-    slots: int,
-    queue: int,
-    context: int,
-    deadline: float,
-    dtype: Literal["float32", "int8"],
-    cache: Literal["same", "int8"],
-) -> None:
+def run(path: str, cfg: ServeConfig) -> None:
     """See `jaxgpt.serve.run`."""
-    api_key = api_key or os.environ.get("JAXGPT_API_KEY", "")
+    host, port = cfg.host, cfg.port
+    api_key = cfg.api_key or os.environ.get("JAXGPT_API_KEY", "")
     if not re.fullmatch(r"[!-~]*", api_key):
         raise InputError("api_key has characters that no header can; use letters and digits")
     local = _is_local(host)
@@ -245,14 +235,17 @@ def run(
             f"host={host} can be reached from other machines; set api_key, or $JAXGPT_API_KEY, to "
             "a secret, or host to 127.0.0.1"
         )
-    if not deadline > 0:
-        raise InputError(f"deadline={deadline}; set it to seconds above 0")
+    if not cfg.deadline > 0:
+        raise InputError(f"deadline={cfg.deadline}; set it to seconds above 0")
     with _bound(host, port) as sock:
-        trained = load(path, dtype=dtype)
-        engine = Engine(trained, slots=slots, queue=queue, context=context, cache=cache)
+        trained = load(path, dtype=cfg.dtype)
+        engine = Engine(
+            trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
+        )
         engine.start()
-        name = name or (trained.config.name if Path(path).exists() else path.partition("@")[0])
-        app = create_app(engine, name=name, api_key=api_key, local=local, deadline=deadline)
+        name = trained.config.name if Path(path).exists() else path.partition("@")[0]
+        name = cfg.name or name
+        app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
         config = uvicorn.Config(
             app,
             http="h11",

@@ -306,6 +306,7 @@ class Engine:
         for stream in [*self._waiting]:
             if finish := stream._why_not():
                 self._waiting.remove(stream)
+                self._counts["cancelled"] += finish == "cancelled"
                 stream._listener(Piece("", (), finish))
         free = [slot for slot in range(self._slots) if slot not in self._running]
         for slot in free[: len(self._waiting)]:
