@@ -44,8 +44,8 @@ class Options:
     """Tokens of each prompt."""
     new: int = 128
     """Tokens written after it."""
-    ours: tuple[str, ...] = ("float32", "int8")
-    """Our matrices: float32, bfloat16, int8."""
+    ours: tuple[str, ...] = ("float32", "int8", "int8+cache")
+    """Our matrices: float32, bfloat16, int8; and keys and values in int8 too."""
     theirs: str = "float32"
     """Theirs: float32, bfloat16."""
     rounds: int = 3
@@ -72,26 +72,26 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
     compute = gpt.ComputeConfig("bfloat16" if dtype == "bfloat16" else "float32", attention="plain")
     model = cfg.build(compute)
     params = jax.jit(partial(gpt.init, model))(jax.random.key(0))
-    if dtype == "int8":
+    if dtype.startswith("int8"):
         params = jax.jit(partial(quantized, leaves=gpt.letters(model), tables=True))(params)
     if dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     S = positions(options.prompt + options.new, cfg)
+    cache: Any = "int8" if dtype.endswith("+cache") else "same"
 
     def write(prompts: np.ndarray) -> None:
         B = len(prompts)
         at = settings([Sampling(temperature=0)] * B, cfg.V, cfg.sizes["V"])
         lengths = np.full(B, options.prompt, np.int32)
         written = generate(
-            model, params, prompts, lengths, at, stops_of([[]] * B), options.new, S=S
+            model, params, prompts, lengths, at, stops_of([[]] * B), options.new, S=S, dtype=cache
         )
         assert np.asarray(written.tokens_Bn).min() >= 0  # all were written
 
     read = {path: leaf for path, leaf in params.items() if path != "wpe"}
     matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-    cached = (
-        2 * cfg.L * cfg.D * np.dtype(compute.dtype if dtype == "bfloat16" else "float32").itemsize
-    )
+    each = cfg.D * (2 if dtype == "bfloat16" else 4)
+    cached = 2 * cfg.L * (cfg.D + 4 * cfg.N if cache == "int8" else each)  # with scales
     device = jax.devices()[0].device_kind
     return f"jaxgpt, {dtype}: jax {jax.__version__} on {device}", write, matrices, cached
 
@@ -222,7 +222,7 @@ def main() -> None:
             needed = matrices + batch * cached * (options.prompt + options.new / 2)
             rate_needed = needed / (best / options.new)
             print(
-                f"  {name[0]:<12} {name[1]:<8} {rate:8.1f} tokens/s  "
+                f"  {name[0]:<12} {name[1]:<10} {rate:8.1f} tokens/s  "
                 f"{statistics.median(ratios):5.2f} times ({min(ratios):.2f} to {max(ratios):.2f})  "
                 f"{rate_needed / copied:4.0%} of copying, {rate_needed / read:4.0%} of reading  "
                 f"{memory[name] / 2**20:.2f} GiB",

@@ -17,6 +17,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.parallel import spec
 
 CHUNK = 64
+LONGEST_IN_BYTES = 1 << 17  # of a cache: a sum of more products of bytes may be beyond int32
 FEW = 16  # products that a CPU does faster apart than as a batch
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
 
@@ -148,6 +149,61 @@ def _apart(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
 
     out_XGH = jnp.stack([one(b, k) for b in range(B) for k in range(K)])
     return out_XGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
+
+
+def attend_to_bytes(
+    q_BTNH: jax.Array,
+    k: tuple[jax.Array, jax.Array],
+    v: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+) -> jax.Array:
+    """`attend` to keys and values in int8, [B, K, S, H], each with scales by vector, [B, K, S].
+
+    A CPU multiplies bytes in less time than it takes to make them float32. Queries and weights are
+    then two bytes each, exact to 2**-15 of the largest in a row.
+    """
+    if k[0].shape[2] > LONGEST_IN_BYTES:
+        return _to_floats(q_BTNH, k, v, mask_BTS)
+    return jax.lax.platform_dependent(q_BTNH, k, v, mask_BTS, cpu=_to_bytes, default=_to_floats)
+
+
+def _to_floats(q_BTNH, k, v, mask_BTS):
+    k_BSKH, v_BSKH = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
+    return _together(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _to_bytes(q_BTNH, k, v, mask_BTS):
+    B, T, N, H = q_BTNH.shape
+    (k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS) = k, v
+    _, K, S, _ = k_BKSH.shape
+    G = N // K
+    q_BKXH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+    q_BKXH = q_BKXH.astype(jnp.float32) / math.sqrt(H)
+    scores_BKXS = _product_of_bytes("BKXH,BKSH->BKXS", q_BKXH, k_BKSH) * k_scale_BKS[:, :, None]
+    seen_BXS = jnp.repeat(jnp.broadcast_to(mask_BTS, (B, T, S)), G, 1)
+    scores_BKXS = jnp.where(seen_BXS[:, None], scores_BKXS, -1e30)
+    weights_BKXS = jnp.exp(scores_BKXS - scores_BKXS.max(-1, keepdims=True))
+    scaled_BKXS = weights_BKXS * v_scale_BKS[:, :, None]
+    out_BKXH = _product_of_bytes("BKXS,BKSH->BKXH", scaled_BKXS, v_BKSH)
+    out_BKXH = out_BKXH / weights_BKXS.sum(-1, keepdims=True)
+    out_BTKGH = out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _product_of_bytes(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> jax.Array:
+    """The product of floats, each as two digits in int8 that are a row each, and of int8."""
+    B, K, X, F = x_BKXF.shape
+    scale_BKX1 = jnp.maximum(jnp.abs(x_BKXF).max(-1, keepdims=True), 1e-30) / 127
+    x_BKXF = x_BKXF / scale_BKX1
+    high_BKXF = jnp.round(x_BKXF)
+    low_BKXF = jnp.round((x_BKXF - high_BKXF) * 254)  # from -127 to 127
+    is_low = jnp.arange(2)[None, None, :, None, None] == 1
+    digits = jnp.where(is_low, low_BKXF[:, :, None], high_BKXF[:, :, None]).astype(jnp.int8)
+    y = jnp.einsum(
+        equation, digits.reshape(B, K, 2 * X, F), whole, preferred_element_type=jnp.int32
+    )
+    y = y.reshape(B, K, 2, X, -1).astype(jnp.float32)
+    return (y[:, :, 0] + y[:, :, 1] / 254) * scale_BKX1
 
 
 def _chunked(q_BTNH, k_BTKH, v_BTKH, chunk, window, segments_BT, drop):

@@ -90,18 +90,6 @@ def _for_one(update: Any) -> Any:
     return lambda old, new, slot_1: update(old[0], new[0], slot_1[0])[None]
 
 
-def read(kept: Kept) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, [B, S, K, H] each."""
-
-    def one(name: str) -> jax.Array:
-        x_BKSH = kept[name]
-        if x_BKSH.dtype == jnp.int8:
-            x_BKSH = x_BKSH * kept[f"{name}_scale"][..., None]
-        return x_BKSH.swapaxes(1, 2)
-
-    return one("k"), one("v")
-
-
 def seen(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:
     """Which of S slots each of T tokens from position `start_B` on sees, bool [B, T, S].
 

@@ -32,7 +32,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt import cache
-from jaxgpt.attention import attend, attention, choose
+from jaxgpt.attention import attend, attend_to_bytes, attention, choose
 from jaxgpt.cache import Cache
 from jaxgpt.errors import InputError
 from jaxgpt.parallel import constrain
@@ -521,7 +521,12 @@ class Block(nn.Module):
         if kept is not None and context.lengths_B is None:
             T, S = q_BTNH.shape[1], kept["k"].shape[2]
             seen_BTS = cache.seen(context.start_B, T, S, self.window)
-            out_BTNH = attend(q_BTNH, *cache.read(kept), seen_BTS)
+            if kept["k"].dtype == jnp.int8:
+                k, v = ((kept[name], kept[f"{name}_scale"]) for name in ("k", "v"))
+                out_BTNH = attend_to_bytes(q_BTNH, k, v, seen_BTS)
+            else:
+                k_BSKH, v_BSKH = (kept[name].swapaxes(1, 2) for name in ("k", "v"))
+                out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS)
         else:
             out_BTNH = attention(
                 q_BTNH,

@@ -5,7 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.attention import CHUNK, attend, attention, choose, obstacle
+from jaxgpt.attention import (
+    CHUNK,
+    _to_bytes,
+    _to_floats,
+    attend,
+    attend_to_bytes,
+    attention,
+    choose,
+    obstacle,
+)
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 
@@ -223,3 +232,34 @@ def test_cudnn_equals_plain(window):
     for plain, cudnn in zip(*map(jax.tree.leaves, results), strict=True):
         plain, cudnn = (np.asarray(x, np.float32) for x in (plain, cudnn))
         np.testing.assert_allclose(cudnn, plain, atol=2e-2 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.parametrize(("T", "N", "K", "S"), [(1, 3, 3, 40), (1, 6, 2, 256), (5, 4, 1, 70)])
+@pytest.mark.parametrize("run", [attend_to_bytes, _to_bytes, _to_floats])
+def test_attention_to_bytes_is_that_to_what_they_stand_for(run, T, N, K, S):
+    B, H = 3, 8
+    rng = np.random.default_rng(S)
+    q = np.float32(3 * rng.standard_normal((B, T, N, H)))
+    k, v = (
+        (
+            rng.integers(-127, 128, (B, K, S, H), np.int8),
+            np.float32(rng.uniform(0, 0.03, (B, K, S))),
+        )
+        for _ in range(2)
+    )
+    mask = rng.random((B, T, S)) < 0.7
+    exact_k, exact_v = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
+    exact = attend(q, exact_k, exact_v, mask)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v, mask), exact, atol=5e-4)
+
+
+def test_attention_to_bytes_forgets_no_small_weights():
+    # A token that is seen as much as 50 others together, each of which is small in bytes.
+    S, H = 512, 8
+    k, v = np.zeros((1, 1, S, H), np.int8), np.zeros((1, 1, S, H), np.int8)
+    k[..., 0, 0], v[..., 1:, 1] = 127, 127
+    scale = np.full((1, 1, S), 1 / 127, np.float32)
+    q = np.zeros((1, 1, 1, H), np.float32)
+    q[..., 0] = math.sqrt(H) * math.log(50)
+    out = _to_bytes(q, (k, scale), (v, scale), np.ones((1, 1, S), bool))
+    assert out[0, 0, 0, 1] == pytest.approx((S - 1) / (S - 1 + 50), rel=1e-3)
