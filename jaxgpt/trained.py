@@ -24,6 +24,7 @@ from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested
 from jaxgpt.writing import write
 
 Dtype = Literal["float32", "bfloat16", "int8"]
+PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
 
 @dataclass(frozen=True)
@@ -290,10 +291,9 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
     config = Config(
         name=folder.name, model=found.cfg, tokenizer=TokenizerConfig(kind=tokenizer.kind)
     )
-    plain = ComputeConfig("float32", "unrolled", "none", "plain")
     shapes = {
         path: jax.ShapeDtypeStruct(shape, np.float32)
-        for path, (_, shape) in letters(found.cfg.build(plain)).items()
+        for path, (_, shape) in letters(found.cfg.build(PLAIN)).items()
     }
     lineage = {**lineage, "dtype": found.dtype}
     return Source(config, tokenizer, found.params, nested(shapes), lineage, lambda: _digest(folder))
@@ -318,6 +318,13 @@ def _run(path: Path) -> Source:
     lineage = {"path": str(path), "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
     abstract = checkpoint.as_abstract(about["leaves"][item])
+    here = letters(config.objective.build(config.model, PLAIN))
+    for name, leaf in flat(abstract).items():
+        if name in here and leaf.shape != here[name][1]:
+            raise InputError(
+                f"{path}: {'/'.join(name)} is {list(leaf.shape)}, and {list(here[name][1])} in "
+                "this version of jaxgpt; use the one that wrote it, or train again"
+            )
     text = from_json(about["tokenizer"])
     return Source(config, text, params, abstract, lineage, lambda: checkpoint.digest(path))
 

@@ -279,3 +279,9 @@ def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):
     with pytest.raises(InputError, match=r"is the nearest, where .*model.mlp would be"):
         to_hf("runs/odd", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_version_is_refused(tuned, monkeypatch):
+    monkeypatch.setattr("jaxgpt.trained.letters", lambda model: {("wte",): (("D", "V"), (3, 5))})
+    with pytest.raises(InputError, match=r"wte is \[\d+, \d+\], and \[3, 5\] .*, or train again"):
+        jaxgpt.load("runs/finetune")
