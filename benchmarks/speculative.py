@@ -2,10 +2,10 @@
 
     python train.py && python train.py configs/distill.py
     python benchmarks/speculative.py runs/default runs/distill
-    python benchmarks/speculative.py
+    python benchmarks/speculative.py --layers 36 --width 1280 --heads 20
 
 With two runs of one tokenizer, told are the share of tokens that were guessed and the time, and
-that both write the same. Without, it is the most there is to win: a GPT-2 124M of random weights of
+that both write the same. Without, it is the most there is to win: a GPT-2 of random weights, of
 which all layers but the first two add nothing, guessed ahead by those two, so that every guess is
 right.
 """
@@ -29,6 +29,12 @@ class Options:
     """The run that writes."""
     draft: tyro.conf.Positional[str] = ""
     """The run that guesses."""
+    layers: int = 12
+    """Without runs: of the model that writes."""
+    width: int = 768
+    """Without runs: of both models."""
+    heads: int = 12
+    """Without runs: of both models."""
     new: int = 96
     """Tokens."""
     ahead: int = 4
@@ -39,17 +45,18 @@ class Options:
     prompts: tuple[str, ...] = ("def main(", "class Point:", "import os\n", '"""Return the')
 
 
-def most() -> tuple[Any, Any]:
+def most(options: Options) -> tuple[Any, Any]:
     """A model and parameters, and the same of its first two layers, which write the same."""
     import jax
     import jax.numpy as jnp
 
     from jaxgpt.model import ComputeConfig, GPTConfig, init
 
-    cfg = GPTConfig(L=12, D=768, N=12, T=1024, V=50257, init_std=0.2)
+    L, D, N = options.layers, options.width, options.heads
+    cfg = GPTConfig(L=L, D=D, N=N, T=1024, V=50257, init_std=0.2)
     compute = ComputeConfig("float32", attention="plain")
     params = jax.jit(partial(init, cfg.build(compute)))(jax.random.key(0))
-    for number in range(2, 12):
+    for number in range(2, L):
         for name in ("o", "down"):
             params["blocks"][str(number)][name] = jax.tree.map(
                 jnp.zeros_like, params["blocks"][str(number)][name]
@@ -122,8 +129,11 @@ def main() -> None:
         print(f"{options.run}, guessed ahead by {options.draft}, {options.ahead} tokens at once")
         measure(options, *models, prompts, tokenizer.vocab_size)
     else:
-        print(f"GPT-2 124M, guessed ahead by 2 of 12 layers, {options.ahead} tokens at once")
-        measure(options, *most(), [[1, 2, 3], [4, 5]], 50257)
+        print(
+            f"{options.width} wide, guessed ahead by 2 of {options.layers} layers, "
+            f"{options.ahead} tokens at once"
+        )
+        measure(options, *most(options), [[1, 2, 3], [4, 5]], 50257)
 
 
 if __name__ == "__main__":
