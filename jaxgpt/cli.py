@@ -1,6 +1,8 @@
 """`python -m jaxgpt COMMAND`: what one does with a trained model, and with text."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -258,4 +260,8 @@ def main(args: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who was reading has left, as `| head` does: nothing is left to say, nor at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0

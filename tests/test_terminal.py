@@ -562,3 +562,12 @@ def test_programs_are_compiled_anew_where_no_folder_is_ones_own(tmp_path, monkey
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_who_reads_a_text_may_leave_before_its_end(goes_on):
+    line = [sys.executable, "-m", "jaxgpt", "generate", goes_on, "12A", "--tokens", "60"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, cwd=Path(__file__).parent.parent, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 128 + 13
