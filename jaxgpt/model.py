@@ -11,8 +11,8 @@ Parameter paths are an API: `wte`, `wpe`, `head`, `norm/scale`, and in block i
 `blocks/i/{norm1,norm2}/{scale,b}`, `blocks/i/{q,k,v,o,up,gate,down}/{w,b}`,
 `blocks/i/{q_norm,k_norm,norm1_post,norm2_post}/scale`. Stacked for scan, the same without `i`, with
 a leading L. With an encoder also `encoder/i/...` like `blocks/i/...`, `encoder_norm/{scale,b}`, and
-`blocks/i/cross_{q,k,v,o,norm,...}`. Every matrix has its outputs first: what one of them is the sum
-of lies together.
+`blocks/i/cross_{q,k,v,o,norm,...}`. Every matrix has its outputs first, so that the weights of each
+lie together.
 
 Leaves that `init` never makes may lie beside a `w`, and the layer then computes with them:
 `lora_a`, `lora_b` and `lora_scale`, to whose product the layer adds up (Hu et al. 2021: [R, D],

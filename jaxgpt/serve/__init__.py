@@ -45,7 +45,7 @@ class ServeConfig:
 def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
     """Loads a model, from what `jaxgpt.load` takes, and serves it until SIGTERM or SIGINT.
 
-    What is running then is ended. Raises InputError for a setting that cannot be, before the model
+    What is running then may end. Raises InputError for a setting that cannot be, before the model
     is read.
     """
     try:
