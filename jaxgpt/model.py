@@ -35,6 +35,7 @@ from jaxgpt import cache
 from jaxgpt.attention import attend, attend_to_bytes, attention, choose
 from jaxgpt.cache import Cache
 from jaxgpt.errors import InputError
+from jaxgpt.matmul import matmul, rounded_matmul
 from jaxgpt.parallel import constrain
 
 VOCABULARY_MULTIPLE = 128
@@ -255,99 +256,6 @@ class ComputeConfig:
         )
         resolved = ComputeConfig(dtype, self.layers, self.remat, name)  # type: ignore[arg-type]
         return resolved, f"{dtype}, layers {self.layers}, attention {name} ({why})"
-
-
-def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    """`einsum(equation, x, w)` of factors in `dtype`, accumulated and returned in float32.
-
-    The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
-    plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
-    gradient of a weight is in the weight's dtype, straight from the accumulator.
-    """
-    x_letters, w_letters = equation.split("->")[0].split(",")
-    inputs = x_letters[2:]
-    if not w_letters.endswith(inputs):
-        return _matmul(equation, x, w, dtype)
-    # Of three letters, XLA for CPU would copy the weight first, in another order.
-    outputs = w.shape[: w.ndim - len(inputs)]
-    x_BTF, w_YF = x.reshape(*x.shape[:2], -1), w.reshape(math.prod(outputs), -1)
-    return _matmul("BTF,YF->BTY", x_BTF, w_YF, dtype).reshape(*x.shape[:2], *outputs)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    return _product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
-
-
-def _product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.Array:
-    product = partial(jnp.einsum, equation, preferred_element_type=accumulator)
-    if x.shape[:2] != (1, 1) or equation != "BTF,YF->BTY":
-        return product(x, w)
-    of_one = partial(_product_of_one, accumulator=accumulator)
-    return jax.lax.platform_dependent(x, w, cpu=of_one, default=product)
-
-
-def _product_of_one(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
-    """The product with one token, where reading the weights is what takes time, on a CPU.
-
-    XLA's threads share a float32 matrix better as a batch of four. For bfloat16 and int8 it has
-    fast products from two rows on, and is fastest with four.
-    """
-    Y, F = w_YF.shape
-    product = partial(jnp.einsum, preferred_element_type=accumulator)
-    if w_YF.dtype == jnp.float32:
-        G = math.gcd(4, Y)
-        x_GXF = jnp.broadcast_to(x_11F, (G, 1, F))
-        y = product("GXF,GYF->GXY", x_GXF, w_YF.reshape(G, -1, F))
-    else:
-        y = product("XF,YF->XY", jnp.broadcast_to(x_11F[0], (4, F)), w_YF)[0]
-    return y.reshape(1, 1, Y)
-
-
-def _matmul_forward(equation, x, w, dtype):
-    return _matmul(equation, x, w, dtype), (x, w)
-
-
-def _matmul_backward(equation, dtype, saved, dy):
-    x, w = saved
-    inputs, out = equation.split("->")
-    x_letters, w_letters = inputs.split(",")
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dy, x_, w_ = dy.astype(dtype), x.astype(dtype), w.astype(dtype)
-    dx = product(f"{out},{w_letters}->{x_letters}", dy, w_)
-
-    def dw_on_cpu(x, dy):
-        # XLA for CPU transposes the first factor in memory: that had better be the smaller one. It
-        # would also fold a transposed result into a product that it has not for bfloat16.
-        factors = sorted([(x, x_letters), (dy, out)], key=lambda factor: factor[0].size)
-        (a, a_letters), (b, b_letters) = factors
-        as_it_comes = "".join(letter for letter in a_letters + b_letters if letter in w_letters)
-        dw = product(f"{a_letters},{b_letters}->{as_it_comes}", a, b)
-        return jnp.einsum(f"{as_it_comes}->{w_letters}", jax.lax.optimization_barrier(dw))
-
-    dw = jax.lax.platform_dependent(
-        x_, dy, cpu=dw_on_cpu, default=partial(product, f"{x_letters},{out}->{w_letters}")
-    )
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def rounded_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x, [B, T, ...] rounded to int8 token by token, times the int8 weights of each output.
-
-    Float32, without the scale of the weights and without a gradient: for decoding, where reading
-    the weights is all that takes time.
-    """
-    B, T = x.shape[:2]
-    x_BTF = x.reshape(B, T, -1).astype(jnp.float32)
-    scale_BT1 = jnp.maximum(jnp.abs(x_BTF).max(-1, keepdims=True), 1e-30) / 127
-    rounded_BTF = jnp.round(x_BTF / scale_BT1).astype(jnp.int8)
-    outputs = w.shape[: w.ndim - len(x.shape[2:])]
-    w_YF = w.reshape(-1, x_BTF.shape[-1])
-    y_BTY = _product("BTF,YF->BTY", rounded_BTF, w_YF, jnp.int32).astype(jnp.float32)
-    return (y_BTY * scale_BT1).reshape(B, T, *outputs)
 
 
 class Linear(nn.Module):

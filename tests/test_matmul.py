@@ -1,0 +1,85 @@
+"""Products with weights against einsum, numpy and finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxgpt.matmul import matmul, rounded_matmul
+
+EQUATIONS = {
+    "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),
+    "BTNH,DNH->BTD": ((2, 3, 2, 3), (4, 2, 3)),
+    "BTF,DF->BTD": ((2, 3, 5), (4, 5)),
+    "BTD,DV->BTV": ((2, 3, 4), (4, 5)),
+    "BTD,FD->BTF": ((1, 1, 4), (6, 4)),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_gradient_of_matmul_is_that_of_einsum(equation):
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(EQUATIONS[equation]))
+
+    def ours(x, w):
+        return jnp.sin(matmul(equation, x, w, jnp.float32)).sum()
+
+    def plain(x, w):
+        return jnp.sin(jnp.einsum(equation, x, w)).sum()
+
+    for a, b in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    check_grads(ours, (x, w), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)  # finite differences
+
+
+def test_matmul_accumulates_in_float32_and_casts_the_cotangent():
+    x = jnp.full((1, 1, 4096), 1.0, jnp.bfloat16)
+    w = jnp.full((1, 4096), 1.0 + 2**-7, jnp.float32)
+    y = matmul("BTD,FD->BTF", x, w, jnp.bfloat16)
+    assert y.item() == 4096 * (1 + 2**-7)  # bfloat16 sums would stop at 256
+
+    def total(x, w):
+        return matmul("BTD,FD->BTF", x, w, jnp.bfloat16).sum()
+
+    products = jax.jit(jax.grad(total, (0, 1))).lower(x, w).as_text()
+    lines = [line for line in products.splitlines() if "dot_general" in line]
+    assert lines
+    assert all(line.split(": (")[1].count("bf16") == 2 for line in lines)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param(
+            "bfloat16",
+            marks=pytest.mark.skipif(
+                jax.__version_info__ < (0, 9),
+                reason="jax before 0.9 cannot multiply bfloat16 on a CPU",
+            ),
+        ),
+    ],
+)
+def test_a_product_is_numpy_s_for_one_token_and_for_more(shape, dtype):
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(*shape, 3, 8)), rng.normal(size=(10, 3, 8))
+    x, w = (np.asarray(jnp.asarray(a, dtype).astype("float32"), np.float64) for a in (x, w))
+    y = jax.jit(lambda x, w: matmul("BTNH,DNH->BTD", x, w, dtype))(x, w)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, np.einsum("BTNH,DNH->BTD", x, w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 5)], ids=str)
+def test_a_rounded_product_is_that_of_whole_numbers_times_each_token_s_scale(shape):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(*shape, 3, 8)) * rng.choice([1e-3, 1, 1e3], (*shape, 1, 1))
+    x[0, 0, 0, 0] = 2 * np.abs(x[0, 0]).max()
+    x, w = x.astype(np.float32), rng.integers(-127, 128, (10, 3, 8)).astype(np.int8)
+    scale = np.abs(x).max((2, 3), keepdims=True) / np.float32(127)
+    exact = np.einsum("BTNH,DNH->BTD", np.round(x / scale).astype(np.int64), w.astype(np.int64))
+    y = jax.jit(rounded_matmul)(x, w)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, exact * scale[..., 0], rtol=1e-5)
+    zero = rounded_matmul(np.zeros_like(x), w)
+    assert not np.asarray(zero).any()
