@@ -10,16 +10,76 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Kept = dict[str, jax.Array]  # of one layer
+from jaxgpt.attention import attend, attend_to_bytes
+
 CacheDtype = Literal["same", "int8"]
+
+
+class Floats(NamedTuple):
+    """Keys and values of one layer as they were computed, a head's in one piece."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+    @classmethod
+    def of(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "Floats":
+        """These and no more, in their order."""
+        return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
+
+    def write(
+        self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
+    ) -> "Floats":
+        """With T more tokens of each row in their slots, from position `start_B` on.
+
+        `lengths_B`, where nothing is kept yet, is how many of them there are in each row: those
+        after are padding, and so is what is written for them.
+        """
+        put, fresh = partial(_put, start_B=start_B, lengths_B=lengths_B), Floats.of(k_BTKH, v_BTKH)
+        return Floats(*(put(old, x.astype(old.dtype)) for old, x in zip(self, fresh, strict=True)))
+
+    def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Any = None) -> jax.Array:
+        """`attention.attend` to what is in the slots that the mask shows."""
+        return attend(
+            q_BTNH, self.k_BKSH.swapaxes(1, 2), self.v_BKSH.swapaxes(1, 2), mask_BTS, drop
+        )
+
+
+class Bytes(NamedTuple):
+    """Keys and values of one layer in int8, a scale for each position and head."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    k_scale_BKS: jax.Array
+    v_scale_BKS: jax.Array
+
+    def write(
+        self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
+    ) -> "Bytes":
+        """As of `Floats`; what is written is off by half a step of its scale at most."""
+        (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = map(_rounded, Floats.of(k_BTKH, v_BTKH))
+        put = partial(_put, start_B=start_B, lengths_B=lengths_B)
+        fresh = k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT
+        return Bytes(*(put(old, x) for old, x in zip(self, fresh, strict=True)))
+
+    def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        """`attention.attend_to_bytes` to what is in the slots that the mask shows."""
+        k, v = (self.k_BKSH, self.k_scale_BKS), (self.v_BKSH, self.v_scale_BKS)
+        return attend_to_bytes(q_BTNH, k, v, mask_BTS)
+
+
+class Kept(NamedTuple):
+    """What one layer keeps."""
+
+    own: Floats | Bytes
+    """Of the tokens so far."""
+    source: Floats | None = None
+    """Of the source, where there is one, once it is read."""
 
 
 class Cache(NamedTuple):
     """What is kept of the tokens so far; all leaves begin with B."""
 
     layers: dict[str, Kept]
-    """Of each layer the keys and values, `k` and `v` [B, K, S, H], and those of the source; in
-    int8 with `k_scale` and `v_scale` [B, K, S]."""
     source_BS: jax.Array | None = None
     """Which tokens of the source there are, where there is one."""
 
@@ -35,54 +95,36 @@ def empty(
 
     def layer(window: int) -> Kept:
         slots = min(S, window + ahead - 1) if window else S
-        kept = {name: jnp.zeros((B, K, slots, H), dtype) for name in ("k", "v")}
-        if dtype == jnp.int8:
-            kept |= {f"{name}_scale": jnp.zeros((B, K, slots)) for name in ("k", "v")}
-        return kept
+        numbers = [jnp.zeros((B, K, slots, H), dtype) for _ in "kv"]
+        if dtype != jnp.int8:
+            return Kept(Floats(*numbers))
+        return Kept(Bytes(*numbers, *(jnp.zeros((B, K, slots)) for _ in "kv")))
 
     return {str(number): layer(window) for number, window in enumerate(windows)}
 
 
-def write(
-    kept: Kept,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    start_B: jax.Array,
-    lengths_B: jax.Array | None = None,
-) -> Kept:
-    """The layer with T more tokens of each row in their slots, from position `start_B` on.
+def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In int8, and the scales [B, K, T]."""
+    scale_BKT = jnp.abs(x_BKTH).max(-1).astype(jnp.float32) / 127
+    return jnp.round(x_BKTH / jnp.maximum(scale_BKT, 1e-30)[..., None]).astype(jnp.int8), scale_BKT
 
-    `lengths_B`, where nothing is kept yet, is how many of them there are in each row: those after
-    are padding, and so is what is written for them.
-    """
-    (B, T), S = k_BTKH.shape[:2], kept["k"].shape[2]
-    update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    update = jax.vmap(update) if B > 1 else _for_one(update)
 
-    def put(old: jax.Array, new_BKT: jax.Array) -> jax.Array:
-        if lengths_B is None:
-            for t in range(T):
-                slot_B = (start_B + t) % S
-                old = update(old, new_BKT[:, :, t : t + 1], slot_B)
-            return old
-        if T > S:
-            # The last S tokens of each row, each where its position says.
-            last_B1 = lengths_B[:, None] - 1
-            positions_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
-            index = positions_BS.reshape(B, 1, S, *(1,) * (new_BKT.ndim - 3))
-            return jnp.take_along_axis(new_BKT, index, 2)
-        return jax.lax.dynamic_update_slice_in_dim(old, new_BKT, 0, 2)
-
-    written = {}
-    for name, x_BTKH in (("k", k_BTKH), ("v", v_BTKH)):
-        x_BKTH = x_BTKH.swapaxes(1, 2)
-        if kept[name].dtype == jnp.int8:
-            scale_BKT = jnp.abs(x_BKTH).max(-1).astype(jnp.float32) / 127
-            safe = jnp.maximum(scale_BKT, 1e-30)[..., None]
-            x_BKTH = jnp.round(x_BKTH / safe).astype(jnp.int8)
-            written[f"{name}_scale"] = put(kept[f"{name}_scale"], scale_BKT)
-        written[name] = put(kept[name], x_BKTH.astype(kept[name].dtype))
-    return kept | written
+def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> jax.Array:
+    """[B, K, S, ...] with [B, K, T, ...] in it, as `Floats.write` says."""
+    (B, _, T), S = new.shape[:3], old.shape[2]
+    if lengths_B is None:
+        update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        update = jax.vmap(update) if B > 1 else _for_one(update)
+        for t in range(T):
+            old = update(old, new[:, :, t : t + 1], (start_B + t) % S)
+        return old
+    if T > S:
+        # The last S tokens of each row, each where its position says.
+        last_B1 = lengths_B[:, None] - 1
+        positions_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
+        index = positions_BS.reshape(B, 1, S, *(1,) * (new.ndim - 3))
+        return jnp.take_along_axis(new, index, 2)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, 0, 2)
 
 
 def _for_one(update: Any) -> Any:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.cache import Cache, CacheDtype
+from jaxgpt.cache import Cache, CacheDtype, Kept
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
 from jaxgpt.sampling import Memory, Sampling, Settings, draw, settings
@@ -409,8 +409,8 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
 def _reordered(cache: Cache, from_R: jax.Array) -> Cache:
     """The cache with other rows in each row's place, of the same source."""
 
-    def one(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {k: v if k.startswith("cross_") else v[from_R] for k, v in layer.items()}
+    def one(layer: Kept) -> Kept:
+        return layer._replace(own=jax.tree.map(lambda x: x[from_R], layer.own))
 
     return cache._replace(layers={name: one(layer) for name, layer in cache.layers.items()})
 

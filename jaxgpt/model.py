@@ -31,9 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt import cache
-from jaxgpt.attention import attend, attend_to_bytes, attention, choose
-from jaxgpt.cache import Cache
+from jaxgpt.attention import attention, choose
+from jaxgpt.cache import Cache, CacheDtype, Floats, Kept, empty, seen
 from jaxgpt.errors import InputError
 from jaxgpt.matmul import matmul, rounded_matmul
 from jaxgpt.parallel import constrain
@@ -357,11 +356,6 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_BTNH.dtype)
 
 
-def by_head(x_BSKH: jax.Array) -> jax.Array:
-    """[B, S, K, H] to [B, K, S, H], or back: decoding keeps a head's keys in one piece."""
-    return x_BSKH.swapaxes(1, 2)
-
-
 class Context(NamedTuple):
     """What every layer reads beside the residual stream; None is what does not apply."""
 
@@ -394,10 +388,10 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, kept: Any = None
     ) -> tuple[jax.Array, Any]:
-        """The residual stream after the layer, and what decoding keeps for the tokens to come.
+        """The residual stream after the layer, and what it keeps for the tokens to come.
 
-        Kept are the layer's keys and values, `k` and `v` in the cache's slots, and those of
-        the source, `cross_k` and `cross_v`, which the first tokens bring; in training, None.
+        That is a `cache.Kept` in decoding, to which the first tokens bring the source's keys and
+        values, and None in training.
         """
         cfg = self.cfg
         dtype, decoding = jnp.dtype(self.compute.dtype), kept is not None
@@ -425,16 +419,11 @@ class Block(nn.Module):
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
         if kept is not None:
-            kept = cache.write(kept, k_BTKH, v_BTKH, context.start_B, context.lengths_B)
+            own = kept.own.write(k_BTKH, v_BTKH, context.start_B, context.lengths_B)
+            kept = kept._replace(own=own)
         if kept is not None and context.lengths_B is None:
-            T, S = q_BTNH.shape[1], kept["k"].shape[2]
-            seen_BTS = cache.seen(context.start_B, T, S, self.window)
-            if kept["k"].dtype == jnp.int8:
-                k, v = ((kept[name], kept[f"{name}_scale"]) for name in ("k", "v"))
-                out_BTNH = attend_to_bytes(q_BTNH, k, v, seen_BTS)
-            else:
-                k_BSKH, v_BSKH = (kept[name].swapaxes(1, 2) for name in ("k", "v"))
-                out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, seen_BTS)
+            T, S = q_BTNH.shape[1], kept.own.k_BKSH.shape[2]
+            out_BTNH = kept.own.attend(q_BTNH, seen(context.start_B, T, S, self.window))
         else:
             out_BTNH = attention(
                 q_BTNH,
@@ -452,14 +441,13 @@ class Block(nn.Module):
         if context.seen_BTS is not None:
             y_BTD = Norm(cfg, name="cross_norm")(x_BTD)
             q_BTNH = heads("cross_q", "BTD,NHD->BTNH", y_BTD)
-            if context.memory_BSD is None:
-                k_BSKH, v_BSKH = by_head(kept["cross_k"]), by_head(kept["cross_v"])
-            else:
+            source: Any = kept and kept.source
+            if context.memory_BSD is not None:
                 k_BSKH = heads("cross_k", "BSD,KHD->BSKH", context.memory_BSD)
                 v_BSKH = heads("cross_v", "BSD,KHD->BSKH", context.memory_BSD)
-            if kept is not None:
-                kept = {**kept, "cross_k": by_head(k_BSKH), "cross_v": by_head(v_BSKH)}
-            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.seen_BTS, drop_weights)
+                source = Floats.of(k_BSKH, v_BSKH)
+                kept = kept and kept._replace(source=source)
+            out_BTNH = source.attend(q_BTNH, context.seen_BTS, drop_weights)
             y_BTD = to_residual("BTNH,DNH->BTD", name="cross_o")(out_BTNH)
             x_BTD = x_BTD + drop(post("cross_norm_post")(y_BTD))
 
@@ -486,7 +474,7 @@ class Unrolled(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, kept: dict[str, Any] | None = None
+        self, x_BTD: jax.Array, context: Context, kept: dict[str, Kept] | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The residual stream after all layers, and what each keeps."""
         block, after = _remat(self.compute), {}
@@ -518,9 +506,7 @@ def _scanned(cfg: GPTConfig, compute: ComputeConfig, causal: bool = True) -> Any
     return scan(cfg, compute, cfg.windows()[0] if causal else 0, causal)
 
 
-def empty_cache(
-    model: "GPT", B: int, S: int, ahead: int = 1, dtype: cache.CacheDtype = "same"
-) -> Cache:
+def empty_cache(model: "GPT", B: int, S: int, ahead: int = 1, dtype: CacheDtype = "same") -> Cache:
     """A cache for B rows of S positions each; InputError for layers that are scanned.
 
     `ahead` is the most tokens that come at once after the first; `dtype` "int8" holds keys and
@@ -533,7 +519,7 @@ def empty_cache(
             "the parameters"
         )
     of = jnp.int8 if dtype == "int8" else jnp.dtype(compute.dtype)
-    return Cache(cache.empty(cfg.windows(), B, cfg.sizes["K"], S, cfg.sizes["H"], of, ahead=ahead))
+    return Cache(empty(cfg.windows(), B, cfg.sizes["K"], S, cfg.sizes["H"], of, ahead=ahead))
 
 
 class GPT(nn.Module):

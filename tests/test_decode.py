@@ -10,7 +10,6 @@ import pytest
 
 from jaxgpt import model
 from jaxgpt.cache import empty
-from jaxgpt.cache import write as write_cache
 from jaxgpt.decode import beam_search, decode, generate, stops_of
 from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
@@ -339,11 +338,11 @@ def test_a_cache_in_int8_holds_bytes_and_a_scale_for_each_position_and_head():
     begin = partial(read_prompts, gpt, S=80, dtype="int8")
     local, full = jax.eval_shape(begin, random_params(gpt), *rows).cache.layers.values()
     for kept, slots in ((local, 5), (full, 80)):
-        assert {name: (x.dtype.name, x.shape) for name, x in kept.items()} == {
-            "k": ("int8", (3, 1, slots, 8)),
-            "v": ("int8", (3, 1, slots, 8)),
-            "k_scale": ("float32", (3, 1, slots)),
-            "v_scale": ("float32", (3, 1, slots)),
+        assert {name: (x.dtype.name, x.shape) for name, x in kept.own._asdict().items()} == {
+            "k_BKSH": ("int8", (3, 1, slots, 8)),
+            "v_BKSH": ("int8", (3, 1, slots, 8)),
+            "k_scale_BKS": ("float32", (3, 1, slots)),
+            "v_scale_BKS": ("float32", (3, 1, slots)),
         }
 
 
@@ -351,10 +350,10 @@ def test_what_is_kept_in_int8_is_off_by_half_a_step_at_most():
     rng = np.random.default_rng(3)
     sizes_T11 = np.array([1.0, 0.0, 1e-6, 1e4])[:, None, None]
     k, v = np.float32(sizes_T11 * rng.normal(size=(2, 2, 4, 3, 8)))
-    kept = empty([0], 2, 3, 4, 8, np.dtype("int8"))["0"]
-    kept = write_cache(kept, k, v, np.zeros(2, np.int32), np.full(2, 4))
-    for name, exact in (("k", k), ("v", v)):
-        ours = (kept[name] * kept[f"{name}_scale"][..., None]).swapaxes(1, 2)
+    kept = empty([0], 2, 3, 4, 8, np.dtype("int8"))["0"].own
+    kept = kept.write(k, v, np.zeros(2, np.int32), np.full(2, 4))
+    for x, scale, exact in ((kept.k_BKSH, kept.k_scale_BKS, k), (kept.v_BKSH, kept.v_scale_BKS, v)):
+        ours = (x * scale[..., None]).swapaxes(1, 2)
         step = np.abs(exact).max(-1, keepdims=True) / 127
         assert (np.abs(ours - exact) <= 0.5001 * step).all()
 

@@ -172,7 +172,7 @@ def test_matrices_and_cache_in_a_byte_write_what_they_write_alone(trained):
     small = trained.held_in("int8")
     made = Engine(small, slots=2, queue=4, chunk=4, cache="int8")
     made.start()
-    assert made._state.cache.layers["0"]["k"].dtype == np.int8
+    assert made._state.cache.layers["0"].own.k_BKSH.dtype == np.int8
     requests = [Request(prompt(n), 12, Sampling(temperature=0)) for n in (3, 20, 40)]
     streams = [made.submit(request) for request in requests]
     for request, stream in zip(requests, streams, strict=True):
