@@ -76,7 +76,9 @@ def generate(
         options: How to write.
     """
     trained, how = options.load(path)
-    terminal.say(trained.stream(prompt, tokens, **how), before=prompt)
+    _, stopped = terminal.say(trained.stream(prompt, tokens, **how), before=prompt)
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def chat(
@@ -260,6 +262,8 @@ def main(args: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # Who was reading has left, as `| head` does: nothing is left to say, nor at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,15 +35,16 @@ A line is a message. End it with \\ to go on in the next, or put several between
 /quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
-def say(pieces: Iterator[str], before: str = "") -> str:
-    """Prints a text and the pieces that follow as they come; these in one, also after Ctrl-C.
+def say(pieces: Iterator[str], before: str = "") -> tuple[str, bool]:
+    """Prints a text and the pieces that follow as they come.
 
-    The first may have to wait for programs to be compiled, and a clock then says so, on a line of
-    its own: `before` comes after it.
+    Returns these in one, and whether Ctrl-C kept the rest from coming. The first may have to wait
+    for programs to be compiled, and a clock then says so, on a line of its own: `before` comes
+    after it.
     """
     out = sys.stdout
-    said = []
-    with suppress(KeyboardInterrupt):
+    said, stopped = [], False
+    try:
         with clock("compiling…"):
             first = next(pieces, "")
         print(printable(before), end="", file=out)
@@ -51,8 +52,10 @@ def say(pieces: Iterator[str], before: str = "") -> str:
             said.append(piece)
             # A model writes text, and no commands to the terminal.
             print(printable(piece), end="", flush=True, file=out)
+    except KeyboardInterrupt:
+        stopped = True
     print(file=out)
-    return "".join(said)
+    return "".join(said), stopped
 
 
 def printable(text: str) -> str:
@@ -178,7 +181,7 @@ def converse(conversation: Conversation) -> None:
 
 def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
     """Answers the last of the messages on the terminal, and keeps them if anything was said."""
-    said = say(conversation.answer(messages))
+    said, _ = say(conversation.answer(messages))
     if said:
         conversation.messages = [*messages, {"role": "assistant", "content": said}]
     else:

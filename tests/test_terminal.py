@@ -386,6 +386,27 @@ def test_ctrl_c_drops_what_is_being_typed(chat, said, lines):
     assert said() == ["Hello again", ANSWER]
 
 
+def test_ctrl_c_ends_generate_with_what_it_wrote(goes_on):
+    program = Terminal("generate", goes_on, "12A", "--tokens", "40", "--temperature", "0")
+    try:
+        program.let(1)
+        program.until(f"12A{SEEN[1:CHUNK]}.$")
+        program.interrupt()
+        assert program.until("\n$").replace("^C", "") == "\r\n"
+    finally:
+        assert program.close() == 130
+
+
+def test_ctrl_c_before_anything_is_written_says_no_more(goes_on):
+    program = Terminal("generate", goes_on, "12A")
+    try:
+        program.until(r"compiling… \d+ s")
+        program.interrupt()
+        assert "Traceback" not in program.until("\n$")
+    finally:
+        assert program.close() == 130
+
+
 def test_a_clock_shows_that_something_goes_on_and_is_gone_then(chat):
     chat.type("Hello\r")
     sent = chat.until(r"compiling… \d+ s")
