@@ -713,23 +713,34 @@ def init(model: GPT, key: jax.Array) -> Any:
 
     All layers are drawn at once, stacked: one program to compile instead of L.
     """
-    params = nn.unbox(_boxed(model, key, "scan"))
+    params = nn.unbox(_boxed(model, key))
     return params if model.compute.layers == "scan" else unstack(params, model.cfg.L)
 
 
-def _boxed(model: GPT, key: jax.Array, layers: Literal["unrolled", "scan"]) -> Any:
+def _boxed(model: GPT, key: jax.Array) -> Any:
+    """The tree with stacked layers, each leaf with its letters."""
     # One token, which only plain attention takes; the parameters are the same for all.
-    plain = model.clone(compute=ComputeConfig("float32", layers, "none", "plain"))
+    plain = model.clone(compute=ComputeConfig("float32", "scan", "none", "plain"))
     return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def letters(model: GPT) -> Leaves:
     """Each parameter's path with its letters and shape; no array is made."""
-    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0), model.compute.layers))
+    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
-    return {
+    stacked: Leaves = {
         tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves
     }
+    if model.compute.layers == "scan":
+        return stacked
+    found: Leaves = {}
+    for (name, *rest), (names, shape) in stacked.items():
+        if names[0] == "L":
+            for layer in range(model.cfg.L):
+                found[name, str(layer), *rest] = names[1:], shape[1:]
+        else:
+            found[name, *rest] = names, shape
+    return dict(sorted(found.items()))
 
 
 def inputs_of(names: tuple[str, ...]) -> int:

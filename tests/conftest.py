@@ -33,3 +33,17 @@ def bounded_memory():
     """Lets go of each module's compiled programs; those on disk are quick to load."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled():
+    """The names of what is compiled while the test runs, as it happens."""
+    names = []
+
+    def note(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)

@@ -282,6 +282,15 @@ def test_predictions_are_the_probabilities_of_the_loss(token):
     np.testing.assert_allclose(p, [p for _, p in log_probabilities()[token]], atol=1e-5)
 
 
+def test_the_next_texts_are_classified_by_the_same_program(compiled):
+    predict = partial(objective("last").predict, trained("last"), batch=5)
+    first = predict(TEXTS)
+    assert compiled
+    compiled.clear()
+    np.testing.assert_array_equal(predict(TEXTS), first)
+    assert not compiled
+
+
 def test_texts_that_cannot_be_classified_are_numbered():
     predict = partial(objective("last").predict, trained("last"))
     with pytest.raises(InputError, match="text 1 is empty"):

@@ -100,14 +100,7 @@ def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, t
     assert engine.stats["running"] == engine.stats["waiting"] == 0
 
 
-def test_nothing_is_compiled_once_it_has_started(engine):
-    compiled = []
-
-    def note(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
+def test_nothing_is_compiled_once_it_has_started(engine, compiled):
     choice = guide.choices(engine.trained.tokenizer, ["yes", "no"])
     requests = [
         Request(prompt(n), t, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -207,7 +208,7 @@ class Classify(Objective):
 
         Raises InputError for an empty text, and for one that is longer than the context.
         """
-        predict = jax.jit(lambda params, rows: self.probabilities(trained.model, params, rows)[1])
+        model = trained.model
         encoded = []
         for number, text in enumerate(texts):
             if not text.strip():
@@ -230,7 +231,7 @@ class Classify(Objective):
                 segments[row, : len(each["tokens"])] = 1
             positions = np.broadcast_to(np.arange(T, dtype=np.int32), (batch, T))
             rows = {"tokens": tokens, "segments": segments, "positions": positions}
-            p_BTC = np.asarray(predict(trained.params, rows))
+            p_BTC = np.asarray(_probabilities(self, model, trained.params, rows))
             found += [p_BTC[row, each["ends"].argmax()] for row, each in enumerate(some)]
         return np.reshape(found, (-1, len(self.labels)))
 
@@ -245,6 +246,11 @@ class Classify(Objective):
             start = " ".join(text.split())[:60]
             lines.append(f"{guess:<12} {p_C.max():.2f}  (there: {self._label(record)})  {start}")
         return "\n".join(lines)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(objective: Classify, model: Any, params: Any, rows: Batch) -> jax.Array:
+    return objective.probabilities(model, params, rows)[1]
 
 
 def scores(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
