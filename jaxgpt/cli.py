@@ -43,6 +43,8 @@ class Options(Sampling):
     """A file with a JSON schema; what is written is JSON that fits it."""
     draft: str = ""
     """A smaller model of the same tokenizer, which guesses ahead; the text is the same."""
+    beam: int = 1
+    """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
     dtype: Dtype = "float32"
     """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
     half of it."""

@@ -9,7 +9,7 @@ the lengths of powers of two, so that few shapes are met.
     written = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
 
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
-    translations = beam_search(model, params, sources, new, width=5, bos=eot, eos=eot)
+    likeliest = beam_search(model, params, prompts, new, width=5, stops=(eot,))
 """
 
 from collections.abc import Sequence
@@ -193,22 +193,9 @@ def decode(
     InputError for a prompt that is empty, has ids outside the vocabulary, or leaves no room in the
     context for `new` tokens, and for a setting that cannot be.
     """
-    cfg = model.cfg
-    vocabulary = vocabulary or cfg.V
-    if not 1 <= new < cfg.T:
-        raise InputError(f"new={new} in a context of {cfg.T}; set it to 1 to {cfg.T - 1}")
-    if vocabulary > cfg.V:
-        raise InputError(
-            f"vocabulary={vocabulary} of a model of {cfg.V}; set it to {cfg.V} at most"
-        )
-    prompts_BP, lengths_B = padded(
-        prompts, cfg, cfg.T - new, f"a prompt, with {new} new tokens after it,"
-    )
-    if (sources is not None) != isinstance(model, EncoderDecoder):
-        raise InputError(f"{type(model).__name__} {'takes no' if sources else 'needs'} sources")
-    if sources is not None and len(sources) != len(prompts):
-        raise InputError(f"{len(sources)} sources for {len(prompts)} prompts; give one for each")
-    source = None if sources is None else padded(sources, cfg, cfg.T, "a source")
+    cfg, vocabulary = model.cfg, _vocabulary(vocabulary, model.cfg)
+    prompts_BP, lengths_B = _with_room(prompts, cfg, new)
+    source = _sources(model, prompts, sources)
     B = len(prompts)
     if isinstance(sampling, Sampling):
         sampling.check(vocabulary)
@@ -234,6 +221,33 @@ def decode(
     lengths_B = (tokens_Bn >= 0).sum(1).astype(np.int32)
     last_B1 = tokens_Bn[np.arange(B), lengths_B - 1][:, None]
     return np.where(tokens_Bn < 0, last_B1, tokens_Bn), logprobs_Bn, lengths_B
+
+
+def _vocabulary(vocabulary: int, cfg: GPTConfig) -> int:
+    if vocabulary > cfg.V:
+        raise InputError(
+            f"vocabulary={vocabulary} of a model of {cfg.V}; set it to {cfg.V} at most"
+        )
+    return vocabulary or cfg.V
+
+
+def _with_room(prompts: Sequence[Sequence[int]], cfg: GPTConfig, new: int, unread: int = 0) -> Rows:
+    """The prompts, which leave room in the context for all but so many of the new tokens."""
+    most = cfg.T + unread - new
+    if new < 1 or most < 1:
+        raise InputError(f"new={new} in a context of {cfg.T}; set it to 1 to {cfg.T + unread - 1}")
+    return padded(prompts, cfg, most, f"a prompt, with {new} new tokens after it,")
+
+
+def _sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | None) -> Rows | None:
+    """What an `EncoderDecoder` reads; InputError where it is not given, or another model's."""
+    if (sources is not None) != isinstance(model, EncoderDecoder):
+        raise InputError(f"{type(model).__name__} {'takes no' if sources else 'needs'} sources")
+    if sources is None:
+        return None
+    if len(sources) != len(prompts):
+        raise InputError(f"{len(sources)} sources for {len(prompts)} prompts; give one for each")
+    return padded(sources, model.cfg, model.cfg.T, "a source")
 
 
 def power_of_two(number: int, least: int = 1) -> int:
@@ -279,47 +293,47 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
 
 
 def beam_search(
-    model: EncoderDecoder,
+    model: GPT,
     params: Any,
-    sources: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     new: int,
     *,
     width: int,
-    bos: int,
-    eos: int,
+    stops: Sequence[int] = (),
     length_penalty: float = 1.0,
     vocabulary: int = 0,
+    sources: Sequence[Sequence[int]] | None = None,
+    dtype: CacheDtype = "same",
 ) -> list[list[int]]:
-    """The best target found for each source: its ids after `bos`, without the `eos` at the end.
+    """The likeliest text of up to `new` tokens found after each prompt: ids, without a last stop.
 
-    The `width` likeliest beginnings are kept. One that ends with `eos` while it is among them is
-    finished, and scores log p / length**length_penalty, the length with `eos`. A source is done
-    when `width` are and none that goes on scores better so far, or when `new` tokens are written,
-    and the finished one of the best score is taken.
-    Where none has finished it is the likeliest beginning, cut off. A width of 1 is greedy. Raises
-    InputError as `decode` does.
+    The `width` likeliest beginnings are kept. One that ends with a stop, or has all tokens, while
+    it is among them, is finished, and scores log p / length**length_penalty, the length with the
+    stop. A search is over when `width` are and no beginning scores better so far than the worst of
+    the best so many; the best is taken. A width of 1 is greedy. `sources` are what an
+    `EncoderDecoder` reads; the rest, and the errors, are as of `decode`, but that the last of the
+    new tokens, which is not read, may lie outside the context.
     """
     cfg = model.cfg
     if width < 1:
         raise InputError(f"width={width}; set it to 1 or more")
-    if not 1 <= new <= cfg.T:
-        raise InputError(f"new={new} does not fit the context of {cfg.T}; set it to 1 to {cfg.T}")
-    source = padded(sources, cfg, cfg.T, "a source")
+    source = _sources(model, prompts, sources)
     tokens_Bn, lengths_B = jax.device_get(
         _beam_search(
             model,
             new,
             width,
+            dtype,
             params,
+            _with_room(prompts, cfg, new, unread=1),
             source,
-            np.int32(bos),
-            np.int32(eos),
+            stops_of([stops])[0],
             np.float32(length_penalty),
-            np.int32(vocabulary or cfg.V),
+            np.int32(_vocabulary(vocabulary, cfg)),
         )
     )
     found = [row[:length].tolist() for row, length in zip(tokens_Bn, lengths_B, strict=True)]
-    return [ids[:-1] if ids[-1] == eos else ids for ids in found]
+    return [ids[:-1] if ids[-1] in stops else ids for ids in found]
 
 
 class Beams(NamedTuple):
@@ -329,15 +343,17 @@ class Beams(NamedTuple):
     scores_BW: jax.Array
     """Their log-probabilities."""
     best_Bn: jax.Array
-    best_score_B: jax.Array
     best_length_B: jax.Array
-    finished_B: jax.Array
-    """How many are."""
+    finished_BW: jax.Array
+    """The best scores of what is finished, from the highest on; -inf where there is less."""
+    open_B: jax.Array
+    """Which searches are not over."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
-    B = len(source[0])
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty, real):
+    prompts_BP, lengths_B = prompts
+    B, P = prompts_BP.shape
 
     def choose(i, hidden_RD, beams):
         """The beams with one more token, and which row of B W each goes on from."""
@@ -350,14 +366,15 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
         from_BX, token_BX = flat_BX // V, flat_BX % V
         tokens_BXn = jnp.take_along_axis(beams.tokens_BWn, from_BX[..., None], 1)
         tokens_BXn = tokens_BXn.at[:, :, i].set(token_BX)
-        ended_BX = token_BX == eos
+        ended_BX = jnp.isin(token_BX, stops_E)
 
-        may_end_BX = ended_BX & (jnp.arange(2 * W) < W)[None] & open_(i, beams)[:, None]
+        finished_BX = (ended_BX | (i + 1 == new)) & (jnp.arange(2 * W) < W)[None]
         final_BX = scores_BX / (i + 1.0) ** penalty
-        final_BX = jnp.where(may_end_BX, final_BX, -jnp.inf)
-        better_B = final_BX.max(1) > beams.best_score_B
+        final_BX = jnp.where(finished_BX & beams.open_B[:, None], final_BX, -jnp.inf)
+        better_B = final_BX.max(1) > beams.finished_BW[:, 0]
         ending_Bn = jnp.take_along_axis(tokens_BXn, final_BX.argmax(1)[:, None, None], 1)[:, 0]
-        finished_B = beams.finished_B + (final_BX > -jnp.inf).sum(1)
+        finished_BY = jnp.concatenate([beams.finished_BW, final_BX], 1)
+        finished_BW, _ = jax.lax.top_k(finished_BY, W)
 
         scores_BW, kept_BW = jax.lax.top_k(jnp.where(ended_BX, -jnp.inf, scores_BX), W)
         from_BW = jnp.take_along_axis(from_BX, kept_BW, 1)
@@ -365,45 +382,38 @@ def _beam_search(model, new, W, params, source, bos, eos, penalty, real):
             jnp.take_along_axis(tokens_BXn, kept_BW[..., None], 1),
             scores_BW,
             jnp.where(better_B[:, None], ending_Bn, beams.best_Bn),
-            jnp.where(better_B, final_BX.max(1), beams.best_score_B),
             jnp.where(better_B, i + 1, beams.best_length_B),
-            finished_B,
+            finished_BW,
+            beams.open_B & (scores_BW[:, 0] / (i + 1.0) ** penalty > finished_BW[:, -1]),
         ), (jnp.arange(B)[:, None] * W + from_BW).reshape(B * W)
-
-    def open_(i, beams):
-        """Which sources are not done, when beginnings have i tokens."""
-        hope_B = beams.scores_BW.max(1) / jnp.maximum(i, 1) ** penalty
-        return (beams.finished_B < W) | (hope_B > beams.best_score_B)
 
     def goes_on(state):
         i, _, beams = state
-        return (i < new) & open_(i, beams).any()
+        return (i < new) & beams.open_B.any()
 
     def step(state):
         i, cache, beams = state
         last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWn, i - 1, 2, keepdims=False)
-        hidden_R1D, cache = extend(
-            model, params, last_BW.reshape(B * W, 1), jnp.full(B * W, i), cache
-        )
+        position_R = jnp.repeat(lengths_B, W) + i - 1
+        hidden_R1D, cache = extend(model, params, last_BW.reshape(B * W, 1), position_R, cache)
         beams, from_R = choose(i, hidden_R1D[:, 0], beams)
         return i + 1, _reordered(cache, from_R), beams
 
-    prompts_B1, one_B = jnp.full((B, 1), bos), jnp.ones(B, jnp.int32)
-    cache, hidden_B1D = _read(model, params, prompts_B1, one_B, new, source)
-    hidden_BD = hidden_B1D[:, 0]
+    S = positions(P + new - 1, model.cfg)
+    cache, hidden_BPD = _read(model, params, prompts_BP, lengths_B, S, source, dtype=dtype)
+    hidden_BD = hidden_BPD[jnp.arange(B), lengths_B - 1]
     hidden_RD, cache = jax.tree.map(partial(jnp.repeat, repeats=W, axis=0), (hidden_BD, cache))
     beams = Beams(
         jnp.zeros((B, W, new), jnp.int32),
         jnp.where(jnp.arange(W)[None] == 0, jnp.zeros((B, W)), -jnp.inf),  # they are all the same
         jnp.zeros((B, new), jnp.int32),
-        jnp.full(B, -jnp.inf),
-        jnp.full(B, new),
         jnp.zeros(B, jnp.int32),
+        jnp.full((B, W), -jnp.inf),
+        jnp.ones(B, bool),
     )
     beams, _ = choose(0, hidden_RD, beams)
     _, _, beams = jax.lax.while_loop(goes_on, step, (1, cache, beams))
-    any_B1 = beams.finished_B[:, None] > 0
-    return jnp.where(any_B1, beams.best_Bn, beams.tokens_BWn[:, 0]), beams.best_length_B
+    return beams.best_Bn, beams.best_length_B
 
 
 def _reordered(cache: Cache, from_R: jax.Array) -> Cache:

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +23,7 @@ from jaxgpt.parallel import Layout
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
-from jaxgpt.writing import write
+from jaxgpt.writing import search, write
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -43,8 +45,26 @@ class Writing(Sampling):
     """It is JSON that fits this schema."""
     draft: "Trained | None" = None
     """A smaller model with the same tokenizer, which guesses ahead; the text stays the same."""
+    beam: int = 1
+    """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
     cache: CacheDtype = "same"
     """Of keys and values; int8: in a byte each."""
+
+    def check(self, vocabulary: int) -> None:
+        """Raises InputError where a field cannot be, for a vocabulary of so many ids."""
+        super().check(vocabulary)
+        if not isinstance(self.beam, Integral) or self.beam < 1:
+            raise InputError(f"beam={self.beam}; set it to a whole number, 1 or more")
+        plain, fine = vars(Writing()), {"beam", "stop", "seed", "cache"}
+        asked = [
+            name
+            for name, value in vars(self).items()
+            if name not in fine and value not in (plain[name], [], 0)
+        ]
+        if self.beam > 1 and asked:
+            raise InputError(
+                f"beam={self.beam} takes the likeliest text as it is; leave out {', '.join(asked)}"
+            )
 
     def as_guide(self, tokenizer: Tokenizer, ends: Sequence[int]) -> guide.Guide | None:
         """What `choices`, `regex` or `schema` leave; InputError for two of them."""
@@ -135,17 +155,21 @@ class Trained(NamedTuple):
                 f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
             )
         how = Writing(**options)
-        return write(
+        how.check(self.tokenizer.vocab_size)
+        if how.beam > 1:
+            by: Any = partial(search, width=how.beam)
+        else:
+            held = how.as_guide(self.tokenizer, ends)
+            draft = None if how.draft is None else self._drafted_by(how.draft)
+            by = partial(write, sampling=how, guide=held, draft=draft)
+        return by(
             self.model,
             self.params,
             self.tokenizer,
             ids,
             tokens,
-            how,
             stops=(how.stop,) if isinstance(how.stop, str) else tuple(how.stop),
             stop_ids=tuple(dict.fromkeys(ends)),
-            guide=how.as_guide(self.tokenizer, ends),
-            draft=None if how.draft is None else self._drafted_by(how.draft),
             cache=how.cache,
         )
 

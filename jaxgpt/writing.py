@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgpt.cache import CacheDtype
-from jaxgpt.decode import padded, positions, start, steps, stops_of
+from jaxgpt.decode import beam_search, padded, positions, start, steps, stops_of
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, stacked
 from jaxgpt.model import GPT
@@ -109,6 +109,47 @@ def write(
     return _pieces(
         model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
     )
+
+
+def search(
+    model: GPT,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    tokens: int,
+    width: int,
+    *,
+    stops: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    cache: CacheDtype = "same",
+) -> Iterator[str]:
+    """As `write`, but the likeliest text that a beam search of this width finds, in one piece.
+
+    Prompt and text have to fit the context.
+    """
+    text, T, length = Text(tokenizer, stops), model.cfg.T, len(prompt)
+    padded([prompt], model.cfg, T, "a prompt, with a token after it,")
+    room = T + 1 - length
+    if not 1 <= tokens <= room:
+        raise InputError(
+            f"tokens={tokens} after a prompt of {length}, and a beam stays in the context of {T}; "
+            f"set tokens to 1 to {room}"
+        )
+
+    def piece() -> Iterator[str]:
+        (ids,) = beam_search(
+            model,
+            params,
+            [prompt],
+            tokens,
+            width=width,
+            stops=stop_ids,
+            vocabulary=tokenizer.vocab_size,
+            dtype=cache,
+        )
+        yield text.add(ids) + text.end()
+
+    return piece()
 
 
 def _pieces(

@@ -394,28 +394,53 @@ def translator(cfg=TINY):
     return EncoderDecoder(cfg, PLAIN)
 
 
-def log_p(gpt, source, target):
+def log_p(gpt, source, target, prompt=(BOS,)):
     """Of a target, by full forward passes."""
-    ids = [BOS, *target]
-    steps = [logprobs_after(gpt, ids[:t], source)[ids[t]] for t in range(1, len(ids))]
-    return math.fsum(steps)
+    ids, n = [*prompt, *target], len(prompt)
+    return math.fsum(logprobs_after(gpt, ids[:t], source)[ids[t]] for t in range(n, len(ids)))
 
 
 def search(gpt, sources, new, width, penalty=1.0, eos=EOS):
-    settings = {"width": width, "length_penalty": penalty, "bos": BOS, "eos": eos}
-    return beam_search(gpt, random_params(gpt), sources, new, **settings)
+    settings = {"width": width, "length_penalty": penalty, "stops": (eos,), "sources": sources}
+    return beam_search(gpt, random_params(gpt), [[BOS]] * len(sources), new, **settings)
+
+
+def best(gpt, new, penalty, source, prompt=(BOS,)):
+    """Of all texts that end, or have as many tokens as there may be, by full forward passes."""
+    ids = [(*ids, EOS) for n in range(new) for ids in itertools.product((1, 2, 3), repeat=n)]
+    ids += itertools.product((1, 2, 3), repeat=new)
+    scores = {x: log_p(gpt, source, x, prompt) / len(x) ** penalty for x in ids}
+    return [token for token in max(scores, key=scores.get) if token != EOS]
 
 
 def test_a_beam_wide_enough_finds_the_best_of_all_targets():
-    gpt, new, found = translator(), 4, []
-    everything = [ids for n in range(new) for ids in itertools.product((1, 2, 3), repeat=n)]
-    for source in SOURCES:
-        exact = {target: log_p(gpt, source, (*target, EOS)) for target in everything}
-        for penalty in (0.0, 1.0):
-            scores = {ids: log_p / (len(ids) + 1) ** penalty for ids, log_p in exact.items()}
-            found.append(search(gpt, SOURCES, new, 3**new, penalty)[SOURCES.index(source)])
-            assert tuple(found[-1]) == max(scores, key=scores.get)
-    assert len({*map(tuple, found)}) > 2
+    gpt, new, seen = translator(), 4, set()
+    for penalty in (-0.5, 0.0, 1.0):
+        found = search(gpt, SOURCES, new, 3**new, penalty)
+        assert found == [best(gpt, new, penalty, source) for source in SOURCES]
+        seen |= {*map(len, found)}
+    assert len(seen) > 2
+
+
+def test_a_beam_wide_enough_finds_the_best_of_all_texts():
+    gpt, new, seen = replace(TINY, T=10).build(PLAIN), 4, set()
+    prompts = [[1, 2, 3, 1, 2, 2], [3], [2, 1]]
+    for penalty in (-0.5, 0.0, 1.0):
+        rest = {"width": 3**new, "stops": (EOS,), "length_penalty": penalty}
+        found = beam_search(gpt, random_params(gpt), prompts, new, **rest)
+        assert found == [best(gpt, new, penalty, None, prompt) for prompt in prompts]
+        seen |= {*map(len, found)}
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", ["same", "int8"])
+def test_a_beam_of_width_one_writes_on_from_ragged_prompts_as_greedy_does(cfg, dtype):
+    gpt, rest = cfg.build(PLAIN), {"stops": (7, 9), "dtype": dtype}
+    found = beam_search(gpt, random_params(gpt), PROMPTS, 14, width=1, **rest)
+    tokens, _, lengths = decode(gpt, random_params(gpt), PROMPTS, 14, sampling=GREEDY, **rest)
+    for ids, row, length in zip(found, tokens.tolist(), lengths, strict=True):
+        assert ids == [token for token in row[:length] if token not in (7, 9)]
 
 
 @pytest.mark.parametrize("cfg", [TINY, replace(MODERN, window=3, T=16)], ids=["tiny", "modern"])
@@ -455,13 +480,17 @@ def test_a_translation_does_not_depend_on_what_is_translated_with_it():
     [
         ({"sources": [[1] * 9]}, "row 0 has 9 tokens.*a source.*context of 8"),
         ({"sources": [[]]}, "no tokens"),
+        ({"sources": None}, "EncoderDecoder needs sources"),
         ({"width": 0}, "width=0"),
-        ({"new": 9}, "new=9 does not fit the context of 8"),
+        ({"new": 0}, "new=0"),
+        ({"new": 9}, "new=9 in a context of 8; set it to 1 to 8"),
+        ({"prompts": [[1] * 7]}, "row 0 has 7 tokens, and a prompt, with 3 new.* give at most 6"),
+        ({"vocabulary": 99}, "vocabulary=99 of a model of"),
     ],
     ids=str,
 )
 def test_impossible_searches_are_refused(change, says):
-    settings = {"sources": SOURCES, "new": 3, "width": 2, "bos": BOS, "eos": EOS} | change
+    settings = {"prompts": [[BOS]], "new": 3, "width": 2, "sources": SOURCES[:1]} | change
     with pytest.raises(InputError, match=says):
         beam_search(translator(), None, **settings)
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
-from jaxgpt.decode import decode
+from jaxgpt.decode import beam_search, decode
 from jaxgpt.model import ComputeConfig, GPTConfig, RopeScaling, count, init
 from jaxgpt.model import letters as letters_of
 from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
@@ -184,6 +184,38 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     greedy = Sampling(temperature=0)
     ours, *_ = decode(found.cfg.build(PLAIN), found.params(), [prompt], 64, sampling=greedy)
     assert ours[0].tolist() == expected[0, 7:].tolist()
+
+
+@pytest.mark.parametrize(("width", "penalty"), [(1, 1.0), (3, 0.0), (4, 1.0), (5, 2.0)])
+def test_beams_are_those_of_transformers(theirs, width, penalty):
+    import torch
+
+    model, folder = theirs
+    found = pretrained.read(folder)
+    prompts = [random_tokens(203, n, seed=n).tolist() for n in (1, 7, 40)]
+    ends = tuple(range(0, 203, 11))
+    ours = beam_search(
+        found.cfg.build(PLAIN),
+        found.params(),
+        prompts,
+        24,
+        width=width,
+        stops=ends,
+        length_penalty=penalty,
+    )
+    for prompt, ids in zip(prompts, ours, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            num_beams=width,
+            length_penalty=penalty,
+            do_sample=False,
+            eos_token_id=list(ends),
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        length = next((n for n, token in enumerate(expected) if token in ends), 24)
+        assert ids == expected[:length]
 
 
 def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):

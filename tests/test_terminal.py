@@ -512,6 +512,14 @@ def test_a_text_ends_before_a_stop(run, goes_on):
     assert out.splitlines()[1] == "> BCDE"
 
 
+def test_a_beam_takes_the_likeliest_text(run, goes_on):
+    likeliest = ("--beam", 3, "--tokens", 8)
+    assert run("generate", goes_on, "12A", *likeliest) == (0, "12ABCDEFGHI\n", "")
+    _, out, _ = run("chat", goes_on, *likeliest, given="12A\n/set top_k 3\n/retry\n")
+    assert out.splitlines()[1] == "> BCDEFGHI"
+    assert "error: beam=3 takes the likeliest text as it is; leave out top_k" in out
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
     at = ("--seed", seed, *HOT)
@@ -546,6 +554,9 @@ def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
         (["generate", "--tokens", "0"], "tokens=0"),
         (["generate", "--temperature", "-1"], "temperature=-1"),
         (["generate", "A" * T], f"{T + 1} tokens, .* context of {T}"),
+        (["generate", "--beam", "0"], "beam=0"),
+        (["generate", "--beam", "2", "--regex", "a"], "leave out regex"),
+        (["generate", "--beam", "2", "--tokens", "300"], "tokens=300 .* set tokens to 1 to 256"),
         (["chat", "--tokens", "0"], "tokens=0"),
         (["chat", "--top_p", "0"], "top_p=0"),
         (["chat", "--system", "Be brief."], "no chat format"),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from jaxgpt import model
 from jaxgpt.config import Config
-from jaxgpt.decode import steps
+from jaxgpt.decode import beam_search, steps
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.sampling import Sampling
@@ -383,6 +383,35 @@ def test_a_seed_decides_the_text():
     assert gpt("Hi", 40) == gpt("Hi", 40, temperature=0.8, seed=0)
 
 
+def log_p(prompt, text):
+    """Of ids after a prompt, by one forward pass over all of them."""
+    ids, before = [*prompt, *text], len(prompt) - 1
+    row = np.zeros((1, CFG.T), np.int32)
+    row[0, : len(ids)] = ids
+    logits_TV = np.asarray(forward()({"params": trained().params}, row), np.float64)[0, :, : CFG.V]
+    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    return log_p_TV[np.arange(before, len(ids) - 1), ids[before + 1 :]].sum()
+
+
+def test_a_beam_writes_a_likelier_text_than_greedy_in_one_piece():
+    gpt, prompt = trained(), [270, *b"Hello"]
+    (ids,) = beam_search(gpt.model, gpt.params, [prompt], 20, width=8, stops=(270,), vocabulary=273)
+    (text,) = gpt.stream("Hello", 20, beam=8)
+    assert text == decoded(ids)
+    likely = greedy(prompt, 20, [270])
+    assert len(ids) == len(likely) == 20 and 270 not in likely
+    assert log_p(prompt, ids) > log_p(prompt, likely) + 0.1
+
+
+def test_a_beam_ends_before_a_stop_and_may_fill_the_context():
+    gpt = trained()
+    (text,) = gpt.stream("Hi", 46, beam=2, logit_bias={}, temperature=0, seed=9)
+    stop = text[3:5]
+    assert "".join(gpt.stream("Hi", 46, beam=2, stop=stop)) == text[: text.index(stop)]
+    question = [{"role": "user", "content": "Hi"}]
+    assert gpt.chat(question, 12, beam=2) != gpt.chat(question, 12, temperature=0)
+
+
 OPTIONS = ["yes", "no", "nothing", "né 天", "a" * 90]
 
 
@@ -410,7 +439,7 @@ def test_a_guide_holds_past_the_context():
     ("change", "says"),
     [
         ({"tokens": 0}, "tokens=0; set it to 1 or more"),
-        ({"heat": 1, "cold": 2}, "cold, heat: no such setting; there are cache, choices, draft"),
+        ({"heat": 1, "cold": 2}, "cold, heat: no such setting; there are beam, cache, choices"),
         ({"temperature": -1}, "temperature=-1; set it to 0 to 1000"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": ""}, "a stop string is empty"),
@@ -418,6 +447,12 @@ def test_a_guide_holds_past_the_context():
         ({"choices": ["a"], "regex": "b"}, "choices and regex at once; give one"),
         ({"choices": ["a", "a"]}, "twice among the choices"),
         ({"regex": "("}, "pattern"),
+        ({"beam": 0}, "beam=0; set it to a whole number, 1 or more"),
+        ({"beam": 2.5}, "beam=2.5; set it to a whole number"),
+        ({"beam": 2, "top_k": 5, "choices": ["a"]}, "beam=2 .* leave out top_k, choices"),
+        ({"beam": 2, "temperature": 0.5}, "beam=2 .* leave out temperature"),
+        ({"beam": 2, "tokens": 99}, r"tokens=99 after a prompt of \d+, .* context of 48; set tok"),
+        ({"beam": 2, "tokens": 0}, "tokens=0 after a prompt"),
     ],
     ids=str,
 )

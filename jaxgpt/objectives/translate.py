@@ -135,13 +135,13 @@ class Translate(NextToken):
             found += beam_search(
                 model,
                 trained.params,
-                some + [some[-1]] * (size - len(some)),
+                [[tokenizer.eot]] * size,
                 model.cfg.T,
                 width=width,
+                stops=(tokenizer.eot,),
                 length_penalty=self.length_penalty,
-                bos=tokenizer.eot,
-                eos=tokenizer.eot,
                 vocabulary=tokenizer.vocab_size,
+                sources=some + [some[-1]] * (size - len(some)),
             )[: len(some)]
         return [tokenizer.decode(ids) for ids in found]
 
