@@ -219,15 +219,14 @@ def slow(engine, monkeypatch, seconds=0.05):
 
 
 def test_a_cancelled_text_frees_its_slot_within_a_chunk(engine, monkeypatch):
-    slow(engine, monkeypatch)
+    slow(engine, monkeypatch, 0.2)
     streams = [engine.submit(Request(prompt(2), 60)) for _ in range(4)]
     assert streams[0].get(timeout=10).finish == ""
     assert engine.stats["running"] == 3 and engine.stats["waiting"] == 1
-    before = time.monotonic()
     streams[0].cancel()
     assert list(streams[0])[-1].finish == "cancelled"
     assert streams[3].get(timeout=10).finish == ""  # has its slot
-    assert time.monotonic() - before < 1
+    assert engine.stats["running"] == 3 and engine.stats["waiting"] == 0  # while the others go on
     for stream in streams[1:]:
         stream.cancel()
         assert list(stream)[-1].finish == "cancelled"
@@ -263,9 +262,10 @@ def test_a_listener_gets_the_pieces_in_order_and_no_more_than_the_queue_wait(tra
     while not pieces[-1].finish:
         pieces.append(heard.get(timeout=10))
     assert len(ids_of(pieces)) == 12
-    threading.Thread(target=small.drain, args=(20,)).start()
+    draining = threading.Thread(target=small.drain, args=(20,))
+    draining.start()
     assert [list(stream)[-1].finish for stream in more] == ["length"] * 2
-    time.sleep(0.1)
+    draining.join(timeout=10)
     assert not small.alive
     with pytest.raises(Stopped):
         small.submit(Request(prompt(2), 12))

@@ -318,7 +318,7 @@ def test_a_hub_that_never_answers_ends_in_time(server, monkeypatch):
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
     start = time.monotonic()
     message = refused("gpt2", "v1")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     assert f"{server.endpoint}/openai-community/gpt2 does not answer" in message
     assert "`hf download openai-community/gpt2 --revision v1 --local-dir gpt2`" in message
     assert 'load("gpt2")' in message
@@ -330,7 +330,7 @@ def test_a_look_up_of_the_host_that_never_ends_ends_in_time(server, monkeypatch)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
     start = time.monotonic()
     message = refused("gpt2")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     done.set()
     assert "does not answer (no answer within 0.3 seconds)" in message
 

@@ -919,7 +919,13 @@ import uvicorn
 from test_serve import FakeEngine
 from jaxgpt.serve import app
 
-engine = FakeEngine(pause=0.05)
+class Telling(FakeEngine):
+    def submit(self, *args, **rest):
+        stream = super().submit(*args, **rest)
+        print("asked", flush=True)
+        return stream
+
+engine = Telling(pause=0.1)
 made = app.create_app(engine, name="little")
 config = uvicorn.Config(made, http="h11", lifespan="off", log_level="critical")
 sock = app._bound("127.0.0.1", 0)
@@ -946,7 +952,7 @@ def test_sigterm_lets_what_is_running_end_and_takes_nothing_new():
                 target=lambda: found.append(events(port, "/v1/chat/completions", body))
             )
             ask.start()
-            time.sleep(0.3)
+            assert process.stdout.readline() == "asked\n"
             process.send_signal(signal.SIGTERM)
             until(lambda: call(port, "/health")[0] == 503)
             status, headers, _ = call(port, "/v1/chat/completions", body)
