@@ -98,6 +98,9 @@ def train(cfg: config.Config, signals: "Signals") -> int:
             validate(0)  # the model as it was
         signals.loop_runs = True
         for step in range(start + 1, steps + 1):
+            if cfg.objective.annotates:  # with these parameters, so nothing is lost by waiting
+                with clock("step"):
+                    jax.block_until_ready(state)
             with clock("data"):
                 batch = run.act(state, next(feed))
             with clock("step"):

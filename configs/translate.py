@@ -10,9 +10,8 @@ Then:      python -m jaxgpt translate runs/multi30k "A dog runs."
 Hardware:  a laptop; for Multi30k a GPU
 Data:      Python expressions of the running interpreter's library and their prefix form; or two
            files of sentences, PATH.SOURCE and PATH.TARGET, line by line, or records with both
-Time:      not measured on two idle cores, 520 s beside other work; Multi30k 170 s on an H200 that
-           five runs shared
-Expect:    a test BLEU of 57; on Multi30k's test_2016_flickr 40.5 to German, and 60.4 to French
+Time:      142 s on two cores of an Intel Xeon; Multi30k 170 s on an H200 that five runs shared
+Expect:    a test BLEU of 56; on Multi30k's test_2016_flickr 40.5 to German, and 60.4 to French
            (`--objective.target fr`)
 """
 
