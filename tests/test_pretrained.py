@@ -186,7 +186,7 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     assert ours[0].tolist() == expected[0, 7:].tolist()
 
 
-@pytest.mark.parametrize(("width", "penalty"), [(1, 1.0), (3, 0.0), (4, 1.0), (5, 2.0)])
+@pytest.mark.parametrize(("width", "penalty"), [(3, 0.0), (4, 1.0), (5, 2.0)])
 def test_beams_are_those_of_transformers(theirs, width, penalty):
     import torch
 
