@@ -113,10 +113,9 @@ def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> 
     """[B, K, S, ...] with [B, K, T, ...] in it, as `Floats.write` says."""
     (B, _, T), S = new.shape[:3], old.shape[2]
     if lengths_B is None:
-        update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        update = jax.vmap(update) if B > 1 else _for_one(update)
+        put_one = partial(jax.lax.platform_dependent, tpu=_selected, default=_updated)
         for t in range(T):
-            old = update(old, new[:, :, t : t + 1], (start_B + t) % S)
+            old = put_one(old, new[:, :, t : t + 1], (start_B + t) % S)
         return old
     if T > S:
         # The last S tokens of each row, each where its position says.
@@ -127,9 +126,19 @@ def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> 
     return jax.lax.dynamic_update_slice_in_dim(old, new, 0, 2)
 
 
-def _for_one(update: Any) -> Any:
-    """What `vmap` makes of it for one row, but not a scatter, which costs as much as attention."""
-    return lambda old, new, slot_1: update(old[0], new[0], slot_1[0])[None]
+def _updated(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
+    """[B, K, S, ...] with [B, K, 1, ...] in each row's slot."""
+    update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    if len(old) == 1:  # what vmap makes of it is a scatter, which costs as much as attention
+        return update(old[0], new[0], slot_B[0])[None]
+    return jax.vmap(update)(old, new, slot_B)
+
+
+def _selected(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
+    """The same on a TPU, which would update row after row, in a loop: all that attention reads."""
+    here_BS = jnp.arange(old.shape[2])[None] == slot_B[:, None]
+    here = here_BS.reshape(len(old), 1, old.shape[2], *(1,) * (old.ndim - 3))
+    return jnp.where(here, new, old)
 
 
 def seen(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:

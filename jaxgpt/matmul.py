@@ -37,25 +37,30 @@ def _product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax
     product = partial(jnp.einsum, equation, preferred_element_type=accumulator)
     if x.shape[:2] != (1, 1) or equation != "BTF,YF->BTY":
         return product(x, w)
-    of_one = partial(_product_of_one, accumulator=accumulator)
-    return jax.lax.platform_dependent(x, w, cpu=of_one, default=product)
+    # One token, where reading the weights should be all that takes time.
+    in_parts, in_rows = (partial(f, accumulator=accumulator) for f in (_in_parts, _in_rows))
+    on_cpu = in_parts if w.dtype == jnp.float32 else in_rows
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=in_rows, default=product)
 
 
-def _product_of_one(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
-    """The product with one token, where reading the weights is what takes time, on a CPU.
-
-    XLA's threads share a float32 matrix better as a batch of four. For bfloat16 and int8 it has
-    fast products from two rows on, and is fastest with four.
-    """
+def _in_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+    """The product with four parts of the weights, which XLA's threads on a CPU share better."""
     Y, F = w_YF.shape
-    product = partial(jnp.einsum, preferred_element_type=accumulator)
-    if w_YF.dtype == jnp.float32:
-        G = math.gcd(4, Y)
-        x_GXF = jnp.broadcast_to(x_11F, (G, 1, F))
-        y = product("GXF,GYF->GXY", x_GXF, w_YF.reshape(G, -1, F))
-    else:
-        y = product("XF,YF->XY", jnp.broadcast_to(x_11F[0], (4, F)), w_YF)[0]
-    return y.reshape(1, 1, Y)
+    G = math.gcd(4, Y)
+    x_GXF = jnp.broadcast_to(x_11F, (G, 1, F))
+    w_GYF = w_YF.reshape(G, -1, F)
+    y_GXY = jnp.einsum("GXF,GYF->GXY", x_GXF, w_GYF, preferred_element_type=accumulator)
+    return y_GXY.reshape(1, 1, Y)
+
+
+def _in_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+    """The product with four equal rows: of one, XLA makes no product of matrices.
+
+    On a CPU it has fast ones of bfloat16 and int8, and is fastest with four rows; on a TPU the unit
+    for them would be idle.
+    """
+    x_XF = jnp.broadcast_to(x_11F[0], (4, x_11F.shape[-1]))
+    return jnp.einsum("XF,YF->XY", x_XF, w_YF, preferred_element_type=accumulator)[None, :1]
 
 
 def _matmul_forward(equation, x, w, dtype):

@@ -587,8 +587,12 @@ class GPT(nn.Module):
             positions_BT = jnp.arange(T)[None]
         rotary = None
         # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
-        x_BTD = constrain(constrain(self.wte, "V-")[tokens_BT], "BTD")
-        if self.wte.dtype == jnp.int8:
+        table_VD, in_bytes = constrain(self.wte, "V-"), self.wte.dtype == jnp.int8
+        # For one token a TPU would first copy a table in bytes, all of it; for two it does not.
+        twice = in_bytes and tokens_BT.size == 1
+        x_BTD = table_VD[jnp.repeat(tokens_BT, 2, 0)][:1] if twice else table_VD[tokens_BT]
+        x_BTD = constrain(x_BTD, "BTD")
+        if in_bytes:
             x_BTD = x_BTD * self.variables["params"]["wte_scale"][tokens_BT][..., None]
         if cfg.scale_embedding:
             x_BTD *= math.sqrt(cfg.D)

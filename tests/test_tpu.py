@@ -1,7 +1,8 @@
-"""Without a TPU: the training step compiles for a slice of four v5e chips, by TPU's own compiler.
+"""Without a TPU: what TPU's own compiler makes of the training step and of a step of writing.
 
-The compiler lives in a process of its own (benchmarks/tpu_compile.py), so that it never becomes
-the backend of the other tests. Layers repeat, so one is compiled, with few rows and little effort.
+The compiler lives in processes of its own (benchmarks/tpu_compile.py for a slice of four v5e chips,
+benchmarks/tpu_decode.py for one), so that it never becomes the backend of the other tests. Layers
+repeat, so one is compiled, with few rows and little effort.
 """
 
 import importlib.util
@@ -18,37 +19,48 @@ ROOT = Path(__file__).parent.parent
 
 CONFIGS, LAYOUTS = ("default", "gpt2_124m", "modern"), ("data", "fsdp")
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu, the compiler for TPU, is not installed",
-    ),
-    pytest.mark.parametrize("layout", LAYOUTS),
-    pytest.mark.parametrize("name", CONFIGS),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPU, is not installed",
+)
+every_program = pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for layout in LAYOUTS for name in CONFIGS]
+)
 
 
-@cache
-def programs() -> dict[tuple[str, str], dict]:
-    command = [sys.executable, "benchmarks/tpu_compile.py", "--layouts", *LAYOUTS]
-    command += ["--configs", *(f"configs/{name}.py" for name in CONFIGS)]
-    command += ["--layers", "1", "--rows", "2", "--format", "json"]
+def compiled(benchmark: str, *options: str) -> list[dict]:
+    command = [sys.executable, f"benchmarks/{benchmark}.py", *options, "--layers", "1"]
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
         "TPU_LOG_DIR": "disabled",
     }
+    command += ["--format", "json"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = map(json.loads, done.stdout.splitlines())
+    return [*map(json.loads, done.stdout.splitlines())]
+
+
+@cache
+def programs() -> dict[tuple[str, str], dict]:
+    files = [f"configs/{name}.py" for name in CONFIGS]
+    lines = compiled("tpu_compile", "--layouts", *LAYOUTS, "--configs", *files, "--rows", "2")
     return {(Path(line["config"]).stem, line["layout"]): line for line in lines}
 
 
+@every_program
 def test_attention_is_the_splash_kernel_forward_and_backward(name, layout):
     # One call forward; backward one for the queries, and one for the keys and values.
     assert programs()[name, layout]["splash_calls"] == 3
 
 
+@every_program
 def test_the_whole_state_is_updated_in_place(name, layout):
     program = programs()[name, layout]
     assert program["leaves_in_place"] == program["leaves"]
+
+
+def test_a_step_of_writing_has_no_loops_and_multiplies_matrices():
+    for program in compiled("tpu_decode", "--batches", "1", "4", "--vocabulary", "1024"):
+        assert program["loops"] == 0, "rows are written into the cache one after another"
+        assert program["products"] == 7, "q, k, v, o, up, down and the output layer"
