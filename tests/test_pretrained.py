@@ -186,7 +186,7 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     assert ours[0].tolist() == expected[0, 7:].tolist()
 
 
-@pytest.mark.parametrize(("width", "penalty"), [(3, 0.0), (4, 1.0), (5, 2.0)])
+@pytest.mark.parametrize(("width", "penalty"), [(3, 0.0), (5, 2.0)])
 def test_beams_are_those_of_transformers(theirs, width, penalty):
     import torch
 
@@ -198,7 +198,7 @@ def test_beams_are_those_of_transformers(theirs, width, penalty):
         found.cfg.build(PLAIN),
         found.params(),
         prompts,
-        24,
+        16,
         width=width,
         stops=ends,
         length_penalty=penalty,
@@ -207,14 +207,14 @@ def test_beams_are_those_of_transformers(theirs, width, penalty):
         expected = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=24,
+            max_new_tokens=16,
             num_beams=width,
             length_penalty=penalty,
             do_sample=False,
             eos_token_id=list(ends),
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
-        length = next((n for n, token in enumerate(expected) if token in ends), 24)
+        length = next((n for n, token in enumerate(expected) if token in ends), 16)
         assert ids == expected[:length]
 
 
