@@ -98,7 +98,7 @@ def train(cfg: config.Config, signals: "Signals") -> int:
             validate(0)  # the model as it was
         signals.loop_runs = True
         for step in range(start + 1, steps + 1):
-            if cfg.objective.annotates:  # with these parameters, so nothing is lost by waiting
+            if cfg.objective.annotates:  # by the parameters that this waits for
                 with clock("step"):
                     jax.block_until_ready(state)
             with clock("data"):

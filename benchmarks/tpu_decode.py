@@ -3,11 +3,12 @@
     pip install libtpu==VERSION         # the one that `pip show jax` names in its tpu extra
     python benchmarks/tpu_decode.py
 
-`jaxgpt.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve` run it, with
-keys and values of 256 positions. For each batch the table shows the loops in a step, of which there
-should be none but those of drawing; the milliseconds in which its memory gives up the weights and
-the cache at its peak; and those that the compiler expects of a step, by the cycles for which it
-chose its programs, at 1.5 GHz: they tell better programs from worse ones, and measure nothing.
+`jaxgpt.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve` run it with
+`--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256 positions. For each
+batch the table shows the loops in a step, of which there should be none but those of drawing; the
+milliseconds in which its memory gives up the weights and the cache at its peak; and those that the
+compiler expects of a step but for the drawing, by the cycles for which it chose its programs, at
+1.5 GHz: they tell better programs from worse ones, and measure nothing.
 """
 
 import json
@@ -65,7 +66,7 @@ class Program:
     limit: float
     """Seconds in which weights and cache are read."""
     expected: float
-    """Seconds by the compiler's estimate, loops counted once."""
+    """Seconds by the compiler's estimate, loops counted once, and drawing not at all."""
 
 
 def compiled(dtype: str, B: int, options: Options) -> Program:

@@ -23,7 +23,7 @@ class Floats(NamedTuple):
 
     @classmethod
     def of(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "Floats":
-        """These and no more, in their order."""
+        """Of tokens in a row, the first in slot 0."""
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
     def write(
@@ -39,9 +39,8 @@ class Floats(NamedTuple):
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Any = None) -> jax.Array:
         """`attention.attend` to what is in the slots that the mask shows."""
-        return attend(
-            q_BTNH, self.k_BKSH.swapaxes(1, 2), self.v_BKSH.swapaxes(1, 2), mask_BTS, drop
-        )
+        k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in self)
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
 class Bytes(NamedTuple):
@@ -135,7 +134,10 @@ def _updated(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
 
 
 def _selected(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
-    """The same on a TPU, which would update row after row, in a loop: all that attention reads."""
+    """The same in one pass over all slots, which a TPU makes with attention's own.
+
+    It would update row after row, in a loop, and copy the cache into another layout for that.
+    """
     here_BS = jnp.arange(old.shape[2])[None] == slot_B[:, None]
     here = here_BS.reshape(len(old), 1, old.shape[2], *(1,) * (old.ndim - 3))
     return jnp.where(here, new, old)

@@ -55,13 +55,15 @@ class Writing(Sampling):
         super().check(vocabulary)
         if not isinstance(self.beam, Integral) or self.beam < 1:
             raise InputError(f"beam={self.beam}; set it to a whole number, 1 or more")
+        if self.beam == 1:
+            return
         plain, fine = vars(Writing()), {"beam", "stop", "seed", "cache"}
         asked = [
             name
             for name, value in vars(self).items()
             if name not in fine and value not in (plain[name], [], 0)
         ]
-        if self.beam > 1 and asked:
+        if asked:
             raise InputError(
                 f"beam={self.beam} takes the likeliest text as it is; leave out {', '.join(asked)}"
             )

@@ -128,7 +128,7 @@ def search(
     Prompt and text have to fit the context.
     """
     text, T, length = Text(tokenizer, stops), model.cfg.T, len(prompt)
-    padded([prompt], model.cfg, T, "a prompt, with a token after it,")
+    padded([prompt], model.cfg, T, "a prompt")  # for what it raises, which is not to come later
     room = T + 1 - length
     if not 1 <= tokens <= room:
         raise InputError(
@@ -136,7 +136,7 @@ def search(
             f"set tokens to 1 to {room}"
         )
 
-    def piece() -> Iterator[str]:
+    def pieces() -> Iterator[str]:
         (ids,) = beam_search(
             model,
             params,
@@ -147,9 +147,10 @@ def search(
             vocabulary=tokenizer.vocab_size,
             dtype=cache,
         )
-        yield text.add(ids) + text.end()
+        if piece := text.add(ids) + text.end():
+            yield piece
 
-    return piece()
+    return pieces()
 
 
 def _pieces(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.cache import empty
+from jaxgpt.cache import _selected, _updated, empty
 from jaxgpt.decode import beam_search, decode, generate, stops_of
 from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
@@ -344,6 +344,19 @@ def test_a_cache_in_int8_holds_bytes_and_a_scale_for_each_position_and_head():
             "k_scale_BKS": ("float32", (3, 1, slots)),
             "v_scale_BKS": ("float32", (3, 1, slots)),
         }
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("H", [(), (8,)], ids=["scales", "vectors"])
+def test_a_slot_is_written_alike_on_every_platform(B, H):
+    rng = np.random.default_rng(4)
+    old, new = (rng.normal(size=(B, 2, S, *H)).astype(np.float32) for S in (7, 1))
+    slots = np.array([6, 0, 3])[:B]
+    exact = old.copy()
+    for row, slot in enumerate(slots):
+        exact[row, :, slot] = new[row, :, 0]
+    for write in (_selected, _updated):
+        np.testing.assert_array_equal(jax.jit(write)(old, new, slots), exact)
 
 
 def test_what_is_kept_in_int8_is_off_by_half_a_step_at_most():

@@ -243,8 +243,8 @@ def run(path: str, cfg: ServeConfig) -> None:
             trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
         )
         engine.start()
-        name = trained.config.name if Path(path).exists() else path.partition("@")[0]
-        name = cfg.name or name
+        its_own = trained.config.name if Path(path).exists() else path.partition("@")[0]
+        name = cfg.name or its_own
         app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
         config = uvicorn.Config(
             app,
