@@ -208,7 +208,11 @@ class Checkpoints:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Deletes what need not be kept: steps left behind by a resume, and old ones."""
+        """Deletes what need not be kept: steps left behind by a resume, old ones, and scraps.
+
+        Orbax reports the first item of a save that fails while others may still be written.
+        """
+        self._sweep()
         until = [step for step in self.steps() if step <= newest]
         keep = {*until[-self.cfg.keep :], self._best(until) if self.cfg.keep_best else newest}
         for step in self.steps():
