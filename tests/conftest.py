@@ -13,6 +13,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # later ones end at the flag
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for those of the workers
 # Tests share compiled programs and tokenized text, with other workers and the programs they start.
 if "JAXGPT_TEST_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxgpt-tests-")
