@@ -146,10 +146,11 @@ def draw(
 ) -> tuple[jax.Array, Memory]:
     """The next token of each row, int32, for its position, and what is remembered after it.
 
-    Penalties, bias and guide come first, then the temperature, then top-k, top-p and min-p, each
+    Bias, penalties and guide come first, then the temperature, then top-k, top-p and min-p, each
     among what the one before left; tokens as likely as the last that stays, stay too. What no row
     asks for is not computed.
     """
+    logits_BV = logits_BV + at.bias_BV
     logits_BV = _if(
         (at.repetition_penalty_B != 1)
         | (at.frequency_penalty_B != 0)
@@ -157,7 +158,6 @@ def draw(
         lambda x_BV: _penalized(x_BV, at, memory),
         logits_BV,
     )
-    logits_BV = logits_BV + at.bias_BV
     guided = at.next_BSC.shape[1:] != (1, 1)
     if guided:
         next_BC = jnp.take_along_axis(at.next_BSC, memory.guide_B[:, None, None], 1)[:, 0]

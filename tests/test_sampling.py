@@ -23,12 +23,12 @@ DRAW = jax.jit(draw)
 def probabilities(logits, sampling, written=NOTHING, given=NOTHING, vocabulary=V):
     """Of each id, in float64 by sorting; NaN where it takes more than float32 to know."""
     x = np.array(logits, np.float64)
+    for token, bias in sampling.logit_bias.items():
+        x[token] += bias if bias > -100 else -np.inf
     penalty = sampling.repetition_penalty
     seen = (written > 0) | (given > 0)
     x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
     x -= sampling.frequency_penalty * written + sampling.presence_penalty * (written > 0)
-    for token, bias in sampling.logit_bias.items():
-        x[token] += bias if bias > -100 else -np.inf
     x[vocabulary:] = -np.inf
     if np.isneginf(x).all():
         return np.full(V, np.nan)
@@ -295,8 +295,11 @@ def test_transformers_leaves_the_same(possible):
             top_p=float(rng.choice([1.0, 0.5, 0.9])),
             min_p=float(rng.choice([0.0, 0.05, 0.3])),
             repetition_penalty=float(rng.choice([1.0, 0.5, 1.4])),
+            logit_bias={int(token): float(rng.normal(0, 3)) for token in rng.integers(0, V, 2)},
         )
-        chain = transformers.LogitsProcessorList()
+        chain = transformers.LogitsProcessorList()  # in the order of its `generate`
+        bias = {(token,): bias for token, bias in sampling.logit_bias.items()}
+        chain.append(theirs.SequenceBiasLogitsProcessor(bias))
         chain.append(theirs.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         chain.append(theirs.TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
