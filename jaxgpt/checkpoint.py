@@ -210,7 +210,8 @@ class Checkpoints:
     def _prune(self, newest: int) -> None:
         """Deletes what need not be kept: steps left behind by a resume, old ones, and scraps.
 
-        Orbax reports the first item of a save that fails while others may still be written.
+        Orbax tells of a save's first item that fails while another may still be written, and may
+        come again after `_failure` has cleared it away.
         """
         self._sweep()
         until = [step for step in self.steps() if step <= newest]

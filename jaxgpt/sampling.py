@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 
-BANNED = -1e9  # finite: a guide that allows nothing else is stronger
-LARGEST = 1000  # of what logits meet, which BANNED stays far below
+BANNED = -1e30  # finite: a guide that allows nothing else is stronger
+LARGEST = 1000  # of what logits meet, after which BANNED is still far below, and finite
 BLOCK = 128  # of a vocabulary, which is padded to a multiple of it
 TINY = 1e-30  # where float32 is about to end
 

@@ -464,9 +464,20 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):
         for step in (2, 3)
     ]
     assert "_SignalingThread" not in err
-    expect_step(folder, 1)
+    expect_step(folder, 1)  # which opens the folder, and so sweeps it
     expect_step(folder, 5)
     assert sorted(os.listdir(folder)) == ["1", "5"]
+
+
+def test_what_a_failed_save_wrote_late_goes_with_the_next_that_is_good(folder, monkeypatch):
+    def hashes(*args):
+        (folder / "3.orbax-checkpoint-tmp" / "train").mkdir(parents=True, exist_ok=True)
+        return hashes_of(*args)
+
+    hashes_of = checkpoint._hashes  # what a save does last
+    monkeypatch.setattr(checkpoint, "_hashes", hashes)
+    save(folder, 5).close()
+    assert os.listdir(folder) == ["5"]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(folder):

@@ -280,6 +280,14 @@ def test_what_a_guide_asks_for_is_drawn_even_if_it_is_banned():
     assert draw(zeros, at, past, jnp.zeros(1, int))[0].tolist() == [97]
 
 
+def test_a_ban_holds_against_the_strongest_penalties():
+    penalties = {"repetition_penalty": 0.001, "frequency_penalty": 1000}
+    sampling = Sampling(temperature=0, **penalties, logit_bias={0: -100})
+    written, given = np.full(V, 2000), np.arange(V) == 0
+    written[0] = 0
+    assert 0 not in drawn([10.0] + [0.0] * 7, [sampling], [0], past=memory(1, written, given))
+
+
 def test_transformers_leaves_the_same(possible):
     torch = pytest.importorskip("torch", reason="compares with transformers: pip install torch")
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
