@@ -1,0 +1,127 @@
+"""SHA-256 manifests: a folder's files are hashed when written and checked before they are trusted.
+
+A manifest is the file `SHA256SUMS` in the folder it describes, in the format of `sha256sum`, so
+that `sha256sum --check SHA256SUMS` verifies the folder by hand. It is written last, by a rename: a
+folder that has one was written completely. Files that it does not list, such as `.DS_Store` or an
+editor's backup, are ignored.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxgpt.errors import InputError
+from jaxgpt.paths import inside
+
+MANIFEST = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises OSError if it cannot be read."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Hashes files of a folder, flushes them to the disk and writes the manifest atomically.
+
+    Args:
+        folder: The folder; a manifest it already has is replaced.
+        names: The files to list, relative to the folder; by default all files under it.
+
+    Raises:
+        OSError: A file cannot be read, or the disk is full.
+    """
+    if names is None:
+        files = (file for file in folder.rglob("*") if file.is_file())
+        names = {file.relative_to(folder).as_posix() for file in files}
+        names -= {MANIFEST, f"{MANIFEST}.draft"}
+    listed = sorted(names)
+
+    def sync_and_hash(name: str) -> str:
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(sync_and_hash, listed))
+    _replace(folder, dict(zip(listed, digests, strict=True)))
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    """Lists one more file in a folder's manifest, or lists it with its new hash, atomically."""
+    _replace(folder, read_manifest(folder) | {name: file_sha256(folder / name)})
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """The hashes that a folder's manifest lists, by file name relative to the folder.
+
+    Raises:
+        InputError: A line is not that of a hash and a name inside the folder.
+        OSError: The manifest cannot be read.
+    """
+    text = (folder / MANIFEST).read_bytes().decode(errors="replace")
+    lines = text.removesuffix("\n").split("\n") if text else []
+    digests: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None or match[2] in digests:
+            raise InputError(f"{folder / MANIFEST}:{number} is not a hash and a new file name")
+        inside(folder, match[2])
+        digests[match[2]] = match[1]
+    return digests
+
+
+def find_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """Compares the files of a folder with its manifest.
+
+    Args:
+        folder: A folder with a manifest.
+        wanted: Which of the listed files to hash, by name; by default all.
+
+    Returns:
+        What is wrong, such as `train/d/1b9f: changed`; empty if nothing is.
+
+    Raises:
+        InputError: A file exists and cannot be read. Reading it may succeed later, so this is not
+            reported as damage.
+    """
+    try:
+        digests = {name: digest for name, digest in read_manifest(folder).items() if wanted(name)}
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing"]
+    except InputError:
+        return [f"{MANIFEST}: changed"]
+    except OSError as error:
+        raise _unreadable(folder / MANIFEST, error) from error
+
+    def compare(name: str) -> str:
+        try:
+            return "" if file_sha256(folder / name) == digests[name] else f"{name}: changed"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return f"{name}: missing"
+        except OSError as error:
+            raise _unreadable(folder / name, error) from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [found for found in pool.map(compare, sorted(digests)) if found]
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be read: {error.strerror or error}; the file may be good: check the disk "
+        "or the mount, and try again"
+    )
+
+
+def _replace(folder: Path, digests: dict[str, str]) -> None:
+    draft = folder / f"{MANIFEST}.draft"
+    with draft.open("w") as stream:
+        stream.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        stream.flush()
+        os.fsync(stream.fileno())
+    draft.replace(folder / MANIFEST)
