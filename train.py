@@ -7,8 +7,9 @@
 Running the same command again resumes from the last checkpoint, exactly.
 """
 
-import signal
 import sys
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,173 +17,338 @@ from typing import Any
 import jax
 
 from jaxgpt import config, data, parallel, telemetry
-from jaxgpt.errors import InputError, TrainingError
-from jaxgpt.run import prepare
+from jaxgpt.errors import Diverged, InputError, TrainingError
+from jaxgpt.lock import RunLock
+from jaxgpt.metrics import mark_finished, read_metrics
+from jaxgpt.run import Run, prepare
+from jaxgpt.signals import Interrupted, Signals
+from jaxgpt.step import highest_plausible_loss
 from jaxgpt.trained import load
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
-HEALTH = ("grad_norm", "learning_rate")  # what the step reports beside the objective's sums
+STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
+RETRY_SECONDS = 10.0  # between tries to save when the disk is full
 
 
 def main(args: list[str]) -> int:
-    """Trains what the command line says; returns the exit status."""
+    """Trains as the command line says; returns the exit status."""
+    signals = Signals()
     try:
         cfg = config.from_command_line(args, DEFAULT)
         cfg.check()
-        parallel.connect(cfg.parallel)  # first, for it would take SIGTERM away from us
-        with Signals() as signals:
-            return train(cfg, signals)
+        parallel.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
+        with signals:
+            status = train(cfg, signals)
+            signals.end_if_abandoned(status)
+            return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 128 + signals.received if signals.received else 1
 
 
-def train(cfg: config.Config, signals: "Signals") -> int:
-    """Trains to the last step, or to a signal; returns the exit status."""
+def train(cfg: config.Config, signals: Signals) -> int:
+    """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
-    with clock("init"):
-        run = prepare(cfg)
-        cfg, start, steps, state = run.cfg, run.start, run.cfg.train.steps, run.state
-    first = jax.process_index() == 0  # of several processes, the one that speaks
-    if start >= steps:
-        if first:
-            print(f"{cfg.folder} has all its {start} steps; raise train.steps, or set another name")
-        return 0
-    log = telemetry.Telemetry(
-        cfg.folder,
-        cfg.telemetry,
-        start=start,
-        steps=steps,
-        tokens_per_step=cfg.train.batch * cfg.context,
-        flops_per_token=cfg.model.flops_per_token(cfg.context),
-        devices=list(run.layout.mesh.devices.flat),
-        clock=clock,
-    )
-    feed = data.prefetch(run.batch, start)
-    pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
+    with parallel.on_first_process(RunLock(cfg.folder)) as lock:
+        with clock("init"):
+            run = prepare(cfg)
+        steps, records = run.cfg.train.steps, read_metrics(run.cfg.folder / "metrics.jsonl")
+        if run.start >= steps and any(r.get("finished") == run.start for r in records):
+            if jax.process_index() == 0:
+                print(f"{cfg.folder} has all its {run.start} steps; raise train.steps or set name")
+            return 0
+        training = Training(run, lock, clock, signals)
+        status = training.take_all_steps()
+        if status == 0 and jax.process_index() == 0:
+            training.finish()
+        return status
 
-    def report(upto: int) -> None:
+
+class Training:
+    """A run being trained by this process: the loop, and what is done after the last step."""
+
+    def __init__(
+        self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
+    ) -> None:
+        self.run, self.lock, self.clock, self.signals = run, lock, clock, signals
+        self.cfg = cfg = run.cfg
+        self.step, self.state = run.start, run.state
+        self.stopped = 0  # the number of the signal that ends the run, the same on all processes
+        self.steps = max(cfg.train.steps, run.start)
+        self.pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
+        self.test: tuple[dict[str, float], dict[str, Any]] = {}, {}
+        self.complete = True  # nothing that is done at the end has failed
+        self.log = telemetry.Telemetry(
+            cfg.folder,
+            cfg.telemetry,
+            start=run.start,
+            steps=self.steps,
+            tokens_per_step=cfg.train.batch * cfg.context,
+            flops_per_token=cfg.model.flops_per_token(cfg.context),
+            devices=list(run.layout.mesh.devices.flat),
+            clock=clock,
+        )
+
+    def take_all_steps(self) -> int:
+        """Trains, saves and evaluates up to the last step; returns the exit status."""
+        run, clock = self.run, self.clock
+        with (
+            self.log,
+            closing(run.checkpoints),
+            closing(data.prefetch(run.batch, run.start)) as feed,
+        ):
+            with clock("compile"):
+                self.batch = run.act(self.state, run.batch(run.start))
+                self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
+                self.evaluate = run.compile_evaluate(self.state, self.batch)
+            with self.signals.deferred():
+                try:
+                    if self.lacks_validation():
+                        self.validate()
+                    self.loop(feed)
+                    self.finish_saving()
+                    if not self.stopped:
+                        self.test = self.measure("test") or self.test
+                except Diverged:
+                    raise
+                except Exception:
+                    self.rescue()
+                    raise
+        if self.stopped and jax.process_index() == 0:
+            print(f"stopped after step {self.step}, which is saved; the same command resumes")
+        return 128 + self.stopped if self.stopped else 0
+
+    def loop(self, feed: Any) -> None:
+        """Takes steps, until the last one or a signal."""
+        train, run = self.cfg.train, self.run
+        for step in range(run.start + 1, train.steps + 1):
+            if self.cfg.objective.annotates:  # it samples from the parameters of the step before
+                with self.clock("step"):
+                    jax.block_until_ready(self.state)
+            with self.clock("data"):
+                self.batch = run.act(self.state, next(feed))
+            with self.clock("step"):
+                self.state, metrics = self.take_step(self.state, self.batch)
+            self.step = step
+            self.pending.append((step, metrics))
+
+            logs = due(step, train.log_every)
+            if logs or jax.process_count() == 1:  # several processes ask each other
+                self.stopped = parallel.largest(self.signals.received)
+            last = step == train.steps or self.stopped > 0
+            evals = step == train.steps or due(step, train.eval_every)
+            saves = last or due(step, self.cfg.checkpoint.every)
+            if logs or evals or saves:
+                # The newest step may still run while the log is written, unless it is needed.
+                newest = evals or saves or step == run.start + 1
+                with self.clock("step"):
+                    self.report(step if newest else step - 1)
+                self.log.log(step, self.log.rate(step))
+            if saves or self.must_save_again(logs):
+                self.save()
+            if evals and not self.stopped:
+                self.validate()
+                if self.stopped and not saves:
+                    self.save()
+            if logs or last:
+                self.log.show(step)
+            if last or self.stopped:
+                return
+
+    def report(self, upto: int) -> None:
         """Logs the steps up to one. Only here does the loop wait for the devices."""
-        ready = [entry for entry in pending if entry[0] <= upto]
-        del pending[: len(ready)]
+        ready = [entry for entry in self.pending if entry[0] <= upto]
+        del self.pending[: len(ready)]
         for step, metrics in jax.device_get(ready):
-            health = {name: float(metrics.pop(name)) for name in HEALTH}
-            log.log(step, cfg.objective.report(metrics) | health)
-            if not metrics.pop("finite") and cfg.optim.nonfinite == "stop":
-                raise TrainingError(
-                    f"the loss or gradient of step {step} is not finite, and nothing after it is "
-                    "saved; lower optim.learning_rate, or set optim.nonfinite=skip to leave such "
-                    "steps out"
+            numbers = {name: float(metrics.pop(name)) for name in STEP_METRICS}
+            finite, in_a_row = metrics.pop("finite"), metrics.pop("in_a_row")
+            self.log.log(step, self.cfg.objective.report(metrics) | numbers)
+            if not finite and self.cfg.optim.nonfinite == "stop":
+                raise Diverged(
+                    f"the loss or gradient of step {step} is not finite, and no state after it is "
+                    f"saved; {self.advice()}, or skip such steps with optim.nonfinite=skip"
+                )
+            if in_a_row >= self.cfg.optim.max_skips:
+                raise Diverged(
+                    f"the last {in_a_row} steps up to {step} were skipped (optim.max_skips="
+                    f"{self.cfg.optim.max_skips}), and no state after them is saved; "
+                    f"{self.advice()}"
                 )
 
-    def validate(step: int) -> float | None:
-        """Logs and shows what is measured on the validation set; returns the loss."""
-        with clock("eval"):
-            values, _ = run.evaluate(state, evaluate, "val")
-        if not values:
-            return None
-        log.log(step, values)
-        if rest := {name: value for name, value in values.items() if name != "val_loss"}:
-            log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
-        return values.get("val_loss")
+    def advice(self) -> str:
+        """What to do after a divergence."""
+        if not (steps := self.run.checkpoints.steps()):
+            return "there is no checkpoint: start again with a lower optim.learning_rate"
+        older = f" (or to an older one of {steps})" if len(steps) > 1 else ""
+        return (
+            f"go back to the newest checkpoint{older} with --resume {steps[-1]} and lower "
+            "optim.learning_rate"
+        )
 
-    with log, closing(run.checkpoints), closing(feed):
-        with clock("compile"):
-            example = run.act(state, run.batch(start))
-            take_step = run.layout.compile_step(run.take_step, state, example)
-            evaluate = run.compile_evaluate(state, example)
-        if start == 0 and run.started_from:
-            validate(0)  # the model as it was
-        signals.loop_runs = True
-        for step in range(start + 1, steps + 1):
-            if cfg.objective.annotates:  # by the parameters that this waits for
-                with clock("step"):
-                    jax.block_until_ready(state)
-            with clock("data"):
-                batch = run.act(state, next(feed))
-            with clock("step"):
-                state, metrics = take_step(state, batch)
-            pending.append((step, metrics))
+    def lacks_validation(self) -> bool:
+        """Whether the step to start from should have been evaluated and was not."""
+        run = self.run
+        if run.start == 0:
+            return run.started_from is not None  # the model before fine-tuning, to compare with
+        records = read_metrics(self.cfg.folder / "metrics.jsonl")
+        known = any(r["step"] == run.start and "val_loss" in r for r in records)
+        wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
+        return wanted and not known
 
-            logs = due(step, cfg.train.log_every)
-            # Read once, for what is decided on it must agree; several processes ask each other.
-            stopped = parallel.largest(signals.received) if logs or jax.process_count() == 1 else 0
-            last = step == steps or stopped > 0
-            evals = step == steps or due(step, cfg.train.eval_every)
-            saves = last or due(step, cfg.checkpoint.every)
-            if logs or evals or saves:
-                # The newest step may still run while the log is written, unless it is looked at.
-                newest = evals or saves or step == start + 1
-                with clock("step"):
-                    report(step if newest else step - 1)
-                log.log(step, log.rate(step))
-            val_loss = validate(step) if evals else None
-            if saves:
-                with clock("save"):
-                    run.save(step, state, val_loss)
-            if logs or last:
-                log.show(step)
-            if last:
-                break
-        with clock("save"):
-            run.checkpoints.wait()
-        test, sums = {}, {}
-        if not stopped:
-            with clock("eval"):
-                test, sums = run.evaluate(state, evaluate, "test")
-            if test:
-                log.log(step, test)
-    if stopped:
-        if first:
-            print(f"stopped after step {step}, which is saved; the same command goes on from there")
-        return 128 + stopped
-    if not first:
-        return 0
-    print(f"\nwhere the time went\n{clock.table()}")
-    if changes := telemetry.before_and_after(cfg.folder):
-        print(f"\n{changes}")
-    if test:
-        print("\non the test set\n" + "\n".join(f"  {k:<28} {v:.4f}" for k, v in test.items()))
-        print(cfg.objective.show(sums, cfg.folder))
-    if picture := telemetry.plot(cfg.folder):
-        print(f"\nloss curve   {picture}")
-    print(f"checkpoint   {run.checkpoints.folder / str(steps)}")
-    if cfg.train.sample_tokens:
-        prompt, records = cfg.train.prompt, run.dataset.records.get("val", [])
+    def validate(self) -> None:
+        """Evaluates on the validation set, and shows and stores what is measured."""
+        with self.clock("eval"):
+            found = self.attempt(
+                "evaluation", lambda: self.run.evaluate(self.state, self.evaluate, "val")
+            )
+        if found and (values := found[0]):
+            self.log.log(self.step, values)
+            self.run.checkpoints.record(self.step, values)
+            if rest := {name: value for name, value in values.items() if name != "val_loss"}:
+                self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
+
+    def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
+        """Numbers, which are logged, and sums of the set `val` or `test`; None if that fails."""
+        with self.clock("eval"):
+            found = self.attempt(
+                f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
+            )
+        if found and found[0]:
+            self.log.log(self.step, found[0])
+        return found
+
+    def save(self, wait: bool = False) -> None:
+        """Saves the newest state, in the background unless `wait`.
+
+        While that fails, as on a full disk, it waits and tries again for `checkpoint.patience`.
+        Raises Diverged, and saves nothing, if the parameters' own loss is far above the history's.
+        """
+        with self.clock("eval"):
+            metrics = {"loss": self.own_loss(), "skipped": int(self.state.guard.skipped)}
+        deadline = time.monotonic() + 60 * self.cfg.checkpoint.patience
+        while True:
+            try:
+                with self.clock("save"):
+                    if self.lock is not None:
+                        self.lock.check()
+                    self.log.flush()
+                    self.run.save(self.step, self.state, metrics)
+                    if wait:
+                        self.run.checkpoints.wait()
+                    return
+            except TrainingError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or self.signals.received or jax.process_count() > 1:
+                    raise
+                self.log.warn(f"{error}; training waits and tries again, {left / 60:.1f} min left")
+                wait = True
+                with self.clock("save"):
+                    self.signals.wait(min(RETRY_SECONDS, left))
+
+    def must_save_again(self, logs: bool) -> bool:
+        """Whether a save has failed in the background, or the run's folder has disappeared."""
+        if jax.process_count() > 1:  # they must agree; the next save raises the error
+            return False
+        try:
+            if logs and self.lock is not None:
+                self.lock.check()
+            failure = self.run.checkpoints.failure()
+        except TrainingError as error:
+            failure = error
+        if failure is not None:
+            self.log.warn(f"{failure}; trying again with step {self.step}")
+        return failure is not None
+
+    def finish_saving(self) -> None:
+        """Waits for the save in the background, and saves again if it fails."""
+        with self.clock("save"):
+            try:
+                self.run.checkpoints.wait()
+                return
+            except TrainingError as error:
+                if jax.process_count() > 1:
+                    raise
+                self.log.warn(str(error))
+        self.save(wait=True)
+
+    def own_loss(self) -> float:
+        """The loss of the newest parameters on the newest batch, without dropout.
+
+        Raises Diverged if it is not finite, or far above those of the last steps.
+        """
+        frozen = () if self.state.frozen is None else (self.state.frozen,)
+        sums = jax.device_get(self.evaluate(self.state.params, self.batch, *frozen))
+        loss = self.cfg.objective.report(sums)["loss"]
+        highest = highest_plausible_loss(self.state.guard)
+        if not loss <= highest:
+            raise Diverged(
+                f"the loss of the parameters after step {self.step} is {loss:.4g}, which is "
+                f"{f'above {highest:.4g}, far above the last' if loss > highest else 'not finite'}"
+                f": they are not saved; {self.advice()}, or skip such steps with optim.spike=6"
+            )
+        return loss
+
+    def rescue(self) -> None:
+        """After an error, saves the newest state if it is whole."""
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if self.step == self.run.start or jax.process_count() > 1 or not whole:
+            return
+        try:
+            self.run.save(self.step, self.state, {"loss": self.own_loss()})
+            self.run.checkpoints.wait()
+        except Exception as error:
+            self.log.warn(f"step {self.step} is not saved after the error below: {error}")
+        else:
+            self.log.warn(f"the error below ends the run; step {self.step} is saved")
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None, with a warning, if it fails, and None if a signal ends it."""
+        try:
+            # Evaluation on several processes is collective, so none of them may leave it.
+            return work() if jax.process_count() > 1 else self.signals.run(work)
+        except Interrupted:
+            self.stopped = self.signals.received
+        except Exception as error:
+            self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
+        self.complete = False
+        return None
+
+    def finish(self) -> None:
+        """Prints the report, draws the loss curve and samples from the model."""
+        cfg, folder = self.cfg, self.cfg.folder
+        values, sums = self.test
+        print(f"\nwhere the time went\n{self.clock.table()}")
+        if changes := telemetry.before_and_after(folder):
+            print(f"\n{changes}")
+        if values:
+            print(
+                "\non the test set\n" + "\n".join(f"  {k:<28} {v:.4f}" for k, v in values.items())
+            )
+            print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
+        if picture := self.attempt("the loss curve", lambda: telemetry.plot(folder)):
+            print(f"\nloss curve   {picture}")
+        print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
+        if cfg.train.sample_tokens:
+            self.attempt("the sample", self.sample)
+        if self.complete:
+            mark_finished(folder / "metrics.jsonl", self.step)
+
+    def sample(self) -> bool:
+        """Prints what the saved model generates, and the command that does it."""
+        cfg, prompt = self.cfg, self.cfg.train.prompt
+        records = self.run.dataset.records.get("val", [])
         command = f"python -m jaxgpt {cfg.objective.command} {cfg.folder}"
         print(f"\na sample ({command} {prompt!r}):\n" if not records else f"\n{command}\n")
-        trained = load(cfg.folder)
-        print(cfg.objective.sample(trained, records, prompt, cfg.train.sample_tokens))
-    return 0
+        print(cfg.objective.sample(load(cfg.folder), records, prompt, cfg.train.sample_tokens))
+        return True
 
 
 def due(step: int, every: int) -> bool:
     """Whether something done every so many steps, 0 for never, is done after this one."""
     return every > 0 and step % every == 0
-
-
-class Signals:
-    """SIGTERM and Ctrl-C ask the loop to save and end; before it, and twice, they end at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.loop_runs = False
-
-    def __enter__(self) -> "Signals":
-        self._old = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if not self.loop_runs or self.received:
-            sys.exit(128 + number)
-        self.received = number
 
 
 if __name__ == "__main__":

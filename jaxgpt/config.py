@@ -70,6 +70,10 @@ class Config:
     """Folder of all runs."""
     seed: int = 1337
     """Of initial weights, data order and dropout."""
+    resume: int = 0
+    """Step of this run's checkpoint to go back to, instead of resuming from the newest; later
+    checkpoints are renamed to STEP.abandoned. Repeating the command does not go back again. 0: the
+    newest."""
     start: str = ""
     """What to start from, with its architecture and tokenizer: a run or a checkpoint, a folder of
     Hugging Face's layout, or a name there (gpt2, Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
@@ -111,6 +115,8 @@ class Config:
     def check(self) -> None:
         """Raises InputError where a field cannot be, before text or device is touched."""
         self.train.check()
+        if self.resume < 0:
+            raise InputError(f"resume={self.resume}; set it to the step of a checkpoint, or 0")
         if self.adapter and not self.start:
             raise InputError(f"adapter={self.adapter} belongs to a model; set start to that")
         self.model.check()

@@ -14,3 +14,7 @@ class TrainingError(RuntimeError):
 
     The message says what happened, at which step, and which checkpoint is good.
     """
+
+
+class Diverged(TrainingError):
+    """Training has diverged: its newest parameters are not worth saving."""

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import checkpoint, pretrained
+from jaxgpt import pretrained
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, count, letters
@@ -116,7 +116,7 @@ def card(path: str | Path, found: Source, folder: str) -> str:
         "",
         f"- **Architecture**: {shape}",
         f"- **Tokenizer**: {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids",
-        *_training(path, found),
+        *_training(found),
         "",
         "Its biases and limits are those of its data; nothing more was measured.",
         "",
@@ -124,14 +124,14 @@ def card(path: str | Path, found: Source, folder: str) -> str:
     return "\n".join(lines)
 
 
-def _training(path: str | Path, found: Source) -> list[str]:
+def _training(found: Source) -> list[str]:
     """The lines on the run; of a model that is not one of ours, where it is from."""
     if "step" not in found.lineage:
         return [
             f"- **From**: {json.dumps(found.lineage)}",
             f"- **Versions**: {_listed(versions())}",
         ]
-    about, run = checkpoint.read(path), found.config
+    about, run = found.metadata, found.config
     step, loss = about["metrics"]["step"], about["metrics"]["val_loss"]
     tokens = step * run.train.batch * run.context
     return [

@@ -47,7 +47,12 @@ class OptimConfig:
     ema: float = 0.0
     """Decay of a running average of the parameters, which evaluation then uses; 0: none."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """When the loss or gradient is not finite: end the run, or leave the step out and go on."""
+    """If the loss or gradient of a step is not finite: end the run, or skip the step."""
+    spike: float = 0.0
+    """Skip steps whose loss or gradient norm is more than this many standard deviations above the
+    mean of the last 128 steps; 6 is usual, 0 never skips. Use it when training is unstable."""
+    max_skips: int = 20
+    """Skipped steps in a row after which the run ends."""
 
     def check(self, steps: int) -> None:
         """Raises InputError where a field cannot be."""
@@ -60,7 +65,9 @@ class OptimConfig:
         for name in ("final", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"optim.{name}={getattr(self, name)}; set it in [0, 1]")
-        for name in ("weight_decay", "clip", "warmup"):
+        if self.max_skips < 1:
+            raise InputError(f"optim.max_skips={self.max_skips}; set it to 1 or more")
+        for name in ("weight_decay", "clip", "warmup", "spike"):
             if getattr(self, name) < 0:
                 raise InputError(f"optim.{name}={getattr(self, name)}; set it to 0 or more")
         if self.warmup >= steps:

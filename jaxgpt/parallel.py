@@ -7,10 +7,11 @@ changes. `pmap` is the twin without a mesh: the same step, mapped over the devic
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.errors import InputError
 
+Entered = TypeVar("Entered")
 AXES = ("data", "fsdp", "tensor")
 
 # Which mesh axes split a dimension, by its letter; a letter not listed is never split. From left to
@@ -100,6 +102,24 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+@contextmanager
+def on_first_process(context: AbstractContextManager[Entered]) -> Iterator[Entered | None]:
+    """Enters a context on process 0 alone; the others get None.
+
+    If process 0 cannot enter it and raises InputError, the others raise one too.
+    """
+    with ExitStack() as stack:
+        entered, failed = None, None
+        if jax.process_index() == 0:
+            try:
+                entered = stack.enter_context(context)
+            except InputError as error:
+                failed = error
+        if largest(int(failed is not None)):
+            raise failed or InputError("process 0 cannot start; its message says why")
+        yield entered
 
 
 def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:

@@ -63,9 +63,7 @@ class Run:
         return Trained(self.cfg, params, self.tokenizer)
 
     def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
-        """(params, batch, *frozen) -> the objective's sums, for `evaluate`, where it will ask."""
-        if self.cfg.objective.annotates or not self.dataset.held_out:
-            return lambda *_: {}
+        """The function (params, batch, *frozen) -> the objective's sums, compiled."""
         frozen = () if state.frozen is None else (state.frozen,)
         step = partial(eval_step, loss_fn=self.loss_fn)
         return self.layout.compile_eval(step, state.params, example, *frozen)
@@ -102,10 +100,9 @@ class Run:
             values |= {f"{name}_{k}": v for k, v in measured.items()}
         return values, whole
 
-    def save(self, step: int, state: TrainState, val_loss: float | None) -> None:
-        """Saves a state in the background, with all that describes it."""
+    def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        """Saves a state in the background, with what was measured and all that describes it."""
         scanned = self.cfg.compute.layers == "scan"
-        metrics = {} if val_loss is None else {"val_loss": val_loss}
         saved = to_saved(state, self.cfg.model.L, scanned)
         self.checkpoints.save(step, saved, self.describe, metrics)
 
@@ -113,8 +110,7 @@ class Run:
 def prepare(cfg: config.Config) -> Run:
     """Config -> objects. Bad input is found here, before any device work."""
     checkpoints = checkpoint.Checkpoints(cfg.folder / "checkpoints", cfg.checkpoint)
-    start = checkpoints.latest()
-    saved = {} if start is None else checkpoint.read(checkpoints.folder / str(start))
+    start, saved, goes_back = find_start(checkpoints, cfg.resume)
 
     cfg, text, dataset, origin = prepare_data(cfg, saved)
     if jax.process_index() == 0:
@@ -158,6 +154,8 @@ def prepare(cfg: config.Config) -> Run:
 
     if start is not None:
         abstract = layout_apart.abstract(lambda: to_saved(new_state(), cfg.model.L, scanned))
+        if not any(path.startswith("guard/") for path in saved["leaves"]["train"]):
+            del abstract["train"]["guard"]  # a checkpoint of format 1
         state = from_saved(checkpoints.restore(start, abstract), scanned, apart.trains)
         state = jax.device_put(state, layout.shardings(state))
     elif origin is not None and diff is not None:
@@ -199,6 +197,7 @@ def prepare(cfg: config.Config) -> Run:
         "lineage": {
             "started_from": origin.lineage if origin else before.get("started_from"),
             "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
+            "went_back_to": [*before.get("went_back_to", []), *([cfg.resume] * goes_back)],
         }
         | ({"teacher": {**teacher.lineage, "digest": teacher.digest()}} if teacher else {}),
     }
@@ -208,12 +207,37 @@ def prepare(cfg: config.Config) -> Run:
         tx=tx,
         micro=cfg.train.micro,
         ema=cfg.optim.ema,
+        spike=cfg.optim.spike,
         rate=optim.schedule(cfg.optim, cfg.optim.learning_rate, updates),
     )
     take_step = repeated(step, cfg.objective.updates_per_batch)
     return Run(
         cfg, text, checkpoints, describe, dataset, layout, loss_fn, take_step, start or 0, state
     )
+
+
+def find_start(
+    checkpoints: checkpoint.Checkpoints, resume: int
+) -> tuple[int | None, dict[str, Any], bool]:
+    """The step to resume from, what its checkpoint says of itself, and if it was asked for.
+
+    A run that went back to step `resume` and has saved a later step since resumes from that, so
+    that the same command can be repeated.
+    """
+
+    def read(step: int | None) -> dict[str, Any]:
+        return {} if step is None else checkpoint.read(checkpoints.folder / str(step))
+
+    start = checkpoints.latest()
+    saved = read(start)
+    if not resume:
+        return start, saved, False
+    went_back = saved.get("lineage", {}).get("went_back_to", [])
+    if start != resume and went_back[-1:] == [resume]:
+        print(f"the run went back to step {resume} before, and now resumes from step {start}")
+        return start, saved, False
+    checkpoints.go_back(resume)
+    return resume, read(resume), True
 
 
 def prepare_data(

@@ -1,7 +1,7 @@
 """The train state and the one step that every objective shares."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,77 @@ import optax
 from jaxgpt.model import stack, unstack
 from jaxgpt.objectives import Mean
 from jaxgpt.tune import join, split
+
+HISTORY = 128  # steps whose losses and gradient norms tell an ordinary step from a spike
+
+
+class Guard(NamedTuple):
+    """The recent history of a run by which a step that would damage the parameters is recognised.
+
+    The history is that of the last `HISTORY` updates, in a ring; skipped steps are not in it.
+    """
+
+    losses: jax.Array
+    """float32[HISTORY]: mean losses."""
+    norms: jax.Array
+    """float32[HISTORY]: norms of the gradients."""
+    updates: jax.Array
+    """int32: how many steps updated the parameters."""
+    skipped: jax.Array
+    """int32: how many steps were skipped."""
+    in_a_row: jax.Array
+    """int32: how many of the last steps were skipped, without an update after them."""
+
+
+def init_guard() -> Guard:
+    """No history."""
+    ring, zero = jnp.zeros(HISTORY, jnp.float32), jnp.zeros((), jnp.int32)
+    return Guard(ring, jnp.zeros_like(ring), zero, jnp.zeros_like(zero), jnp.zeros_like(zero))
+
+
+def is_spike(guard: Guard, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
+    """Whether a step's loss or gradient norm is far above those of the last steps.
+
+    Far is more than `sigmas` standard deviations above the mean; False until half of the history
+    is there. This is the rule of OLMo's `SkipStepOptimizer` (https://arxiv.org/abs/2501.00656).
+    """
+    count = jnp.minimum(guard.updates, HISTORY)
+    known = jnp.arange(HISTORY) < count
+
+    def is_far(value: jax.Array, ring: jax.Array) -> jax.Array:
+        mean = jnp.mean(ring, where=known)
+        return value > mean + sigmas * jnp.std(ring, where=known)
+
+    far = is_far(loss, guard.losses) | is_far(norm, guard.norms)
+    return (count >= HISTORY // 2) & far
+
+
+def update_guard(guard: Guard, loss: jax.Array, norm: jax.Array, updated: jax.Array) -> Guard:
+    """The history after one more step, which updated the parameters or was skipped."""
+    place = guard.updates % HISTORY
+    return Guard(
+        losses=jnp.where(updated, guard.losses.at[place].set(loss), guard.losses),
+        norms=jnp.where(updated, guard.norms.at[place].set(norm), guard.norms),
+        updates=guard.updates + updated,
+        skipped=guard.skipped + ~updated,
+        in_a_row=jnp.where(updated, 0, guard.in_a_row + 1),
+    )
+
+
+def highest_plausible_loss(guard: Guard) -> float:
+    """The loss above which parameters have diverged, by the history; infinite without one.
+
+    It is one nat and six standard deviations above the highest of the last losses. While there is
+    less than half of the history it is ten times the highest, because losses may overshoot at the
+    start of training.
+    """
+    losses = jax.device_get(guard.losses)[: min(int(guard.updates), HISTORY)]
+    if not len(losses):
+        return math.inf
+    highest = float(losses.max())
+    if len(losses) < HISTORY // 2:
+        return highest + 9 * abs(highest) + 1
+    return highest + 6 * float(losses.std()) + 1
 
 
 class TrainState(NamedTuple):
@@ -24,6 +95,7 @@ class TrainState(NamedTuple):
     params: Any
     opt: Any
     key: jax.Array
+    guard: Guard
     ema: Any = None
     frozen: Any = None
 
@@ -37,7 +109,9 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; `key` seeds all randomness of training."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, average, frozen)
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, tx.init(params), key, init_guard(), average, frozen
+    )
 
 
 def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
@@ -52,7 +126,7 @@ def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
     frozen = state.frozen
     saved = {
         "params": join(state.params, frozen.get("rest")),
-        "train": {"step": state.step, "opt": state.opt, "key": state.key},
+        "train": {"step": state.step, "opt": state.opt, "key": state.key, "guard": state.guard},
         "ema": join(state.ema, frozen.get("rest")) if state.ema is not None else None,
         "reference": frozen.get("reference"),
     }
@@ -62,7 +136,10 @@ def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
 def from_saved(
     saved: dict[str, Any], scanned: bool, trains: Callable[[tuple[str, ...]], bool] | None = None
 ) -> TrainState:
-    """The inverse of `to_saved`; `trains` says which paths are trained: all, if None."""
+    """The inverse of `to_saved`; `trains` says which paths are trained: all, if None.
+
+    Checkpoints of format 1 have no guard; its history begins anew.
+    """
     params, ema, frozen = saved["params"], saved.get("ema"), {}
     if trains is not None:
         params, rest = split(params, trains)
@@ -70,7 +147,8 @@ def from_saved(
         frozen = {"rest": rest} if rest else {}
     if "reference" in saved:
         frozen["reference"] = saved["reference"]
-    state = TrainState(params=params, ema=ema, frozen=frozen or None, **saved["train"])
+    train = {"guard": init_guard()} | saved["train"]
+    state = TrainState(params=params, ema=ema, frozen=frozen or None, **train)
     return stack(state) if scanned else state
 
 
@@ -83,6 +161,7 @@ def train_step(
     micro: int = 1,
     ema: float = 0.0,
     rate: optax.Schedule | None = None,
+    spike: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update of the parameters, by the gradient of (sum of losses) / (sum of counts).
@@ -91,9 +170,10 @@ def train_step(
     trees where the state has some. The batch is taken in `micro` equal parts whose gradients add
     up, and over the devices of the mapped `axis` where there is one; nothing is divided before the
     end, so every split gives the same gradient. The randomness is that of (state.key, step, part,
-    device). Metrics are the objective's sums, the norm of the gradient, the learning rate where
-    `rate` is given, and `finite`: where the loss or gradient is
-    not finite the state stays as it was, but for the step number.
+    device). If the loss or gradient is not finite, or, with `spike` above 0, so many standard
+    deviations above the last steps' (`is_spike`), the step is skipped: only its number and the
+    guard change. Metrics are the objective's sums, the norm of the gradient, the learning rate
+    if `rate` is given, `finite`, and how many steps were `skipped` in all and `in_a_row`.
     """
     key = jax.random.fold_in(state.key, state.step)
     if axis is not None:
@@ -126,19 +206,29 @@ def train_step(
     grads = jax.tree.map(lambda g: g / metrics["loss"].count, grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    mean = (loss / metrics["loss"].count).astype(jnp.float32)
+    updated = finite & ~is_spike(state.guard, mean, norm, spike) if spike else finite
 
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = state.ema
-    if ema:
-        average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
-    keep = partial(jax.tree.map, partial(jnp.where, finite))
-    state = state._replace(
-        params=keep(params, state.params),
-        opt=keep(opt, state.opt),
-        ema=keep(average, state.ema),
+    def update(params: Any, opt: Any, average: Any) -> Any:
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        if ema:
+            average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, average, params)
+        return params, opt, average
+
+    # Not `where` on every leaf: that copies the donated state, and `cond` updates it in place.
+    params, opt, average = jax.lax.cond(
+        updated, update, lambda *same: same, state.params, state.opt, state.ema
     )
-    report = {**metrics, "grad_norm": norm, "finite": finite}
+    guard = update_guard(state.guard, mean, norm.astype(jnp.float32), updated)
+    state = state._replace(params=params, opt=opt, ema=average, guard=guard)
+    report = {
+        **metrics,
+        "grad_norm": norm,
+        "finite": finite,
+        "skipped": guard.skipped,
+        "in_a_row": guard.in_a_row,
+    }
     if rate is not None:
         report["learning_rate"] = rate(state.step)
     return state._replace(step=state.step + 1), report

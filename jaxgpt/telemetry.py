@@ -1,11 +1,10 @@
-"""What a run shows and writes down: progress, metrics, where the time went, a picture of the loss.
+"""Progress, metrics, goodput and loss curves of a run.
 
-`metrics.jsonl` always gets every record. TensorBoard and Weights & Biases are options that can
-never stop a run: each works in a thread of its own, and the first thing that goes wrong there, a
-hanging network included, is said once on stderr and switches it off.
+`metrics.jsonl` always gets every record. The display, TensorBoard and Weights & Biases never stop a
+run: the first error of one of them, a network that hangs included, is printed once on stderr and
+switches it off. TensorBoard and Weights & Biases work in threads of their own.
 """
 
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import jax
 
 from jaxgpt.errors import TrainingError
+from jaxgpt.metrics import MetricsFile, read_metrics
 
 BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
 
@@ -155,11 +155,12 @@ class Telemetry:
         self._step = start
         self._measured = (start, self._training_seconds())
         self._loss = self._val_loss = self._rate = math.nan
-        self._file: Any = None
+        self._skipped = 0
+        self._file: MetricsFile | None = None
         self._sinks: list[_Sink] = []
         self._display: Any = _Silent()
         if jax.process_index() == 0:
-            self._file = _reopen(folder / "metrics.jsonl", start)
+            self._file = MetricsFile(folder / "metrics.jsonl", start)
             if cfg.tensorboard:
                 self._sinks.append(_Sink("tensorboard", lambda: _tensorboard(folder, start)))
             if cfg.wandb:
@@ -173,11 +174,12 @@ class Telemetry:
         self.close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes a record of a step: numbers by name. What is not finite is written as null.
+        """Writes a record of a step: numbers by name. Numbers that are not finite become null.
 
-        Raises TrainingError where the file cannot be written.
+        If the file cannot be written, a warning says so and the record waits in memory.
         """
         self._step = step
+        self._skipped = int(values.get("skipped", self._skipped))
         self._loss = values.get("loss", self._loss)
         self._val_loss = values.get("val_loss", self._val_loss)
         self._record(values)
@@ -198,27 +200,52 @@ class Telemetry:
         return rates
 
     def show(self, step: int) -> None:
-        """Brings the display up to a step."""
+        """Updates the display."""
         left = (self.steps - step) * self._tokens_per_step / self._rate
-        self._display.show(step, self._loss, self._val_loss, self._rate, left)
+        numbers = _numbers(self._loss, self._val_loss, self._rate, left, self._skipped)
+        self._on_display(lambda display: display.show(step, numbers))
 
     def say(self, text: str) -> None:
         """Prints above the display."""
-        self._display.say(text)
+        self._on_display(lambda display: display.say(text))
+
+    def warn(self, text: str) -> None:
+        """Prints a warning on stderr."""
+        with suppress(OSError, ValueError):  # nobody reads it
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Writes the records that wait; raises TrainingError if they cannot be written."""
+        if self._file is not None:
+            waited = len(self._file.waiting)
+            self._file.flush()
+            if waited:
+                self.warn(f"{waited} records that waited are written to {self._file.path}")
 
     def close(self) -> None:
-        """Ends the display, writes where the time went, and lets the options finish."""
-        self._display.close()
+        """Ends the display, writes where the time went, and waits for the options to finish."""
+        self._on_display(lambda display: display.close())
         for sink in self._sinks:
             sink.close()
-        seconds = self.clock.seconds()
-        self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
         if self._file is not None:
+            seconds = self.clock.seconds()
+            self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
+            if self._file.waiting:
+                self.warn(f"{len(self._file.waiting)} records are not in {self._file.path}")
             self._file.close()
+            self._file = None
 
     def _training_seconds(self) -> float:
         seconds = self.clock.seconds()
         return seconds["step"] + seconds["data"]
+
+    def _on_display(self, action: Callable[[Any], None]) -> None:
+        """Uses the display, and switches it off if its terminal or pipe is gone."""
+        try:
+            action(self._display)
+        except (OSError, ValueError) as error:
+            self._display = _Silent()
+            self.warn(f"the display is off: {error}")
 
     def _record(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -228,53 +255,12 @@ class Telemetry:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
+        waited = bool(self._file.waiting)
         try:
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            file, self._file = self._file, None
-            with suppress(OSError):  # what is left in its buffer fails again
-                file.close()
-            raise TrainingError(
-                f"step {self._step} could not be written to {file.name}: {error.strerror}; "
-                "the newest checkpoint is good, and the same command goes on from there"
-            ) from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, whose last line may be torn: a kill cut it short.
-
-    Any other line that is no record is left out with a warning.
-    """
-    records = []
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-                continue
-        if number < len(lines):
-            logger.warning("%s: line %d is not a record and is left out", path, number)
-    return records
-
-
-def _reopen(path: Path, start: int) -> Any:
-    """The file, holding one history: records after step `start` were of a run that was cut off.
-
-    Raises TrainingError where it cannot be written.
-    """
-    kept = [r for r in read_metrics(path) if start and r.get("step", 0) <= start]
-    part = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        part.replace(path)
-        return path.open("a")
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}; make room, or set `runs` elsewhere"
-        ) from error
+            self._file.write(finite)
+        except TrainingError as error:
+            if not waited:
+                self.warn(f"{error}; training goes on, and they are tried again")
 
 
 class _Sink:
@@ -361,7 +347,7 @@ def _wandb(folder: Path, project: str) -> tuple[Callable[..., None], Callable[[]
 class _Silent:
     """Shows nothing."""
 
-    def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
+    def show(self, step: int, numbers: list[str]) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -377,10 +363,9 @@ class _Lines(_Silent):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
+    def show(self, step: int, numbers: list[str]) -> None:
         width = max(5, len(str(self.steps)))
-        now = " | ".join(_numbers(loss, val_loss, rate, left))
-        print(f"step {step:>{width}}/{self.steps} | {now}", flush=True)
+        print(f"step {step:>{width}}/{self.steps} | {' | '.join(numbers)}", flush=True)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -401,9 +386,8 @@ class _Live(_Silent):
         self.task = self.bar.add_task("", total=steps, completed=start, now="compiling")
         self.bar.start()
 
-    def show(self, step: int, loss: float, val_loss: float, rate: float, left: float) -> None:
-        now = "  ".join(_numbers(loss, val_loss, rate, left))
-        self.bar.update(self.task, completed=step, now=now)
+    def show(self, step: int, numbers: list[str]) -> None:
+        self.bar.update(self.task, completed=step, now="  ".join(numbers))
 
     def say(self, text: str) -> None:
         self.bar.console.print(text, markup=False, highlight=False)
@@ -412,13 +396,15 @@ class _Live(_Silent):
         self.bar.stop()
 
 
-def _numbers(loss: float, val_loss: float, rate: float, left: float) -> list[str]:
-    """What is known of loss, validation loss, speed and time left, as text."""
+def _numbers(loss: float, val_loss: float, rate: float, left: float, skipped: int) -> list[str]:
+    """What is known of loss, validation loss, speed, time left and skipped steps, as text."""
     known = [f"loss {loss:.4f}"]
     if not math.isnan(val_loss):
         known.append(f"val {val_loss:.4f}")
     if math.isfinite(rate):
         known += [f"{rate:,.0f} tok/s", f"{timedelta(seconds=round(left))} left"]
+    if skipped:
+        known.append(f"{skipped} skipped")
     return known
 
 

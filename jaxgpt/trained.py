@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral
@@ -151,7 +151,7 @@ class Trained(NamedTuple):
     def _write(
         self, ids: Sequence[int], ends: Sequence[int], tokens: int, options: dict[str, Any]
     ) -> Iterator[str]:
-        known = {field.name for field in fields(Writing)}
+        known = {f.name for f in fields(Writing)}
         if wrong := options.keys() - known:
             raise InputError(
                 f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
@@ -205,6 +205,8 @@ class Source:
     """What a checkpoint says of where its run started."""
     digest: Callable[[], str]
     """SHA-256 of what its files hold, to know it again."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
 
     @property
     def note(self) -> str:
@@ -335,12 +337,9 @@ def _digest(folder: Path) -> str:
 
 
 def _run(path: Path) -> Source:
-    about = checkpoint.read(path)
+    opened = checkpoint.open_checkpoint(path, ("ema", "params"))
+    about = opened.metadata
     item = "ema" if "ema" in about["leaves"] else "params"
-
-    def params(abstract: Any = None) -> Any:
-        return checkpoint.load_params(path, abstract, item)
-
     lineage = {"path": str(path), "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
     abstract = checkpoint.as_abstract(about["leaves"][item])
@@ -351,8 +350,15 @@ def _run(path: Path) -> Source:
                 f"{path}: {'/'.join(name)} is {list(leaf.shape)}, and {list(here[name][1])} in "
                 "this version of jaxgpt; use the one that wrote it, or train again"
             )
-    text = from_json(about["tokenizer"])
-    return Source(config, text, params, abstract, lineage, lambda: checkpoint.digest(path))
+    return Source(
+        config,
+        from_json(about["tokenizer"]),
+        partial(opened.load, item),
+        abstract,
+        lineage,
+        opened.digest,
+        about,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import checkpoint
-from jaxgpt.checkpoint import CheckpointConfig, Checkpoints
+from jaxgpt import checkpoint, manifest
+from jaxgpt.checkpoint import CheckpointConfig, Checkpoints, writer
 from jaxgpt.errors import InputError, TrainingError
 
 
@@ -135,8 +136,8 @@ def test_what_is_saved_is_the_state_at_the_call_though_its_buffers_are_reused(fo
 
 
 def test_saving_goes_on_in_the_background(folder, monkeypatch):
-    hashes = checkpoint._hashes
-    monkeypatch.setattr(checkpoint, "_hashes", lambda *a: (time.sleep(0.5), hashes(*a))[1])
+    write = writer.write_manifest
+    monkeypatch.setattr(writer, "write_manifest", lambda *a: (time.sleep(0.5), write(*a)))
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, make_state(1), {})
     assert checkpoints.steps() == []
@@ -184,10 +185,9 @@ def test_20_of_20_flipped_bits_are_refused_by_the_name_of_the_file(folder):
     [
         (lambda file: file.unlink(), "params/_METADATA: missing"),
         (lambda file: os.truncate(file, 10), "params/_METADATA: changed"),
-        (lambda file: (file.parent / "extra").touch(), "params/extra: unlisted"),
     ],
 )
-def test_missing_truncated_and_foreign_files_are_refused_by_name(folder, harm, said):
+def test_missing_and_truncated_files_are_refused_by_name(folder, harm, said):
     checkpoints = save(folder, 5)
     harm(folder / "5" / "params" / "_METADATA")
     with pytest.raises(InputError, match=said):
@@ -204,14 +204,158 @@ def test_latest_passes_over_a_damaged_step_and_says_so(folder, caplog):
     assert same(checkpoints.restore(5, abstract(make_state())), make_state(5))
 
 
-def test_a_save_cut_short_is_no_checkpoint_and_is_cleaned_up(folder):
+STRAY = (".DS_Store", "config.json~", ".nfs0001", "._params", "notes.json", "lost+found/x")
+
+
+def test_files_that_the_manifest_does_not_list_are_ignored_and_stay(folder):
+    checkpoints = save(folder, 5)
+    strays = [
+        folder / "5" / inner / name for inner in ("", "params", "train") for name in STRAY
+    ] + [folder / "params.txt"]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("[1")
+    assert checkpoints.latest() == 5
+    assert same(checkpoints.restore(5, abstract(make_state())), make_state(5))
+    assert same(checkpoint.load_params(folder), make_state(5)["params"])
+    assert "notes" not in checkpoint.read(folder)
+    checkpoints.save(10, make_state(10), {})
+    checkpoints.wait()
+    assert checkpoints.latest() == 10 and all(stray.exists() for stray in strays)
+
+
+def test_unfinished_saves_are_removed_and_nothing_else(folder):
+    save(folder, 5).close()
+    for name in ("15.saving", "15.saving.orbax-checkpoint-tmp-1", "15.orbax-checkpoint-tmp"):
+        (folder / name / "params").mkdir(parents=True)
+    (folder / "notes").mkdir()
+    (folder / "7.damaged").mkdir()
+    assert checkpoint.open_checkpoint(folder).folder.name == "5"
+    assert Checkpoints(folder).latest() == 5
+    assert sorted(os.listdir(folder)) == ["5", "7.damaged", "notes"]
+
+
+def test_a_step_without_its_manifest_is_moved_aside(folder, caplog):
     save(folder, 5, 10).close()
     (folder / "10" / "SHA256SUMS").unlink()
-    (folder / "15.orbax-checkpoint-tmp").mkdir()
-    (folder / "notes").mkdir()
-    assert checkpoint.find(folder).name == "5"
+    assert checkpoint.open_checkpoint(folder).folder.name == "5"
     assert Checkpoints(folder).latest() == 5
-    assert sorted(os.listdir(folder)) == ["5", "notes"]
+    assert "SHA256SUMS: missing" in caplog.text and "10.damaged" in caplog.text
+    assert sorted(os.listdir(folder)) == ["10.damaged", "5"]
+    assert (folder / "10.damaged" / "params").is_dir()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda step: flip_a_bit(step / "params" / "_METADATA"),
+        lambda step: (step / "SHA256SUMS").unlink(),
+        lambda step: (step / "SHA256SUMS").write_text("nonsense"),
+        lambda step: shutil.rmtree(step / "train"),
+    ],
+)
+def test_where_no_checkpoint_is_intact_nothing_is_changed(folder, harm):
+    checkpoints = save(folder, 5, 10)
+    for step in ("5", "10"):
+        harm(folder / step)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=r"step 10: .*; step 5: .*train again from step 0"):
+        checkpoints.latest()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_not_damage(folder, monkeypatch):
+    checkpoints = save(folder, 5, 10)
+    failures = iter([OSError(5, "Input/output error")] * 2)
+    sha256 = manifest.file_sha256
+
+    def read(path):
+        if error := next(failures, None):
+            raise error
+        return sha256(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", read)
+    with pytest.raises(InputError, match="cannot be read: Input/output error; the file may be"):
+        checkpoints.latest()
+    while next(failures, None):
+        pass
+    assert checkpoints.latest() == 10 and sorted(os.listdir(folder)) == ["10", "5"]
+
+
+def test_going_back_renames_the_later_checkpoints(folder):
+    checkpoints = save(folder, 5, 10, 15, keep=9)
+    with pytest.raises(InputError, match=r"resume=7: .* has: 5, 10, 15"):
+        checkpoints.go_back(7)
+    checkpoints.go_back(10)
+    checkpoints.save(15, make_state(0), {})
+    checkpoints.go_back(10)
+    assert sorted(os.listdir(folder)) == ["10", "15.abandoned", "15.abandoned-2", "5"]
+    assert checkpoints.latest() == 10
+
+
+def test_what_is_measured_after_a_save_is_part_of_the_checkpoint(folder):
+    checkpoints = save(folder, 5)
+    digest = checkpoint.open_checkpoint(folder).digest()
+    checkpoints.record(5, {"val_loss": 2.5, "val_accuracy": float("nan")})
+    checkpoints.wait()
+    assert checkpoint.read(folder)["metrics"] == {"step": 5, "val_loss": 2.5, "val_accuracy": None}
+    assert checkpoints.best() == 5 and checkpoints.latest() == 5
+    # The digest identifies the arrays, which have not changed.
+    assert checkpoint.open_checkpoint(folder).digest() == digest
+    flip_a_bit(folder / "5" / "evaluation.json")
+    with pytest.raises(InputError, match=r"evaluation.json: changed"):
+        checkpoint.read(folder / "5")
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(folder, monkeypatch):
+    save(folder, 4).close()
+    monkeypatch.setattr(writer, "FORMAT", 99)
+    checkpoints = save(folder, 5)
+    for use in (checkpoints.latest, lambda: checkpoint.load_params(folder)):
+        with pytest.raises(InputError, match="format 99.* newer jaxgpt"):
+            use()
+    assert checkpoints.steps() == [4, 5]
+
+
+def test_an_open_checkpoint_is_not_deleted_until_it_is_closed(folder):
+    checkpoints = save(folder, 5, keep=1)
+    opened = checkpoint.open_checkpoint(folder)
+    for step in (10, 15):
+        checkpoints.save(step, make_state(step), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [5, step]
+    assert same(opened.load("params"), make_state(5)["params"])
+    opened.close()
+    checkpoints.save(20, make_state(20), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [20]
+
+
+def test_loading_never_fails_while_a_run_saves_and_deletes(folder):
+    checkpoints = save(folder, 1, keep=1, keep_best=False)
+    errors, loads = [], []
+
+    def load():
+        while not done.is_set():
+            try:
+                opened = checkpoint.open_checkpoint(folder)
+                step = opened.metadata["metrics"]["step"]
+                assert same(opened.load("params"), make_state(step)["params"])
+                loads.append(step)
+            except Exception as error:
+                errors.append(error)
+
+    done = threading.Event()
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(2, 16):
+        checkpoints.save(step, make_state(step), {})
+    checkpoints.wait()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(set(loads)) > 1
 
 
 def test_the_latest_and_the_best_are_kept(folder):
@@ -273,7 +417,7 @@ def test_an_item_that_was_not_saved_is_refused(folder):
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder):
-    with pytest.raises(InputError, match=r"no checkpoint of step 7 .* there are: 5, 10"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 7; .* has: 5, 10"):
         save(folder, 5, 10).restore(7, abstract(make_state()))
 
 
@@ -324,7 +468,7 @@ def test_a_run_without_a_checkpoint_yet_is_refused(folder):
 def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
     save(folder, 5)
     (folder / "5" / "params" / "_METADATA").unlink()
-    with pytest.raises(InputError, match=r"every checkpoint .* is damaged"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact: 5 is damaged"):
         checkpoint.load_params(folder.parent)
 
 
@@ -333,7 +477,7 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
     [
         ({"params": {"w": np.ones(2)}}, {"config": {"x": object()}}, "config.*JSON"),
         ({"params": {"w": np.ones(2)}}, {"config": {"x": float("nan")}}, "config.*JSON"),
-        ({"params": {"w": np.ones(2)}}, {"metrics": {}}, "metrics"),
+        ({"params": {"w": np.ones(2)}}, {"metrics": {}}, "metrics are reserved"),
         ({"params": {"w": 1.0}}, {}, "params/w is a float"),
         ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "same path"),
     ],
@@ -344,13 +488,13 @@ def test_what_cannot_be_saved_exactly_is_refused(folder, state, describe, said):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("options", [{"every": -1}, {"keep": 0}])
+@pytest.mark.parametrize("options", [{"every": -1}, {"keep": 0}, {"patience": -1.0}])
 def test_a_config_that_cannot_be_is_refused(folder, options):
     with pytest.raises(InputError, match=next(iter(options))):
         Checkpoints(folder, CheckpointConfig(**options))
 
 
-def test_saving_a_step_again_keeps_it_and_mends_a_damaged_one(folder):
+def test_saving_a_step_again_keeps_it_and_replaces_a_damaged_one(folder):
     checkpoints = save(folder, 5)
     written = (folder / "5" / "SHA256SUMS").stat().st_mtime_ns
     checkpoints.save(5, make_state(5), {})
@@ -358,19 +502,13 @@ def test_saving_a_step_again_keeps_it_and_mends_a_damaged_one(folder):
     assert (folder / "5" / "SHA256SUMS").stat().st_mtime_ns == written
     flip_a_bit(folder / "5" / "leaves.json")
     checkpoints.save(5, make_state(5), {})
-    assert checkpoints.latest() == 5
-
-
-def test_a_resume_from_an_older_step_replaces_the_later_ones_once_it_has_saved(folder):
-    save(folder, 10, 20).close()
-    checkpoints = Checkpoints(folder)
-    with pytest.raises(InputError, match="holds step 20"):
-        checkpoints.save(15, make_state(15), {})
-    checkpoints.restore(10, abstract(make_state()))
-    assert checkpoints.steps() == [10, 20]
-    checkpoints.save(15, make_state(15), {})
     checkpoints.wait()
-    assert checkpoints.steps() == [10, 15]
+    assert checkpoints.latest() == 5 and sorted(os.listdir(folder)) == ["5", "5.damaged"]
+
+
+def test_a_step_before_the_newest_is_not_saved(folder):
+    with pytest.raises(InputError, match=r"holds step 20; .* go back with --resume"):
+        save(folder, 10, 20).save(15, make_state(15), {})
 
 
 def test_importing_touches_no_device():
@@ -470,12 +608,12 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):
 
 
 def test_what_a_failed_save_wrote_late_goes_with_the_next_that_is_good(folder, monkeypatch):
-    def hashes(*args):
-        (folder / "3.orbax-checkpoint-tmp" / "train").mkdir(parents=True, exist_ok=True)
-        return hashes_of(*args)
+    def write_late(*args):
+        (folder / "3.saving.orbax-checkpoint-tmp" / "train").mkdir(parents=True, exist_ok=True)
+        return write(*args)
 
-    hashes_of = checkpoint._hashes  # what a save does last
-    monkeypatch.setattr(checkpoint, "_hashes", hashes)
+    write = writer.write_manifest  # what a save does last
+    monkeypatch.setattr(writer, "write_manifest", write_late)
     save(folder, 5).close()
     assert os.listdir(folder) == ["5"]
 

@@ -9,7 +9,17 @@ import pytest
 from jaxgpt import model, optim
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Mean
-from jaxgpt.step import eval_step, from_saved, init_state, to_saved, train_step
+from jaxgpt.step import (
+    eval_step,
+    from_saved,
+    highest_plausible_loss,
+    init_guard,
+    init_state,
+    is_spike,
+    to_saved,
+    train_step,
+    update_guard,
+)
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.standard_normal(3).astype(np.float32), "b": np.float32(0.5)}
@@ -59,6 +69,12 @@ def assert_states_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def assert_skipped(after, before):
+    """Nothing has changed but the step number and the count of skipped steps."""
+    assert after.step == before.step + 1 and after.guard.skipped == before.guard.skipped + 1
+    assert_states_equal(after._replace(step=before.step, guard=before.guard), before)
+
+
 def test_the_gradient_is_that_of_the_weighted_mean():
     step, state = stepper(tx=optax.sgd(0.1))
     data = batch(1)
@@ -94,18 +110,73 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(field):
     bad[field][2, 3] = np.nan
     after, metrics = step(state, bad)
     assert not metrics["finite"]
-    assert after.step == state.step + 1
-    assert_states_equal(after._replace(step=state.step), state)
+    assert_skipped(after, state)
     again, metrics = step(after, batch(2))
     assert metrics["finite"]
     assert (again.params["w"] != state.params["w"]).all()
 
 
-def test_a_batch_of_no_weight_changes_nothing_but_the_step():
+def test_a_batch_of_no_weight_is_skipped():
     step, state = stepper()
     after, metrics = step(state, batch(0) | {"weights": np.zeros((8, 5), np.float32)})
     assert not metrics["finite"]
-    assert_states_equal(after._replace(step=state.step), state)
+    assert_skipped(after, state)
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    step, state = stepper()
+    bad = batch(0) | {"y": np.full((8, 5), np.nan, np.float32)}
+    counts = []
+    for data in (bad, batch(1), bad, bad):
+        state, metrics = step(state, data)
+        counts.append((int(metrics["skipped"]), int(metrics["in_a_row"])))
+    assert counts == [(1, 1), (1, 0), (2, 1), (3, 2)]
+    assert (state.step, state.guard.updates) == (4, 1)
+
+
+@pytest.mark.parametrize("count", [63, 64, 128, 200])
+def test_a_spike_is_what_numpy_finds_six_deviations_above_the_last_128_steps(count):
+    values = np.random.default_rng(count).normal(3.0, 0.5, (count, 2)).astype(np.float32)
+    guard = init_guard()
+    for loss, norm in values:
+        guard = update_guard(guard, loss, norm, jnp.bool_(True))
+    last = values[-128:].astype(np.float64)
+    (loss, norm), (far_loss, far_norm) = last.mean(0), last.mean(0) + 6 * last.std(0)
+    known = count >= 64  # before that, nothing is a spike
+    assert bool(is_spike(guard, jnp.float32(far_loss * 1.001), jnp.float32(norm), 6)) == known
+    assert bool(is_spike(guard, jnp.float32(loss), jnp.float32(far_norm * 1.001), 6)) == known
+    assert not is_spike(guard, jnp.float32(far_loss * 0.999), jnp.float32(far_norm * 0.999), 6)
+
+
+def test_a_spike_is_skipped_only_if_asked_for():
+    spike = batch(9)
+    spike["y"] = spike["y"] + 1000
+    for sigmas in (0.0, 6.0):
+        step, state = stepper(tx=optax.sgd(1e-3), spike=sigmas)
+        for seed in range(64):
+            state, _ = step(state, batch(seed))
+        after, metrics = step(state, spike)
+        assert metrics["skipped"] == (sigmas > 0)
+        assert bool((after.params["w"] == state.params["w"]).all()) == (sigmas > 0)
+
+
+def test_a_skipped_step_is_not_in_the_history():
+    guard = update_guard(init_guard(), jnp.float32(2), jnp.float32(1), jnp.bool_(True))
+    skipped = update_guard(guard, jnp.float32(1e9), jnp.float32(1e9), jnp.bool_(False))
+    np.testing.assert_array_equal(skipped.losses, guard.losses)
+    assert highest_plausible_loss(skipped) == highest_plausible_loss(guard) == 2 + 18 + 1
+
+
+def test_a_plausible_loss_is_near_the_last_ones_once_there_is_a_history():
+    guard = init_guard()
+    assert highest_plausible_loss(guard) == np.inf
+    losses = np.random.default_rng(0).normal(3.0, 0.1, 300).astype(np.float32)
+    for loss in losses:
+        guard = update_guard(guard, loss, jnp.float32(1), jnp.bool_(True))
+    last = losses[-128:]
+    np.testing.assert_allclose(
+        highest_plausible_loss(guard), last.max() + 6 * last.std() + 1, rtol=1e-5
+    )
 
 
 def test_randomness_is_a_function_of_key_and_step():

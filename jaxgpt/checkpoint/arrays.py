@@ -1,0 +1,146 @@
+"""Trees of arrays as Orbax stores them: leaves by path, with their dtypes and shapes as text."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import InputError
+
+
+def flatten_leaves(tree: Any, item: str) -> tuple[dict[str, Any], Any]:
+    """Leaves by path, such as `blocks/0/q/w`, and the tree's structure.
+
+    Raises:
+        InputError: A leaf is not an array, or two paths differ only in `/` and `.`: Orbax names
+            the arrays `blocks.0.q.w`, so they would be one.
+    """
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in entries
+    }
+    if len({path.replace("/", ".") for path in leaves}) < len(entries):
+        raise InputError(f"{item}: two leaves have the same path but for `/` and `.`; rename one")
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise InputError(f"{item}/{path} is a {type(leaf).__name__}; make it an array")
+    return leaves, treedef
+
+
+def nest_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def format_spec(leaf: Any) -> str:
+    """A leaf's dtype and shape, such as `float32[64,64]`; `_parse_spec` is the inverse."""
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def as_abstract(leaves: dict[str, str]) -> dict[str, Any]:
+    """An item of a checkpoint's `leaves`, as nested dicts of `ShapeDtypeStruct`s."""
+    return nest_leaves({path: _parse_spec(spec) for path, spec in leaves.items()})
+
+
+def as_numbers(leaf: Any) -> Any:
+    """A typed random key as its numbers; any other array as it is."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads the items of an intact checkpoint as trees like those of `abstract`.
+
+    Raises:
+        InputError: There is no such item, or a path, shape or dtype is not the saved one.
+    """
+    import orbax.checkpoint as ocp
+
+    saved = json.loads((folder / "leaves.json").read_text())
+    wanted, wrong = {}, []
+    for item, tree in abstract.items():
+        if item not in saved:
+            raise InputError(f"checkpoint {folder} has no {item!r}; it has {', '.join(saved)}")
+        leaves, treedef = wanted[item] = flatten_leaves(tree, item)
+        have, want = saved[item], {path: format_spec(leaf) for path, leaf in leaves.items()}
+        wrong += [
+            f"{item}/{path}: saved {have.get(path, 'nothing')}, wanted {want.get(path, 'nothing')}"
+            for path in sorted(have.keys() | want.keys())
+            if have.get(path) != want.get(path)
+        ]
+    if wrong:
+        raise InputError(
+            f"checkpoint {folder} does not fit: {list_some(wrong)}; set the config it was saved "
+            "with"
+        )
+
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restored = {}
+    for item, (leaves, treedef) in wanted.items():
+        plain = {
+            path: jax.eval_shape(as_numbers, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            for path, leaf in leaves.items()
+        }
+        args = {
+            path: ocp.ArrayRestoreArgs(
+                sharding=getattr(leaves[path], "sharding", None) or device,
+                global_shape=leaf.shape,
+                dtype=leaf.dtype,
+            )
+            for path, leaf in plain.items()
+        }
+        arrays: dict[str, Any] = {}
+        if leaves:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+                tree = orbax.restore(
+                    folder.absolute() / item,
+                    args=ocp.args.PyTreeRestore(
+                        item=nest_leaves(plain), restore_args=nest_leaves(args)
+                    ),
+                )
+            arrays = flatten_leaves(tree, item)[0]
+        restored[item] = jax.tree.unflatten(
+            treedef, [_as_key(arrays[path], leaf) for path, leaf in leaves.items()]
+        )
+    return restored
+
+
+def list_some(messages: list[str]) -> str:
+    """The first messages in one line, and how many more there are."""
+    more = f"; and {len(messages) - 8} more" if len(messages) > 8 else ""
+    return "; ".join(messages[:8]) + more
+
+
+def _parse_spec(spec: str) -> jax.ShapeDtypeStruct:
+    name, _, lengths = spec.rstrip("]").partition("[")
+    shape = tuple(int(n) for n in lengths.split(",") if n)
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        key = jax.eval_shape(partial(jax.random.key, 0, impl=impl))
+        if name == str(key.dtype):
+            return jax.ShapeDtypeStruct(shape, key.dtype)
+    return jax.ShapeDtypeStruct(shape, np.dtype(name))
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_key(array: jax.Array, leaf: Any) -> jax.Array:
+    """The inverse of `as_numbers`: numbers become a key again if `leaf` is one."""
+    if not _is_key(leaf):
+        return array
+    impl: list[Any] = []
+    jax.eval_shape(
+        lambda key: impl.append(jax.random.key_impl(key)),
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+    )
+    return jax.random.wrap_key_data(array, impl=impl[0])

@@ -1,0 +1,415 @@
+"""Writing the checkpoints of a run, choosing the one to resume from, and deleting old ones."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgpt.checkpoint.arrays import (
+    as_numbers,
+    flatten_leaves,
+    format_spec,
+    list_some,
+    nest_leaves,
+    restore_items,
+)
+from jaxgpt.checkpoint.reader import (
+    EVALUATION,
+    FORMAT,
+    check_format,
+    check_items,
+    is_complete,
+    read_measured,
+    step_folders,
+    steps_in,
+)
+from jaxgpt.errors import InputError, TrainingError
+from jaxgpt.lock import flock
+from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
+
+RESERVED = {"format", "metrics", "leaves", "evaluation"}
+UNFINISHED = re.compile(r"\d+(\.saving|(\.saving)?\.orbax-checkpoint-tmp.*)")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; one is always saved at the end. 0: only at the end."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept; older ones are deleted."""
+    keep_best: bool = True
+    """Whether the checkpoint with the lowest validation loss is kept too."""
+    patience: float = 10.0
+    """Minutes for which training waits and tries again when a checkpoint cannot be saved, because
+    the disk is full or the folder is away; after that the run ends with an error."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is invalid."""
+        if self.every < 0:
+            raise InputError(f"checkpoint.every={self.every}; set it to 0 or more")
+        if self.keep < 1:
+            raise InputError(f"checkpoint.keep={self.keep}; set it to 1 or more")
+        if not 0 <= self.patience < math.inf:
+            raise InputError(f"checkpoint.patience={self.patience}; set it to 0 or more minutes")
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the process or the group of processes that trains it.
+
+    The caller holds the run's lock (`lock.RunLock`): unfinished saves of an earlier process are
+    deleted when the checkpoints are opened. With several processes, each makes the same calls on a
+    folder they share.
+    """
+
+    def __init__(self, folder: str | Path, cfg: CheckpointConfig | None = None) -> None:
+        self.folder = Path(folder).absolute()
+        self.cfg = cfg or CheckpointConfig()
+        self.cfg.check()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._orbax: Any = None
+        self._intact: set[int] = set()
+        self._sweep()
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending; their files are not hashed."""
+        return steps_in(self.folder)
+
+    def latest(self) -> int | None:
+        """The newest step whose files are all intact; None for a run without checkpoints.
+
+        Newer checkpoints that are damaged are renamed to `STEP.damaged`, with a warning.
+
+        Raises:
+            InputError: There are checkpoints and none is intact, or a file cannot be read.
+        """
+        return self._resume_from(step_folders(self.folder), "damaged")
+
+    def go_back(self, step: int) -> None:
+        """Makes an earlier step the latest: later ones are renamed to `STEP.abandoned`.
+
+        Raises:
+            InputError: There is no checkpoint of this step, or it is damaged.
+        """
+        if step not in self.steps():
+            raise InputError(f"resume={step}: there is no such checkpoint; {self._list()}")
+        self._resume_from([step], "abandoned")
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss, or None if none was measured."""
+        self.wait()
+        return self._best(self.steps())
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        describe: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Saves a state in the background; returns once it is copied off the devices.
+
+        A step that is already saved and intact is not written again: the step determines the
+        state.
+
+        Args:
+            step: How many steps were taken.
+            state: By item name, trees of arrays; each item can be restored without the others.
+            describe: By name, what is written as NAME.json.
+            metrics: Numbers to store with the step; those that are not finite become null.
+
+        Raises:
+            InputError: The arguments cannot be stored, or later checkpoints exist.
+            TrainingError: This save or the one before it failed. Earlier checkpoints remain.
+        """
+        self.wait()
+        if later := [other for other in self.steps() if other > step]:
+            raise InputError(
+                f"step {step} cannot be saved in {self.folder}, which holds step {later[-1]}; "
+                "resume from there, go back with --resume, or use another run name"
+            )
+        if reserved := RESERVED & describe.keys():
+            raise InputError(f"describe: the names {', '.join(sorted(reserved))} are reserved")
+        flat = {item: flatten_leaves(tree, item)[0] for item, tree in state.items()}
+        texts = {
+            **describe,
+            "format": {"version": FORMAT},
+            "metrics": {"step": step, "val_loss": None} | _finite(metrics or {}),
+            "leaves": {
+                item: {path: format_spec(leaf) for path, leaf in leaves.items()}
+                for item, leaves in flat.items()
+            },
+        }
+        files = {f"{name}.json": _to_json(name, value) for name, value in texts.items()}
+
+        import orbax.checkpoint as ocp  # here, for it takes longer to import than jax
+
+        folder, first = self.folder / str(step), jax.process_index() == 0
+        try:
+            intact = first and is_complete(folder) and not find_damage(folder)
+            if _from_first_process(int(intact)):
+                return
+            if first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if folder.exists():
+                    _set_aside(folder, "damaged")
+                self._sweep()
+            if self._orbax is None:
+                self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                logging.getLogger("absl").addFilter(_not_from_orbax)
+            items = {
+                item: ocp.args.PyTreeSave(
+                    nest_leaves({path: as_numbers(leaf) for path, leaf in leaves.items()})
+                )
+                for item, leaves in flat.items()
+                if leaves
+            }
+            self._orbax.save(_draft(folder), args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = self._thread.submit(self._finish, step, files)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds what was measured after a step was saved; `val_loss` decides which is the best.
+
+        It is written in the background, after the save.
+        """
+        self._saving = self._thread.submit(self._record, step, metrics, self._saving)
+
+    def failure(self) -> TrainingError | None:
+        """The error of the save in the background if it has ended with one; does not wait."""
+        if self._saving is None or not self._saving.done():
+            return None
+        try:
+            self.wait()
+        except TrainingError as error:
+            return error
+        return None
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Reads items of a step.
+
+        Args:
+            step: One of `steps()`.
+            abstract: By item, trees whose leaves have a shape, a dtype and maybe a sharding
+                (without one, the array is put on the first device).
+
+        Returns:
+            The items as trees like those of `abstract`, on its shardings.
+
+        Raises:
+            InputError: A file is damaged, or a path, shape or dtype is not the saved one; before
+                any array is read.
+        """
+        self.wait()
+        folder = self.folder / str(step)
+        if not is_complete(folder):
+            raise InputError(f"no checkpoint of step {step}; {self._list()}")
+        if step not in self._intact:
+            if found := check_items(folder, abstract):
+                raise InputError(
+                    f"checkpoint {folder} is damaged: {list_some(found)}; use another step"
+                )
+            check_format(folder)
+        return restore_items(folder, abstract)
+
+    def wait(self) -> None:
+        """Waits for the save in the background; raises TrainingError if it failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Waits, and frees the background threads; raises TrainingError if the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
+                logging.getLogger("absl").removeFilter(_not_from_orbax)
+
+    def _resume_from(self, steps: list[int], why: str) -> int | None:
+        """The newest intact one of some steps, on every process; later ones are set aside."""
+        self.wait()
+        chosen, failed = -1, None
+        if jax.process_index() == 0:
+            try:
+                chosen = self._newest_intact(steps, why)
+            except InputError as error:
+                chosen, failed = -2, error
+        chosen = _from_first_process(chosen)
+        if chosen == -2:
+            raise failed or InputError(
+                f"process 0 cannot use the checkpoints in {self.folder}; its message says why"
+            )
+        self._intact.add(chosen)
+        return None if chosen < 0 else chosen
+
+    def _newest_intact(self, steps: list[int], why: str) -> int:
+        """The newest intact step, or -1 if there are none to choose from."""
+        wrong: dict[int, str] = {}
+        for step in reversed(steps):
+            folder = self.folder / str(step)
+            if found := find_damage(folder):
+                wrong[step] = list_some(found)
+                continue
+            check_format(folder)
+            for later in [other for other in step_folders(self.folder) if other > step]:
+                moved = _set_aside(self.folder / str(later), why)
+                reason = f" ({wrong[later]})" if later in wrong else ""
+                logger.warning(
+                    "checkpoint %s/%d is %s%s; it is now %s", self.folder, later, why, reason, moved
+                )
+            return step
+        if wrong:
+            listed = "; ".join(f"step {step}: {found}" for step, found in wrong.items())
+            raise InputError(
+                f"no checkpoint in {self.folder} is intact, and nothing was changed. {listed}. "
+                "Restore the files from a copy; or, to train again from step 0, rename that folder "
+                "or set another name"
+            )
+        return -1
+
+    def _finish(self, step: int, files: dict[str, str]) -> None:
+        """Completes what Orbax has written and gives it its name; runs in the background."""
+        folder = self.folder / str(step)
+        draft = _draft(folder)
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            for name, text in files.items():
+                (draft / name).write_text(text)
+            write_manifest(draft)
+            draft.rename(folder)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._prune()
+
+    def _record(self, step: int, metrics: dict[str, float], saving: Future[None] | None) -> None:
+        if saving is not None:
+            saving.result()
+        folder = self.folder / str(step)
+        if jax.process_index() != 0 or not is_complete(folder):
+            return
+        try:
+            # Complete before the manifest lists it; until then it is ignored.
+            draft = folder / f"{EVALUATION}.draft"
+            draft.write_text(_to_json("evaluation", _finite(metrics)))
+            draft.replace(folder / EVALUATION)
+            add_to_manifest(folder, EVALUATION)
+        except OSError as error:
+            logger.warning(
+                "what was measured at step %d is not in its checkpoint: %s", step, error.strerror
+            )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes old checkpoints and what failed saves left behind.
+
+        Orbax reports the first item of a save that fails while another may still be written, so a
+        failed save can leave files after `_failure` has removed them.
+        """
+        try:
+            self._sweep()
+            steps = self.steps()
+            keep = {*steps[-self.cfg.keep :], self._best(steps) if self.cfg.keep_best else None}
+            for step in steps:
+                if step not in keep:
+                    _delete(self.folder / str(step))
+        except OSError as error:
+            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error.strerror)
+
+    def _best(self, steps: list[int]) -> int | None:
+        losses = {}
+        for step in steps:
+            with contextlib.suppress(OSError, ValueError):  # damaged: not known to be the best
+                loss = read_measured(self.folder / str(step)).get("val_loss")
+                if loss is not None:
+                    losses[step] = float(loss)
+        return min(losses, key=lambda step: losses[step], default=None)
+
+    def _sweep(self) -> None:
+        """Deletes what saves left that were killed or failed before they were complete."""
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for child in self.folder.iterdir():
+                if UNFINISHED.fullmatch(child.name):
+                    shutil.rmtree(child, ignore_errors=True)
+
+    def _failure(self, step: int, error: Exception) -> TrainingError:
+        """Removes what a failed save wrote; the error says which checkpoint is good."""
+        self._sweep()
+        good = self.steps()
+        left = f"step {good[-1]} in {self.folder} is good" if good else "there is no earlier one"
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else str(error) or type(error).__name__
+        return TrainingError(f"the checkpoint of step {step} was not saved: {reason}; {left}")
+
+    def _list(self) -> str:
+        return f"{self.folder} has: {', '.join(map(str, self.steps())) or 'none'}"
+
+
+def _draft(folder: Path) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return folder.with_name(f"{folder.name}.saving")
+
+
+def _set_aside(folder: Path, why: str) -> str:
+    """Renames a checkpoint to STEP.WHY, or STEP.WHY-2 and so on; returns the new name."""
+    names = (f"{folder.name}.{why}{'' if n == 1 else f'-{n}'}" for n in count(1))
+    name = next(name for name in names if not folder.with_name(name).exists())
+    folder.rename(folder.with_name(name))
+    return name
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint, its manifest first, unless another program has it open."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        flock(fd)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        pass  # the next save deletes it
+    finally:
+        os.close(fd)
+
+
+def _from_first_process(value: int) -> int:
+    """Process 0's value, on every process: they must take the same branch."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Keeps Orbax from logging pages on an error that `save` or `wait` raises anyway."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def _to_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"describe[{name!r}] cannot be written as JSON: {error}") from None
