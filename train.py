@@ -10,7 +10,7 @@ Running the same command again resumes from the last checkpoint, exactly.
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,8 @@ class Training:
 
     def advice(self) -> str:
         """What to do after a divergence."""
+        with suppress(TrainingError):
+            self.run.checkpoints.wait()
         if not (steps := self.run.checkpoints.steps()):
             return "there is no checkpoint: start again with a lower optim.learning_rate"
         older = f" (or to an older one of {steps})" if len(steps) > 1 else ""
@@ -194,7 +196,7 @@ class Training:
         if run.start == 0:
             return run.started_from is not None  # the model before fine-tuning, to compare with
         records = read_metrics(self.cfg.folder / "metrics.jsonl")
-        known = any(r["step"] == run.start and "val_loss" in r for r in records)
+        known = any(r.get("step") == run.start and "val_loss" in r for r in records)
         wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
         return wanted and not known
 
@@ -297,7 +299,10 @@ class Training:
         if self.step == self.run.start or jax.process_count() > 1 or not whole:
             return
         try:
-            self.run.save(self.step, self.state, {"loss": self.own_loss()})
+            self.report(self.step)
+            with suppress(TrainingError):  # of the save that was under way
+                self.run.checkpoints.wait()
+            self.run.save(self.step, self.state, {"loss": self.own_loss()}, recreate=True)
             self.run.checkpoints.wait()
         except Exception as error:
             self.log.warn(f"step {self.step} is not saved after the error below: {error}")

@@ -100,11 +100,16 @@ class Run:
             values |= {f"{name}_{k}": v for k, v in measured.items()}
         return values, whole
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        """Saves a state in the background, with what was measured and all that describes it."""
+    def save(
+        self, step: int, state: TrainState, metrics: dict[str, float], recreate: bool = False
+    ) -> None:
+        """Saves a state in the background, with what was measured and all that describes it.
+
+        See `Checkpoints.save` for `recreate` and for what is raised.
+        """
         scanned = self.cfg.compute.layers == "scan"
         saved = to_saved(state, self.cfg.model.L, scanned)
-        self.checkpoints.save(step, saved, self.describe, metrics)
+        self.checkpoints.save(step, saved, self.describe, metrics, recreate)
 
 
 def prepare(cfg: config.Config) -> Run:

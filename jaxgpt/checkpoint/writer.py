@@ -1,6 +1,7 @@
 """Writing the checkpoints of a run, choosing the one to resume from, and deleting old ones."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -84,6 +85,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._orbax: Any = None
         self._intact: set[int] = set()
+        self._made: tuple[int, int] | None = None  # the folder's identity since the first save
         self._sweep()
 
     def steps(self) -> list[int]:
@@ -121,6 +123,7 @@ class Checkpoints:
         state: dict[str, Any],
         describe: dict[str, Any],
         metrics: dict[str, float] | None = None,
+        recreate: bool = False,
     ) -> None:
         """Saves a state in the background; returns once it is copied off the devices.
 
@@ -132,6 +135,8 @@ class Checkpoints:
             state: By item name, trees of arrays; each item can be restored without the others.
             describe: By name, what is written as NAME.json.
             metrics: Numbers to store with the step; those that are not finite become null.
+            recreate: Make the folder again if it has disappeared since the last save, instead of
+                raising TrainingError.
 
         Raises:
             InputError: The arguments cannot be stored, or later checkpoints exist.
@@ -165,7 +170,10 @@ class Checkpoints:
             if _from_first_process(int(intact)):
                 return
             if first:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if self._made is None or recreate:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._made = _identity(self.folder)
+                self._check_folder()
                 if folder.exists():
                     _set_aside(folder, "damaged")
                 self._sweep()
@@ -298,6 +306,7 @@ class Checkpoints:
             for name, text in files.items():
                 (draft / name).write_text(text)
             write_manifest(draft)
+            self._check_folder()  # Orbax makes a folder again that has disappeared
             draft.rename(folder)
         except Exception as error:
             raise self._failure(step, error) from error
@@ -353,17 +362,35 @@ class Checkpoints:
                 if UNFINISHED.fullmatch(child.name):
                     shutil.rmtree(child, ignore_errors=True)
 
+    def _check_folder(self) -> None:
+        """Raises OSError if the folder is not the one of the first save."""
+        if _identity(self.folder) != self._made:
+            raise FileNotFoundError(errno.ENOENT, f"{self.folder} has disappeared")
+
     def _failure(self, step: int, error: Exception) -> TrainingError:
         """Removes what a failed save wrote; the error says which checkpoint is good."""
         self._sweep()
+        if _identity(self.folder) != self._made:
+            with contextlib.suppress(OSError):  # out of the way of the folder that disappeared
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
         good = self.steps()
         left = f"step {good[-1]} in {self.folder} is good" if good else "there is no earlier one"
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else str(error) or type(error).__name__
+        reason = os.strerror(int(code[1])) if code else _reason(error)
         return TrainingError(f"the checkpoint of step {step} was not saved: {reason}; {left}")
 
     def _list(self) -> str:
         return f"{self.folder} has: {', '.join(map(str, self.steps())) or 'none'}"
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another at the same path; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _draft(folder: Path) -> Path:
@@ -402,6 +429,12 @@ def _from_first_process(value: int) -> int:
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Keeps Orbax from logging pages on an error that `save` or `wait` raises anyway."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
