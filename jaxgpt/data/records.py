@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.data.formats import as_text
+from jaxgpt.data.formats import as_text, reading
 from jaxgpt.errors import InputError
 
 
@@ -94,8 +94,14 @@ def open_records(
     """The records at `path`, in order.
 
     `fields` are the ends of the names of parallel files; `columns` name those of a table without a
-    header. Raises InputError, with file and line, for what cannot be read as that.
+    header. Raises InputError, with file and line, for what cannot be read as that, and for a file
+    that cannot be read at all.
     """
+    with reading(path):
+        return _open_records(path, fields, columns)
+
+
+def _open_records(path: str, fields: Sequence[str], columns: Sequence[str]) -> list[Record]:
     from jaxgpt.data.made import MADE
 
     if path in MADE:
