@@ -15,6 +15,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -78,6 +79,8 @@ def _open_source(path: str, text_field: str) -> Source:
         if not files:
             raise InputError(f"no file matches {path}; check the pattern (** is any depth)")
         return _from_files(path, files, text_field)
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        os.stat(place)  # raises the reason if it is another, such as a missing permission
     raise InputError(f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'")
 
 
