@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +128,8 @@ def _open_records(path: str, fields: Sequence[str], columns: Sequence[str]) -> l
     elif fields and all(os.path.isfile(f"{place}.{field}") for field in fields):
         records = _parallel(path, place, fields)
     else:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            os.stat(place)  # raises the reason if it is another, such as a missing permission
         parallel = " and ".join(f"{path}.{field}" for field in fields) or "parallel files"
         raise InputError(
             f"{path} is no file of records ({', '.join(readers)}), nor are there {parallel}; the "
@@ -223,7 +226,8 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
 
 
 def _read_text(file: str) -> str:
-    data = Path(file).read_bytes()
+    with reading(file):
+        data = Path(file).read_bytes()
     try:
         return data.decode().removeprefix("\ufeff")  # Excel's, which would begin the first name
     except UnicodeDecodeError as error:

@@ -133,7 +133,7 @@ def find_entry_damage(entry: Path, vocab_size: int | None) -> list[str]:
     with reading(entry):
         index, damage = _open_index(entry)
         if damage:
-            return find_damage(entry) or damage
+            return list(dict.fromkeys([*damage, *find_damage(entry)]))
         dtype, lengths = np.dtype(index["dtype"]), _shard_lengths(index)
 
         # A shard's ids are checked right after its hash, while the file is in the page cache.
@@ -276,8 +276,10 @@ def _sync_folder(folder: Path) -> None:
     """Flushes the names of files in a folder to the disk, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 
