@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import data, manifest
 from jaxgpt.data import corpus as corpus_module
-from jaxgpt.data import tokens
+from jaxgpt.data import formats, tokens
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import TokenizerConfig, build
 
@@ -163,13 +163,14 @@ def test_bad_text_is_refused_before_anything_is_encoded(path, tmp_path, cache):
 
 def test_text_that_changes_while_it_is_read_is_not_cached(path, cache, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE", 50)
+    monkeypatch.setattr(formats, "BLOCK", 100)
 
     def append(encoded):
         with open(path, "a") as file:
             file.write("more")
 
     with pytest.raises(InputError, match=r"a.txt changed while it was read"):
-        prepare(path, tokenizer=Counting(append), cache=cache)
+        prepare(path, tokenizer=Counting(append), cache=cache, workers=1)
     assert os.listdir(Path(cache, "tokens")) == ["lock"]
 
 
@@ -239,10 +240,33 @@ def test_a_missing_file_is_found_and_named(entry, name, remembered):
         tokens.read_tokens(entry, V)
 
 
-def index(**changes):
-    split = {"shards": [1500], "documents": 1, "bytes": 1}
-    splits = {"train": split, "val": split} | changes.pop("splits", {})
-    return json.dumps({"dtype": "uint16", "eot": EOT, "splits": splits} | changes)
+@pytest.mark.parametrize("replaced", ["", *FILES])
+def test_a_file_for_a_folder_or_a_folder_for_a_file_is_damage(entry, path, cache, replaced):
+    if replaced:
+        (entry / replaced).unlink()
+        (entry / replaced).mkdir()
+    else:
+        shutil.rmtree(entry)
+        entry.touch()
+    assert data.find_entry_damage(entry, V) == [f"{replaced or 'SHA256SUMS'}: missing"]
+    with pytest.raises(InputError, match="--data.rebuild True"):
+        prepare(path, cache=cache)
+    assert len(prepare(path, cache=cache, rebuild=True).train)
+
+
+def index(splits=None, train=None, **changes):
+    """The index of the `entry` in these tests, with changes."""
+    valid = {
+        "train": {"shards": [1500, 796], "documents": 1, "bytes": 2295} | (train or {}),
+        "val": {"shards": [256], "documents": 1, "bytes": 255},
+    }
+    return json.dumps({"dtype": "uint16", "eot": EOT, "splits": valid | (splits or {})} | changes)
+
+
+def test_an_index_as_it_should_be_is_no_damage(entry):
+    (entry / "index.json").write_text(index())
+    manifest.write_manifest(entry)
+    assert data.find_entry_damage(entry, V) == []
 
 
 @pytest.mark.parametrize(
@@ -258,28 +282,33 @@ def index(**changes):
         "1" * 10_000,
         "{}",
         index(dtype="float32"),
+        index(dtype="uint32"),
         index(dtype=["uint16"]),
         index(eot=None),
         index(eot=-1),
         index(splits={"train": None}),
         index(splits={"test": {"shards": [], "documents": 0, "bytes": 0}}),
         *(
-            index(splits={"train": {"shards": [1500], "documents": 1, "bytes": 1} | change})
+            index(train=change)
             for change in (
                 {"documents": "1"},
                 {"bytes": 1.5},
                 {"bytes": True},
+                {"bytes": -1},
                 {"shards": None},
                 {"shards": "1500"},
                 {"shards": {"1500": 1}},
-                {"shards": [0]},
-                {"shards": [-1500]},
-                {"shards": [10**30]},
+                {"shards": [1500, "796"]},
+                {"shards": [1500, 796.0]},
+                {"shards": [1500, 0]},
+                {"shards": [1500, -796]},
+                {"shards": [1500, 797]},
+                {"shards": [1500, 10**30]},
                 {"shards": [1500] * 10_000},
             )
         ),
     ],
-    ids=lambda content: content[:60],
+    ids=lambda content: content[:120],
 )
 def test_an_index_that_is_invalid_is_damage_even_with_a_matching_hash(entry, content):
     (entry / "index.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -287,6 +316,13 @@ def test_an_index_that_is_invalid_is_damage_even_with_a_matching_hash(entry, con
     assert data.find_entry_damage(entry, V)
     with pytest.raises(InputError, match=r"tokenized text is damaged: .*delete the folder"):
         tokens.read_tokens(entry, V)
+
+
+def test_an_empty_shard_is_damage_even_if_the_index_says_so(entry):
+    (entry / "index.json").write_text(index(train={"shards": [1500, 0]}))
+    (entry / "train-00001.bin").write_bytes(b"")
+    manifest.write_manifest(entry)
+    assert data.find_entry_damage(entry, V) == ["index.json: not an index of token shards"]
 
 
 def test_a_manifest_that_lists_too_little_is_damage(entry):

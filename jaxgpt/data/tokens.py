@@ -320,8 +320,9 @@ def _shard_lengths(index: dict[str, Any]) -> dict[str, int]:
 
 def _file_states(entry: Path) -> dict[str, list[int]]:
     """Size and modification time of the files that the manifest protects, and of itself."""
-    names = [name for name in os.listdir(entry) if name in (MANIFEST, INDEX) or name[-4:] == ".bin"]
-    states = {name: os.stat(entry / name) for name in names}
+    names = os.listdir(entry) if entry.is_dir() else []
+    protected = [name for name in names if name in (MANIFEST, INDEX) or name.endswith(".bin")]
+    states = {name: os.stat(entry / name) for name in protected}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
