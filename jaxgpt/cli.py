@@ -124,11 +124,11 @@ def _ready(path: str, dtype: Dtype = "float32") -> Trained:
 def compiled_programs() -> None:
     """Keeps compiled programs in the user's own folder, unless jax is told of another."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = cache_folder() / "compiled"
         try:
+            folder = cache_folder() / "compiled"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # what is in it runs: nobody else may write there
-        except OSError:  # it cannot be made, or is not one's own
+        except (OSError, InputError):  # it cannot be made, or is not one's own
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -92,7 +92,7 @@ def find_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     """
     try:
         digests = {name: digest for name, digest in read_manifest(folder).items() if wanted(name)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return [f"{MANIFEST}: missing"]
     except InputError:
         return [f"{MANIFEST}: changed"]

@@ -38,6 +38,13 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def cache_folder(given: str = "") -> Path:
-    """What can be made again is kept here: `given`, $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+    """The folder for files that can be made again: `given`, $JAXGPT_CACHE or ~/.cache/jaxgpt.
+
+    Raises:
+        InputError: The path begins with `~` and the user has no home folder.
+    """
     root = given or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
-    return Path(root).expanduser()
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:  # such as a container's user that the system does not know
+        raise InputError(f"{root} leads nowhere: {error}; set JAXGPT_CACHE to a folder") from None

@@ -1,16 +1,12 @@
 """From text to batches: no token is lost, and batch k is the same whoever asks for it, and when."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,125 +166,6 @@ def test_shards_are_one_sequence(write, monkeypatch, tmp_path):
     for start in range(0, len(whole) + 10, 33):
         for stop in (start, start + 1, start + 67, start + 345):
             np.testing.assert_array_equal(stream[start:stop], whole[start:stop])
-
-
-# The cache
-
-
-class Counting:
-    """A tokenizer that counts the characters it encodes, and may be made to fail."""
-
-    def __init__(self, fail_after=None):
-        self.encoded, self.fail_after = 0, fail_after
-
-    def __getattr__(self, name):
-        return getattr(BYTES, name)
-
-    def encode_array(self, text):
-        self.encoded += len(text)
-        if self.fail_after is not None and self.encoded > self.fail_after:
-            raise RuntimeError("the tokenizer broke")
-        return BYTES.encode_array(text)
-
-
-def test_text_is_encoded_once(write):
-    path = write("a.txt", WORDS * 3)
-    first, second = Counting(), Counting()
-    corpora = prepare(path, tokenizer=first), prepare(path, tokenizer=second)
-    assert (first.encoded, second.encoded) == (len(WORDS * 3), 0)
-    np.testing.assert_array_equal(corpora[0].train[:], corpora[1].train[:])
-
-
-def test_changed_content_is_encoded_anew(write):
-    prepare(write("a.txt", "content " * 20))
-    stamp = os.stat(write("a.txt", "content " * 20))
-    path = write("a.txt", "CONTENT " * 20)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert prepare(path, val_fraction=0.0).train[1:].tobytes()[::2] == b"CONTENT " * 20
-
-
-@pytest.mark.parametrize("change", [{"val_fraction": 0.2}, {"text_field": "body"}])
-def test_changed_rules_are_encoded_anew(tmp_path, change):
-    lines = [json.dumps({"text": f"text {n}", "body": f"body {n}"}) for n in range(9)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    prepare(str(tmp_path / "a.jsonl"))
-    counting = Counting()
-    prepare(str(tmp_path / "a.jsonl"), tokenizer=counting, **change)
-    assert counting.encoded == len("text 0") * 9
-
-
-def test_a_failure_leaves_nothing_behind(write, monkeypatch, tmp_path):
-    monkeypatch.setattr(tokens, "PIECE", 50)
-    path, cache = write("a.txt", WORDS * 30), tmp_path / "cache"
-    with pytest.raises(RuntimeError, match="the tokenizer broke"):
-        prepare(path, tokenizer=Counting(fail_after=500), cache=str(cache))
-    assert [file.name for file in (cache / "tokens").iterdir()] == ["lock"]
-
-
-KILLED = """
-import os, signal, sys
-from jaxgpt import data
-from jaxgpt.data import tokens
-from jaxgpt.tokenizer import TokenizerConfig, build
-append, tokens.PIECE = tokens._append, 50
-def append_and_die(entry, split, shards, array):
-    append(entry, split, shards, array)
-    if sum(shards) > 500:
-        os.kill(os.getpid(), signal.SIGKILL)
-tokens._append = append_and_die
-cfg = data.DataConfig(paths=(sys.argv[1],), cache=sys.argv[2])
-data.prepare(cfg, build(TokenizerConfig(kind="bytes"), []))
-"""
-
-
-def test_a_killed_run_leaves_no_half_entry(write, tmp_path):
-    path, cache = write("a.txt", WORDS * 30), tmp_path / "cache"
-    root = Path(data.__file__).parents[2]
-    command = [sys.executable, "-c", KILLED, path, str(cache)]
-    assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
-    left = [entry.suffix for entry in (cache / "tokens").iterdir() if entry.is_dir()]
-    assert left == [".partial"]
-
-    corpus = prepare(path, cache=str(cache), val_fraction=0.0)
-    assert corpus.train[:].tolist() == [EOT, *BYTES.encode(WORDS * 30)]
-    assert not list((cache / "tokens").glob("*.partial"))
-
-
-def test_runs_at_the_same_time_encode_once(write):
-    path, counting, corpora = write("a.txt", WORDS * 200), Counting(), []
-    threads = [
-        threading.Thread(target=lambda: corpora.append(prepare(path, tokenizer=counting)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(corpora) == 4
-    assert counting.encoded == len(WORDS * 200)
-
-
-def test_a_damaged_entry_is_refused(write, tmp_path):
-    path = write("a.txt", WORDS * 30)
-    prepare(path, cache=str(tmp_path / "cache"))
-    (shard,) = tmp_path.glob("cache/tokens/*/train-00000.bin")
-    os.truncate(shard, 100)
-    with pytest.raises(InputError, match=r"train-00000.bin is damaged; delete"):
-        prepare(path, cache=str(tmp_path / "cache"))
-
-
-def test_a_cache_that_cannot_be_written_is_refused(write):
-    path = write("a.txt", WORDS)
-    with pytest.raises(InputError, match=r"cannot write to .*a.txt/tokens.*set data.cache"):
-        prepare(path, cache=path)
-
-
-def test_bad_text_is_refused_before_anything_is_encoded(write, tmp_path):
-    good, bad = write("a.txt", WORDS), write("b.txt", WORDS + "\0")
-    counting = Counting()
-    with pytest.raises(InputError, match="binary"):
-        prepare(good, bad, tokenizer=counting, cache=str(tmp_path / "cache"))
-    assert counting.encoded == 0
 
 
 # Training batches

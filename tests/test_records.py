@@ -4,6 +4,7 @@ import ast
 import csv
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from datetime import date
@@ -431,3 +432,18 @@ def test_arithmetic_is_all_of_it_and_right(made):
 def test_what_is_made_is_the_same_every_time(made):
     for name in ("python:preferences", "arithmetic"):
         assert open_records(name) == made[name]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="has no file that gives EIO")
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.en"])
+def test_a_disk_that_fails_while_records_are_read_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # its first byte cannot be read
+    message = rf"{tmp_path / name} cannot be read: Input/output error; check"
+    with pytest.raises(InputError, match=message):
+        open_records(str(tmp_path / name).removesuffix(".en"), ("en",))
+
+
+def test_a_path_of_records_that_cannot_be_followed_says_why(tmp_path):
+    (tmp_path / "a.csv").symlink_to("a.csv")
+    with pytest.raises(InputError, match=r"a.csv cannot be read: Too many levels of symbolic"):
+        open_records(str(tmp_path / "a.csv"))

@@ -1,5 +1,6 @@
 """From a path to its documents: everything arrives as it is, and what is not text is refused."""
 
+import errno
 import json
 import os
 import sysconfig
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.data import formats
-from jaxgpt.data.sources import content_digest, measure, open_source
+from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
 from jaxgpt.errors import InputError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument: äöü 🙂", "", "the last one\n"]
@@ -221,3 +222,50 @@ def test_a_path_to_nothing_is_refused(tmp_path, path, message):
 def test_a_tfds_data_set_that_cannot_be_read_is_refused(prepared, spec, text_field, message):
     with pytest.raises(InputError, match=message):
         open_source(spec.format(prepared), text_field)
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("read_it", [measure, content_digest, file_states])
+def test_a_file_that_vanishes_is_named(tmp_path, suffix, read_it):
+    file = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        write_parquet(file, {"text": ["one"]})
+    else:
+        write_jsonl(file, [{"text": "one"}])
+    source = open_source(str(file))
+    file.unlink()
+    with pytest.raises(InputError, match=rf"{file} cannot be read: .*No such file"):
+        read_it(source)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="has no file that gives EIO")
+@pytest.mark.parametrize("read_it", [measure, content_digest])
+def test_a_disk_that_fails_while_a_file_is_read_is_named(read_it):
+    file = "/proc/self/mem"  # its first byte cannot be read
+    source = Source(file, (file,), lambda: formats.documents(file, "text"))
+    with pytest.raises(InputError, match=rf"{file} cannot be read: Input/output error; check"):
+        read_it(source)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one.txt").write_text("one")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=rf"{tmp_path}/a/b cannot be read: Permission denied"):
+        open_source(str(tmp_path))
+
+
+def test_a_path_that_cannot_be_followed_says_why(tmp_path):
+    (tmp_path / "a.txt").symlink_to("a.txt")
+    with pytest.raises(InputError, match=r"a.txt cannot be read: Too many levels of symbolic"):
+        open_source(str(tmp_path / "a.txt"))

@@ -9,11 +9,18 @@ for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
 
 from jaxgpt.data.ahead import prefetch
 from jaxgpt.data.batches import Batches, eval_batches, streams
-from jaxgpt.data.corpus import Corpus, DataConfig, prepare, refuse_changed, texts
+from jaxgpt.data.corpus import (
+    Corpus,
+    DataConfig,
+    prepare,
+    refuse_changed,
+    texts,
+    token_entries,
+)
 from jaxgpt.data.dataset import Dataset
 from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig, read_splits, strings
-from jaxgpt.data.tokens import TokenStream
+from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
     "Batches",
@@ -25,6 +32,7 @@ __all__ = [
     "TokenStream",
     "eval_batches",
     "examples",
+    "find_entry_damage",
     "prefetch",
     "prepare",
     "read_splits",
@@ -32,4 +40,5 @@ __all__ = [
     "streams",
     "strings",
     "texts",
+    "token_entries",
 ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt.data.formats import Document, reading
 from jaxgpt.data.records import say
-from jaxgpt.data.sources import Source, content_digest, measure, open_source
-from jaxgpt.data.split import FEW, split
+from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
+from jaxgpt.data.split import FEW, Split, split
 from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
 from jaxgpt.errors import InputError
 from jaxgpt.paths import cache_folder
 from jaxgpt.tokenizer import Tokenizer
 
-FORMAT = 1  # of a cache entry; a new number makes old entries unused
+FORMAT = 2  # of a cache entry; a new number makes old entries unused
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,12 @@ class DataConfig:
     """Threads that turn text into tokens; 0: one for each core."""
     cache: str = ""
     """Folder of the tokens; empty: $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+    rebuild: bool = False
+    """Tokenize again even if the cache has the tokens, for example because it is damaged; other
+    entries of the cache stay."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if not self.paths:
             raise InputError("data.paths is empty; set it to 'python' or to files of your own")
         if self.weights and len(self.weights) != len(self.paths):
@@ -89,35 +92,67 @@ class Corpus:
         return join(self.vals)
 
 
-def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """Turns the text of `cfg` into tokens, or finds them in the cache where that was done before.
+def token_entries(cfg: DataConfig, fingerprint: dict[str, Any]) -> list[Path]:
+    """The cache entries of a run, whether or not they exist.
 
-    Raises InputError, before anything is encoded, for paths that cannot be read as text.
+    Args:
+        cfg: The run's data config, for the folder of the cache.
+        fingerprint: The data fingerprint, of `Corpus` or as a checkpoint stores it.
+
+    Returns:
+        The folder for each of the fingerprint's `files`, then for each of its `val_files`. Paths
+        with the same content share one.
+    """
+    cache = cache_folder(cfg.cache) / "tokens"
+    digests = [(digest, fingerprint["val_fraction"]) for digest in fingerprint["files"]]
+    digests += [(digest, 0.0) for digest in fingerprint["val_files"]]
+    entries = []
+    for digest, fraction in digests:
+        identity = json.dumps([FORMAT, FEW, digest, fraction, fingerprint["tokenizer"]])
+        entries.append(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
+    return entries
+
+
+def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    """Tokenizes the text of `cfg`, or opens its tokens in the cache if that was done before.
+
+    Raises:
+        InputError: Before anything is encoded, for paths that cannot be read as text; for a damaged
+            cache entry; if the cache cannot be written to.
     """
     cfg.check()
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
     sources = [open_source(path, cfg.text_field) for path in (*cfg.paths, *cfg.val_paths)]
-    on_disk = sum(os.path.getsize(file) for source in sources for file in source.files)
+    states = [file_states(source) for source in sources]
+    on_disk = sum(size for files in states for size, _ in files.values())
     with _progress("reading the text", on_disk) as progress:
         digests = [content_digest(source, progress) for source in sources]
-    cache = cache_folder(cfg.cache) / "tokens"
-    entries = []
-    for digest, fraction in zip(digests, fractions, strict=True):
-        identity = json.dumps([FORMAT, FEW, digest, fraction, tokenizer.fingerprint])
-        entries.append(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
+    fingerprint = {
+        "files": digests[: len(cfg.paths)],
+        "val_files": digests[len(cfg.paths) :],
+        "val_fraction": held_out,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    entries = token_entries(cfg, fingerprint)
     for source in sources:
         if source.skipped:
             say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
-    todo = [work for work in zip(sources, fractions, entries, strict=True) if not work[2].exists()]
+    todo = [
+        (source, files, fraction, entry, found)
+        for source, files, fraction, entry, found in zip(
+            sources, states, fractions, entries, map(_inode, entries), strict=True
+        )
+        if cfg.rebuild or found is None
+    ]
     with _progress("checking the text", None) as progress:
-        sizes = [measure(source, progress) for source, _, _ in todo]
-    for (source, fraction, entry), size in zip(todo, sizes, strict=True):
-        with writing(cache):
-            if not entry.exists():  # another process may have made it meanwhile
-                _write(source, size, fraction, entry, tokenizer, cfg.workers)
+        sizes = [measure(source, progress) for source, *_ in todo]
+    for (source, files, fraction, entry, found), size in zip(todo, sizes, strict=True):
+        with writing(entry.parent):
+            if _inode(entry) == found:  # else another process has made or replaced it meanwhile
+                _write(source, files, size, fraction, entry, tokenizer, cfg)
 
-    streams = [read_tokens(entry) for entry in entries]
+    streams = [read_tokens(entry, tokenizer.vocab_size) for entry in entries]
     parts = tuple(stream["train"] for stream in streams[: len(cfg.paths)])
     vals = tuple(stream["train"] for stream in streams[len(cfg.paths) :])
     vals = vals or tuple(stream["val"] for stream in streams)
@@ -126,12 +161,6 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
             f"data.val_fraction={held_out} holds out nothing of {join(parts).documents} documents; "
             "raise it, or set data.val_paths"
         )
-    fingerprint = {
-        "files": digests[: len(cfg.paths)],
-        "val_files": digests[len(cfg.paths) :],
-        "val_fraction": held_out,
-        "tokenizer": tokenizer.fingerprint,
-    }
     return Corpus(parts, vals, fingerprint)
 
 
@@ -168,17 +197,49 @@ def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _write(
-    source: Source, size: int, val_fraction: float, entry: Path, tokenizer: Tokenizer, workers: int
+    source: Source,
+    files: dict[str, tuple[int, int]],
+    size: int,
+    fraction: float,
+    entry: Path,
+    tokenizer: Tokenizer,
+    cfg: DataConfig,
 ) -> None:
     began = time.perf_counter()
+    documents = _while_unchanged(source, files, split(source, fraction))
     with _progress(source.path, size) as progress:
-        write_tokens(entry, split(source, val_fraction), tokenizer, workers, progress)
+        write_tokens(entry, documents, tokenizer, cfg.workers, progress, replace=cfg.rebuild)
     seconds = time.perf_counter() - began
-    tokens = {name: len(stream) for name, stream in read_tokens(entry).items()}
+    tokens = {name: len(s) for name, s in read_tokens(entry, tokenizer.vocab_size).items()}
     say(
         f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
         f"{size / 1e6:.1f} MB in {seconds:.1f} s"
     )
+
+
+def _inode(entry: Path) -> int | None:
+    """What tells an entry from the one that replaces it; None if there is none."""
+    with reading(entry):
+        try:
+            return entry.stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _while_unchanged(
+    source: Source, files: dict[str, tuple[int, int]], documents: Iterator[tuple[Split, Document]]
+) -> Iterator[tuple[Split, Document]]:
+    """The documents; InputError at their end if a file is not as it was before it was hashed.
+
+    The name of a cache entry has the hash, so tokens of other text must not be written to it.
+    """
+    yield from documents
+    now = file_states(source)
+    for file, state in files.items():
+        if now[file] != state:
+            raise InputError(
+                f"{file} changed while it was read; run this again when nothing writes to it"
+            )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,18 @@ Document = Iterable[str]
 Kind = Literal["text", "jsonl", "parquet"]
 
 BLOCK = 1 << 20  # bytes of a plain text file read at a time
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError into an InputError that names the file, or `path` if the error has none."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}; check that it "
+            "is there, that you may read it, and that its disk or mount works"
+        ) from error
 
 
 def kind_of(file: str) -> Kind:
@@ -37,13 +50,14 @@ def check(file: str, text_field: str) -> None:
 
 def documents(file: str, text_field: str) -> Iterator[Document]:
     """The documents of a file, in order; `text_field` names the text in records."""
-    match kind_of(file):
-        case "text":
-            yield TextFile(file)
-        case "jsonl":
-            yield from _jsonl(file, text_field)
-        case "parquet":
-            yield from _parquet(file, text_field)
+    with reading(file):
+        match kind_of(file):
+            case "text":
+                yield TextFile(file)
+            case "jsonl":
+                yield from _jsonl(file, text_field)
+            case "parquet":
+                yield from _parquet(file, text_field)
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class TextFile:
     def __iter__(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         offset = 0
-        with open(self.path, "rb") as file:
+        with reading(self.path), open(self.path, "rb") as file:
             while True:
                 block = file.read(BLOCK)
                 nul = block.find(b"\0")

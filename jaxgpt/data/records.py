@@ -13,11 +13,12 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.data.formats import as_text
+from jaxgpt.data.formats import as_text, reading
 from jaxgpt.errors import InputError
 
 
@@ -94,8 +95,14 @@ def open_records(
     """The records at `path`, in order.
 
     `fields` are the ends of the names of parallel files; `columns` name those of a table without a
-    header. Raises InputError, with file and line, for what cannot be read as that.
+    header. Raises InputError, with file and line, for what cannot be read as that, and for a file
+    that cannot be read at all.
     """
+    with reading(path):
+        return _open_records(path, fields, columns)
+
+
+def _open_records(path: str, fields: Sequence[str], columns: Sequence[str]) -> list[Record]:
     from jaxgpt.data.made import MADE
 
     if path in MADE:
@@ -121,6 +128,8 @@ def open_records(
     elif fields and all(os.path.isfile(f"{place}.{field}") for field in fields):
         records = _parallel(path, place, fields)
     else:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            os.stat(place)  # raises the reason if it is another, such as a missing permission
         parallel = " and ".join(f"{path}.{field}" for field in fields) or "parallel files"
         raise InputError(
             f"{path} is no file of records ({', '.join(readers)}), nor are there {parallel}; the "
@@ -217,7 +226,8 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
 
 
 def _read_text(file: str) -> str:
-    data = Path(file).read_bytes()
+    with reading(file):
+        data = Path(file).read_bytes()
     try:
         return data.decode().removeprefix("\ufeff")  # Excel's, which would begin the first name
     except UnicodeDecodeError as error:

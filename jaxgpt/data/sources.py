@@ -15,12 +15,13 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from jaxgpt.data import formats
-from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.data.formats import Document, reading, utf8_size
 from jaxgpt.errors import InputError
 
 # fmt: off
@@ -50,8 +51,14 @@ def open_source(path: str, text_field: str = "text") -> Source:
     """The source at `path`, checked as far as is possible without reading it all.
 
     Raises InputError for a path that is not there, an empty file, a folder or glob without text, a
-    parquet file without the column `text_field`, a data set that TFDS cannot open.
+    parquet file without the column `text_field`, a data set that TFDS cannot open, a file or folder
+    that cannot be read.
     """
+    with reading(path):
+        return _open_source(path, text_field)
+
+
+def _open_source(path: str, text_field: str) -> Source:
     if path == "python":
         return _from_files(path, standard_library()[1], text_field)
     if path.startswith("tfds:"):
@@ -72,6 +79,8 @@ def open_source(path: str, text_field: str = "text") -> Source:
         if not files:
             raise InputError(f"no file matches {path}; check the pattern (** is any depth)")
         return _from_files(path, files, text_field)
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        os.stat(place)  # raises the reason if it is another, such as a missing permission
     raise InputError(f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'")
 
 
@@ -99,7 +108,7 @@ def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes
 
     def file_digest(file: str) -> str:
         digest = hashlib.sha256()
-        with open(file, "rb") as opened:
+        with reading(file), open(file, "rb") as opened:
             while block := opened.read(formats.BLOCK):
                 digest.update(block)
                 progress(len(block))
@@ -108,6 +117,20 @@ def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, source.files))
     return hashlib.sha256("\n".join([source.selection, *digests]).encode()).hexdigest()
+
+
+def file_states(source: Source) -> dict[str, tuple[int, int]]:
+    """Size and modification time of each file, to see whether one changes while it is read.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    states = {}
+    for file in source.files:
+        with reading(file):
+            found = os.stat(file)
+        states[file] = (found.st_size, found.st_mtime_ns)
+    return states
 
 
 def _from_files(
@@ -129,7 +152,7 @@ def standard_library() -> tuple[str, tuple[str, ...]]:
     """The folder of the running interpreter's library, and its source files but for its tests."""
     root = sysconfig.get_path("stdlib")
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = set(folders) - NOT_LIBRARY
         found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     return root, tuple(sorted(file for file in found if os.path.getsize(file)))
@@ -137,7 +160,7 @@ def standard_library() -> tuple[str, tuple[str, ...]]:
 
 def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     taken, skipped = [], []
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, onerror=_raise):
         for name in names:
             file = os.path.join(folder, name)
             suffix = os.path.splitext(name)[1].lower()
@@ -150,6 +173,11 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             else:
                 taken.append(file)
     return tuple(sorted(taken)), tuple(sorted(skipped))
+
+
+def _raise(error: OSError) -> None:
+    """For os.walk, which would leave out a folder that cannot be read."""
+    raise error
 
 
 def open_tfds(path: str) -> tuple[Any, Any, str]:
@@ -184,8 +212,9 @@ def _from_tfds(path: str, text_field: str) -> Source:
         raise InputError(f"{path} has no '{text_field}'; set data.text_field to one of: {fields}")
 
     def documents() -> Iterator[Document]:
-        for number, record in enumerate(records):
-            yield (formats.field_text(record, text_field, f"{path} record {number}"),)
+        with reading(path):
+            for number, record in enumerate(records):
+                yield (formats.field_text(record, text_field, f"{path} record {number}"),)
 
     return Source(
         path,

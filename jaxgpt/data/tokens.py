@@ -1,34 +1,49 @@
-"""Tokens on disk: written once per content and tokenizer, in parallel, and memory-mapped then.
+"""The cache of tokenized text: written once per content and tokenizer, then memory-mapped.
 
-An entry of the cache is a folder named by a SHA-256 over all that decides its tokens. It holds
-`index.json` and, for each split, shards `train-00000.bin`, ... of the tokenizer's dtype. It appears
-by a rename when it is complete, so it is whole or not there. One process writes at a time, under a
-lock that ends with it; what a killed process left behind is removed by the next one.
+An entry of the cache is a folder, named by a SHA-256 of everything that decides its tokens. It has
 
-Text is encoded in threads, not processes: tiktoken works outside the interpreter's lock, and
-threads need no copies, no second interpreter and no guard around the main program.
+    index.json        dtype, end-of-text token, and the shards, documents and bytes of each split
+    train-00000.bin   the tokens, in shards of the tokenizer's dtype; also val-00000.bin, ...
+    SHA256SUMS        the hash of each of these files (see jaxgpt/manifest.py)
+    verified.json     sizes and modification times of the files when the hashes were last compared
+
+An entry is written under another name and renamed when it is complete. Its hashes are compared when
+it is opened, unless `verified.json` says that this was done since the files last changed. One
+process writes at a time, under a lock that ends with the process.
+
+Text is encoded in threads, not in processes: tiktoken releases the interpreter's lock, and threads
+need no copies, no second interpreter and no guard around the main program.
 """
 
 import bisect
+import errno
 import json
 import os
+import platform
 import shutil
-import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import numpy as np
 
 from jaxgpt.data.ahead import map_ahead
-from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.data.formats import Document, reading, utf8_size
+from jaxgpt.data.records import say
 from jaxgpt.data.split import Split
 from jaxgpt.errors import InputError
+from jaxgpt.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from jaxgpt.tokenizer import Tokenizer
 
+INDEX = "index.json"
+VERIFIED = "verified.json"
 SHARD = 1 << 29  # tokens in a file
 PIECE = 1 << 19  # characters, or more, that a thread encodes at a time
+ABANDONED = 24 * 3600.0  # seconds without a write after which a partial entry has no writer
 
 
 class TokenStream:
@@ -67,20 +82,74 @@ def join(streams: Sequence[TokenStream]) -> TokenStream:
     )
 
 
-def read_tokens(entry: Path) -> dict[Split, TokenStream]:
-    """The streams of an entry of the cache, memory-mapped."""
-    index = json.loads((entry / "index.json").read_text())
-    dtype = np.dtype(index["dtype"])
-    streams: dict[Split, TokenStream] = {}
-    for split, counts in index["splits"].items():
-        shards = []
-        for number, length in enumerate(counts["shards"]):
-            file = _shard(entry, split, number)
-            if os.path.getsize(file) != length * dtype.itemsize:
-                raise InputError(f"{file} is damaged; delete {entry} to have it made again")
-            shards.append(np.memmap(file, dtype, mode="r").view(np.ndarray))
-        streams[split] = TokenStream(shards, index["eot"], counts["documents"], counts["bytes"])
+def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
+    """Opens an entry of the cache, and verifies it if that was not done since it last changed.
+
+    Args:
+        entry: The folder of the entry.
+        vocab_size: Size of the tokenizer's vocabulary; all token ids must be smaller.
+
+    Returns:
+        The memory-mapped tokens of each split.
+
+    Raises:
+        InputError: The entry is damaged, or a file of it cannot be read.
+    """
+    with reading(entry):
+        state = {"vocab_size": vocab_size, "files": _file_states(entry)}
+        index, damage = _open_index(entry)
+        if not damage and not _was_verified(entry, state):
+            damage = find_entry_damage(entry, vocab_size)
+            if not damage:
+                _remember_verified(entry, state)
+        if damage:
+            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+            raise InputError(
+                f"the cache of tokenized text is damaged: {entry / damage[0]}{more}; add "
+                f"--data.rebuild True to tokenize the text again, or delete the folder {entry}"
+            )
+        streams: dict[Split, TokenStream] = {}
+        for split, counts in index["splits"].items():
+            files = [entry / _shard(split, number) for number in range(len(counts["shards"]))]
+            shards = [np.memmap(f, index["dtype"], mode="r").view(np.ndarray) for f in files]
+            streams[split] = TokenStream(shards, index["eot"], counts["documents"], counts["bytes"])
     return streams
+
+
+def find_entry_damage(entry: Path, vocab_size: int | None) -> list[str]:
+    """Hashes all files of a cache entry, whether or not it was verified before.
+
+    Args:
+        entry: The folder of the entry.
+        vocab_size: Size of the tokenizer's vocabulary, to find token ids outside it; None if not
+            known.
+
+    Returns:
+        What is wrong, such as `train-00000.bin: changed`; empty if nothing is.
+
+    Raises:
+        InputError: A file exists and cannot be read.
+    """
+    with reading(entry):
+        index, damage = _open_index(entry)
+        if damage:
+            return list(dict.fromkeys([*damage, *find_damage(entry)]))
+        dtype, lengths = np.dtype(index["dtype"]), _shard_lengths(index)
+
+        # A shard's ids are checked right after its hash, while the file is in the page cache.
+        def check(shard: str) -> list[str]:
+            if changed := find_damage(entry, lambda name: name == shard):
+                return changed
+            if (entry / shard).stat().st_size != lengths[shard] * dtype.itemsize:
+                return [f"{shard}: not of the length that {INDEX} says"]
+            if vocab_size is not None:
+                largest = int(np.memmap(entry / shard, dtype, mode="r").max())
+                if largest >= vocab_size:
+                    return [f"{shard}: token id {largest} in a vocabulary of {vocab_size}"]
+            return []
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [found for damage in pool.map(check, lengths) for found in damage]
 
 
 def write_tokens(
@@ -89,57 +158,191 @@ def write_tokens(
     tokenizer: Tokenizer,
     workers: int = 0,
     progress: Callable[[int], Any] = lambda bytes: None,
+    replace: bool = False,
 ) -> None:
-    """Encodes `documents` into a new entry, with `workers` threads, or one a core if 0.
+    """Tokenizes documents into an entry of the cache.
 
     Memory holds a few pieces of text for each thread, however long the corpus or a document is, as
-    long as the tokenizer finds places to cut it. `progress` is called with the number of bytes of
-    text encoded since the last call.
+    long as the tokenizer finds places to cut it.
+
+    Args:
+        entry: The folder to write. It appears when it is complete; a failure leaves nothing.
+        documents: The documents, each with its split.
+        tokenizer: The tokenizer.
+        workers: Number of threads; 0: one for each core.
+        progress: Called with the number of bytes of text encoded since the last call.
+        replace: Replace an entry that is there, once the new one is complete. Processes that have
+            the old one memory-mapped keep it. Otherwise an entry that appears meanwhile is kept.
+
+    Raises:
+        InputError: The entry cannot be written, for example because the disk is full. This is not a
+            TrainingError: no step was taken, and another data.cache is the remedy.
     """
     workers = workers or os.cpu_count() or 1
-    partial = entry.with_suffix(".partial")
-    partial.mkdir()
+    partial, old = _partial(entry), _partial(entry)
     splits: dict[Split, dict[str, Any]] = {
         split: {"shards": [], "documents": 0, "bytes": 0} for split in get_args(Split)
     }
+    groups = _groups(documents, tokenizer.safe_cut)
+    ahead = map_ahead(lambda g: _encode(tokenizer, g), groups, workers, 2 * workers)
     try:
-        groups = _groups(documents, tokenizer.safe_cut)
-        for encoded in map_ahead(lambda g: _encode(tokenizer, g), groups, workers, 2 * workers):
-            for split, (tokens, count, bytes) in encoded.items():
-                _append(partial, split, splits[split]["shards"], tokens)
-                splits[split]["documents"] += count
-                splits[split]["bytes"] += bytes
-                progress(bytes)
+        partial.mkdir()
+        with closing(ahead):
+            for encoded in ahead:
+                for split, (tokens, count, bytes) in encoded.items():
+                    _append(partial, split, splits[split]["shards"], tokens)
+                    splits[split]["documents"] += count
+                    splits[split]["bytes"] += bytes
+                    progress(bytes)
         index = {"dtype": np.dtype(tokenizer.dtype).name, "eot": tokenizer.eot, "splits": splits}
-        (partial / "index.json").write_text(json.dumps(index, indent=1))
-        for file in partial.iterdir():
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
-        partial.rename(entry)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        (partial / INDEX).write_text(json.dumps(index, indent=1))
+        write_manifest(partial)
+        _sync_folder(partial)
+        if replace and entry.exists():
+            entry.rename(old)
+        try:
+            partial.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another machine, which the lock does not reach, was faster; its tokens are the same.
+        _sync_folder(entry.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write tokenized text to {error.filename or partial}: "
+            f"{error.strerror or error}; make room there, or set data.cache to another folder"
+        ) from error
+    finally:
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def writing(cache: Path) -> Iterator[None]:
-    """Holds the right to write to the cache, and clears what a killed process left there."""
+    """Holds the lock for writing to the cache, and removes what killed processes left there.
+
+    Raises:
+        InputError: The cache cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Opened for writing, because NFS does not lock files that are open for reading only.
+            lock = stack.enter_context(open(cache / "lock", "a"))
+        except OSError as error:
+            raise InputError(f"cannot write to {cache} ({error}); set data.cache") from None
+        locked = _lock(lock, cache)
+        for partial in cache.glob("*.partial"):
+            # On this machine the lock excludes other writers. On a shared folder a writer on
+            # another machine may not be excluded, so only its age tells that nobody writes it.
+            here = locked and partial.name.endswith(_partial_suffix())
+            if here or _seconds_since_write(partial) > ABANDONED:
+                shutil.rmtree(partial, ignore_errors=True)
+        yield
+
+
+def _lock(lock: IO[str], cache: Path) -> bool:
+    """Waits for the lock; False if the file system has no locks, as some network mounts."""
     import fcntl
 
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / "lock").touch()
-    except OSError as error:
-        raise InputError(f"cannot write to {cache} ({error}); set data.cache") from None
-    with open(cache / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that writes to {cache}", file=sys.stderr)
+            say(f"waiting for another process that writes to {cache}; Ctrl-C ends the wait")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in cache.glob("*.partial"):
-            shutil.rmtree(left)
-        yield
+    except OSError:
+        return False  # then two processes may tokenize the same text, each in a folder of its own
+    return True
+
+
+def _partial(entry: Path) -> Path:
+    """A new name beside the entry, with the name of this machine."""
+    return entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{_partial_suffix()}")
+
+
+def _partial_suffix() -> str:
+    return f".{platform.node()}.partial"
+
+
+def _seconds_since_write(folder: Path) -> float:
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:  # its writer renamed or removed a file meanwhile
+        return 0.0
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flushes the names of files in a folder to the disk, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_index(entry: Path) -> tuple[dict[str, Any], list[str]]:
+    """The index of an entry, and what is wrong with it or with the manifest, if anything is."""
+    if damage := find_damage(entry, lambda name: name == INDEX):
+        return {}, damage
+    try:
+        index = json.loads((entry / INDEX).read_bytes())
+        lengths = _shard_lengths(index)
+        counts = [index["splits"][s][n] for s in get_args(Split) for n in ("documents", "bytes")]
+        valid = (
+            index["dtype"] in ("uint16", "uint32")
+            and set(index["splits"]) == set(get_args(Split))
+            and all(type(count) is int and count >= 0 for count in (index["eot"], *counts))
+            and all(type(length) is int and length > 0 for length in lengths.values())
+        )
+    except FileNotFoundError:
+        return {}, [f"{INDEX}: missing"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        return {}, [f"{INDEX}: not an index of token shards"]
+    if set(read_manifest(entry)) != {INDEX, *lengths}:
+        return {}, [f"{MANIFEST}: does not list the files of {INDEX}"]
+    return index, []
+
+
+def _shard_lengths(index: dict[str, Any]) -> dict[str, int]:
+    """The number of tokens in each shard, by file name."""
+    return {
+        _shard(split, number): length
+        for split, counts in index["splits"].items()
+        for number, length in enumerate(counts["shards"])
+    }
+
+
+def _file_states(entry: Path) -> dict[str, list[int]]:
+    """Size and modification time of the files that the manifest protects, and of itself."""
+    names = os.listdir(entry) if entry.is_dir() else []
+    protected = [name for name in names if name in (MANIFEST, INDEX) or name.endswith(".bin")]
+    states = {name: os.stat(entry / name) for name in protected}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _was_verified(entry: Path, state: dict[str, Any]) -> bool:
+    try:
+        return json.loads((entry / VERIFIED).read_bytes()) == state
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _remember_verified(entry: Path, state: dict[str, Any]) -> None:
+    draft = entry / f"{VERIFIED}.{uuid.uuid4().hex}.draft"
+    try:
+        draft.write_text(json.dumps(state))
+        draft.replace(entry / VERIFIED)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            say(f"{entry / VERIFIED} cannot be written ({error.strerror}); the next run verifies")
 
 
 def _pieces(document: Document, safe_cut: Callable[[str], int]) -> Iterator[str]:
@@ -201,11 +404,15 @@ def _append(entry: Path, split: Split, shards: list[int], tokens: np.ndarray) ->
         if not shards or shards[-1] == SHARD:
             shards.append(0)
         part = tokens[: SHARD - shards[-1]]
-        with open(_shard(entry, split, len(shards) - 1), "ab") as file:
-            part.tofile(file)
+        file = entry / _shard(split, len(shards) - 1)
+        try:
+            with file.open("ab") as stream:
+                stream.write(part.data)  # other than tofile, it says why it fails
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from error
         shards[-1] += len(part)
         tokens = tokens[len(part) :]
 
 
-def _shard(entry: Path, split: Split, number: int) -> Path:
-    return entry / f"{split}-{number:05}.bin"
+def _shard(split: Split, number: int) -> str:
+    return f"{split}-{number:05}.bin"
