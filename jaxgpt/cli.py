@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from jaxgpt import terminal
+from jaxgpt import runs, terminal
 from jaxgpt.cache import CacheDtype
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.records import lines_of
@@ -244,6 +245,28 @@ def export(
         print(f"{file.stat().st_size:>16,} bytes  {file}")
 
 
+def verify(path: tyro.conf.Positional[str]) -> int:
+    """Hash all files of a run and say which are damaged; the exit status is 1 if any are.
+
+    Args:
+        path: A run's folder (checkpoints, cached tokens, metrics), a checkpoint, or an export.
+    """
+    began = time.perf_counter()
+    found = runs.verify(path)
+    print(runs.show_verified(found, time.perf_counter() - began))
+    return int(any(one.damage for one in found))
+
+
+def list_runs(folder: tyro.conf.Positional[str] = "runs", verify: bool = True) -> None:
+    """List the runs in a folder: how far they are, their losses and sizes, and what is damaged.
+
+    Args:
+        folder: The folder that holds the runs.
+        verify: Hash the files of all checkpoints, which takes about a second per GB.
+    """
+    print(runs.show_runs(runs.list_runs(folder, verify)))
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
@@ -252,13 +275,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "translate": translate,
     "tokenize": tokenize,
     "export": export,
+    "verify": verify,
+    "runs": list_runs,
 }
 
 
 def main(args: list[str]) -> int:
     """Runs a command; returns the exit status."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m jaxgpt", args=args, use_underscores=True
         )
     except InputError as error:
@@ -270,4 +295,4 @@ def main(args: list[str]) -> int:
         # Who was reading has left, as `| head` does: nothing is left to say, nor at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return 0
+    return status or 0

@@ -61,8 +61,8 @@ class RunLock:
                 pass
         except BlockingIOError:
             raise InputError(
-                f"{self.folder} is being trained by {_holder(self._path)}; wait for it to end, "
-                "stop it, or set another name"
+                f"{self.folder} is being trained by {_read_holder(self._path)}; wait for it, stop "
+                "it, or set another name"
             ) from None
         except OSError as error:
             raise InputError(
@@ -111,6 +111,22 @@ class RunLock:
             )
 
 
+def find_holder(folder: Path) -> str:
+    """The process that holds the lock on a run's folder; empty if none does."""
+    path = folder / "lock"
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        flock(fd, shared=True)
+    except BlockingIOError:
+        return _read_holder(path)
+    finally:
+        os.close(fd)
+    return ""
+
+
 def _is_file(fd: int, path: Path) -> bool:
     """Whether an open file is the one at a path."""
     try:
@@ -119,7 +135,7 @@ def _is_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _holder(path: Path) -> str:
+def _read_holder(path: Path) -> str:
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on host {found['host']}"

@@ -87,15 +87,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Any other line that is not a record is skipped with a warning.
     """
-    records = []
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            logger.warning("%s: line %d is not a record and is skipped", path, number)
-    return records
+    for message in find_bad_lines(path):
+        logger.warning("%s: %s and is skipped", path, message)
+    return [record for line in _lines(path) if (record := _parse(line)) is not None]
+
+
+def find_bad_lines(path: Path) -> list[str]:
+    """Which lines, but an incomplete last one, are not records."""
+    lines = _lines(path)
+    return [
+        f"line {number} is not a record"
+        for number, line in enumerate(lines[:-1], 1)
+        if _parse(line) is None
+    ]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").split("\n") if path.exists() else []
 
 
 def _parse(line: str | bytes) -> dict[str, Any] | None:

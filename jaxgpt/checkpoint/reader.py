@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,12 @@ class OpenCheckpoint:
     metadata: dict[str, Any]
     """If intact, what the checkpoint says of itself; see `read`."""
 
-    def __init__(self, folder: Path, items: Collection[str]) -> None:
+    def __init__(self, folder: Path, items: Collection[str] | None) -> None:
         """Opens and checks a checkpoint.
+
+        Args:
+            folder: The folder of one step.
+            items: Names of the items whose files are hashed; None for all.
 
         Raises:
             FileNotFoundError: It was deleted, or is being deleted.
@@ -197,13 +200,13 @@ def step_folders(folder: Path) -> list[int]:
         return []
 
 
-def check_items(folder: Path, items: Collection[str]) -> list[str]:
-    """What is wrong with a checkpoint's descriptions and the files of some items."""
+def check_items(folder: Path, items: Collection[str] | None) -> list[str]:
+    """What is wrong with a checkpoint's descriptions and the files of some items, or of all."""
 
-    def belongs(names: Collection[str], name: str) -> bool:
-        return "/" not in name or name.split("/")[0] in names
+    def belongs(name: str) -> bool:
+        return items is None or "/" not in name or name.split("/")[0] in items
 
-    return find_damage(folder, partial(belongs, items))
+    return find_damage(folder, belongs)
 
 
 def check_format(folder: Path) -> None:

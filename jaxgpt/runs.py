@@ -1,0 +1,232 @@
+"""What is in runs' folders: which files are intact, and how far each run is."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import checkpoint, config, data
+from jaxgpt.errors import InputError
+from jaxgpt.lock import find_holder
+from jaxgpt.manifest import MANIFEST, find_damage
+from jaxgpt.metrics import find_bad_lines, read_metrics
+from jaxgpt.tokenizer import from_json
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One folder or file that was verified."""
+
+    path: Path
+    bytes: int
+    """Size of its files."""
+    damage: tuple[str, ...] = ()
+    """What is wrong with it; empty if it is intact."""
+
+
+def verify(path: str | Path) -> list[Verified]:
+    """Hashes everything of a run, one checkpoint, or an export.
+
+    Args:
+        path: A run's folder (its checkpoints, the cached tokens it is trained on, its metrics), or
+            a folder with a manifest.
+
+    Returns:
+        Each part with what is wrong with it.
+
+    Raises:
+        InputError: The path is none of these.
+    """
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return [_verify_folder(folder)]
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(
+            f"{path} is not a run's folder and has no {MANIFEST}; name a folder in `runs`, a "
+            "checkpoint or an export"
+        )
+    found = _verify_steps(folder / "checkpoints")
+    for one in reversed(found):
+        if not one.damage:
+            found += _verify_tokens(one.path)
+            break
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        found.append(Verified(metrics, metrics.stat().st_size, tuple(find_bad_lines(metrics))))
+    return found
+
+
+def _verify_steps(folder: Path) -> list[Verified]:
+    """Every checkpoint of a run, but those that the run deletes meanwhile."""
+    found = []
+    for step in checkpoint.step_folders(folder):
+        with suppress(FileNotFoundError):
+            found.append(_verify_folder(folder / str(step), _check_step))
+    return found
+
+
+def _check_step(folder: Path) -> list[str]:
+    opened = checkpoint.OpenCheckpoint(folder, None)
+    opened.close()
+    return opened.damage
+
+
+def _verify_folder(folder: Path, check: Callable[[Path], list[str]] = find_damage) -> Verified:
+    try:
+        return Verified(folder, size_of(folder), tuple(check(folder)))
+    except InputError as error:  # a file cannot be read, or is of a newer version
+        return Verified(folder, size_of(folder), (str(error),))
+
+
+def _verify_tokens(folder: Path) -> list[Verified]:
+    """The entries of the token cache that the run of a checkpoint uses and that exist."""
+    about = checkpoint.read(folder)
+    cfg = config.from_dict(config.Config, about["config"])
+    if not isinstance(cfg.data, data.DataConfig):
+        return []
+    vocab_size = from_json(about["tokenizer"]).vocab_size
+    found = []
+    for entry in dict.fromkeys(data.token_entries(cfg.data, about["data"])):
+        if entry.exists():
+            check = partial(data.find_entry_damage, vocab_size=vocab_size)
+            found.append(_verify_folder(entry, check))
+    return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is."""
+
+    name: str
+    step: int
+    """Of the newest checkpoint; 0 if there is none."""
+    steps: int
+    """That the run's config asks for; 0 if it cannot be read."""
+    loss: float | None
+    """The last training loss."""
+    val_loss: float | None
+    """The last validation loss."""
+    best: float | None
+    """The lowest validation loss."""
+    bytes: int
+    state: str
+    """`training` (with its process), `finished`, `stopped` or `empty`."""
+    damaged: tuple[str, ...]
+    """Names of checkpoints that are damaged now, or were and are set aside."""
+    updated: float
+    """Unix time of the last record."""
+
+
+def list_runs(folder: str | Path, hash_files: bool = True) -> list[RunState]:
+    """The runs in a folder, by name.
+
+    Args:
+        folder: A folder of runs.
+        hash_files: Verify the files of all checkpoints, at about 1 s per GB. Without, only
+            checkpoints that lack their manifest or were set aside count as damaged.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise InputError(f"there is no folder {folder}; name the folder that holds the runs")
+    marks = ("checkpoints", "config.json", "metrics.jsonl")
+    runs = [path for path in sorted(root.iterdir()) if any((path / m).exists() for m in marks)]
+    return [_state_of(run, hash_files) for run in runs]
+
+
+def _state_of(run: Path, hash_files: bool) -> RunState:
+    checkpoints = run / "checkpoints"
+    records = read_metrics(run / "metrics.jsonl")
+    steps = checkpoint.steps_in(checkpoints)
+    damaged = sorted(path.name for path in checkpoints.glob("*.damaged*"))
+    if hash_files:
+        damaged += [one.path.name for one in _verify_steps(checkpoints) if one.damage]
+    else:
+        damaged += [str(s) for s in checkpoint.step_folders(checkpoints) if s not in steps]
+    step = steps[-1] if steps else 0
+    losses = _values(records, "loss")
+    val_losses = _values(records, "val_loss")
+    holder = find_holder(run)
+    finished = any(record.get("finished") == step for record in records)
+    return RunState(
+        name=run.name,
+        step=step,
+        steps=_wanted_steps(run),
+        loss=losses[-1] if losses else None,
+        val_loss=val_losses[-1] if val_losses else None,
+        best=min(val_losses, default=None),
+        bytes=size_of(run),
+        state=f"training ({holder})" if holder else _name_state(finished, step),
+        damaged=tuple(damaged),
+        updated=float((_values(records, "time") or [run.stat().st_mtime])[-1]),
+    )
+
+
+def _name_state(finished: bool, step: int) -> str:
+    if finished:
+        return "finished"
+    return "stopped" if step else "empty"
+
+
+def _values(records: list[dict[str, Any]], name: str) -> list[float]:
+    return [r[name] for r in records if isinstance(r.get(name), int | float)]
+
+
+def _wanted_steps(run: Path) -> int:
+    try:
+        return config.read(run / "config.json").train.steps
+    except (InputError, OSError):  # of another version, or not written yet
+        return 0
+
+
+def show_verified(found: list[Verified], seconds: float) -> str:
+    """A line for each part, and a summary."""
+    lines = []
+    for one in found:
+        state = "DAMAGED" if one.damage else "intact"
+        lines.append(f"{state:<8} {_size(one.bytes):>9}  {one.path}")
+        lines += [f"           {message}" for message in one.damage]
+    intact, total = sum(not one.damage for one in found), sum(one.bytes for one in found)
+    lines.append(f"{intact} of {len(found)} intact; {_size(total)} in {seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def show_runs(states: list[RunState]) -> str:
+    """A table of runs."""
+    head = ("run", "step", "loss", "val", "best", "size", "updated", "checkpoints", "state")
+    rows = [
+        (
+            one.name,
+            f"{one.step}/{one.steps or '?'}",
+            *("-" if v is None else f"{v:.4f}" for v in (one.loss, one.val_loss, one.best)),
+            _size(one.bytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)),
+            f"damaged: {', '.join(one.damaged)}" if one.damaged else "intact" if one.step else "-",
+            one.state,
+        )
+        for one in states
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
