@@ -41,7 +41,7 @@ def test_damage_is_named_and_the_exit_status_is_1(trained, capsys, harm, monkeyp
     assert run("--train.steps", "7") == 0  # its tokens are in that cache now
     file, said = {
         "checkpoint": (Path("runs/a/checkpoints/3/config.json"), "config.json: changed"),
-        "manifest": (Path("runs/a/checkpoints/3/SHA256SUMS"), "changed"),
+        "manifest": (Path("runs/a/checkpoints/3/SHA256SUMS"), "DAMAGED"),
         "tokens": (token_entry() / "train-00000.bin", "train-00000.bin: changed"),
         "metrics": (Path("runs/a/metrics.jsonl"), "is not a record"),
     }[harm]
