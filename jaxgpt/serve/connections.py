@@ -7,6 +7,7 @@ longest; if all have one, the new connection gets /health only, and 503 for the 
 """
 
 import asyncio
+import time
 from typing import Any
 
 import h11
@@ -22,8 +23,8 @@ CONNECTIONS = 512
 """Open connections, at most."""
 PER_ADDRESS = 256
 """Open connections of one client address, at most; a proxy's clients share its address."""
-PARTS = 4096
-"""Parts in which a body may arrive, at most; parsing a chunk takes time, however small it is."""
+PARTS, PART = 256, 512
+"""More parts of a body than PARTS must have PART bytes on average: each takes time to parse."""
 FULL = "jaxgpt.full"
 """The key in an ASGI scope's state that is true on a connection over the limits."""
 
@@ -51,7 +52,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Makes room for the connection, or marks it as one over the limits."""
         super().connection_made(transport)
-        self.waiting_since = self.loop.time()
+        self.waiting_since = time.monotonic()
         if not self._make_room():
             self.app_state = {**self.app_state, FULL: True}
         self._restart_timer()
@@ -81,7 +82,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Starts the timer for the next request's head."""
-        self.waiting_since = self.loop.time()
+        self.waiting_since = time.monotonic()
         super().on_response_complete()
         self._restart_timer()
 
@@ -140,18 +141,19 @@ class Connection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which counts the parts of a body."""
+    """h11's parser, which refuses a body in too many small chunks."""
 
-    _parts = 0
+    _parts = _bytes = 0
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self._parts = 0
+            self._parts = self._bytes = 0
         elif isinstance(event, h11.Data):
             self._parts += 1
-            if self._parts > PARTS:
-                raise h11.RemoteProtocolError(f"the body has more than {PARTS} parts")
+            self._bytes += len(event.data)
+            if self._parts > PARTS and self._bytes < PART * self._parts:
+                raise h11.RemoteProtocolError(f"the body's {self._parts} parts are too small")
         return event
 
 
