@@ -5,6 +5,7 @@ The server is a real one, on this machine; the engine is the fake one of test_se
 
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -124,13 +125,16 @@ def test_a_storm_of_expensive_constraints_does_not_hold_up_others():
 
 def test_more_constraints_than_may_wait_are_told_when_to_come_again(slow, monkeypatch):
     monkeypatch.setattr(constraints, "WAITING", 2)
-    with (
-        serving(FakeEngine()) as port,
-        clients(port, 3, lambda i: post("/v1/completions", json.dumps(guided(f"a{i}")).encode())),
-    ):
-        until(lambda: call(port, "/v1/completions", guided("one more"))[0] == 429)
-        _, headers, answer = call(port, "/v1/completions", guided("one more"))
-        assert int(headers["retry-after"]) > 0 and answer["error"]["code"] == "queue_full"
+
+    def different(number):
+        return post("/v1/completions", json.dumps(guided(f"a{number}")).encode())
+
+    with serving(FakeEngine()) as port, clients(port, 8, different) as asking:
+        until(lambda: len(select.select(asking, [], [], 0)[0]) == 5)
+        answers = [client.recv(1 << 16).lower() for client in select.select(asking, [], [], 0)[0]]
+        for answer in answers:
+            assert answer.startswith(b"http/1.1 429") and b'"code":"queue_full"' in answer
+            assert int(answer.partition(b"retry-after: ")[2].split()[0]) > 0
         assert call(port, "/v1/completions", PLAIN)[0] == 200
 
 

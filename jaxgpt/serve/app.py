@@ -121,7 +121,8 @@ def create_app(
         if body.stream:
             return Events(made.events(streams), streams)
         try:
-            return JSONResponse(await unless_gone(request.receive, made.whole(streams)))
+            content = await unless_gone(request.receive, made.whole(streams))
+            return Response(content, media_type="application/json")
         finally:
             streams.cancel()
 
