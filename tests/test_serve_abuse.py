@@ -221,7 +221,7 @@ def test_a_constraint_that_was_refused_is_refused_again_without_compiling(slow):
     ids=["silent", "half a head", "half a body"],
 )
 def test_hundreds_of_connections_that_wait_do_not_keep_others_out(content):
-    with serving(FakeEngine(BASE, "x")) as port, clients(port, 600, content):
+    with serving(FakeEngine(BASE, "x")) as port, clients(port, 300, content):
         check_answers(port)
 
 
