@@ -116,8 +116,7 @@ class FakeEngine:
 def serving(engine, name="little", **options):
     """The port of a server of its own."""
     made = app.create_app(engine, name=name, **options)
-    config = uvicorn.Config(made, http="h11", ws="none", lifespan="off", log_level="critical")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(app.configured(made))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # of its connections too
         sock.bind(("127.0.0.1", 0))
@@ -915,7 +914,6 @@ def test_a_dead_engine_is_an_error_and_not_healthy(real, monkeypatch):
 DRAINING = """
 import sys
 sys.path.insert(0, {tests!r})
-import uvicorn
 from test_serve import FakeEngine
 from jaxgpt.serve import app
 
@@ -927,10 +925,9 @@ class Telling(FakeEngine):
 
 engine = Telling(pause=0.1)
 made = app.create_app(engine, name="little")
-config = uvicorn.Config(made, http="h11", lifespan="off", log_level="critical")
 sock = app._bound("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
-app.Server(config, made, engine).run([sock])
+app.Server(app.configured(made), made, engine).run([sock])
 """
 
 

@@ -4,9 +4,12 @@ import hashlib
 import inspect
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -907,3 +910,24 @@ def test_the_cache_of_hugging_face_is_one_folder(tmp_path, monkeypatch):
     assert inside(Path("."), "file").read_text() == "text"
     with pytest.raises(InputError, match="out is a link out of the folder"):
         inside(folder, "out")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path):
+    write(build(TokenizerConfig("bpe", 300), [CORPUS]), tmp_path, 64)
+    tokenizer, text = read(tmp_path), "".join(random.Random(0).choices("abcdefgh", k=600_000))
+    waits, ended = [], threading.Event()
+
+    def wait():
+        while not ended.is_set():
+            start = time.monotonic()
+            time.sleep(0.001)
+            waits.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    start = time.monotonic()
+    tokenizer.encode_array(text)
+    took = time.monotonic() - start
+    ended.set()
+    thread.join()
+    assert max(waits) < took / 2

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import Expressions, check_length, short
+from jaxgpt.guide.expressions import Expressions, check_length, interruptible, short
 from jaxgpt.guide.pattern import Pattern
 from jaxgpt.guide.schema import Schema, parse
 from jaxgpt.guide.tables import LIMIT, Guide, guide_of, pieces_of, spells, stacked
 from jaxgpt.tokenizer.base import Tokenizer
 
-__all__ = ["Guide", "choices", "json_schema", "regex", "stacked"]
+__all__ = ["Guide", "choices", "interruptible", "json_schema", "regex", "stacked"]
 
 
 def choices(

@@ -1,7 +1,9 @@
 """Regular expressions of characters, and the automata of bytes that they become."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -20,6 +22,19 @@ def check_length(what: str, length: int) -> None:
     """Raises InputError where a text is too long to look at."""
     if length > LONGEST:
         raise InputError(f"{what} {length:,} characters; shorten to {LONGEST:,} or less")
+
+
+_check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+
+
+@contextmanager
+def interruptible(check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check` often while a guide is compiled in the block; an exception of it ends that."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
 
 
 def short(value: Any) -> str:
@@ -80,6 +95,7 @@ class Expressions:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._check = _check.get()
         self._nodes: list[tuple[Any, ...]] = [("alt",), ("empty",)]
         self._nullable = [False, True]
         self._numbers: dict[tuple[Any, ...], int] = {}
@@ -95,6 +111,7 @@ class Expressions:
 
     def count(self, steps: int) -> None:
         """Counts steps; InputError where they are too many."""
+        self._check()
         self._steps += steps
         if self._steps > STEPS:
             raise InputError(

@@ -34,7 +34,7 @@ class ServeConfig:
     context: int = 0
     """Tokens of a prompt and its answer, at most; 0: the model's."""
     deadline: float = 300.0
-    """Seconds an answer may take."""
+    """Seconds from a request's arrival to the end of its answer, at most, with all waiting."""
     dtype: Dtype = "float32"
     """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
     half of it."""

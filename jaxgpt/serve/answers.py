@@ -114,19 +114,24 @@ class Answer(ABC):
             "model": served.name,
         }
 
-    async def whole(self, streams: Streams) -> dict[str, Any]:
-        """All of it, once it is finished."""
+    async def whole(self, streams: Streams) -> bytes:
+        """The whole answer as JSON, once it is finished."""
         pieces: list[list[Piece]] = [[] for _ in range(self._choices)]
         async for written in streams:
             if written:
                 pieces[written.choice].append(written.piece)
+        return await asyncio.to_thread(self._whole, pieces)  # megabytes, with log probabilities
+
+    def _whole(self, pieces: list[list[Piece]]) -> bytes:
         choices = []
         for choice, some in enumerate(pieces):
             tokens = tuple(token for piece in some for token in piece.tokens)
             self._tokens += len(tokens)
             piece = Piece("".join(piece.text for piece in some), tokens, some[-1].finish)
             choices.append(self._choice(choice, piece, self.said(piece.text)))
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
+        return _json(
+            {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
+        )
 
     async def events(self, streams: Streams) -> AsyncIterator[bytes]:
         """All of it as server-sent events; where it fails, the last of them says why."""
@@ -269,5 +274,9 @@ def _number(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
 def _event(values: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(values, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    return b"data: %s\n\n" % _json(values)

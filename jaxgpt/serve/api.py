@@ -1,16 +1,16 @@
-"""What can be asked, in OpenAI's words: strict JSON, and the engine's requests it becomes.
+"""OpenAI's request bodies: strict JSON, validated, and the engine's requests that they become.
 
-What it promises: a field that is unknown, of another type or out of range is refused by its name,
-and so is a prompt or an answer that does not fit; nothing is cast, clipped or cut.
+What it promises: a field that is unknown, given twice, of another type or out of range is refused
+by its name, and so is a prompt or an answer that does not fit; nothing is cast, clipped or cut.
 """
 
 import json
+import math
+import re
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,8 @@ from jaxgpt.chat import Template, render
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, choices, json_schema, regex
 from jaxgpt.sampling import Sampling
-from jaxgpt.serve.engine import STATES, Request
+from jaxgpt.serve.constraints import Constraint
+from jaxgpt.serve.engine import Request
 from jaxgpt.tokenizer import Tokenizer
 
 PROMPTS = 16
@@ -70,8 +71,22 @@ def _joined(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    json.dumps(value, allow_nan=False)
+    """JSON whose numbers are all within the range of a double; ValueError for others."""
+
+    def check(number: str) -> float:
+        if not math.isfinite(double := float(number)):
+            raise ValueError(f"the number {number[:20]}... is too large")
+        return double
+
+    json.loads(json.dumps(value, allow_nan=False), parse_int=check)
     return value
+
+
+def _id(key: str) -> int:
+    """A key that is a token id; not " 1", "+1", "01" or "1_0", which int() reads as well."""
+    if not re.fullmatch("0|-?[1-9][0-9]*", key):
+        raise ValueError('give a token id in decimal digits, such as "42"')
+    return int(key)
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -93,6 +108,7 @@ def _are(kind: type, values: Any) -> bool:
 
 Positive = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Id = Annotated[int, BeforeValidator(_id)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -137,7 +153,7 @@ class Asked(Body):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[int, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[Id, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
     n: Annotated[int, Field(ge=1, le=4)] | None = None
     stop: (
@@ -183,6 +199,22 @@ class Asked(Body):
         }
         if len(names := [name for name, is_given in guides.items() if is_given]) > 1:
             raise Refused(400, f"{' and '.join(names)} exclude each other", param=names[1])
+
+    def constraint(self, ends: tuple[int, ...]) -> Constraint | None:
+        """What the text has to match before one of the token ids `ends`; None if nothing."""
+        compile_: Callable[..., Guide]
+        value: Any
+        if self.guided_choice is not None:
+            field, compile_, value = "guided_choice", choices, self.guided_choice
+        elif self.guided_regex is not None:
+            field, compile_, value = "guided_regex", regex, self.guided_regex
+        elif self.response_format and self.response_format.type != "text":
+            form = self.response_format.json_schema
+            field, compile_ = "response_format", json_schema
+            value = form.schema_ if form else {"type": "object"}
+        else:
+            return None
+        return Constraint(field, compile_, json.dumps(value), ends)
 
     def sampling(self, choice: int) -> Sampling:
         """How the tokens of one of the choices are drawn; each has a seed of its own."""
@@ -252,6 +284,7 @@ B = TypeVar("B", bound=Asked)
 
 def parse(kind: type[B], content: bytes) -> B:
     """The body of a call; Refused names the first field that cannot be."""
+    _check_json(content)
     try:
         body = kind.model_validate_json(content)
     except ValidationError as error:
@@ -268,6 +301,24 @@ def parse(kind: type[B], content: bytes) -> B:
     return body
 
 
+def _check_json(content: bytes) -> None:
+    """Raises Refused for what JSON parsers read in different ways, and for what is not JSON."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise Refused(400, f"{key[:200]!r} is given twice; give it once", param=key[:200])
+            seen.add(key)
+
+    try:
+        json.loads(content.decode(), object_pairs_hook=distinct)
+    except RecursionError:
+        raise Refused(400, "invalid JSON: it is nested too deep") from None
+    except ValueError as error:
+        raise Refused(400, f"invalid JSON: {error}") from None
+
+
 @dataclass(frozen=True)
 class Served:
     """The model that is asked."""
@@ -279,17 +330,17 @@ class Served:
     template: Template | None
     """The format of its conversations; None: it has not been trained for any."""
 
-    def completion(self, content: bytes) -> tuple[CompletionBody, list[Request]]:
-        """A body of /v1/completions, and a request for each choice of each prompt, in order."""
+    def completion(self, content: bytes) -> "Call":
+        """A call of /v1/completions, with a request for each choice of each prompt, in order."""
         body = parse(CompletionBody, content)
         self.check_name(body.model)
         prompts = [self._ids(prompt) for prompt in body.prompt]
         ends = [self.tokenizer.eot, self.tokenizer.eos]
         # 16 is OpenAI's.
-        return body, self._requests(body, prompts, ends, "prompt", default=16)
+        return self._call(body, prompts, ends, "prompt", default=16)
 
-    def chat(self, content: bytes) -> tuple[ChatBody, list[Request]]:
-        """A body of /v1/chat/completions, and a request for each choice."""
+    def chat(self, content: bytes) -> "Call":
+        """A call of /v1/chat/completions, with a request for each choice."""
         body = parse(ChatBody, content)
         self.check_name(body.model)
         if self.template is None:
@@ -309,7 +360,7 @@ class Served:
         except InputError as error:
             raise Refused(400, f"messages: {error}", param="messages") from None
         ends = self.template.stops(self.tokenizer)
-        return body, self._requests(body, [prompt], ends, "messages", default=self.context)
+        return self._call(body, [prompt], ends, "messages", default=self.context)
 
     def check_name(self, model: str | None) -> None:
         """Raises Refused where it is another model's."""
@@ -339,19 +390,19 @@ class Served:
                 )
         return prompt
 
-    def _requests(
+    def _call(
         self,
         body: Asked,
         prompts: Sequence[list[int]],
         ends: Sequence[int],
         param: str,
         default: int,
-    ) -> list[Request]:
+    ) -> "Call":
         rooms = [self._tokens(body, len(prompt), param, default) for prompt in prompts]
         stop_ids = tuple(dict.fromkeys(ends))
-        guide = self._guide(body, stop_ids)
+        constraint = body.constraint(stop_ids)
         never = [id for id, bias in (body.logit_bias or {}).items() if bias <= -100]
-        if never and (guide or len(never) >= self.tokenizer.vocab_size):
+        if never and (constraint or len(never) >= self.tokenizer.vocab_size):
             raise Refused(
                 400,
                 "logit_bias of -100 may leave no token to draw; leave it out, or set it to -99",
@@ -372,11 +423,10 @@ class Served:
                         sampling=sampling,
                         stops=tuple(body.stop or ()),
                         stop_ids=stop_ids,
-                        guide=guide,
                         top_logprobs=body.top or 0,
                     )
                 )
-        return requests
+        return Call(body, requests, constraint)
 
     def _tokens(self, body: Asked, prompt: int, param: str, default: int) -> int:
         """How many tokens are written at most; Refused where they do not fit."""
@@ -400,32 +450,12 @@ class Served:
             )
         return min(default, room) if asked is None else asked
 
-    def _guide(self, body: Asked, ends: tuple[int, ...]) -> Guide | None:
-        kind: Callable[..., Guide]
-        given: Any
-        if body.guided_choice is not None:
-            param, kind, given = "guided_choice", choices, body.guided_choice
-        elif body.guided_regex is not None:
-            param, kind, given = "guided_regex", regex, body.guided_regex
-        elif body.response_format and body.response_format.type != "text":
-            form = body.response_format.json_schema
-            given = form.schema_ if form else {"type": "object"}
-            param, kind = "response_format", json_schema
-        else:
-            return None
-        try:
-            with _ONE:
-                return _guide(kind, self.tokenizer, json.dumps(given), ends)
-        except InputError as error:
-            raise Refused(400, f"{param}: {error}", param=param) from None
 
+class Call(NamedTuple):
+    """A call that was parsed and found valid, but for its constraint."""
 
-_ONE = threading.Lock()  # making a guide takes a core
-
-
-@lru_cache(maxsize=8)
-def _guide(
-    kind: Callable[..., Guide], tokenizer: Tokenizer, given: str, ends: tuple[int, ...]
-) -> Guide:
-    """Many calls ask for the same one."""
-    return kind(tokenizer, json.loads(given), ends=ends, limit=STATES)
+    body: Asked
+    requests: list[Request]
+    """One for each choice of each prompt, in order, without the constraint."""
+    constraint: Constraint | None
+    """What the text of all of them has to match."""

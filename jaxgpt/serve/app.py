@@ -1,7 +1,8 @@
 """The server: its paths, and its life from a model's files to SIGTERM.
 
-A call is read, becomes requests, the engine's streams of pieces, and an answer made of them. The
-event loop only waits: text becomes tokens in a thread of its own.
+A call is read and parsed into requests, the engine generates their texts, and an answer is made of
+those. The event loop only waits: bodies are parsed and tokenized in threads, large ones one at a
+time in a thread of their own, and constraints are compiled in another.
 """
 
 import asyncio
@@ -15,9 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -28,18 +31,25 @@ from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import engine as engines
-from jaxgpt.serve.answers import Answer, Chat, Completion, Streams
-from jaxgpt.serve.api import Asked, Refused, Served
+from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
+from jaxgpt.serve.api import Asked, Call, Refused, Served
+from jaxgpt.serve.connections import Connection, raise_file_limit
+from jaxgpt.serve.constraints import Compiler
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.trained import load
 
+T = TypeVar("T")
+
 DRAIN = 25.0
 """Seconds that what is running has, after SIGTERM, to end."""
 CLOSE = 5
 """Seconds more that connections have to take what is left."""
-CONNECTIONS = 512
+SMALL = 1 << 14
+"""Bytes of the largest body that is parsed beside others; larger ones are parsed one at a time."""
+LARGE = 16
+"""Large bodies that wait while one is parsed, at most."""
 
 
 def create_app(
@@ -59,37 +69,60 @@ def create_app(
     app.state.draining = False
     served = _served(engine, name)
     metrics = Metrics()
+    compiler = Compiler(engine.trained.tokenizer)
+    large = OneByOne("large bodies", LARGE)
     created = int(time.time())
     page, policy = _page()
 
+    async def prepared(
+        parse: Callable[[bytes], Call], content: bytes, until: float
+    ) -> tuple[Asked, list[engines.Request]]:
+        """A call's body and requests, parsed, and with what their texts have to match."""
+        async with asyncio.timeout(until - time.monotonic()):
+            if len(content) > SMALL:
+                body, requests, constraint = await large.run(parse, content)
+            else:
+                body, requests, constraint = await asyncio.to_thread(parse, content)
+        if constraint is None:
+            return body, requests
+        try:
+            guide = await compiler.compile(constraint, until)
+        except InputError as error:
+            field = constraint.field
+            raise Refused(400, f"{field}: {error}", param=field) from None
+        return body, [replace(request, guide=guide) for request in requests]
+
     async def answer(
-        request: Request,
-        parse: Callable[[bytes], tuple[Asked, list[engines.Request]]],
-        kind: type[Answer],
+        request: Request, parse: Callable[[bytes], Call], kind: type[Answer]
     ) -> Response:
         if app.state.draining:
             raise _stopping()
         content = await read(request)
-        body, requests = await asyncio.to_thread(parse, content)
+        until = time.monotonic() + deadline
         try:
-            streams = Streams(engine, requests, deadline, metrics)
+            body, requests = await unless_gone(request.receive, prepared(parse, content, until))
+            streams = Streams(engine, requests, until - time.monotonic(), metrics)
         except InputError as error:
             field = re.match(r"(\w+)[:=]", str(error))
             raise Refused(400, str(error), param=field and field[1]) from None
-        except Busy:
+        except Busy as busy:
             raise Refused(
                 429,
-                "all places are taken, and all places to wait; ask again soon",
+                f"the server has too much to do: {busy}; ask again soon",
                 code="queue_full",
                 headers={"retry-after": "2"},
             ) from None
+        except TimeoutError:
+            status, message, code = FAILURES["deadline"]
+            raise Refused(status, message, code=code) from None
         except Stopped:
             raise _stopping() from None
         made = kind(body, served, requests)
         if body.stream:
             return Events(made.events(streams), streams)
         try:
-            return JSONResponse(await unless_gone(request.receive, made.whole(streams)))
+            content = await unless_gone(request.receive, made.whole(streams))
+            return Response(content, media_type="application/json")
         finally:
             streams.cancel()
 
@@ -202,6 +235,44 @@ class Events(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class OneByOne:
+    """Runs functions in one thread, one after the other, for one event loop."""
+
+    def __init__(self, what: str, waiting: int) -> None:
+        self._thread = ThreadPoolExecutor(1, what)
+        self._what, self._waiting = what, waiting
+        self._jobs = 0
+
+    async def run(self, function: Callable[[bytes], T], content: bytes) -> T:
+        """What the function returns; it does not run if this is cancelled while it waits.
+
+        Raises Busy if too many wait.
+        """
+        if self._jobs > self._waiting:
+            raise Busy(f"{self._waiting} {self._what} wait")
+        self._jobs += 1
+        try:
+            return await asyncio.wrap_future(self._thread.submit(function, content))
+        finally:
+            self._jobs -= 1
+
+
+def configured(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,  # it would close other libraries' handlers, and stderr with them
+        log_level="warning",
+        timeout_graceful_shutdown=CLOSE,
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn, which on the first signal refuses new calls and lets the running ones end."""
 
@@ -237,6 +308,7 @@ def run(path: str, cfg: ServeConfig) -> None:
         )
     if not cfg.deadline > 0:
         raise InputError(f"deadline={cfg.deadline}; set it to seconds above 0")
+    raise_file_limit()
     with _bound(host, port) as sock:
         trained = load(path, dtype=cfg.dtype)
         engine = Engine(
@@ -246,19 +318,7 @@ def run(path: str, cfg: ServeConfig) -> None:
         its_own = trained.config.name if Path(path).exists() else path.partition("@")[0]
         name = cfg.name or its_own
         app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,  # it would close other libraries' handlers, and stderr with them
-            log_level="warning",
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=CLOSE,
-        )
+        config = configured(app)
         sock.listen(config.backlog)  # who reads where it is may call at once
         print(
             f"{name}: http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}",

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from jaxgpt.serve.api import Refused
+from jaxgpt.serve.connections import FULL, SECONDS
 from jaxgpt.serve.metrics import Metrics
 
 Message = MutableMapping[str, Any]
@@ -22,8 +23,6 @@ T = TypeVar("T")
 
 BYTES = 1 << 20
 """Of a body, at most."""
-SECONDS = 30.0
-"""For a body to arrive, and for a client to take what it is sent."""
 OPEN = ("/", "/health")
 """What needs no key: nothing of the model is in it."""
 HEADERS = {
@@ -73,6 +72,13 @@ class Guard:
             await send(message)
 
         try:
+            if scope.get("state", {}).get(FULL) and scope["path"] != "/health":
+                raise Refused(
+                    503,
+                    "too many connections are open; close some, or try again later",
+                    code="too_many_connections",
+                    headers={"retry-after": "2", "connection": "close"},
+                )
             self._check(Request(scope))
             await self.app(scope, receive, guarded)
         except Refused as refused:

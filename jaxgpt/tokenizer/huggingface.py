@@ -135,7 +135,8 @@ class HuggingFace(Tokenizer):
         if not text.isascii():
             encoded(text)
         with _library("the tokenizers library cannot encode the text"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            # `encode` would hold the interpreter lock, for a second and more if the text is long.
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.uint32)
         special = self._special[ids]
         if special.any():

@@ -1,0 +1,178 @@
+"""HTTP connections that cannot be used to keep others out: few enough, and none of them for ever.
+
+A client has a limited time to send a request's head, to send its body (see `guard.read`) and to
+receive an answer. The number of connections is limited, in total and for each address. A new
+connection over a limit takes the place of the one that has been without a complete request for
+longest; if all have one, the new connection gets /health only, and 503 for the rest.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxgpt.errors import InputError
+
+HEAD_SECONDS = 10.0
+"""Time for the request line and headers to arrive, after connecting or after the last answer."""
+SECONDS = 30.0
+"""Time for a body to arrive, and for a client to receive what it is sent."""
+CONNECTIONS = 512
+"""Open connections, at most."""
+PER_ADDRESS = 256
+"""Open connections of one client address, at most; a proxy's clients share its address."""
+PARTS, PART = 256, 512
+"""More parts of a body than PARTS must have PART bytes on average: each takes time to parse."""
+FULL = "jaxgpt.full"
+"""The key in an ASGI scope's state that is true on a connection over the limits."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 connection, with limits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = _Parser(h11.SERVER)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def has_request(self) -> bool:
+        """Whether a request's head has arrived, and its answer is not yet sent."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether a new connection may take this one's place: no complete request is answered."""
+        return not self.has_request or self.cycle.more_body
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Makes room for the connection, or marks it as one over the limits."""
+        super().connection_made(transport)
+        self.waiting_since = time.monotonic()
+        if not self._make_room():
+            self.app_state = {**self.app_state, FULL: True}
+        self._restart_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the timer."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not receive what it is sent: from now on its time runs."""
+        super().pause_writing()
+        self._restart_timer()
+
+    def resume_writing(self) -> None:
+        """The client has received most of it."""
+        super().resume_writing()
+        self._restart_timer()
+
+    # What uvicorn calls
+
+    def handle_events(self) -> None:
+        """Stops the timer when a request's head is complete."""
+        super().handle_events()
+        if self.has_request and not self.flow.write_paused:
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        """Starts the timer for the next request's head."""
+        self.waiting_since = time.monotonic()
+        super().on_response_complete()
+        self._restart_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is not HTTP, unless it comes while an answer is being sent."""
+        if self.has_request:  # the rest of its body cannot be read
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
+    # The limits
+
+    def _make_room(self) -> bool:
+        """Closes other connections if there are too many; whether there are not, after that."""
+        for most, address in ((PER_ADDRESS, self._address), (CONNECTIONS, None)):
+            others = [
+                other
+                for other in self.connections
+                if isinstance(other, Connection) and other is not self
+                if address in (None, other._address)
+            ]
+            if len(others) >= most:
+                replaceable = [other for other in others if other.is_replaceable]
+                if not replaceable:
+                    return False
+                min(replaceable, key=lambda other: other.waiting_since)._drop()
+        return True
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _drop(self) -> None:
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _restart_timer(self) -> None:
+        self._stop_timer()
+        if self.flow.write_paused:
+            self._timer = self.loop.call_later(SECONDS, self.transport.abort)
+        elif not self.has_request:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close(self) -> None:
+        """Closes the connection, after what is left to send, if the client receives it in time."""
+        self.transport.close()
+        self._timer = self.loop.call_later(SECONDS, self.transport.abort)
+
+
+class _Parser(h11.Connection):
+    """h11's parser, which refuses a body in too many small chunks."""
+
+    _parts = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._parts = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._parts += 1
+            self._bytes += len(event.data)
+            if self._parts > PARTS and self._bytes < PART * self._parts:
+                raise h11.RemoteProtocolError(f"the body's {self._parts} parts are too small")
+        return event
+
+
+def raise_file_limit() -> None:
+    """Lets the process open a file for every connection, and as many others.
+
+    Raises InputError if the system does not allow it.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    needed = 2 * CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    too_few = [limit != resource.RLIM_INFINITY and limit < needed for limit in (soft, hard)]
+    if too_few[1]:
+        raise InputError(
+            f"the system allows {hard} open files, too few for {CONNECTIONS} connections; raise "
+            f"the hard limit (ulimit -Hn) to {needed} or more"
+        )
+    if too_few[0]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
