@@ -9,10 +9,11 @@ Running the same command again resumes from the last checkpoint, exactly.
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -114,7 +115,9 @@ class Training:
                         self.test = self.measure("test") or self.test
                 except Diverged:
                     raise
-                except Exception:
+                except Exception as error:
+                    if jax.process_count() > 1:
+                        self.leave(error)
                     self.rescue()
                     raise
         if self.stopped and jax.process_index() == 0:
@@ -293,10 +296,22 @@ class Training:
             )
         return loss
 
+    def leave(self, error: Exception) -> NoReturn:
+        """After an error in one of several processes, ends this one."""
+        if not isinstance(error, TrainingError | jax.errors.JaxRuntimeError):
+            traceback.print_exception(error)
+        steps = self.run.checkpoints.steps()
+        left = f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
+        parallel.leave(
+            f"step {self.step} failed, maybe because another process has ended: "
+            f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
+            "one without parallel.processes"
+        )
+
     def rescue(self) -> None:
         """After an error, saves the newest state if it is whole."""
         whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
-        if self.step == self.run.start or jax.process_count() > 1 or not whole:
+        if self.step == self.run.start or not whole:
             return
         try:
             self.report(self.step)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,9 +17,11 @@ from test_train import (
     cut_back,
     here,
     losses_of,
+    on_devices,
     run,
     runs,
     spawn,
+    spawn_two,
     state_of,
     trained,
     wait_for_step,
@@ -335,3 +338,51 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
     started = train.load("runs/a").params["wte"]
     np.testing.assert_array_equal(started, state_of("a", 3)["ema/['wte']"])
     assert command(["generate", "runs/a", "the", "--tokens", "1"]) == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here, number):
+    options = ("--train.steps", "100000", "--checkpoint.every", "5", "--train.eval_every", "0")
+    processes = spawn_two(*options, name="a")
+    wait_for_step("a", 30)
+    processes[number].kill()
+    output, _ = processes[1 - number].communicate(timeout=60)
+    assert processes[1 - number].returncode not in (0, None), output
+    assert "another process has ended" in output or "another task died" in output
+    step = checkpoint.read("runs/a")["metrics"]["step"]
+    assert step >= 5
+    again = (*options, "--train.steps", str(step + 2))
+    assert run(*again) == 0
+    assert checkpoint.read("runs/a")["lineage"]["resumed_after"] == [step]
+    assert sorted(losses_of("a")) == list(range(1, step + 3))
+
+
+def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
+    """Restored bit-equal on any number of devices; the next 30 losses are the same."""
+    options = ("--train.steps", "40", "--checkpoint.every", "10", "--model.dropout", "0")
+    options = (*options, "--train.eval_every", "0")
+    on_devices(monkeypatch, 8)
+    assert run(*options) == 0
+    saved, expected = state_of("a", 10), losses_of("a")
+    for source, step, devices in (("a", 10, 4), ("a", 10, 2), ("a", 10, 1), ("on1", 20, 8)):
+        on_devices(monkeypatch, devices)
+        cut_back(source, name := f"on{devices}", step)
+        if step == 10:
+            args = ["tiny.py", "--name", name, *options]
+            prepared = train.prepare(train.config.from_command_line(args, train.DEFAULT))
+            restored = {"params": prepared.state.params, "opt": prepared.state.opt}
+            assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
+            prepared.checkpoints.close()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+                item = "params/" if path[0].key == "params" else "train/['opt']"
+                key = item + normal(jax.tree_util.keystr(path[1:]))
+                np.testing.assert_array_equal(leaf, saved[key], key)
+        assert run(*options, name=name) == 0
+        found = losses_of(name)
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def normal(path):
+    """A path of attributes, indices and keys as that of nested dicts."""
+    return re.sub(r"\.(\w+)|\[(\d+)\]", r"['\1\2']", path)
