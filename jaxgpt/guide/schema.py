@@ -321,7 +321,9 @@ class Schema:
             fewest, largest = max(least - len(items), 0), most and max(most - len(items), 0)
             node = graph.repeat(graph.cat(self.comma, every), fewest, largest)
         elif least > len(items):
-            self._refuse(where, f"minItems={short(least)}, but there are {len(items)} items")
+            self._refuse(
+                where, f"minItems={short(least)}, but only {len(items)} items are described"
+            )
         # From what follows the last item to what follows none.
         for i, item in reversed(list(enumerate(items))):
             node = graph.cat(self.comma if i else EMPTY, item, node)
