@@ -28,6 +28,9 @@ Kind = Literal["text", "jsonl", "parquet"]
 BLOCK = 1 << 20  # bytes of a plain text file read at a time
 LARGEST_RECORD = 1 << 26  # bytes of one line of JSON lines
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 26  # of a parquet file in memory at once
+BATCH_NESTED = (
+    64  # rows, where columns hold lists or structs, which may repeat what a file has once
+)
 MOST_EXPANSION = 100  # bytes of values for each byte of a parquet file; prose has 3 to 10
 ALWAYS_ALLOWED = 1 << 30  # bytes of values of a parquet file, however small it is
 VALUE_BYTES = 64  # what a value takes besides its text
@@ -139,7 +142,7 @@ def expansion_limit(file: str) -> int:
 
 
 def _open_parquet(file: str, text_field: str = "") -> Any:
-    """A parquet file, whose texts are read as dictionaries: repeated ones take no memory.
+    """A parquet file, whose columns of text are read as dictionaries: what repeats is held once.
 
     Raises InputError if it is not parquet, has no column `text_field` where that is given, or its
     values take more than `expansion_limit` by what it says itself.
@@ -150,7 +153,8 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
     with _readable(file):
         about = pyarrow.parquet.read_metadata(file)
         columns = [about.schema.column(i) for i in range(about.num_columns)]
-        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        # pyarrow cannot read dictionaries inside of lists and structs.
+        texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and "." not in c.path]
         table = pyarrow.parquet.ParquetFile(file, read_dictionary=texts)
         names = table.schema_arrow.names
         groups = [about.row_group(i) for i in range(about.num_row_groups)]
@@ -217,6 +221,10 @@ def parquet_rows(file: str, text_field: str = "") -> Iterator[dict[str, Any]]:
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         longest = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
         size = min(BATCH_ROWS, max(1, BATCH_BYTES // max(longest, 1)))
+        if any(
+            "." in table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)
+        ):
+            size = min(size, BATCH_NESTED)
         for batch in table.iter_batches(size, columns=[text_field] if text_field else None):
             for row in range(len(batch)):
                 # One at a time: a text that a dictionary holds once may be in every row.

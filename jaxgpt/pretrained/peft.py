@@ -339,6 +339,8 @@ def _alpha(factors: Factors) -> float:
     """The alpha that divided by the rank is the scale, a whole number where there is one."""
     rank = len(factors.a)
     alpha = float(factors.scale) * rank
+    if not math.isfinite(alpha):
+        raise InputError(f"{LORA[2]} is {factors.scale}; export an earlier checkpoint")
     return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
 
 

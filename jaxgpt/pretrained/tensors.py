@@ -113,11 +113,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The table that a JSON file of a folder holds; InputError where it cannot be read."""
     path = regular_file(inside(folder, name))
     try:
-        with path.open("rb") as stream:
-            content = stream.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
+        if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it is larger than {LARGEST_JSON:,} bytes")
-        values = strict_json.loads(content)
+        values = strict_json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; get it again") from None
     if not isinstance(values, dict):

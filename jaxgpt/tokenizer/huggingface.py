@@ -26,7 +26,7 @@ from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
 from jaxgpt.tokenizer.plain import Bytes, Characters
 
 LARGEST_FILE = 1 << 26  # bytes; the largest in use, Gemma 3's tokenizer.json, has 33 million
-MOST_GROWTH = 1000  # times that a normalizer or decoder may make a text longer
+MOST_GROWTH = 1024  # times that a normalizer or decoder may make a text longer
 GPT2_MERGES = {
     "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0",
     "dd58806ca2acd014786022b63dca3696098314b70e5c8dd6391d354060bc3a2c",
@@ -94,9 +94,9 @@ class HuggingFace(Tokenizer):
         self.json = text
         self.config = config
         parsed = parse(text, "tokenizer.json")
-        _check_growth(parsed)
         # The library accepts fields that this code does not expect, and has no list of them.
         with _library("tokenizer.json or tokenizer_config.json has an invalid field"):
+            _check_growth(parsed)
             self._set_up(text, config, parsed)
 
     def _set_up(self, text: str, config: dict[str, Any], parsed: dict[str, Any]) -> None:
@@ -313,11 +313,9 @@ def read_text(folder: Path, name: str) -> str | None:
     try:
         if not path.exists():
             return None
-        with open(regular_file(path), "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
+        if regular_file(path).stat().st_size > LARGEST_FILE:
             raise InputError(f"{path} has more than {LARGEST_FILE} bytes; no such file is so large")
-        return content.decode()
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
@@ -361,17 +359,24 @@ def _library(what: str) -> Iterator[None]:
 
 
 def _check_growth(parsed: dict[str, Any]) -> None:
-    """Raises InputError where steps that replace text could make it longer without measure."""
+    """Raises InputError for steps that replace or repeat text and so make it far longer."""
     for name in ("normalizer", "decoder"):
         growth = 1
         for step in _parts(parsed.get(name)):
             added = step.get("content") or step.get("prepend") or ""
-            growth *= max(1, len(added)) if isinstance(added, str) else 1
+            pattern = step.get("pattern")
+            # An expression may match between all characters, which then stay beside what is added.
+            stays = isinstance(pattern, dict) and "Regex" in pattern
+            growth *= max(1, stays + len(added)) if isinstance(added, str) else 1
             if growth > MOST_GROWTH:
                 raise InputError(
-                    f"the {name} of tokenizer.json makes text more than {MOST_GROWTH} times as "
+                    f"the {name} of tokenizer.json may make text more than {MOST_GROWTH} times as "
                     "long; use one that does not"
                 )
+    for step in _parts(parsed.get("post_processor")):
+        template = step.get("single")
+        if isinstance(template, list) and sum("Sequence" in piece for piece in template) > 1:
+            raise InputError("the post_processor of tokenizer.json repeats the text; use another")
 
 
 def _parts(step: Any) -> list[dict[str, Any]]:
@@ -380,7 +385,7 @@ def _parts(step: Any) -> list[dict[str, Any]]:
         return []
     if not isinstance(step, dict):
         raise InputError(f"tokenizer.json has {step!r:.80} for a step; make it a table with a type")
-    for name in ("normalizers", "pretokenizers", "decoders"):
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
         if name in step:
             if not isinstance(step[name], list):
                 raise InputError(
