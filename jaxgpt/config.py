@@ -309,7 +309,7 @@ def read(path: str | Path) -> Config:
     if path.suffix == ".json":
         try:
             values = strict_json.loads(path.read_bytes())
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} is not JSON: {error}") from None
         config = from_dict(Config, values)
     else:

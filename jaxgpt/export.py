@@ -30,6 +30,7 @@ def to_hf(
 ) -> list[Path]:
     """Writes a model as config.json, safetensors, tokenizer files and a model card.
 
+    The SHA-256 of each file is in SHA256SUMS, and a load compares those that it reads with it.
     `path` is what `jaxgpt.load` takes; `folder` must not exist, or be empty. It appears when all of
     it is written. `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Returns the
     files. Adapters are merged; a classifier's head is left out. Raises InputError where no family

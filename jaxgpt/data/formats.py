@@ -12,6 +12,8 @@ than `expansion_limit`.
 
 import codecs
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,14 +159,12 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
         texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and "." not in c.path]
         table = pyarrow.parquet.ParquetFile(file, read_dictionary=texts)
         names = table.schema_arrow.names
-        groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        chunks = [
-            group.column(i)
-            for group in groups
-            for i, column in enumerate(columns)
-            if not text_field or f"{column.path}.".startswith(f"{text_field}.")
-        ]
-        size = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
+        nested = any("." in column.path for column in columns)
+        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        # What repeats takes no bytes in a file, and eight or more in memory.
+        size = max(size, 8 * about.num_rows * (1 if text_field else len(names)))
+        if nested and not text_field:
+            size = max(size, 8 * _count_values(file))
     if text_field and text_field not in names:
         table.close()
         raise InputError(
@@ -178,6 +178,25 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
             f"are nested deeper than 100 levels; {_REMEDY}"
         )
     return table
+
+
+def _count_values(file: str) -> int:
+    """The number of values in all columns, where a row may hold many.
+
+    It is read in a process of its own: where the part of the metadata that tells is damaged,
+    pyarrow ends the process.
+    """
+    program = (
+        f"import sys\nsys.path[:] = {sys.path!r}\n"
+        "from pyarrow.parquet import read_metadata\n"
+        "about = read_metadata(sys.argv[1])\n"
+        "groups = [about.row_group(i) for i in range(about.num_row_groups)]\n"
+        "print(sum(g.column(i).num_values for g in groups for i in range(g.num_columns)))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program, file], capture_output=True)
+    if done.returncode:
+        raise ValueError("its metadata cannot be read")
+    return int(done.stdout)
 
 
 _REMEDY = (
