@@ -625,6 +625,21 @@ def test_a_damaged_file_of_an_export_is_named(exports, tmp_path, name, damage):
         jaxgpt.load(folder)
 
 
+def test_the_manifest_of_a_download_is_compared(exports, tmp_path):
+    """In the hub's cache, where files are links, and some that are listed were not downloaded."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
+    copy(exports["gpt2"], blobs, manifest=True)
+    lines = (blobs / "SHA256SUMS").read_text()
+    (blobs / "SHA256SUMS").write_text(f"{'0' * 64}  pytorch_model.bin\n{lines}")
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert same(content(snapshot), content(exports["gpt2"]))
+    edit(blobs / "config.json", initializer_range=0.5)
+    with pytest.raises(InputError, match="config.json: changed"):
+        jaxgpt.load(snapshot)
+
+
 def test_a_damaged_shard_is_named(tmp_path):
     folder = export(tmp_path / "model", LLAMA, shard_bytes=10_000)
     shard = sorted(folder.glob("*.safetensors"))[1]
