@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,17 +62,12 @@ LLAMA = GPTConfig(
 MODELS = {
     "gpt2": GPTConfig(L=2, D=16, N=2, T=8, V=257),
     "llama": LLAMA,
-    "qwen3": GPTConfig(**{**vars(LLAMA), "qk_norm": True}),
-    "gemma3_text": GPTConfig(
-        **{**vars(LLAMA), "L": 7, "norm": "rmsnorm+1", "post_norm": True, "mlp": "geglu"},
+    "qwen3": replace(LLAMA, qk_norm=True),
+    "gemma3_text": replace(
+        LLAMA, L=7, norm="rmsnorm+1", post_norm=True, mlp="geglu", qk_norm=True,
+        scale_embedding=True, window=8, global_every=6, rope_local_theta=1e4,
     ),
-}
-MODELS["gemma3_text"] = GPTConfig(
-    **{**vars(MODELS["gemma3_text"]), "qk_norm": True, "scale_embedding": True, "window": 8},
-)
-MODELS["gemma3_text"] = GPTConfig(
-    **{**vars(MODELS["gemma3_text"]), "global_every": 6, "rope_local_theta": 1e4},
-)
+}  # fmt: skip
 
 
 def export(folder, cfg, **options):
@@ -288,6 +284,11 @@ def test_what_is_no_regular_file_is_never_opened(exports, tmp_path, irregular):
         irregular(folder / name)
         with pytest.raises(InputError, match=name):
             jaxgpt.load(folder)
+    folder = copy(exports["gpt2"], tmp_path / "flax")
+    (folder / "model.safetensors").unlink()
+    irregular(folder / "flax_model.msgpack")
+    with pytest.raises(InputError, match=r"flax_model.msgpack"):
+        jaxgpt.load(folder)
     folder = copy(exports["gpt2"], tmp_path / "summed", manifest=True)
     irregular(folder / "SHA256SUMS")
     with pytest.raises(InputError, match="SHA256SUMS"):
