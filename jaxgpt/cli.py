@@ -1,26 +1,24 @@
 """`python -m jaxgpt COMMAND`: what one does with a trained model, and with text."""
 
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
-from jaxgpt import runs, terminal
+from jaxgpt import runs, strict_json, terminal
 from jaxgpt.cache import CacheDtype
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
-from jaxgpt.paths import cache_folder
+from jaxgpt.paths import cache_folder, regular_file
 from jaxgpt.sampling import Sampling
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
@@ -138,7 +136,7 @@ def compiled_programs() -> None:
 
 def _json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = strict_json.loads(regular_file(path).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
@@ -202,7 +200,7 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
     given = [*texts]
     if file:
         try:
-            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+            text = sys.stdin.read() if file == "-" else regular_file(file).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as text: {error}") from None
         given += lines_of(text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxgpt import strict_json
 from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
@@ -313,8 +314,8 @@ def read(path: str | Path) -> Config:
         raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
     if path.suffix == ".json":
         try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
+            values = strict_json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} is not JSON: {error}") from None
         config = from_dict(Config, values)
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxgpt import pretrained
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
+from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, count, letters
 from jaxgpt.tokenizer.huggingface import write
 from jaxgpt.trained import Source, source, versions
@@ -29,6 +30,7 @@ def to_hf(
 ) -> list[Path]:
     """Writes a model as config.json, safetensors, tokenizer files and a model card.
 
+    The SHA-256 of each file is in SHA256SUMS, and a load compares those that it reads with it.
     `path` is what `jaxgpt.load` takes; `folder` must not exist, or be empty. It appears when all of
     it is written. `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Returns the
     files. Adapters are merged; a classifier's head is left out. Raises InputError where no family
@@ -67,7 +69,10 @@ def to_peft(path: str | Path, folder: str | Path) -> list[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all is written; that must not be there."""
+    """A folder to write to, which becomes `folder` when all is written; that must not be there.
+
+    It gets a manifest of the SHA-256 of its files, which is compared when the folder is loaded.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; name a new folder")
     try:
@@ -77,6 +82,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder} cannot be written: {error.strerror}; name another") from None
     try:
         yield draft
+        write_manifest(draft)
         draft.chmod(0o755)
         draft.replace(folder)
     except OSError as error:

@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from jaxgpt.errors import InputError
-from jaxgpt.paths import inside
+from jaxgpt.paths import inside, regular_file
 
 MANIFEST = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")  # with *: written by `sha256sum --binary`
 
 
 def file_sha256(path: Path) -> str:
@@ -61,18 +61,23 @@ def read_manifest(folder: Path) -> dict[str, str]:
     """The hashes that a folder's manifest lists, by file name relative to the folder.
 
     Raises:
-        InputError: A line is not that of a hash and a name inside the folder.
+        InputError: A line is not that of a hash and a name inside the folder, or the manifest is
+            not a regular file.
         OSError: The manifest cannot be read.
     """
-    text = (folder / MANIFEST).read_bytes().decode(errors="replace")
+    path = folder / MANIFEST
+    if path.exists():
+        regular_file(path)
+    text = path.read_bytes().decode(errors="replace")
     lines = text.removesuffix("\n").split("\n") if text else []
     digests: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
-        if match is None or match[2] in digests:
-            raise InputError(f"{folder / MANIFEST}:{number} is not a hash and a new file name")
-        inside(folder, match[2])
-        digests[match[2]] = match[1]
+        name = PurePosixPath(match[2]).as_posix() if match else ""  # `sha256sum ./*` adds ./
+        if match is None or name in digests:
+            raise InputError(f"{path}:{number} is not a hash and a new file name")
+        inside(folder, name)
+        digests[name] = match[1]
     return digests
 
 
@@ -101,14 +106,33 @@ def find_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
     def compare(name: str) -> str:
         try:
+            if not (folder / name).is_file():
+                return f"{name}: missing"
             return "" if file_sha256(folder / name) == digests[name] else f"{name}: changed"
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except FileNotFoundError:
             return f"{name}: missing"
         except OSError as error:
             raise _unreadable(folder / name, error) from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [found for found in pool.map(compare, sorted(digests)) if found]
+
+
+def check_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Compares files that are about to be read with the manifest of their folder, if it has one.
+
+    Only files that are named here and that the manifest lists are compared: a README.md that was
+    edited does no harm.
+
+    Raises:
+        InputError: A file was changed or is missing, or the manifest itself is damaged.
+    """
+    wanted = set(names)
+    if os.path.lexists(folder / MANIFEST) and (damage := find_damage(folder, wanted.__contains__)):
+        raise InputError(
+            f"{folder} is not what its {MANIFEST} says ({', '.join(damage)}); get the folder "
+            f"again, or delete {MANIFEST} if the change is yours"
+        )
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:

@@ -63,9 +63,9 @@ class RopeScaling:
     def check(self) -> None:
         """Raises InputError where a field cannot be."""
         for field in ("factor", "low", "high", "T"):
-            if not getattr(self, field) > 0:
+            if not 0 < getattr(self, field) < math.inf:
                 value = getattr(self, field)
-                raise InputError(f"model.rope_scaling.{field}={value}; set it above 0")
+                raise InputError(f"model.rope_scaling.{field}={value}; set it above 0 and finite")
         if self.kind == "llama3" and self.high <= self.low:
             raise InputError(
                 f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above"
@@ -162,6 +162,8 @@ class GPTConfig:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and value < 0:
                 raise InputError(f"model.{field.name}={value} is negative; set it to 0 or more")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"model.{field.name}={value} is not finite; set it to a number")
         if not self.H and self.D % self.N:
             raise InputError(
                 f"model.N={self.N} heads do not divide model.D={self.D}; "
@@ -175,6 +177,15 @@ class GPTConfig:
         self.rope_scaling.check()
         if self.position == "rotary" and self.sizes["H"] % 2:
             raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
+        if self.position == "rotary":
+            for theta in (self.rope_theta, self.rope_local_theta or self.rope_theta):
+                with np.errstate(all="ignore"):
+                    turns = rotary_frequencies(self.sizes["H"], theta, self.rope_scaling)
+                if not theta > 0 or not np.isfinite(turns).all():
+                    raise InputError(
+                        f"model.rope_theta={theta} with {self.rope_scaling} turns by angles that "
+                        "are not finite; set it to the base that the model was trained with"
+                    )
         if self.dropout >= 1:
             raise InputError(f"model.dropout={self.dropout} drops everything; set it below 1")
         if self.norm_eps <= 0:

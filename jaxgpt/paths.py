@@ -1,6 +1,7 @@
 """Where files are: in the cache, and in a folder from elsewhere, that none may lead out of."""
 
 import os
+import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from jaxgpt.errors import InputError
@@ -34,6 +35,28 @@ def inside(folder: Path, name: str) -> Path:
         raise InputError(
             f"{path} is a link out of the folder, to {target}; put the file itself there"
         )
+    return path
+
+
+def regular_file(path: str | Path) -> Path:
+    """Returns the path of a regular file, or of a link to one, as a Path.
+
+    To open a FIFO waits for a writer, possibly forever, and a device may never end, so this is
+    called before a file that somebody else chose is opened.
+
+    Raises:
+        InputError: Nothing is there, or something else: a folder, FIFO, device or socket.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {reason}; give the path of a file") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "device")
+        raise InputError(f"{path} cannot be read: it is a {kind}; give the path of a regular file")
     return path
 
 

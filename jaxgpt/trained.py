@@ -330,7 +330,7 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".msgpack"):
+        if file.suffix in (".json", ".safetensors", ".msgpack") and file.is_file():
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

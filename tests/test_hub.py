@@ -133,6 +133,7 @@ def refused(*args):
 
 def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
     needed = {**GPT2, "model.safetensors": b"weights", "generation_config.json": b"{}"}
+    needed |= {"chat_template.jinja": b"{{ messages }}", "SHA256SUMS": b""}
     del needed["README.md"]
     more = {"pytorch_model.bin": b"!", "flax_model.msgpack": b"!", "onnx/model.safetensors": b"!"}
     server.add("openai-community/gpt2", {**needed, **more, "README.md": b"hi"})

@@ -190,7 +190,7 @@ def change(folder, **fields):
 def test_a_field_that_cannot_be_kept_is_named(fields, folder):
     change(folder, **fields)
     (name,) = fields
-    with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|nan)"):
+    with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|NaN)"):
         peft.read(folder, LLAMA)
 
 

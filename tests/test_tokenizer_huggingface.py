@@ -675,7 +675,7 @@ def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(InputError, match="tokenizer.json is not a file"):
+    with pytest.raises(InputError, match="tokenizer.json cannot be read: it is a folder"):
         read(tmp_path)
 
 

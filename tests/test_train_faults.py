@@ -346,6 +346,7 @@ def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here, n
     processes = spawn_two(*options, name="a")
     wait_for_step("a", 30)
     processes[number].kill()
+    processes[number].communicate()
     output, _ = processes[1 - number].communicate(timeout=60)
     assert processes[1 - number].returncode not in (0, None), output
     assert "another process has ended" in output or "another task died" in output

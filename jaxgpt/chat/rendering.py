@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 
+LONGEST_TEMPLATE = 1 << 20
+"""Characters of a chat_template; published ones have up to some ten thousand."""
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -171,7 +174,13 @@ def chat_template(tokenizer: Tokenizer) -> str:
     """The chat_template of tokenizer_config.json, the default one of several; "" for none."""
     found = getattr(tokenizer, "config", {}).get("chat_template") or ""
     if isinstance(found, list):
-        found = {each.get("name"): each.get("template") for each in found}.get("default") or ""
+        named = [each for each in found if isinstance(each, dict)]
+        default = [each.get("template") for each in named if each.get("name") == "default"]
+        found = (default[-1] if default else None) or ""
     if not isinstance(found, str):
         raise InputError(f"chat_template is {type(found).__name__}; set it to the template's text")
+    if len(found) > LONGEST_TEMPLATE:
+        raise InputError(
+            f"chat_template has {len(found):,} characters; use one of {LONGEST_TEMPLATE:,} or less"
+        )
     return found

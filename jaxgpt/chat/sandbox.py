@@ -22,6 +22,7 @@ from jaxgpt.chat.rendering import (
 )
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer.huggingface import token_name
 
 CHARACTERS = 1_000_000  # that a foreign template may write beyond what the messages say
 SECONDS = 10.0  # that it may take
@@ -87,9 +88,10 @@ def _run(tokenizer: Tokenizer, conversations: list[list[Message]], open: bool) -
         raise InputError(f"jinja2 is {version}; a foreign chat_template needs 3.1.6 or later")
     if not (source := chat_template(tokenizer)):
         raise InputError("the tokenizer has no chat_template; use render with a template")
+    config = getattr(tokenizer, "config", {})
     tokens = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in getattr(tokenizer, "config", {}).items()
+        name: token_name(config, name)
+        for name, token in config.items()
         if name.endswith("_token") and isinstance(token, str | dict)
     }
     job = {

@@ -211,7 +211,7 @@ def _chatml(published: str, tokenizer: Tokenizer) -> ChatML | None:
     # Qwen3 leaves it to the model to begin a thought; later formats do so in the header.
     unlike += r"|<think>(?:\\n|\n)'\s*\}" if thinks else r"|strip\("
     known = not thinks or ("enable_thinking" in published and "last_query_index" in published)
-    default = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])([^{}]+?)<\|im_end\|>", published)
+    default = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])([^{}<]+)<\|im_end\|>", published)
     system = default[1] if default else None
     if not known or "<|im_sep|>" in tokenizer.specials or re.search(unlike, published):
         return None

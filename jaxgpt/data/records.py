@@ -15,11 +15,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt.data.formats import as_text, reading
+from jaxgpt import strict_json
+from jaxgpt.data.formats import VALUE_BYTES, as_text, json_lines, parquet_rows, reading
 from jaxgpt.errors import InputError
+from jaxgpt.paths import regular_file
+
+LARGEST_RECORDS = 1 << 32
+"""Bytes of memory for the records of one file, which are all in memory: 4 GiB."""
+LARGEST_JSON = 1 << 28
+"""Bytes of a .json file, which is parsed as a whole: 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,20 @@ def _open_records(path: str, fields: Sequence[str], columns: Sequence[str]) -> l
         ".ndjson": _lines_of_json,
         ".parquet": _parquet,
     }
-    if os.path.isfile(place) and suffix in readers:
-        records = []
+    if os.path.exists(place) and suffix in readers:
+        regular_file(place)
+        records, size = [], 0
         for number, values in readers[suffix](place, columns):
             if not isinstance(values, dict):
                 raise InputError(f"{path}:{number} is {type(values).__name__}, not named fields")
             records.append(Record(f"{path}:{number}", values))
+            size += memory_size(values)
+            if size > LARGEST_RECORDS:
+                raise InputError(
+                    f"{path}:{number}: the records up to here take over {LARGEST_RECORDS:,} bytes "
+                    "of memory, and all of a file are in memory at once; split the file, and train "
+                    "on one part after another"
+                )
     elif fields and all(os.path.isfile(f"{place}.{field}") for field in fields):
         records = _parallel(path, place, fields)
     else:
@@ -225,9 +239,23 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
     return (text for record in records for text in within(record.values))
 
 
-def _read_text(file: str) -> str:
-    with reading(file):
-        data = Path(file).read_bytes()
+def memory_size(value: Any) -> int:
+    """About the bytes of memory that a value takes."""
+    if isinstance(value, dict):
+        return VALUE_BYTES + sum(map(memory_size, value)) + sum(map(memory_size, value.values()))
+    if isinstance(value, list | tuple):
+        return VALUE_BYTES + sum(map(memory_size, value))
+    return VALUE_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
+
+
+def _read_text(file: str, largest: int = LARGEST_RECORDS) -> str:
+    with reading(file), open(regular_file(file), "rb") as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > largest:
+            raise InputError(
+                f"{file} has {size:,} bytes, and such a file is read as a whole, up to "
+                f"{largest:,} bytes; split it, or write it as JSON lines (.jsonl)"
+            )
+        data = stream.read()
     try:
         return data.decode().removeprefix("\ufeff")  # Excel's, which would begin the first name
     except UnicodeDecodeError as error:
@@ -275,7 +303,9 @@ def _table(file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, s
 
 def _json(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
     try:
-        values = json.loads(_read_text(file))
+        values = strict_json.loads(_read_text(file, LARGEST_JSON))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(values, list):
@@ -284,22 +314,11 @@ def _json(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _lines_of_json(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines_of(_read_text(file)), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{file}:{number} is not JSON: {error}") from None
+    yield from json_lines(file)
 
 
 def _parquet(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        yield from enumerate(pyarrow.parquet.read_table(file).to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{file} is not parquet: {error}") from None
+    yield from enumerate(parquet_rows(file))
 
 
 def _parallel(path: str, place: str, fields: Sequence[str]) -> list[Record]:

@@ -23,6 +23,7 @@ from typing import Any
 from jaxgpt.data import formats
 from jaxgpt.data.formats import Document, reading, utf8_size
 from jaxgpt.errors import InputError
+from jaxgpt.paths import regular_file
 
 # fmt: off
 FOLDER_SUFFIXES = (
@@ -108,7 +109,7 @@ def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes
 
     def file_digest(file: str) -> str:
         digest = hashlib.sha256()
-        with reading(file), open(file, "rb") as opened:
+        with reading(file), open(regular_file(file), "rb") as opened:
             while block := opened.read(formats.BLOCK):
                 digest.update(block)
                 progress(len(block))
@@ -168,6 +169,8 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 skipped.append(f"{file}: hidden")
             elif suffix not in FOLDER_SUFFIXES:
                 skipped.append(f"{file}: not taken from a folder by its suffix")
+            elif not os.path.isfile(file):
+                skipped.append(f"{file}: not a regular file, or a link to nothing")
             elif not os.path.getsize(file):
                 skipped.append(f"{file}: empty")
             else:

@@ -43,7 +43,7 @@ def choices(
     Raises InputError for no choices, an empty one, one given twice, one that the tokenizer has no
     tokens for, and more than `limit` states, about one for each character.
     """
-    if isinstance(options, str) or not options:
+    if isinstance(options, str) or not isinstance(options, Sequence) or not options:
         raise InputError(f"choices={options!r}; give a list with at least one text")
     seen: set[str] = set()
     for option in options:

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
+from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.guide.expressions import (
     ANY,
@@ -33,17 +34,11 @@ def parse(schema: Any) -> Any:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         check_length("the schema has", len(text))
         encoded(text)
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return strict_json.loads(text)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"the schema is not JSON: {error}") from None
-
-
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise InputError(f"the schema has {number}, which no number can be; remove it")
-    return value
 
 
 _ANNOTATIONS = {
@@ -150,7 +145,7 @@ class Schema:
                 self._refuse(where, f"type={short(name)} is none of {', '.join(_TYPES)}")
         if not types:
             self._refuse(where, "type=[] leaves none")
-        return types
+        return list(dict.fromkeys(types))
 
     def _whole(self, keyword: str, schema: dict[str, Any], where: str) -> int:
         constant = keyword in ("enum", "const")
@@ -200,7 +195,9 @@ class Schema:
             step = step.replace("~1", "/").replace("~0", "~")
             if isinstance(part, dict) and step in part:
                 part = part[step]
-            elif isinstance(part, list) and step.isdecimal() and int(step) < len(part):
+            elif isinstance(part, list) and re.fullmatch("[0-9]{1,9}", step):
+                if int(step) >= len(part):
+                    self._refuse(where, f"{short(pointer)} is not there")
                 part = part[int(step)]
             else:
                 self._refuse(where, f"{short(pointer)} is not there")
@@ -305,7 +302,7 @@ class Schema:
         least, most = counts
         least = least or 0
         if most is not None and most < least:
-            self._refuse(where, f"min{what}={least} is more than max{what}={most}")
+            self._refuse(where, f"min{what}={short(least)} is more than max{what}={short(most)}")
         return least, most
 
     def _array(self, schema: dict[str, Any], where: str) -> int:
@@ -324,7 +321,9 @@ class Schema:
             fewest, largest = max(least - len(items), 0), most and max(most - len(items), 0)
             node = graph.repeat(graph.cat(self.comma, every), fewest, largest)
         elif least > len(items):
-            self._refuse(where, f"minItems={least}, but only {len(items)} items are described")
+            self._refuse(
+                where, f"minItems={short(least)}, but only {len(items)} items are described"
+            )
         # From what follows the last item to what follows none.
         for i, item in reversed(list(enumerate(items))):
             node = graph.cat(self.comma if i else EMPTY, item, node)
@@ -394,12 +393,13 @@ class Schema:
         bounds: dict[str, int] = {}
         for keyword in sorted(_BOUNDS & schema.keys()):
             bound = schema[keyword]
-            if type(bound) not in (int, float) or not math.isfinite(bound):
+            if type(bound) not in (int, float):
                 self._refuse(where, f"{keyword}={short(bound)} is no number")
+            # Compared first: an integer of hundreds of digits does not become a float.
+            if not abs(bound) <= (largest := 10**9 if name == "number" else 10**18):
+                self._refuse(where, f"{keyword}={short(bound)} is beyond {largest}")
             if name == "number" and bound != int(bound):
                 self._refuse(where, f"{keyword}={bound} is not whole, as it must be for numbers")
-            if abs(bound) > (largest := 10**9 if name == "number" else 10**18):
-                self._refuse(where, f"{keyword}={bound} is beyond {largest}")
             up = keyword in ("minimum", "exclusiveMaximum")
             bounds[keyword] = math.ceil(bound) if up else math.floor(bound)
         if not bounds:

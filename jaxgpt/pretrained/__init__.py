@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxgpt.errors import InputError
+from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained import gemma, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
@@ -54,26 +55,32 @@ def is_here(folder: Path) -> bool:
 def read(folder: Path) -> Pretrained:
     """The model of a folder, all of it checked, without reading a tensor.
 
-    Raises InputError with the file, the field or tensor, and the reason.
+    Where the folder has a manifest, as our exports do, the files that are read are compared with
+    it. Raises InputError with the file, the field or tensor, and the reason.
     """
-    values = Fields(read_json(folder, CONFIG), folder / CONFIG)
+    check_manifest(folder, (CONFIG, INDEX) if (folder / INDEX).exists() else (CONFIG,))
+    config = read_json(folder, CONFIG)
     known = {kind: family for family in FAMILIES for kind in family.MODEL_TYPES}
+    values = Fields(config, folder / CONFIG)
     values("model_type", kind=str)  # raises where it is absent
     family = known[values.must("model_type", *known)]
-    cfg = family.read(values)
-    values.rest()
-    cfg.check()
     if any((folder / name).exists() for name in (INDEX, SINGLE)):
         tensors = read_folder(folder)
     elif (folder / FLAX).exists():
         from jaxgpt.pretrained import msgpack
 
+        check_manifest(folder, (FLAX,))
         arrays = msgpack.tensors(folder / FLAX)
         tensors = {name: Held(folder / FLAX, array) for name, array in arrays.items()}
     else:
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         also = f" ({', '.join(pickles)} is a pickle, which is not read)" if pickles else ""
         raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}{also}; get one of them")
+    # The config's numbers are believed only as far as the weights bear them out.
+    values = Fields(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
+    cfg = family.read(values)
+    values.rest()
+    cfg.check()
     found = weights.match(family, cfg, tensors, folder)
     widest = max((tensor.dtype for _, tensor in found), key=lambda name: DTYPES[name].itemsize)
     return Pretrained(folder, family, cfg, DTYPES[widest].name, found)

@@ -4,8 +4,12 @@ A field that nobody asked for could change what the parameters mean; `rest` name
 """
 
 import logging
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import RopeScaling
@@ -27,13 +31,41 @@ HARMLESS = {
 }  # fmt: skip
 
 
-class Fields:
-    """The fields of one file, with a note of which were read."""
+LARGEST_INT = 2**31 - 1
+"""Positions, windows and sizes are int32 on the device."""
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+LONGEST_CONTEXT = 1 << 24
+"""Positions are multiplied as float32, which does not tell larger whole numbers apart."""
 
-    def __init__(self, values: dict[str, Any], file: Path) -> None:
+
+class Fields:
+    """The fields of one file, with a note of which were read.
+
+    Every number is checked to be one that the device can hold. Sizes are checked against the
+    shapes of the weights before anything is allocated or repeated that often.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, Any],
+        file: Path,
+        shapes: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        """Wraps the values of a file.
+
+        Args:
+            values: The fields.
+            file: Where they are from, for errors.
+            shapes: Those of the model's weights; None if the values are not from elsewhere.
+        """
         self.values = values
         self.file = file
         self._read: set[str] = set()
+        self._most_layers = self._largest_size = LARGEST_INT
+        if shapes is not None:
+            filled = [shape for shape in shapes if math.prod(shape)]
+            self._most_layers = len(filled)
+            self._largest_size = max((max(shape, default=1) for shape in filled), default=1)
 
     def __call__(self, name: str, default: Any = None, *, kind: Any = int) -> Any:
         """A field's value of type `kind`; where it is absent or null, the default if not None."""
@@ -43,11 +75,45 @@ class Fields:
             if default is None:
                 raise InputError(f"{self.file} lacks {name}; get it again")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= LARGEST_INT:
             value = float(value)
         if type(value) is not kind:
             raise InputError(f"{self.file}: {name}={value!r:.80} is not of type {kind.__name__}")
+        if kind is int and not 0 <= value <= LARGEST_INT:
+            raise InputError(f"{self.file}: {name}={value!r:.80} is not from 0 to {LARGEST_INT}")
+        if kind is float and not abs(value) <= LARGEST_FLOAT:
+            raise InputError(f"{self.file}: {name}={value!r:.80} is no finite number in float32")
         return value
+
+    def layers(self, name: str) -> int:
+        """The number of layers: at least 1, and not more than the weights have tensors."""
+        layers = self(name)
+        if not 1 <= layers <= self._most_layers:
+            raise InputError(
+                f"{self.file}: {name}={layers}, and it is at least 1 and at most "
+                f"{self._most_layers}, as many tensors as the weights have; get both again"
+            )
+        return layers
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A length of parameters: at least 1, and not more than the longest of the weights."""
+        size = self(name, default)
+        if not 1 <= size <= self._largest_size:
+            raise InputError(
+                f"{self.file}: {name}={size}, and it is at least 1 and at most "
+                f"{self._largest_size}, the longest dimension of the weights; get both again"
+            )
+        return size
+
+    def context(self, name: str, default: int) -> int:
+        """The number of positions where the weights have none: from 1 to LONGEST_CONTEXT."""
+        context = self(name, default)
+        if not 1 <= context <= LONGEST_CONTEXT:
+            raise InputError(
+                f"{self.file}: {name}={context} is not from 1 to {LONGEST_CONTEXT}; set it to the "
+                "context that the model was trained with"
+            )
+        return context
 
     def must(self, name: str, *allowed: Any) -> Any:
         """A field that is one of the allowed values, the first where it is absent or null."""

@@ -29,10 +29,12 @@ def read(fields: Fields) -> GPTConfig:
     fields.must("attention_bias", False)
     fields.must("use_bidirectional_attention", False)
     # Attention weights are scaled by the root of this, here by that of the head size.
-    fields.must("query_pre_attn_scalar", H := fields("head_dim", 256), float(H))
+    fields.must("query_pre_attn_scalar", H := fields.size("head_dim", 256), float(H))
     fields.must("attn_logit_softcapping", None)
-    L = fields("num_hidden_layers")
+    L = fields.layers("num_hidden_layers")
     pattern = fields("sliding_window_pattern", fields("_sliding_window_pattern", 6))
+    if not pattern:
+        raise InputError(f"{fields.file}: sliding_window_pattern=0; set it to 1 or more")
     types = layer_types([(layer + 1) % pattern for layer in range(L)])
     window, every = fields.windows(L, fields("sliding_window", 4096), types)
     theta, scaling = fields.rope(1e6, "full_attention")

@@ -41,14 +41,14 @@ def read(fields: Fields) -> GPTConfig:
     fields.must("scale_attn_weights", True)
     fields.must("scale_attn_by_inverse_layer_idx", False)
     fields.must("add_cross_attention", False)
-    D = fields("n_embd")
+    D = fields.size("n_embd")
     return GPTConfig(
-        L=fields("n_layer"),
+        L=fields.layers("n_layer"),
         D=D,
-        N=fields("n_head"),
-        F=fields("n_inner", 4 * D),
-        T=fields("n_positions"),
-        V=fields("vocab_size"),
+        N=fields.size("n_head"),
+        F=fields.size("n_inner", 4 * D),
+        T=fields.size("n_positions"),
+        V=fields.size("vocab_size"),
         norm_eps=fields("layer_norm_epsilon", 1e-5, kind=float),
         tied=fields("tie_word_embeddings", True, kind=bool),
         init_std=fields("initializer_range", 0.02, kind=float),

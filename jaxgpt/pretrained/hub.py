@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
+from jaxgpt.manifest import MANIFEST
 from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
 
 CONFIG, FLAX = "config.json", "flax_model.msgpack"
@@ -30,9 +31,11 @@ BESIDE_WEIGHTS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    MANIFEST,
 )
 NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 """Weights that are pickles, or may hold code in another way."""

@@ -64,16 +64,16 @@ def rotary(fields: Fields) -> dict[str, Any]:
 
 def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPTConfig:
     """What Llama and its relatives have in common; the rest of the GPTConfig is in `options`."""
-    D, N = fields("hidden_size"), fields("num_attention_heads")
+    D, N = fields.size("hidden_size"), fields.size("num_attention_heads")
     common = {
-        "L": fields("num_hidden_layers"),
+        "L": fields.layers("num_hidden_layers"),
         "D": D,
         "N": N,
-        "K": fields("num_key_value_heads", N),
-        "H": fields("head_dim", D // max(N, 1)),
-        "F": fields("intermediate_size"),
-        "T": fields("max_position_embeddings", T),
-        "V": fields("vocab_size"),
+        "K": fields.size("num_key_value_heads", N),
+        "H": fields.size("head_dim", D // N),
+        "F": fields.size("intermediate_size"),
+        "T": fields.context("max_position_embeddings", T),
+        "V": fields.size("vocab_size"),
         "position": "rotary",
         "norm": "rmsnorm",
         "norm_eps": fields("rms_norm_eps", 1e-6, kind=float),

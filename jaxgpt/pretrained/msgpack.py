@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.paths import regular_file
 
 # flax.serialization's codes of extensions, and the key that marks an array in chunks.
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3
@@ -72,6 +73,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path) -> Any:
+    regular_file(path)
     try:
         # Mapped, so that the arrays are in memory once and not twice.
         with (

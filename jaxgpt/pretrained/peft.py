@@ -13,6 +13,7 @@ refused by name, and nothing is unpickled.
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
@@ -20,16 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.guide.expressions import Expressions, check_length
+from jaxgpt.guide.pattern import Pattern
+from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
-from jaxgpt.pretrained.weights import Row, rows
+from jaxgpt.pretrained.weights import Row, check_finite, rows
 from jaxgpt.tune import LORA, flat, nested
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MOST_STATES = 4096  # of the automaton of a pattern of modules
 
 # Of training, of the library, or where modules were looked for: the tensors say what was found.
 # Those of ways to initialise A and B matter no more, and `init_lora_weights` names the others.
@@ -59,13 +64,15 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
     Where a module holds queries, keys and values side by side (GPT-2), each gets the module's A and
     its part of B. Raises InputError with the file, the field or tensor, and the reason.
     """
+    check_manifest(folder, (CONFIG, WEIGHTS))
     fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
     _check_fields(fields)
     modules = _modules(cfg)
     pairs = _pairs(_weights(folder), modules)
+    scales = _ranks_and_scales(fields, list(pairs))
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for module, pair in pairs.items():
-        rank, scale = _rank_and_scale(fields, module)
+        rank, scale = scales[module]
         inputs, outputs = _sides(modules[module][0], cfg)
         shape = len(modules[module]), math.prod(outputs)
         a = _whole(pair, "A", (rank, math.prod(inputs)), module)
@@ -191,32 +198,76 @@ def _whole(pair: dict[str, Stored], factor: str, shape: tuple[int, int], module:
             f"{tensor.file}: lora_{factor} of {module} is {list(tensor.shape)}, and by the model "
             f"and {CONFIG} it is {list(shape)}; use an adapter of this model"
         )
-    return tensor.rows(0, shape[0]).astype(np.float32)
+    array = tensor.rows(0, shape[0]).astype(np.float32)
+    check_finite(array, tensor.file, f"lora_{factor} of {module}")
+    return array
 
 
-def _rank_and_scale(fields: Fields, module: str) -> tuple[int, float]:
-    rank = _of_module(fields, module, "rank_pattern", fields("r", 8), int)
-    alpha = _of_module(
-        fields, module, "alpha_pattern", fields("lora_alpha", 8.0, kind=float), float
-    )
-    if rank < 1 or not math.isfinite(alpha):
-        raise InputError(
-            f"{fields.file}: {module} has rank {rank} and alpha {alpha}; save the adapter again "
-            "with PEFT"
-        )
-    return rank, alpha / (math.sqrt(rank) if fields("use_rslora", False, kind=bool) else rank)
+def _ranks_and_scales(fields: Fields, modules: list[str]) -> dict[str, tuple[int, float]]:
+    """The rank of each module's factors, and what their product is multiplied by."""
+    r, lora_alpha = fields("r", 8), fields("lora_alpha", 8.0, kind=float)
+    ranks = _of_modules(fields, "rank_pattern", int, modules)
+    alphas = _of_modules(fields, "alpha_pattern", float, modules)
+    stabilised = fields("use_rslora", False, kind=bool)
+    found = {}
+    for module in modules:
+        rank, alpha = ranks.get(module, r), alphas.get(module, lora_alpha)
+        if rank < 1:
+            raise InputError(
+                f"{fields.file}: {module} has r={rank}; save the adapter again with PEFT"
+            )
+        found[module] = rank, alpha / (math.sqrt(rank) if stabilised else rank)
+    return found
 
 
-def _of_module(fields: Fields, module: str, pattern: str, default: Any, kind: type) -> Any:
-    """What a table of patterns says of a module: by the first that ends its name, as in PEFT."""
+def _of_modules(fields: Fields, pattern: str, kind: type, modules: list[str]) -> dict[str, Any]:
+    """What a table of patterns says of modules: of each by the first that ends its name, as PEFT.
+
+    The patterns are regular expressions, on which Python's own engine may never end. Those with
+    more than names in them are matched by automata of bounded size.
+    """
     table = Fields(fields(pattern, {}, kind=dict), fields.file)
-    for key in table.values:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return table(key, kind=kind)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{fields.file}: {pattern} has {key!r:.80}: {error}") from None
-    return default
+    found: dict[str, Any] = {}
+    graph, key = Expressions(), ""
+    try:
+        check_length("all keys together have", sum(map(len, table.values)))
+        prefix = Pattern(graph).read(r"(.*\.)?")
+        roots: dict[str, int] = {}
+        for key in table.values:  # all are read first: an automaton depends on all characters
+            if not _is_name(key):
+                roots[key] = Pattern(graph, around=prefix).read(f"(?:{key})$")
+        for key in table.values:
+            if key in roots:
+                matches: Callable[[str], Any] = _automaton(graph, roots[key])
+            else:
+                matches = re.compile(rf"(.*\.)?{key}").fullmatch
+            found |= {
+                module: table(key, kind=kind)
+                for module in modules
+                if module not in found and matches(module)
+            }
+    except (InputError, RecursionError) as error:
+        raise InputError(f"{fields.file}: {pattern} has {key!r:.80}: {error}") from None
+    return found
+
+
+def _is_name(key: str) -> bool:
+    return re.fullmatch(r"[\w.]+", key) is not None
+
+
+def _automaton(graph: Expressions, root: int) -> Callable[[str], bool]:
+    """The function that tells whether an expression matches a text."""
+    next_SB, complete_S = graph.automaton(root, MOST_STATES)
+
+    def matches(text: str) -> bool:
+        state = 0
+        for byte in text.encode():
+            state = next_SB[state, byte]
+            if state < 0:
+                return False
+        return bool(complete_S[state])
+
+    return matches
 
 
 def _found(
@@ -288,6 +339,8 @@ def _alpha(factors: Factors) -> float:
     """The alpha that divided by the rank is the scale, a whole number where there is one."""
     rank = len(factors.a)
     alpha = float(factors.scale) * rank
+    if not math.isfinite(alpha):
+        raise InputError(f"{LORA[2]} is {factors.scale}; export an earlier checkpoint")
     return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
 
 

@@ -23,7 +23,7 @@ def read(fields: Fields) -> GPTConfig:
     third = fields("model_type", kind=str) == "qwen3"
     if third:
         fields.must("attention_bias", False)
-    L = fields("num_hidden_layers")
+    L = fields.layers("num_hidden_layers")
     window = fields("sliding_window", 4096)
     first = fields("max_window_layers", 28)
     used = fields("use_sliding_window", False, kind=bool)

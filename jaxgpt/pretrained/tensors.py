@@ -18,8 +18,10 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxgpt import strict_json
 from jaxgpt.errors import InputError
-from jaxgpt.paths import inside
+from jaxgpt.manifest import check_manifest
+from jaxgpt.paths import inside, regular_file
 
 DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -32,6 +34,8 @@ SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {k: v.itemsize for k, v in DT
 
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LARGEST_JSON = 64_000_000  # bytes
+MOST_DIMENSIONS = 32  # as in numpy
+LONGEST_NAME = 1000  # characters of a tensor's name
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -107,16 +111,29 @@ def name_of(dtype: Any) -> str:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The table that a JSON file of a folder holds; InputError where it cannot be read."""
-    path = inside(folder, name)
+    path = regular_file(inside(folder, name))
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise InputError(f"{path} is larger than {LARGEST_JSON:,} bytes; it cannot be right")
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"it is larger than {LARGEST_JSON:,} bytes")
+        values = strict_json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; get it again") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, not a table of fields")
     return values
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Reads which file each tensor of a folder is in, by the folder's index; empty without one."""
+    index = inside(folder, INDEX)
+    if not index.exists():
+        return {}
+    where = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files; get it again")
+    if not where:
+        raise InputError(f"{index} has an empty weight_map; get it again")
+    return where
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -124,12 +141,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
     Nothing but headers is read. Raises InputError with the file, the tensor and the reason.
     """
-    if not inside(folder, INDEX).exists():
+    where = read_index(folder)
+    check_manifest(folder, where.values() or (SINGLE,))
+    if not where:
         return {**read_header(inside(folder, SINGLE))}
-    index = inside(folder, INDEX)
-    where = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; get it again")
     found: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         file = inside(folder, name)
@@ -152,6 +167,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
     Raises InputError where the header is not what the format and the file's size allow.
     """
+    regular_file(file)
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -163,8 +179,8 @@ def read_header(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     try:
-        entries = json.loads(header, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
+        entries = strict_json.loads(header, distinct=True)
+    except ValueError as error:
         raise InputError(f"{file} has a header that is not JSON: {error}; get it again") from None
     if not isinstance(entries, dict):
         raise InputError(f"{file} has a header that is not a table of tensors; get it again")
@@ -208,14 +224,9 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
     )
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return table
-
-
 def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{file} has a tensor with a name of {len(name):,} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(
             f"{file}: {name!r} has not just a dtype, a shape and offsets: {entry!r:.80}"
@@ -224,7 +235,8 @@ def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise InputError(f"{file}: {name!r} has dtype {dtype!r:.40}, not one of {', '.join(SIZES)}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        whole = isinstance(numbers, list) and len(numbers) <= MOST_DIMENSIONS
+        whole = whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
         if not whole or (what == "data_offsets" and len(numbers) != 2):
             raise InputError(f"{file}: {name!r} has {what} {numbers!r:.80}; get it again")
     return dtype, tuple(shape), (offsets[0], offsets[1])

@@ -63,18 +63,28 @@ def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
     return {**cfg.sizes, "V": cfg.V}
 
 
-def rows(family: ModuleType, cfg: GPTConfig) -> list[Row]:
-    """The rows for every leaf of a model; InputError where the family has no place for a leaf."""
+def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Row]:
+    """The rows for every leaf of a model.
+
+    Raises InputError if the family has no place for a leaf, or if there are more than `most`
+    tensors, before a row is made for each.
+    """
     table = {row[0]: row[1:] for row in family.ROWS}
     # All layers have the same leaves, whatever their windows: one of them tells.
     alike = replace(cfg, window=0, global_every=0, rope_local_theta=0.0)
-    found = []
+    found, needed = [], dict[str, int]()
     for path, (names, _) in letters(alike.build(ComputeConfig(layers="scan"))).items():
         block = path[0] == "blocks"
         key = "/".join(("blocks", "{i}", *path[1:]) if block else path)
         if key not in table:
             raise InputError(f"{'/'.join(path)} has no place in {family.MODEL_TYPES[0]}")
         name, *rest = table[key]
+        needed[name] = cfg.L if block else 1
+        if most is not None and sum(needed.values()) > most:
+            raise InputError(
+                f"the weights have {most} tensors, too few for the {cfg.L} layers of config.json; "
+                "get both again"
+            )
         prefix = "" if name == TIED else family.PREFIX
         for i in range(cfg.L) if block else ("",):
             leaf = ("blocks", str(i), *path[1:]) if block else path
@@ -97,12 +107,8 @@ def match(
             f"{folder} has {twice[0]!r} twice, with {family.PREFIX!r} before it and without; "
             "get it again"
         )
-    if len(tensors) < cfg.L:
-        raise InputError(
-            f"{folder} has {len(tensors)} tensors, too few for the {cfg.L} layers of config.json"
-        )
     found, sizes, used = [], sizes_in_files(cfg), set()
-    for row in rows(family, cfg):
+    for row in rows(family, cfg, len(tensors)):
         name = row.name.removeprefix(family.PREFIX)
         if name not in bare:
             raise InputError(f"{folder} has no tensor {row.name!r}; its config.json promises it")
@@ -186,8 +192,19 @@ def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) ->
     first, last = wanted[0].start, wanted[0].stop
     for start, stop in _pieces(tensor, first, last, each):
         block = tensor.rows(start * each, stop * each).reshape(stop - start, *lengths[1:])
-        view[start - first : stop - first] = block[(slice(None), *wanted[1:])]
+        part = view[start - first : stop - first]
+        part[...] = block[(slice(None), *wanted[1:])]
+        check_finite(part, tensor.file, row.name)
     return out
+
+
+def check_finite(array: np.ndarray, file: Path, name: str) -> None:
+    """Raises InputError if a part of a tensor, float32, holds a NaN or an infinity."""
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{file}: {name!r} holds numbers that are NaN or infinite; the file is damaged, or its "
+            "training failed: get it again, or an earlier checkpoint"
+        )
 
 
 def _aligned(shape: list[int]) -> np.ndarray:

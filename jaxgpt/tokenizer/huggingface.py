@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 from tiktoken_ext import openai_public
 
+from jaxgpt import strict_json
 from jaxgpt.errors import InputError
-from jaxgpt.paths import inside
+from jaxgpt.manifest import check_manifest
+from jaxgpt.paths import inside, regular_file
 from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
 from jaxgpt.tokenizer.plain import Bytes, Characters
 
 LARGEST_FILE = 1 << 26  # bytes; the largest in use, Gemma 3's tokenizer.json, has 33 million
+MOST_GROWTH = 1024  # times that a normalizer or decoder may make a text longer
 GPT2_MERGES = {
     "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0",
     "dd58806ca2acd014786022b63dca3696098314b70e5c8dd6391d354060bc3a2c",
@@ -45,6 +48,10 @@ _SPECIAL = {
     **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
     "special": True,
 }
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt"),
+)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -84,11 +91,17 @@ class HuggingFace(Tokenizer):
     kind: Kind = "huggingface"
 
     def __init__(self, text: str, config: dict[str, Any]) -> None:
-        import tokenizers
-
         self.json = text
         self.config = config
         parsed = parse(text, "tokenizer.json")
+        # The library accepts fields that this code does not expect, and has no list of them.
+        with _library("tokenizer.json or tokenizer_config.json has an invalid field"):
+            _check_growth(parsed)
+            self._set_up(text, config, parsed)
+
+    def _set_up(self, text: str, config: dict[str, Any], parsed: dict[str, Any]) -> None:
+        import tokenizers
+
         with _library("tokenizer.json is none that the tokenizers library can run"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._tokenizer.no_truncation()
@@ -208,11 +221,13 @@ class HuggingFace(Tokenizer):
 def read(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder; GPT-2's own is our BPE of kind gpt2.
 
-    Raises InputError for a folder without one of the files, and for files that are damaged, too
-    large, or links that lead out of the folder.
+    Where the folder has a manifest, as our exports do, the files are compared with it. Raises
+    InputError for a folder without one of the files, and for files that are damaged, too large, or
+    links that lead out of the folder.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the one with tokenizer.json")
+    check_manifest(folder, _FILES)
     text = read_text(folder, "tokenizer.json")
     if text is not None:
         config: dict[str, Any] = {}
@@ -299,13 +314,9 @@ def read_text(folder: Path, name: str) -> str | None:
     try:
         if not path.exists():
             return None
-        if not path.is_file():
-            raise InputError(f"{path} is not a file")
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
+        if regular_file(path).stat().st_size > LARGEST_FILE:
             raise InputError(f"{path} has more than {LARGEST_FILE} bytes; no such file is so large")
-        return content.decode()
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
@@ -313,8 +324,8 @@ def read_text(folder: Path, name: str) -> str | None:
 def parse(text: str, name: str) -> dict[str, Any]:
     """The table that JSON text holds; InputError with the file's `name` for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(text)
+    except ValueError as error:
         raise InputError(f"{name} is not JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{name} has {type(value).__name__}, not a table; fetch it again")
@@ -327,7 +338,9 @@ def token_name(config: dict[str, Any], field: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if not isinstance(value, str | None):
-        raise InputError(f"{field} of tokenizer_config.json is {value!r}, not the text of a token")
+        raise InputError(
+            f"{field} of tokenizer_config.json is {value!r:.80}, not the text of a token"
+        )
     return value or None
 
 
@@ -342,7 +355,29 @@ def _library(what: str) -> Iterator[None]:
         # What Rust calls a panic is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{what}: {error}") from None
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+        raise InputError(f"{what}: {reason}") from None
+
+
+def _check_growth(parsed: dict[str, Any]) -> None:
+    """Raises InputError for steps that replace or repeat text and so make it far longer."""
+    for name in ("normalizer", "decoder"):
+        growth = 1
+        for step in _parts(parsed.get(name)):
+            added = step.get("content") or step.get("prepend") or ""
+            pattern = step.get("pattern")
+            # An expression may match between all characters, which then stay beside what is added.
+            stays = isinstance(pattern, dict) and "Regex" in pattern
+            growth *= max(1, stays + len(added)) if isinstance(added, str) else 1
+            if growth > MOST_GROWTH:
+                raise InputError(
+                    f"the {name} of tokenizer.json may make text more than {MOST_GROWTH} times as "
+                    "long; use one that does not"
+                )
+    for step in _parts(parsed.get("post_processor")):
+        template = step.get("single")
+        if isinstance(template, list) and sum("Sequence" in piece for piece in template) > 1:
+            raise InputError("the post_processor of tokenizer.json repeats the text; use another")
 
 
 def _parts(step: Any) -> list[dict[str, Any]]:
@@ -350,9 +385,13 @@ def _parts(step: Any) -> list[dict[str, Any]]:
     if not step:
         return []
     if not isinstance(step, dict):
-        raise InputError(f"tokenizer.json has {step!r} for a step; make it a table with a type")
-    for name in ("normalizers", "pretokenizers", "decoders"):
+        raise InputError(f"tokenizer.json has {step!r:.80} for a step; make it a table with a type")
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
         if name in step:
+            if not isinstance(step[name], list):
+                raise InputError(
+                    f"tokenizer.json has {step[name]!r:.80} for {name}; make it a list"
+                )
             return [part for inner in step[name] for part in _parts(inner)]
     return [step]
 

@@ -1,0 +1,66 @@
+"""JSON as its standard has it (RFC 8259), for text that somebody else wrote.
+
+Python's `json.loads` also accepts NaN and Infinity, reads 1e400 as infinity, and raises
+RecursionError, which is no ValueError, for text that is nested too deeply.
+"""
+
+import json
+import math
+from typing import Any
+
+DEEPEST = 100
+"""Arrays and objects inside each other, at most: code that walks the values may be recursive."""
+
+
+def loads(text: str | bytes, *, distinct: bool = False) -> Any:
+    """Parses JSON text.
+
+    Args:
+        text: The text, or its bytes in UTF-8.
+        distinct: Refuse an object that has a name twice; else the last one counts.
+
+    Raises:
+        ValueError: The text is not UTF-8 or not JSON, a number is not finite or has more digits
+            than Python converts, or arrays and objects are nested deeper than DEEPEST.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    too_deep = f"arrays and objects are nested deeper than {DEEPEST} levels"
+    try:
+        value = (_DISTINCT if distinct else _DECODER).decode(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
+        raise ValueError(too_deep)
+    return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if type(node) is dict else node)
+            if type(child) is dict or type(child) is list
+        ]
+    return bool(level)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:40]} is not a finite number")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+_DISTINCT = json.JSONDecoder(
+    parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct
+)
