@@ -47,4 +47,5 @@ def compiled():
 
     jax.monitoring.register_event_duration_secs_listener(note)
     yield names
-    jax.monitoring.unregister_event_duration_listener(note)
+    if hasattr(jax.monitoring, "unregister_event_duration_listener"):  # not in jax 0.7.2
+        jax.monitoring.unregister_event_duration_listener(note)

@@ -248,7 +248,8 @@ def test_a_file_for_a_folder_or_a_folder_for_a_file_is_damage(entry, path, cache
     else:
         shutil.rmtree(entry)
         entry.touch()
-    assert data.find_entry_damage(entry, V) == [f"{replaced or 'SHA256SUMS'}: missing"]
+    (found,) = data.find_entry_damage(entry, V)
+    assert found.startswith(replaced or "SHA256SUMS")
     with pytest.raises(InputError, match="--data.rebuild True"):
         prepare(path, cache=cache)
     assert len(prepare(path, cache=cache, rebuild=True).train)

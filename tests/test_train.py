@@ -194,14 +194,14 @@ def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, num
     assert f"stopped after step {saved.name}" in capsys.readouterr().out
 
 
-def spawn_two(*options: str, name: str) -> list[subprocess.Popen]:
+def spawn_two(*options: str, name: str, **settings) -> list[subprocess.Popen]:
     """A run of two processes with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     together = ("--parallel.processes", "2", "--parallel.coordinator", address)
     return [
-        spawn(*options, *together, "--parallel.process", number, name=name, devices=2)
+        spawn(*options, *together, "--parallel.process", number, name=name, devices=2, **settings)
         for number in "01"
     ]
 
