@@ -85,7 +85,7 @@ CONFIGS = (
     replace(
         PLAIN,
         name="dpo",
-        model=GPTConfig(L=1, D=8, N=2, T=48),
+        model=GPTConfig(L=1, D=4, N=2, T=48),
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=257),
         data=RecordsConfig(paths=("pairs.jsonl",)),
         objective=DPO(),
