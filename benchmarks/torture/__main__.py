@@ -79,6 +79,7 @@ def main(
         for name, section in sections.items():
             if only and name not in only:
                 continue
+            bench.rng.seed(f"{seed} {name}")  # a section alone does what it does among the others
             for row in section(bench):
                 print(row.text, flush=True)
                 rows.append(row)

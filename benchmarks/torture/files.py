@@ -3,9 +3,8 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.torture.runs import STEPS, Bench, Row
 
@@ -52,102 +51,65 @@ def export(bench: Bench) -> Path:
     return bench.folder / "hf"
 
 
-def rot(
-    bench: Bench, flips: int, truncations: int, deletions: int, resumes: int = 9
-) -> Iterator[Row]:
+def rot(bench: Bench, flips: int, truncations: int, deletions: int, resumes: int) -> Iterator[Row]:
     """One damaged file at a time: the right values are loaded, or a clear error is raised."""
-    numbers = dict(zip(HARMS, (flips, truncations, deletions), strict=True))
-    for harm, number in numbers.items():
-        yield _rot_checkpoint(bench, harm, number)
-        yield _rot_tokens(bench, harm, number)
-        yield _rot_export(bench, harm, number)
-    if resumes:
-        yield from _rot_resume(bench, resumes)
+    for harm, number in zip(HARMS, (flips, truncations, deletions), strict=True):
+        for what in ("checkpoint", "tokens", "export"):
+            if number:
+                yield load_damaged(bench, what, harm, number)
+    for turn in range(resumes):
+        yield resume_damaged(bench, turn)
 
 
-def _rot_checkpoint(bench: Bench, harm: str, number: int) -> Row:
-    """The newest checkpoint of a run that is loaded."""
+def load_damaged(bench: Bench, what: str, harm: str, number: int) -> Row:
+    """Damages a file of a fresh copy of something, loads it, and counts the outcomes."""
     bench.reference("base")
-    source, copy = bench.folder / "runs" / "base", bench.folder / "rotten"
-    older = bench.ask(what="model", path=str(source / "checkpoints" / str(STEPS - 4)))["values"]
+    rotten, intact, older = bench.folder / "rotten", None, None
+    if what == "checkpoint":
+        source, copy, place = bench.folder / "runs" / "base", rotten, f"checkpoints/{STEPS}"
+        request = {"what": "model", "path": str(rotten)}
+        before = source / "checkpoints" / str(STEPS - 4)
+        older = bench.ask(what="model", path=str(before))["values"]
+    elif what == "tokens":
+        source, copy, place = bench.cache / "tokens", rotten / "tokens", ""
+        request = {"what": "tokens", "path": "base.json", "cache": str(rotten)}
+    else:
+        source, copy, place = export(bench), rotten, ""
+        request = {"what": "model", "path": str(rotten)}
 
-    def judge(values: Any, warnings: list[str]) -> str:
-        steps = {path.name.split(".")[0] for path in (copy / "checkpoints").iterdir()}
-        if steps != {path.name for path in (source / "checkpoints").iterdir()}:
-            return "a checkpoint was deleted"
-        if values == older:
-            return "older, with a warning" if warnings else "older, WITHOUT A WARNING"
-        return "" if values is None else "SILENTLY WRONG"
-
-    place = copy / "checkpoints" / str(STEPS)
-    request = {"what": "model", "path": str(copy)}
-    return _rot(bench, "checkpoint", source, copy, place, request, harm, number, judge)
-
-
-def _rot_tokens(bench: Bench, harm: str, number: int) -> Row:
-    """The cached tokens of a text."""
-    bench.reference("base")
-    source, copy = bench.cache / "tokens", bench.folder / "rotten" / "tokens"
-    request = {"what": "tokens", "path": "base.json", "cache": str(copy.parent)}
-    return _rot(bench, "tokens", source, copy, copy, request, harm, number, _nothing_else)
-
-
-def _rot_export(bench: Bench, harm: str, number: int) -> Row:
-    """A model in the layout of Hugging Face."""
-    source, copy = export(bench), bench.folder / "rotten"
-    request = {"what": "model", "path": str(copy)}
-    return _rot(bench, "export", source, copy, copy, request, harm, number, _nothing_else)
-
-
-def _nothing_else(values: Any, warnings: list[str]) -> str:
-    return "" if values is None else "SILENTLY WRONG"
-
-
-def _rot(
-    bench: Bench,
-    name: str,
-    source: Path,
-    copy: Path,
-    place: Path,
-    request: dict[str, Any],
-    harm: str,
-    number: int,
-    judge: Callable[[Any, list[str]], str],
-) -> Row:
-    """Harms a file under `place` of a fresh copy of `source`, loads it, and counts the outcomes.
-
-    `judge` names the outcome for values that are not the intact ones, or None where none were
-    loaded; empty if nothing is wrong.
-    """
     outcomes: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    intact = None
-    for turn in range(number + 1):  # the first time nothing is harmed
-        shutil.rmtree(bench.folder / "rotten", ignore_errors=True)
+    for turn in range(number + 1):  # the first time nothing is damaged
+        shutil.rmtree(rotten, ignore_errors=True)
         shutil.copytree(source, copy)
-        file = None
-        if turn:
-            file = some_file(place, bench.rng)
-            HARMS[harm](file, bench.rng)
-        answer = bench.ask(**request)
-        values = answer.get("values")
-        if not turn:
-            intact = values
+        if turn == 0:
+            intact = bench.ask(**request)["values"]
             continue
-        if values is not None and values == intact:
-            outcome = judge(None, []) or "right"
-        elif values is not None:
-            outcome = judge(values, answer["warnings"])
-        elif not answer["clear"]:
-            outcome = f"TRACEBACK: {answer['error'][:100]}"
+        file = some_file(copy / place, bench.rng)
+        HARMS[harm](file, bench.rng)
+        answer = bench.ask(**request)
+        values, warned = answer.get("values"), bool(answer["warnings"])
+        if what == "checkpoint" and _steps(copy) != _steps(source):
+            outcome = "A CHECKPOINT WAS DELETED"
+        elif "error" in answer:
+            outcome = "refused" if answer["clear"] else f"TRACEBACK {answer['error'][:80]}"
+        elif values == intact:
+            outcome = "right"
+        elif values == older:
+            outcome = "older, with a warning" if warned else "older, WITHOUT A WARNING"
         else:
-            outcome = judge(None, []) or "refused"
+            outcome = "SILENTLY WRONG"
         outcomes[outcome] += 1
-        examples.setdefault(outcome, str(file and file.relative_to(copy)))
-    fine = {"right", "refused", "older, with a warning"}
-    wrong = [f"{n} {what} ({examples[what]})" for what, n in outcomes.items() if what not in fine]
-    note = ", ".join(f"{n} {what}" for what, n in outcomes.items() if what in fine)
-    return Row("rot", f"{number} {harm}: {name}", tuple(wrong), note)
+        examples.setdefault(outcome, str(file.relative_to(copy)))
+    fine = ("right", "older, with a warning", "refused")
+    wrong = [f"{n} {name} ({examples[name]})" for name, n in outcomes.items() if name not in fine]
+    note = ", ".join(f"{outcomes[name]} {name}" for name in fine if outcomes[name])
+    return Row("rot", f"{number} {harm}: {what}", tuple(wrong), note)
+
+
+def _steps(run: Path) -> set[str]:
+    """The steps of a run's checkpoints, with those that were renamed: `24.damaged` is step 24."""
+    return {path.name.split(".")[0] for path in (run / "checkpoints").iterdir()}
 
 
 def half_done(bench: Bench, name: str) -> Path:
@@ -161,33 +123,31 @@ def half_done(bench: Bench, name: str) -> Path:
     return run
 
 
-def _rot_resume(bench: Bench, number: int) -> Iterator[Row]:
-    """A run whose newest checkpoint, or cached text, is damaged, and that goes on training."""
-    for turn in range(number):
-        harm = list(HARMS)[turn % len(HARMS)]
-        name = bench.new_name("base")
-        run = half_done(bench, name)
-        cache = bench.folder / "rotten"
-        shutil.rmtree(cache, ignore_errors=True)
-        shutil.copytree(bench.cache, cache)
-        place = cache / "tokens" if turn % 3 == 2 else run / "checkpoints" / str(HALF)
-        file = some_file(place, bench.rng)
-        HARMS[harm](file, bench.rng)
-        ended = bench.run("base", name, cache=cache)
-        wrong = ended.wrong(0, 2)
-        if ended.status == 0:
-            wrong += bench.ended_well("base", run)
-        kept = {path.name.split(".")[0] for path in (run / "checkpoints").iterdir()}
-        wrong += [f"step {step} is gone" for step in range(4, HALF + 1, 4) if str(step) not in kept]
-        label = f"resume, {harm[:-1]} of {file.relative_to(place).parts[0]}"
-        yield Row("rot", label, tuple(wrong), f"status {ended.status}")
+def resume_damaged(bench: Bench, turn: int) -> Row:
+    """A run goes on training, with damage in its newest checkpoint or in the cached tokens."""
+    harm = list(HARMS)[turn % len(HARMS)]
+    name = bench.new_name("base")
+    run, cache = half_done(bench, name), bench.folder / "rotten"
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.copytree(bench.cache, cache)
+    place = cache / "tokens" if turn % 4 == 3 else run / "checkpoints" / str(HALF)
+    file, before = some_file(place, bench.rng), _steps(run)
+    HARMS[harm](file, bench.rng)
+    ended = bench.run("base", name, cache=cache)
+    wrong = ended.wrong(0, 2)
+    if ended.status == 0:
+        wrong += bench.ended_well("base", run)
+    wrong += [f"step {step} is gone" for step in sorted(before - _steps(run))]
+    label = f"resume, {harm[:-1]} in {'tokens' if turn % 4 == 3 else 'the checkpoint'}"
+    where = file.relative_to(place)
+    return Row("rot", label, tuple(wrong), f"status {ended.status}, {where}")
 
 
-def stray(bench: Bench) -> Iterator[Row]:
+def stray(bench: Bench, names: Sequence[str] = STRAY) -> Iterator[Row]:
     """Files of other programs in every folder: everything works, and nothing is deleted."""
     bench.reference("base")
     intact = bench.ask(what="model", path="runs/base")["values"]
-    for stray_name in STRAY:
+    for stray_name in names:
         name = bench.new_name("base")
         run = half_done(bench, name)
         before = {path.name for path in (run / "checkpoints").iterdir()}

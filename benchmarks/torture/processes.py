@@ -49,17 +49,19 @@ def kills(bench: Bench, number: int, objectives: list[str] | None = None) -> Ite
         objective = objectives[turn % len(objectives)]
         name = bench.new_name(objective)
         run = bench.folder / "runs" / name
+        # Half of the runs tokenize their text anew, and may be killed in that.
+        cache = bench.folder / f"cache-{name}" if bench.rng.random() < 0.5 else bench.cache
         bench.reference(objective)
         phases, wrong = [], []
         for _ in range(bench.rng.choice([1, 1, 2])):
-            process = bench.start(objective, name)
+            process = bench.start(objective, name, cache=cache)
             if wait_for_moment(bench, process, run, objective):
                 phases.append(process.phase)
                 process.send(signal.SIGKILL)
             ended = process.wait()
             if "Traceback" in ended.err:
                 wrong += ended.wrong(0, 137)
-        wrong += bench.run(objective, name).wrong(0)
+        wrong += bench.run(objective, name, cache=cache).wrong(0)
         wrong += bench.ended_well(objective, run)
         yield Row("kills", f"{objective}: {' and '.join(phases) or 'too late'}", tuple(wrong))
 
