@@ -107,7 +107,8 @@ def offences(source: str, file: str = "") -> list[str]:
                 if alias.name == "*":
                     offence(f"{name} hides what it imports")
         elif isinstance(node, ast.Name | ast.Attribute) and full_name(node) in FUNCTIONS:
-            offence(full_name(node))
+            if isinstance(node.ctx, ast.Load):  # not a field or variable of the same name
+                offence(full_name(node))
         elif isinstance(node, ast.Attribute) and node.attr in METHODS:
             offence(node.attr)
         elif isinstance(node, ast.Call):
@@ -197,6 +198,7 @@ def test_each_rule_catches_an_example(source):
     [
         "import re\nre.compile(text)",
         "model.eval()",
+        "class Job:\n    compile: str",
         "import json\njson.load(file)",
         "import yaml\nyaml.safe_load(text)",
         "import numpy as np\nnp.load(path, allow_pickle=False)",
