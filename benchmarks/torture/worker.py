@@ -1,0 +1,113 @@
+"""Loads what it is asked for by a line of JSON on stdin, and answers by a line on stdout.
+
+It stays alive, for starting a process takes much longer than loading a tiny model.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxgpt
+from jaxgpt import checkpoint, config, data, tokenizer
+from jaxgpt.errors import InputError
+from jaxgpt.export import to_hf
+
+
+def digests(tree: Any, name: str) -> dict[str, str]:
+    """The SHA-256 of each leaf, with its dtype and shape, by path."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        sha256 = hashlib.sha256(array.tobytes()).hexdigest()
+        found[f"{name}{jax.tree_util.keystr(path)}"] = f"{array.dtype}{array.shape} {sha256}"
+    return found
+
+
+def arrays(path: str) -> dict[str, str]:
+    """Every array of a checkpoint."""
+    found: dict[str, str] = {}
+    for item in checkpoint.read(path)["leaves"]:
+        found |= digests(checkpoint.load_params(path, item=item), item)
+    return found
+
+
+def model(path: str) -> dict[str, str]:
+    """All of what `jaxgpt.load` gives."""
+    loaded = jaxgpt.load(path)
+    return digests(loaded.params, "params") | {
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "config": repr((loaded.config.model, loaded.config.objective)),
+    }
+
+
+def export(path: str, folder: str) -> list[str]:
+    """Exports a run in the layout of Hugging Face."""
+    return list(map(str, to_hf(path, folder)))
+
+
+def tokens(path: str, cache: str) -> dict[str, str]:
+    """The token streams of a config, from a cache."""
+    cfg = config.read(path)
+    assert isinstance(cfg.data, data.DataConfig)
+    wanted = replace(cfg.data, cache=cache)
+    text = tokenizer.build(cfg.tokenizer, data.texts(wanted))
+    corpus = data.prepare(wanted, text)
+    return {
+        name: f"{stream.eot} {stream.bytes} {stream.documents} "
+        + hashlib.sha256(np.ascontiguousarray(stream[:]).tobytes()).hexdigest()
+        for name, stream in (("train", corpus.train), ("val", corpus.val))
+    }
+
+
+class Heard(logging.Handler):
+    """Keeps the warnings that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one."""
+        self.messages.append(record.getMessage())
+
+
+def main() -> None:
+    """Answers until stdin ends."""
+    answers = sys.stdout
+    kinds = {"arrays": arrays, "export": export, "model": model, "tokens": tokens}
+    for line in sys.stdin:
+        request = json.loads(line)
+        kind = kinds[request.pop("what")]
+        heard, err = Heard(), io.StringIO()
+        logging.getLogger().addHandler(heard)
+        answer: dict[str, Any]
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stdout(err),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                answer = {"values": kind(**request)}
+            except InputError as error:
+                answer = {"error": str(error), "clear": True}
+            except BaseException as error:
+                answer = {"error": f"{type(error).__name__}: {error}", "clear": False}
+        logging.getLogger().removeHandler(heard)
+        said = [*heard.messages, *(str(each.message) for each in caught), err.getvalue()]
+        answers.write(json.dumps({**answer, "warnings": [text for text in said if text]}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A short part of `benchmarks/torture`: what it does at length, a few times each.
+
+Every row is a promise that holds at a random moment or for a random file; the seeds are fixed.
+"""
+
+import pytest
+
+from benchmarks.torture import files, processes
+from benchmarks.torture.runs import Bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    bench = Bench(tmp_path_factory.mktemp("torture"), seed=1)
+    yield bench
+    bench.close()
+
+
+def assert_all_pass(rows):
+    rows = list(rows)
+    assert rows
+    failed = [row.text for row in rows if row.failures]
+    assert not failed, "\n".join(failed)
+
+
+def test_a_killed_run_ends_bit_equal(bench):
+    assert_all_pass(processes.kills(bench, 1, ["base"]))
+
+
+def test_a_signal_ends_a_run_and_loses_nothing(bench):
+    assert_all_pass(processes.signals(bench, 1, ["base"]))
+
+
+def test_a_second_start_is_refused_and_the_first_undisturbed(bench):
+    assert_all_pass(processes.two_starts(bench, 1))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "tokens", "export"])
+def test_a_damaged_file_is_never_loaded_silently(bench, what):
+    assert_all_pass(files.load_damaged(bench, what, harm, 5) for harm in files.HARMS)
+
+
+def test_files_of_other_programs_do_no_harm(bench):
+    assert_all_pass(files.stray(bench, files.STRAY[:1]))
