@@ -116,13 +116,53 @@ def test_a_damaged_line_is_left_out_with_a_warning_and_those_after_it_stay(folde
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
-def test_a_full_disk_is_a_training_error(folder):
-    said = r"step 7 could not be written to .*No space left"
-    raises = pytest.raises(TrainingError, match=said)
-    with Path("/dev/full").open("w") as full, raises, open_telemetry(folder) as log:
-        log._file.close()
-        log._file = full
+def test_on_a_full_disk_records_wait_and_a_warning_says_so_once(folder, capsys):
+    with open_telemetry(folder) as log:
+        on_disk = log._file._file
+        with Path("/dev/full").open("r+b", buffering=0) as log._file._file:
+            for step in (7, 8):
+                log.log(step, {"loss": 1.0})
+            with pytest.raises(TrainingError, match="No space left"):
+                log.flush()
+        log._file._file = on_disk
+        log.flush()
+    assert [r["step"] for r in records(folder) if "loss" in r] == [7, 8]
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1 and "2 records that waited are written" in said
+
+
+def test_records_that_cannot_be_written_in_the_end_are_said_to_be_missing(folder, capsys):
+    with Path("/dev/full").open("r+b", buffering=0) as full, open_telemetry(folder) as log:
+        log._file._file.close()
+        log._file._file = full
         log.log(7, {"loss": 1.0})
+    assert "2 records are not in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("closed file")])
+def test_a_display_whose_terminal_is_gone_is_switched_off(folder, capsys, monkeypatch, error):
+    def fail(*args, **settings):
+        raise error
+
+    with open_telemetry(folder) as log:
+        monkeypatch.setattr(telemetry._Lines, "show", fail)
+        log._display = telemetry._Lines(10)
+        for step in (1, 2):
+            log.log(step, {"loss": 1.0})
+            log.show(step)
+    assert capsys.readouterr().err.count("the display is off") == 1
+    assert len([r for r in records(folder) if "loss" in r]) == 2
+
+
+def test_skipped_steps_are_shown(folder, capsys):
+    with open_telemetry(folder) as log:
+        log._display = telemetry._Lines(10)
+        log.log(1, {"loss": 1.0, "skipped": 0.0})
+        log.show(1)
+        log.log(2, {"loss": 1.0, "skipped": 3.0})
+        log.show(2)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "step" in line)
+    assert "skipped" not in first and second.endswith("| 3 skipped")
 
 
 def test_a_folder_that_cannot_be_written_is_a_training_error(folder):

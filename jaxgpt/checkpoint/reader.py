@@ -140,7 +140,7 @@ def open_checkpoint(path: str | Path, items: Collection[str] = ("params",)) -> O
 def _open_newest(folder: Path, items: Collection[str]) -> OpenCheckpoint | None:
     """None if there are no checkpoints; raises FileNotFoundError if one vanishes meanwhile."""
     damaged: list[str] = []
-    for step in reversed(steps_in(folder)):
+    for step in reversed(step_folders(folder)):
         found = OpenCheckpoint(folder / str(step), items)
         if not found.damage:
             for message in damaged:
