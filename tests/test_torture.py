@@ -1,12 +1,12 @@
-"""A short part of `benchmarks/torture`: what it does at length, a few times each.
+"""A short part of `benchmarks/torture.py`: what it does at length, a few times each.
 
 Every row is a promise that holds at a random moment or for a random file; the seeds are fixed.
 """
 
 import pytest
 
-from benchmarks.torture import files, processes
-from benchmarks.torture.runs import Bench
+from benchmarks.stress import files, processes
+from benchmarks.stress.runs import Bench
 
 
 @pytest.fixture(scope="module")

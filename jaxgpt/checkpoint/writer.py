@@ -8,10 +8,14 @@ import math
 import os
 import re
 import shutil
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import jax
@@ -177,9 +181,17 @@ class Checkpoints:
                 if folder.exists():
                     _set_aside(folder, "damaged")
                 self._sweep()
+                needed = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
+                free = shutil.disk_usage(self.folder).free
+                if free < needed:  # found out before, because Orbax fails with pages of tracebacks
+                    raise OSError(
+                        errno.ENOSPC,
+                        f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)",
+                    )
             if self._orbax is None:
                 self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
                 logging.getLogger("absl").addFilter(_not_from_orbax)
+                _hide_errors_of_orbax()
             items = {
                 item: ocp.args.PyTreeSave(
                     nest_leaves({path: as_numbers(leaf) for path, leaf in leaves.items()})
@@ -424,6 +436,37 @@ def _from_first_process(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _hide_errors_of_orbax() -> None:
+    """Hides tracebacks that Orbax's threads print, some of them after the error was handled.
+
+    `save` and `wait` raise the first error of a save that fails.
+    """
+
+    def hide(inner: Any, is_known: Callable[[Any], bool]) -> Any:
+        if getattr(inner, "hides_orbax", False):
+            return inner
+
+        def hook(*args: Any) -> None:
+            if not is_known(args):
+                inner(*args)
+
+        hook.hides_orbax = True  # type: ignore[attr-defined]
+        return hook
+
+    def is_in(traceback: Any, *parts: str) -> bool:
+        files = [frame.f_code.co_filename for frame, _ in walk_tb(traceback)]
+        return any(part in file for file in files for part in parts)
+
+    # Of the threads that write; and of callbacks into their event loops, which have ended.
+    threading.excepthook = hide(
+        threading.excepthook, lambda args: is_in(args[0].exc_traceback, "/orbax/")
+    )
+    sys.excepthook = hide(
+        sys.excepthook,
+        lambda args: args[0] is RuntimeError and is_in(args[2], "/asyncio/", "/orbax/"),
+    )
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

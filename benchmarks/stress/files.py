@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.torture.runs import STEPS, Bench, Row
+from .runs import STEPS, Bench, Row
 
 STRAY = (".DS_Store", "x~", ".nfs000", "._a")
 HALF = 16  # the step after which a resumed run goes on

@@ -277,7 +277,7 @@ class Bench:
     def ask(self, **request: Any) -> dict[str, Any]:
         """Lets the worker process load something: its `values`, or an `error`, and `warnings`."""
         if self._worker is None or self._worker.poll() is not None:
-            command = [sys.executable, "-m", "benchmarks.torture.worker"]
+            command = [sys.executable, "-m", "benchmarks.stress.worker"]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._worker = subprocess.Popen(
                 command, cwd=self.folder, env=self.env, text=True, **pipes

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.torture.processes import has_option
-from benchmarks.torture.runs import Bench, Row
 from jaxgpt.checkpoint import CheckpointConfig
+
+from .processes import has_option
+from .runs import Bench, Row
 
 LARGE = 256 << 20
 PATIENCE = 0.1  # minutes that a run waits for room

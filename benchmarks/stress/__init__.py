@@ -1,0 +1,1 @@
+"""What `benchmarks/torture.py` does to runs, files, disks and processes."""

@@ -1,1 +1,0 @@
-"""A stress test of the promise that no run is lost: see `__main__`."""
