@@ -198,10 +198,8 @@ class Training:
         run = self.run
         if run.start == 0:
             return run.started_from is not None  # the model before fine-tuning, to compare with
-        records = read_metrics(self.cfg.folder / "metrics.jsonl")
-        known = any(r.get("step") == run.start and "val_loss" in r for r in records)
         wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
-        return wanted and not known
+        return wanted and not self.was_measured("val")
 
     def validate(self) -> None:
         """Evaluates on the validation set, and shows and stores what is measured."""
@@ -221,9 +219,17 @@ class Training:
             found = self.attempt(
                 f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
             )
-        if found and found[0]:
+        if found and found[0] and not self.was_measured(name):
             self.log.log(self.step, found[0])
         return found
+
+    def was_measured(self, name: str) -> bool:
+        """Whether an earlier start logged this step's evaluation on `val` or `test`."""
+        if self.step > self.run.start:
+            return False
+        records = read_metrics(self.cfg.folder / "metrics.jsonl")
+        keys = {key for record in records if record.get("step") == self.step for key in record}
+        return any(key.startswith(f"{name}_") for key in keys)
 
     def save(self, wait: bool = False) -> None:
         """Saves the newest state, in the background unless `wait`.

@@ -246,6 +246,8 @@ class Telemetry:
         except (OSError, ValueError) as error:
             self._display = _Silent()
             self.warn(f"the display is off: {error}")
+            with suppress(OSError, ValueError):  # so that nothing else that is printed fails
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _record(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -314,14 +316,22 @@ class _Sink:
 
 
 def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callable[[], None]]:
-    from tensorboardX import SummaryWriter
+    # Not its SummaryWriter: that writes in a thread of its own, whose errors, as on a full disk, are
+    # tracebacks, and without which the process never ends.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 
-    # Steps of an earlier history, after `start`, are no longer shown.
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
+    if start:  # steps of an earlier history, after `start`, are no longer shown
+        writer.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def send(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            writer.write_event(event)
+        writer.flush()
 
     return send, writer.close
 
