@@ -316,8 +316,8 @@ class _Sink:
 
 
 def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callable[[], None]]:
-    # Not its SummaryWriter: that writes in a thread of its own, whose errors, as on a full disk, are
-    # tracebacks, and without which the process never ends.
+    # Not its SummaryWriter, which writes in a thread of its own: an error there, as on a full disk, is
+    # a traceback, and then the process never ends.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.summary import scalar

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -346,6 +347,24 @@ def test_tensorboard_reads_what_was_logged(folder):
         log.log(1, {"loss": 3.5, "learning_rate": 0.25})
         log.log(2, {"loss": 3.25})
     assert events(folder) == [("loss", 1, 3.5), ("learning_rate", 1, 0.25), ("loss", 2, 3.25)]
+
+
+def test_tensorboard_on_a_full_disk_is_switched_off(folder, capfd, monkeypatch):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def full(self, event):
+        raise OSError(28, "No space left on device")
+
+    with open_telemetry(folder, tensorboard=True) as log:
+        log.log(1, {"loss": 3.5})
+        while len(events(folder)) < 1:  # its thread writes
+            time.sleep(0.01)
+        monkeypatch.setattr(EventsWriter, "write_event", full)
+        for step in (2, 3):
+            log.log(step, {"loss": 3.5})
+    said = capfd.readouterr().err
+    assert said == "warning: tensorboard is off: OSError: [Errno 28] No space left on device\n"
+    assert events(folder) == [("loss", 1, 3.5)]
 
 
 class FakeRun:
