@@ -257,6 +257,9 @@ class Training:
                 self.log.warn(f"{error}; training waits and tries again, {left / 60:.1f} min left")
                 wait = True
                 with self.clock("save"):
+                    with suppress(TrainingError):
+                        self.run.checkpoints.wait()
+                    self.run.checkpoints.sweep()
                     self.signals.wait(min(RETRY_SECONDS, left))
 
     def must_save_again(self, logs: bool) -> bool:

@@ -316,22 +316,28 @@ class _Sink:
 
 
 def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callable[[], None]]:
-    # Not its SummaryWriter, which writes in a thread of its own: an error there, as on a full disk, is
-    # a traceback, and then the process never ends.
-    from tensorboardX.event_file_writer import EventsWriter
+    # Not its SummaryWriter, which writes in a thread of its own: an error there, as on a full disk,
+    # is a traceback, and then the process never ends.
+    from tensorboardX import event_file_writer, summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.summary import scalar
 
     (folder / "tensorboard").mkdir(exist_ok=True)
-    writer = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
+    writer = event_file_writer.EventsWriter(
+        str(folder / "tensorboard" / "events"), f".{os.getpid()}"
+    )
     if start:  # steps of an earlier history, after `start`, are no longer shown
         writer.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def send(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-            writer.write_event(event)
-        writer.flush()
+        try:
+            for name, value in values.items():
+                scalar = summary.scalar(name, value)
+                writer.write_event(Event(step=step, wall_time=time.time(), summary=scalar))
+            writer.flush()
+        except OSError:
+            with suppress(OSError):
+                writer.close()
+            raise
 
     return send, writer.close
 

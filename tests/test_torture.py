@@ -27,14 +27,6 @@ def test_a_killed_run_ends_bit_equal(bench):
     assert_all_pass(processes.kills(bench, 1, ["base"]))
 
 
-def test_a_signal_ends_a_run_and_loses_nothing(bench):
-    assert_all_pass(processes.signals(bench, 1, ["base"]))
-
-
-def test_a_second_start_is_refused_and_the_first_undisturbed(bench):
-    assert_all_pass(processes.two_starts(bench, 1))
-
-
 @pytest.mark.parametrize("what", ["checkpoint", "tokens", "export"])
 def test_a_damaged_file_is_never_loaded_silently(bench, what):
     assert_all_pass(files.load_damaged(bench, what, harm, 5) for harm in files.HARMS)

@@ -117,14 +117,13 @@ def test_a_second_start_is_refused_and_harms_nothing(here, monkeypatch, capsys):
     assert_same_run("a", "b", 30)
 
 
-@pytest.mark.parametrize("what", ["evaluate", "display", "plot", "sample", "test"])
+@pytest.mark.parametrize("what", ["evaluate", "display", "plot", "sample"])
 def test_what_is_not_training_never_ends_a_run(here, monkeypatch, capsys, what):
     def fail(*args, **settings):
         raise RuntimeError(f"{what} is broken")
 
     place = {
         "evaluate": (Run, "evaluate"),
-        "test": (Run, "evaluate"),
         "plot": (telemetry, "plot"),
         "sample": (train, "load"),
         "display": (telemetry._Lines, "show"),
@@ -279,7 +278,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_its_state_saved(here):
 
 
 def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
-    assert run("--checkpoint.every", "1") == 0
+    assert run() == 0
     # One update that makes the loss finite and huge.
     update = train.Training.save
 
@@ -290,17 +289,15 @@ def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
         update(self, wait)
 
     monkeypatch.setattr(train.Training, "save", explode)
-    assert run("--checkpoint.every", "1", "--train.steps", "12") == 1
+    assert run("--train.steps", "12") == 1
     error = capsys.readouterr().err
-    assert "the loss of the parameters after step 9" in error and "--resume 8" in error
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 8
+    assert "the loss of the parameters after step 9" in error and "--resume 6" in error
+    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
     monkeypatch.setattr(train.Training, "save", update)
-    lower = ("--optim.learning_rate", "1e-3", "--checkpoint.every", "1", "--train.steps", "12")
-    assert run(*lower, "--resume", "7") == 0
-    assert sorted(p.name for p in CHECKPOINTS.iterdir() if not p.name.isdecimal()) == [
-        "8.abandoned"
-    ]
-    assert checkpoint.read("runs/a")["lineage"]["went_back_to"] == [7]
+    lower = ("--optim.learning_rate", "1e-3", "--train.steps", "12")
+    assert run(*lower, "--resume", "3") == 0
+    assert [p.name for p in CHECKPOINTS.iterdir() if not p.name.isdecimal()] == ["6.abandoned"]
+    assert checkpoint.read("runs/a")["lineage"]["went_back_to"] == [3]
     assert [r["step"] for r in records_of() if "loss" in r] == list(range(1, 13))
 
 

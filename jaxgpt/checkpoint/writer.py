@@ -90,7 +90,7 @@ class Checkpoints:
         self._orbax: Any = None
         self._intact: set[int] = set()
         self._made: tuple[int, int] | None = None  # the folder's identity since the first save
-        self._sweep()
+        self.sweep()
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending; their files are not hashed."""
@@ -180,7 +180,7 @@ class Checkpoints:
                 self._check_folder()
                 if folder.exists():
                     _set_aside(folder, "damaged")
-                self._sweep()
+                self.sweep()
                 needed = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:  # found out before, because Orbax fails with pages of tracebacks
@@ -247,6 +247,21 @@ class Checkpoints:
                 )
             check_format(folder)
         return restore_items(folder, abstract)
+
+    def sweep(self) -> None:
+        """Deletes what saves left that were killed or failed before they were complete.
+
+        That includes empty folders, if the run's folder has disappeared: Orbax makes it again, and
+        it would be in the way of the one that comes back.
+        """
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for child in self.folder.iterdir():
+                if UNFINISHED.fullmatch(child.name):
+                    shutil.rmtree(child, ignore_errors=True)
+            if self._made is not None and _identity(self.folder) != self._made:
+                with contextlib.suppress(OSError):  # not empty
+                    self.folder.rmdir()
+                    self.folder.parent.rmdir()
 
     def wait(self) -> None:
         """Waits for the save in the background; raises TrainingError if it failed."""
@@ -349,7 +364,7 @@ class Checkpoints:
         failed save can leave files after `_failure` has removed them.
         """
         try:
-            self._sweep()
+            self.sweep()
             steps = self.steps()
             keep = {*steps[-self.cfg.keep :], self._best(steps) if self.cfg.keep_best else None}
             for step in steps:
@@ -367,13 +382,6 @@ class Checkpoints:
                     losses[step] = float(loss)
         return min(losses, key=lambda step: losses[step], default=None)
 
-    def _sweep(self) -> None:
-        """Deletes what saves left that were killed or failed before they were complete."""
-        if jax.process_index() == 0 and self.folder.is_dir():
-            for child in self.folder.iterdir():
-                if UNFINISHED.fullmatch(child.name):
-                    shutil.rmtree(child, ignore_errors=True)
-
     def _check_folder(self) -> None:
         """Raises OSError if the folder is not the one of the first save."""
         if _identity(self.folder) != self._made:
@@ -381,11 +389,7 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception) -> TrainingError:
         """Removes what a failed save wrote; the error says which checkpoint is good."""
-        self._sweep()
-        if _identity(self.folder) != self._made:
-            with contextlib.suppress(OSError):  # out of the way of the folder that disappeared
-                self.folder.rmdir()
-                self.folder.parent.rmdir()
+        self.sweep()
         good = self.steps()
         left = f"step {good[-1]} in {self.folder} is good" if good else "there is no earlier one"
         code = re.search(r"os_error_code='(\d+)'", str(error))
