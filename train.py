@@ -7,7 +7,13 @@
 Running the same command again resumes from the last checkpoint, exactly.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import time
 import traceback
 from collections.abc import Callable

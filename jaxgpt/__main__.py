@@ -1,8 +1,14 @@
 """`python -m jaxgpt`."""
 
+import signal
 import sys
 
-from jaxgpt.cli import main
-
 if __name__ == "__main__":
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:
+        # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from jaxgpt.cli import main
+
+    signal.signal(signal.SIGINT, handler)
     sys.exit(main(sys.argv[1:]))

@@ -181,7 +181,7 @@ class Checkpoints:
                 if folder.exists():
                     _set_aside(folder, "damaged")
                 self.sweep()
-                needed = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
+                needed = _bytes_on_disk(flat)
                 free = shutil.disk_usage(self.folder).free
                 if free < needed:  # found out before, because Orbax fails with pages of tracebacks
                     raise OSError(
@@ -276,7 +276,8 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             if self._orbax is not None:
-                self._orbax.close()
+                with contextlib.suppress(Exception):  # `wait` has raised it
+                    self._orbax.close()
                 self._orbax = None
                 logging.getLogger("absl").removeFilter(_not_from_orbax)
 
@@ -440,6 +441,12 @@ def _from_first_process(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _bytes_on_disk(items: dict[str, dict[str, Any]]) -> int:
+    """At most how many bytes a checkpoint of these arrays takes, with what describes them."""
+    leaves = [leaf for item in items.values() for leaf in item.values()]
+    return int(1.05 * sum(leaf.nbytes for leaf in leaves)) + 8192 * len(leaves) + (1 << 18)
 
 
 def _hide_errors_of_orbax() -> None:
