@@ -209,15 +209,11 @@ class Training:
 
     def validate(self) -> None:
         """Evaluates on the validation set, and shows and stores what is measured."""
-        with self.clock("eval"):
-            found = self.attempt(
-                "evaluation", lambda: self.run.evaluate(self.state, self.evaluate, "val")
-            )
-        if found and (values := found[0]):
-            self.log.log(self.step, values)
+        values, _ = self.measure("val") or ({}, {})
+        if values:
             self.run.checkpoints.record(self.step, values)
-            if rest := {name: value for name, value in values.items() if name != "val_loss"}:
-                self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
+        if rest := {name: value for name, value in values.items() if name != "val_loss"}:
+            self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
 
     def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
         """Numbers, which are logged, and sums of the set `val` or `test`; None if that fails."""
@@ -359,9 +355,8 @@ class Training:
         if changes := telemetry.before_and_after(folder):
             print(f"\n{changes}")
         if values:
-            print(
-                "\non the test set\n" + "\n".join(f"  {k:<28} {v:.4f}" for k, v in values.items())
-            )
+            rows = [f"  {name:<28} {value:.4f}" for name, value in values.items()]
+            print("\n".join(["", "on the test set", *rows]))
             print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
         if picture := self.attempt("the loss curve", lambda: telemetry.plot(folder)):
             print(f"\nloss curve   {picture}")
