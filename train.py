@@ -126,6 +126,8 @@ class Training:
                         self.leave(error)
                     self.rescue()
                     raise
+        if jax.process_count() == 1:  # one may have come after the last look at it
+            self.stopped = self.signals.received
         if self.stopped and jax.process_index() == 0:
             print(f"stopped after step {self.step}, which is saved; the same command resumes")
         return 128 + self.stopped if self.stopped else 0

@@ -35,6 +35,7 @@ class Signals:
         """The number of the signal that came; 0 for none."""
         self._deferred = False
         self._abandoned = False
+        self._lock = threading.Lock()  # of `_deferred` and `received`
         self._event = threading.Event()
 
     def __enter__(self) -> "Signals":
@@ -55,12 +56,13 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets the block react to `received` before the process ends."""
+        """Lets the block, and what looks at `received` after it, react before the process ends."""
         self._deferred = True
         try:
             yield
         finally:
-            self._deferred = False
+            with self._lock:
+                self._deferred = False
 
     def wait(self, seconds: float) -> None:
         """Sleeps, until a signal comes."""
@@ -102,9 +104,10 @@ class Signals:
             while byte := pipe.read(1):
                 if byte[0] not in self._handlers:
                     continue
-                if self.received or not self._deferred:
-                    end_process(byte[0])
-                self.received = byte[0]
+                with self._lock:
+                    if self.received or not self._deferred:
+                        end_process(byte[0])
+                    self.received = byte[0]
                 self._event.set()
 
 

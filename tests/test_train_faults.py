@@ -399,3 +399,19 @@ def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
 def normal(path):
     """A path of attributes, indices and keys as that of nested dicts."""
     return re.sub(r"\.(\w+)|\[(\d+)\]", r"['\1\2']", path)
+
+
+def test_a_signal_after_the_last_step_is_obeyed(here, monkeypatch):
+    finish_saving = train.Training.finish_saving
+
+    def interrupted(self):
+        finish_saving(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not self.signals.received:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train.Training, "finish_saving", interrupted)
+    assert run() == 143
+    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
+    monkeypatch.setattr(train.Training, "finish_saving", finish_saving)
+    assert run() == 0 and any(record.get("finished") == 6 for record in records_of())
