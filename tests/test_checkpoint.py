@@ -366,6 +366,16 @@ def test_the_latest_and_the_best_are_kept(folder):
     assert same(checkpoints.restore(2, abstract(make_state())), make_state(2))
 
 
+def test_an_old_checkpoint_whose_measurements_are_damaged_is_not_deleted(folder, caplog):
+    checkpoints = save(folder, 1, 2, losses=[1.0, 2.0], keep=1)
+    file = folder / "1" / "metrics.json"
+    file.write_text(file.read_text().replace("1.0", "9.0"))  # it was the best
+    checkpoints.save(3, make_state(3), {}, {"val_loss": 3.0})
+    checkpoints.wait()
+    assert sorted(os.listdir(folder)) == ["1.damaged", "2", "3"]
+    assert "metrics.json: changed" in caplog.text
+
+
 def test_the_best_may_be_step_0(folder):
     assert save(folder, 0, 1, 2, losses=[1.0, 2.0, 3.0], keep=1).steps() == [0, 2]
 

@@ -23,7 +23,6 @@ from jaxgpt.checkpoint.reader import (
     load_params,
     open_checkpoint,
     read,
-    read_measured,
     step_folders,
     steps_in,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "load_params",
     "open_checkpoint",
     "read",
-    "read_measured",
     "step_folders",
     "steps_in",
 ]

@@ -369,10 +369,15 @@ class Checkpoints:
             steps = self.steps()
             keep = {*steps[-self.cfg.keep :], self._best(steps) if self.cfg.keep_best else None}
             for step in steps:
-                if step not in keep:
-                    _delete(self.folder / str(step))
-        except OSError as error:
-            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error.strerror)
+                folder = self.folder / str(step)
+                # Damage there may hide that it is the best one.
+                if step not in keep and (found := check_items(folder, ())):
+                    moved, reason = _set_aside(folder, "damaged"), list_some(found)
+                    logger.warning("checkpoint %s is damaged (%s): now %s", folder, reason, moved)
+                elif step not in keep:
+                    _delete(folder)
+        except (OSError, InputError) as error:
+            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
 
     def _best(self, steps: list[int]) -> int | None:
         losses = {}
