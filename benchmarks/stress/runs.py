@@ -24,7 +24,7 @@ from jaxgpt.tune import TuneConfig
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 24
-LIMIT = 120.0  # seconds that any process may take
+LIMIT = 600.0  # seconds that any process may take
 UNTIMED = {"time", "tokens_per_second", "mfu", "goodput"}  # what differs from run to run
 
 # Everything random is switched on: dropout, shuffling, a running average of the parameters.
