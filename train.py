@@ -1,10 +1,11 @@
-"""Train a GPT. Read this first: a config becomes objects, and the objects take steps.
+"""Train a GPT: pretraining and every kind of fine-tuning, as a config file and options say.
 
     python train.py                                          # the embedded default
     python train.py configs/shakespeare_cpu.py --data.paths tinyshakespeare.txt
     python train.py configs/shakespeare_cpu.py --help        # every option
 
-Running the same command again resumes from the last checkpoint, exactly.
+Running the same command again resumes from the last checkpoint, exactly. The training loop itself
+is in `jaxgpt/loop.py`.
 """
 
 import signal
@@ -14,27 +15,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import time
-import traceback
-from collections.abc import Callable
-from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NoReturn
 
-import jax
-
-from jaxgpt import config, data, parallel, telemetry
-from jaxgpt.errors import Diverged, InputError, TrainingError
-from jaxgpt.lock import RunLock
-from jaxgpt.metrics import mark_finished, read_metrics
-from jaxgpt.run import Run, prepare
-from jaxgpt.signals import Interrupted, Signals
-from jaxgpt.step import highest_plausible_loss
-from jaxgpt.trained import load
+from jaxgpt import config, loop, parallel
+from jaxgpt.errors import InputError, TrainingError
+from jaxgpt.paths import keep_compiled_programs
+from jaxgpt.signals import Signals, end_if_abandoned
+from jaxgpt.terminal import survive_closed_output
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
-STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
-RETRY_SECONDS = 10.0  # between tries to save when the disk is full
 
 
 def main(args: list[str]) -> int:
@@ -43,11 +32,10 @@ def main(args: list[str]) -> int:
     try:
         cfg = config.from_command_line(args, DEFAULT)
         cfg.check()
+        keep_compiled_programs()
         parallel.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
         with signals:
-            status = train(cfg, signals)
-            signals.end_if_abandoned(status)
-            return status
+            return loop.run(cfg, signals)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,332 +44,8 @@ def main(args: list[str]) -> int:
         return 128 + signals.received if signals.received else 1
 
 
-def train(cfg: config.Config, signals: Signals) -> int:
-    """Trains to the last step or to a signal; returns the exit status."""
-    clock = telemetry.Goodput()
-    with parallel.on_first_process(RunLock(cfg.folder)) as lock:
-        with clock("init"):
-            run = prepare(cfg)
-        steps, records = run.cfg.train.steps, read_metrics(run.cfg.folder / "metrics.jsonl")
-        if run.start >= steps and any(r.get("finished") == run.start for r in records):
-            if jax.process_index() == 0:
-                print(f"{cfg.folder} has all its {run.start} steps; raise train.steps or set name")
-            return 0
-        training = Training(run, lock, clock, signals)
-        status = training.take_all_steps()
-        if status == 0 and jax.process_index() == 0:
-            training.finish()
-        return status
-
-
-class Training:
-    """A run being trained by this process: the loop, and what is done after the last step."""
-
-    def __init__(
-        self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
-    ) -> None:
-        self.run, self.lock, self.clock, self.signals = run, lock, clock, signals
-        self.cfg = cfg = run.cfg
-        self.step, self.state = run.start, run.state
-        self.stopped = 0  # the number of the signal that ends the run, the same on all processes
-        self.steps = max(cfg.train.steps, run.start)
-        self.pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
-        self.test: tuple[dict[str, float], dict[str, Any]] = {}, {}
-        self.complete = True  # nothing that is done at the end has failed
-        self.log = telemetry.Telemetry(
-            cfg.folder,
-            cfg.telemetry,
-            start=run.start,
-            steps=self.steps,
-            tokens_per_step=cfg.train.batch * cfg.context,
-            flops_per_token=cfg.model.flops_per_token(cfg.context),
-            devices=list(run.layout.mesh.devices.flat),
-            clock=clock,
-        )
-
-    def take_all_steps(self) -> int:
-        """Trains, saves and evaluates up to the last step; returns the exit status."""
-        run, clock = self.run, self.clock
-        with (
-            self.log,
-            closing(run.checkpoints),
-            closing(data.prefetch(run.batch, run.start)) as feed,
-        ):
-            with clock("compile"):
-                self.batch = run.act(self.state, run.batch(run.start))
-                self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
-                self.evaluate = run.compile_evaluate(self.state, self.batch)
-            with self.signals.deferred():
-                try:
-                    if self.lacks_validation():
-                        self.validate()
-                    self.loop(feed)
-                    self.finish_saving()
-                    if not self.stopped:
-                        self.test = self.measure("test") or self.test
-                except Diverged:
-                    raise
-                except Exception as error:
-                    if jax.process_count() > 1:
-                        self.leave(error)
-                    self.rescue()
-                    raise
-        if jax.process_count() == 1:  # one may have come after the last look at it
-            self.stopped = self.signals.received
-        if self.stopped and jax.process_index() == 0:
-            print(f"stopped after step {self.step}, which is saved; the same command resumes")
-        return 128 + self.stopped if self.stopped else 0
-
-    def loop(self, feed: Any) -> None:
-        """Takes steps, until the last one or a signal."""
-        train, run = self.cfg.train, self.run
-        for step in range(run.start + 1, train.steps + 1):
-            if self.cfg.objective.annotates:  # it samples from the parameters of the step before
-                with self.clock("step"):
-                    jax.block_until_ready(self.state)
-            with self.clock("data"):
-                self.batch = run.act(self.state, next(feed))
-            with self.clock("step"):
-                self.state, metrics = self.take_step(self.state, self.batch)
-            self.step = step
-            self.pending.append((step, metrics))
-
-            logs = due(step, train.log_every)
-            if logs or jax.process_count() == 1:  # several processes ask each other
-                self.stopped = parallel.largest(self.signals.received)
-            last = step == train.steps or self.stopped > 0
-            evals = step == train.steps or due(step, train.eval_every)
-            saves = last or due(step, self.cfg.checkpoint.every)
-            if logs or evals or saves:
-                # The newest step may still run while the log is written, unless it is needed.
-                newest = evals or saves or step == run.start + 1
-                with self.clock("step"):
-                    self.report(step if newest else step - 1)
-                self.log.log(step, self.log.rate(step))
-            if saves or self.must_save_again(logs):
-                self.save()
-            if evals and not self.stopped:
-                self.validate()
-                if self.stopped and not saves:
-                    self.save()
-            if logs or last:
-                self.log.show(step)
-            if last or self.stopped:
-                return
-
-    def report(self, upto: int) -> None:
-        """Logs the steps up to one. Only here does the loop wait for the devices."""
-        ready = [entry for entry in self.pending if entry[0] <= upto]
-        del self.pending[: len(ready)]
-        for step, metrics in jax.device_get(ready):
-            numbers = {name: float(metrics.pop(name)) for name in STEP_METRICS}
-            finite, in_a_row = metrics.pop("finite"), metrics.pop("in_a_row")
-            self.log.log(step, self.cfg.objective.report(metrics) | numbers)
-            if not finite and self.cfg.optim.nonfinite == "stop":
-                raise Diverged(
-                    f"the loss or gradient of step {step} is not finite, and no state after it is "
-                    f"saved; {self.advice()}, or skip such steps with optim.nonfinite=skip"
-                )
-            if in_a_row >= self.cfg.optim.max_skips:
-                raise Diverged(
-                    f"the last {in_a_row} steps up to {step} were skipped (optim.max_skips="
-                    f"{self.cfg.optim.max_skips}), and no state after them is saved; "
-                    f"{self.advice()}"
-                )
-
-    def advice(self) -> str:
-        """What to do after a divergence."""
-        with suppress(TrainingError):
-            self.run.checkpoints.wait()
-        if not (steps := self.run.checkpoints.steps()):
-            return "there is no checkpoint: start again with a lower optim.learning_rate"
-        older = f" (or to an older one of {steps})" if len(steps) > 1 else ""
-        return (
-            f"go back to the newest checkpoint{older} with --resume {steps[-1]} and lower "
-            "optim.learning_rate"
-        )
-
-    def lacks_validation(self) -> bool:
-        """Whether the step to start from should have been evaluated and was not."""
-        run = self.run
-        if run.start == 0:
-            return run.started_from is not None  # the model before fine-tuning, to compare with
-        wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
-        return wanted and not self.was_measured("val")
-
-    def validate(self) -> None:
-        """Evaluates on the validation set, and shows and stores what is measured."""
-        values, _ = self.measure("val") or ({}, {})
-        if values:
-            self.run.checkpoints.record(self.step, values)
-        if rest := {name: value for name, value in values.items() if name != "val_loss"}:
-            self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
-
-    def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
-        """Numbers, which are logged, and sums of the set `val` or `test`; None if that fails."""
-        with self.clock("eval"):
-            found = self.attempt(
-                f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
-            )
-        if found and found[0] and not self.was_measured(name):
-            self.log.log(self.step, found[0])
-        return found
-
-    def was_measured(self, name: str) -> bool:
-        """Whether an earlier start logged this step's evaluation on `val` or `test`."""
-        if self.step > self.run.start:
-            return False
-        records = read_metrics(self.cfg.folder / "metrics.jsonl")
-        keys = {key for record in records if record.get("step") == self.step for key in record}
-        return any(key.startswith(f"{name}_") for key in keys)
-
-    def save(self, wait: bool = False) -> None:
-        """Saves the newest state, in the background unless `wait`.
-
-        While that fails, as on a full disk, it waits and tries again for `checkpoint.patience`.
-        Raises Diverged, and saves nothing, if the parameters' own loss is far above the history's.
-        """
-        with self.clock("eval"):
-            metrics = {"loss": self.own_loss(), "skipped": int(self.state.guard.skipped)}
-        deadline = time.monotonic() + 60 * self.cfg.checkpoint.patience
-        while True:
-            try:
-                with self.clock("save"):
-                    if self.lock is not None:
-                        self.lock.check()
-                    self.log.flush()
-                    self.run.save(self.step, self.state, metrics)
-                    if wait:
-                        self.run.checkpoints.wait()
-                    return
-            except TrainingError as error:
-                left = deadline - time.monotonic()
-                if left <= 0 or self.signals.received or jax.process_count() > 1:
-                    raise
-                self.log.warn(f"{error}; training waits and tries again, {left / 60:.1f} min left")
-                wait = True
-                with self.clock("save"):
-                    with suppress(TrainingError):
-                        self.run.checkpoints.wait()
-                    self.run.checkpoints.sweep()
-                    self.signals.wait(min(RETRY_SECONDS, left))
-
-    def must_save_again(self, logs: bool) -> bool:
-        """Whether a save has failed in the background, or the run's folder has disappeared."""
-        if jax.process_count() > 1:  # they must agree; the next save raises the error
-            return False
-        try:
-            if logs and self.lock is not None:
-                self.lock.check()
-            failure = self.run.checkpoints.failure()
-        except TrainingError as error:
-            failure = error
-        if failure is not None:
-            self.log.warn(f"{failure}; trying again with step {self.step}")
-        return failure is not None
-
-    def finish_saving(self) -> None:
-        """Waits for the save in the background, and saves again if it fails."""
-        with self.clock("save"):
-            try:
-                self.run.checkpoints.wait()
-                return
-            except TrainingError as error:
-                if jax.process_count() > 1:
-                    raise
-                self.log.warn(str(error))
-        self.save(wait=True)
-
-    def own_loss(self) -> float:
-        """The loss of the newest parameters on the newest batch, without dropout.
-
-        Raises Diverged if it is not finite, or far above those of the last steps.
-        """
-        frozen = () if self.state.frozen is None else (self.state.frozen,)
-        sums = jax.device_get(self.evaluate(self.state.params, self.batch, *frozen))
-        loss = self.cfg.objective.report(sums)["loss"]
-        highest = highest_plausible_loss(self.state.guard)
-        if not loss <= highest:
-            raise Diverged(
-                f"the loss of the parameters after step {self.step} is {loss:.4g}, which is "
-                f"{f'above {highest:.4g}, far above the last' if loss > highest else 'not finite'}"
-                f": they are not saved; {self.advice()}, or skip such steps with optim.spike=6"
-            )
-        return loss
-
-    def leave(self, error: Exception) -> NoReturn:
-        """After an error in one of several processes, ends this one."""
-        if not isinstance(error, TrainingError | jax.errors.JaxRuntimeError):
-            traceback.print_exception(error)
-        steps = self.run.checkpoints.steps()
-        left = f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
-        parallel.leave(
-            f"step {self.step} failed, maybe because another process has ended: "
-            f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
-            "one without parallel.processes"
-        )
-
-    def rescue(self) -> None:
-        """After an error, saves the newest state if it is whole."""
-        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
-        if self.step == self.run.start or not whole:
-            return
-        try:
-            self.report(self.step)
-            with suppress(TrainingError):  # of the save that was under way
-                self.run.checkpoints.wait()
-            self.run.save(self.step, self.state, {"loss": self.own_loss()}, recreate=True)
-            self.run.checkpoints.wait()
-        except Exception as error:
-            self.log.warn(f"step {self.step} is not saved after the error below: {error}")
-        else:
-            self.log.warn(f"the error below ends the run; step {self.step} is saved")
-
-    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns; None, with a warning, if it fails, and None if a signal ends it."""
-        try:
-            # Evaluation on several processes is collective, so none of them may leave it.
-            return work() if jax.process_count() > 1 else self.signals.run(work)
-        except Interrupted:
-            self.stopped = self.signals.received
-        except Exception as error:
-            self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
-        self.complete = False
-        return None
-
-    def finish(self) -> None:
-        """Prints the report, draws the loss curve and samples from the model."""
-        cfg, folder = self.cfg, self.cfg.folder
-        values, sums = self.test
-        print(f"\nwhere the time went\n{self.clock.table()}")
-        if changes := telemetry.before_and_after(folder):
-            print(f"\n{changes}")
-        if values:
-            rows = [f"  {name:<28} {value:.4f}" for name, value in values.items()]
-            print("\n".join(["", "on the test set", *rows]))
-            print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
-        if picture := self.attempt("the loss curve", lambda: telemetry.plot(folder)):
-            print(f"\nloss curve   {picture}")
-        print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
-        if cfg.train.sample_tokens:
-            self.attempt("the sample", self.sample)
-        if self.complete:
-            mark_finished(folder / "metrics.jsonl", self.step)
-
-    def sample(self) -> bool:
-        """Prints what the saved model generates, and the command that does it."""
-        cfg, prompt = self.cfg, self.cfg.train.prompt
-        records = self.run.dataset.records.get("val", [])
-        command = f"python -m jaxgpt {cfg.objective.command} {cfg.folder}"
-        print(f"\na sample ({command} {prompt!r}):\n" if not records else f"\n{command}\n")
-        print(cfg.objective.sample(load(cfg.folder), records, prompt, cfg.train.sample_tokens))
-        return True
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps, 0 for never, is done after this one."""
-    return every > 0 and step % every == 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    survive_closed_output()
+    status = main(sys.argv[1:])
+    end_if_abandoned(status)
+    sys.exit(status)

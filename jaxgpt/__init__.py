@@ -10,15 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxgpt.config import Config
     from jaxgpt.decode import generate
+    from jaxgpt.errors import InputError, TrainingError
+    from jaxgpt.loop import train
     from jaxgpt.trained import Trained, load
 
-__all__ = ["Trained", "generate", "load"]
+__version__ = "0.1.0"
+
+__all__ = ["Config", "InputError", "Trained", "TrainingError", "generate", "load", "train"]
+
+_MODULES = {
+    "Config": "config",
+    "InputError": "errors",
+    "Trained": "trained",
+    "TrainingError": "errors",
+    "generate": "decode",
+    "load": "trained",
+    "train": "loop",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first asked for: `import jaxgpt.model` needs no tokenizer or checkpoint library.
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
-    room = "jaxgpt.decode" if name == "generate" else "jaxgpt.trained"
-    return getattr(import_module(room), name)
+    return getattr(import_module(f"jaxgpt.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

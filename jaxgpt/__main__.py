@@ -9,6 +9,9 @@ if __name__ == "__main__":
         # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from jaxgpt.cli import main
+    from jaxgpt.signals import end_if_abandoned
 
     signal.signal(signal.SIGINT, handler)
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    end_if_abandoned(status)
+    sys.exit(status)

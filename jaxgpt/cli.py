@@ -8,20 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
-from jaxgpt import runs, strict_json, terminal
+from jaxgpt import runs, strict_json, synonyms, terminal
 from jaxgpt.cache import CacheDtype
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
-from jaxgpt.paths import cache_folder, regular_file
+from jaxgpt.paths import keep_compiled_programs, regular_file
 from jaxgpt.sampling import Sampling
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
+from jaxgpt.signals import Signals, python_handlers
 from jaxgpt.tokenizer import TokenizerConfig, build, report
 from jaxgpt.trained import Dtype, Trained, load
 
@@ -77,7 +77,7 @@ def generate(
         options: How to write.
     """
     trained, how = options.load(path)
-    _, stopped = terminal.say(trained.stream(prompt, tokens, **how), before=prompt)
+    _, stopped = terminal.say(lambda: trained.stream(prompt, tokens, **how), before=prompt)
     if stopped:
         raise KeyboardInterrupt
 
@@ -97,7 +97,9 @@ def chat(
         options: How to write.
     """
     trained, how = options.load(path)
-    terminal.converse(terminal.Conversation(trained, system, tokens, how))
+    conversation = terminal.Conversation(trained, system, tokens, how)
+    with python_handlers():  # Ctrl-C at the prompt does not end the conversation
+        terminal.converse(conversation)
 
 
 def serve(
@@ -110,28 +112,15 @@ def serve(
         path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
         options: Where, and to how many.
     """
-    compiled_programs()
-    run_server(path, options)
+    keep_compiled_programs()
+    with python_handlers():  # the server handles signals itself
+        run_server(path, options)
 
 
 def _ready(path: str, dtype: Dtype = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
-    compiled_programs()
+    keep_compiled_programs()
     return load(path, dtype=dtype)
-
-
-def compiled_programs() -> None:
-    """Keeps compiled programs in the user's own folder, unless jax is told of another."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        try:
-            folder = cache_folder() / "compiled"
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # what is in it runs: nobody else may write there
-        except (OSError, InputError):  # it cannot be made, or is not one's own
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _json(path: str) -> dict[str, Any]:
@@ -281,9 +270,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(args: list[str]) -> int:
     """Runs a command; returns the exit status."""
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="python -m jaxgpt", args=args, use_underscores=True
-        )
+        try:
+            with Signals(), synonyms.suggest(args, synonyms.GENERATION):
+                status = tyro.extras.subcommand_cli_from_dict(
+                    COMMANDS, prog="python -m jaxgpt", args=args, use_underscores=True
+                )
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxgpt import strict_json
+from jaxgpt import strict_json, synonyms
 from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
@@ -136,7 +136,7 @@ class Config:
                 f"{type(self.data).__name__}; set data={wanted.__name__}(...) in the config file"
             )
         self.tune.check()
-        self.optim.check(self.train.steps)
+        self.optim.check()
         self.parallel.check()
         self.checkpoint.check()
 
@@ -272,13 +272,27 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
 
 
 def summary(config: Config) -> str:
-    """The config on a terminal: a line for each part."""
-    lines = []
-    for name, value in to_dict(config).items():
-        label = name if isinstance(value, dict) else ""
-        fields = _flat(value) if label else {name: value}
-        lines.append(f"{label:<12} " + " ".join(f"{k}={v!r}" for k, v in fields.items()))
-    return "\n".join(lines)
+    """The options of a config that differ from their defaults, as a table for a terminal."""
+    of_same_types = dataclasses.replace(
+        Config(), data=type(config.data)(), objective=type(config.objective)()
+    )
+    usual, default = _flat(to_dict(Config())), _flat(to_dict(of_same_types))
+    rows = []
+    for name, value in _flat(to_dict(config)).items():
+        then = usual[name] if name.endswith(".type") else default[name]
+        if value != then:
+            rows.append((name.removesuffix(".type"), _shown(value), f"(default {_shown(then)})"))
+    left, middle = (max((len(row[at]) for row in rows), default=0) for at in (0, 1))
+    table = (f"  {name:<{left}}  {value:<{middle}}  {then}".rstrip() for name, value, then in rows)
+    return "\n".join(["options that differ from the defaults", *table])
+
+
+def _shown(value: Any) -> str:
+    """A value of an option as it is typed on the command line; its beginning, if it is long."""
+    values = value if isinstance(value, list) else [value]
+    text = " ".join("''" if each == "" else str(each) for each in values) or "none"
+    text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
@@ -309,9 +323,11 @@ def read(path: str | Path) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), known, 1, 0.5)
-        raise InputError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        folders = [path.parent, Path("configs")]
+        known = {p.stem: p for folder in folders if folder.is_dir() for p in folder.glob("*.py")}
+        near = difflib.get_close_matches(path.stem, known, 1, 0.5)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
+        raise InputError(f"no config file {path}{hint}")
     if path.suffix == ".json":
         try:
             values = strict_json.loads(path.read_bytes())
@@ -361,12 +377,13 @@ def from_command_line(args: list[str], default: Path) -> Config:
 
     has_file = bool(args) and not args[0].startswith("-")
     base = read(args[0] if has_file else default)
-    return tyro.cli(
-        Config,
-        prog="train.py [configs/FILE.py]",
-        description="Trains a GPT: a config file, then any field of it as --a.b value.",
-        default=base,
-        args=args[1:] if has_file else args,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-    )
+    with synonyms.suggest(args, synonyms.TRAINING):
+        return tyro.cli(
+            Config,
+            prog="train.py [configs/FILE.py]",
+            description="Trains a GPT: a config file, then any field of it as --a.b value.",
+            default=base,
+            args=args[1:] if has_file else args,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        )

@@ -27,7 +27,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """After warm-up: decay by cosine or linearly, or stay and decay at the end (wsd)."""
     warmup: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; a tenth of all steps if the run has no more than these."""
     final: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
     decay: float = 0.2
@@ -54,8 +54,8 @@ class OptimConfig:
     max_skips: int = 20
     """Skipped steps in a row after which the run ends."""
 
-    def check(self, steps: int) -> None:
-        """Raises InputError where a field cannot be."""
+    def check(self) -> None:
+        """Raises InputError if a field is invalid."""
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise InputError(f"optim.{name}={getattr(self, name)}; set it above 0")
@@ -70,16 +70,16 @@ class OptimConfig:
         for name in ("weight_decay", "clip", "warmup", "spike"):
             if getattr(self, name) < 0:
                 raise InputError(f"optim.{name}={getattr(self, name)}; set it to 0 or more")
-        if self.warmup >= steps:
-            raise InputError(
-                f"optim.warmup={self.warmup} leaves none of train.steps={steps}; "
-                f"set warmup below {steps}"
-            )
+
+    def warmup_within(self, steps: int) -> int:
+        """Warm-up steps of a run of `steps` steps: a tenth of them if `warmup` leaves none."""
+        return self.warmup if self.warmup < steps else steps // 10
 
 
 def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `peak`, then the config's decay to `final` of it."""
-    after = steps - cfg.warmup
+    warmup = cfg.warmup_within(steps)
+    after = steps - warmup
     if cfg.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, after, alpha=cfg.final)
     elif cfg.schedule == "linear":
@@ -89,14 +89,14 @@ def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(peak, peak * cfg.final, falling, after - falling)
     else:
         decay = optax.constant_schedule(peak)
-    if not cfg.warmup:
+    if not warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup), decay], [cfg.warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransformation:
     """The optimizer for parameters of these letters and paths, over so many steps."""
-    cfg.check(steps)
+    cfg.check()
     rate = schedule(cfg, cfg.learning_rate, steps)
     decays = {path: path[-1] not in ("b", "scale") for path in letters}
 

@@ -71,3 +71,22 @@ def cache_folder(given: str = "") -> Path:
         return Path(root).expanduser()
     except RuntimeError as error:  # such as a container's user that the system does not know
         raise InputError(f"{root} leads nowhere: {error}; set JAXGPT_CACHE to a folder") from None
+
+
+def keep_compiled_programs() -> None:
+    """Keeps the programs that jax compiles in the user's own cache, unless jax has one already.
+
+    The next process that needs the same program loads it instead of compiling it again.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        try:
+            folder = cache_folder() / "compiled"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # its content is executed: nobody else may write there
+        except (OSError, InputError):  # it cannot be made, or belongs to somebody else
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

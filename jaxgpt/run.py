@@ -6,6 +6,7 @@ in `train.py` steps over it.
 """
 
 import math
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -187,6 +188,11 @@ def prepare(cfg: config.Config) -> Run:
     if jax.process_index() == 0:
         devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
         print(config.summary(cfg))
+        if (warmup := cfg.optim.warmup_within(updates)) != cfg.optim.warmup:
+            print(
+                f"\nwarm-up      shortened from {cfg.optim.warmup} steps to {warmup}, a tenth of "
+                f"the run's {updates}"
+            )
         print(f"\ndata         {dataset.note}")
         print(f"model        {tree.note}" + (f", {origin.note}" if origin else ""))
         if diff:
@@ -299,7 +305,11 @@ def prepare_data(
     else:
         dataset = data.streams(data.prepare(cfg.data, text), cfg.data, **rows(cfg))
     if saved:
-        data.refuse_changed(saved["data"], dataset.fingerprint)
+        then, now = saved["versions"].get("python", "another version"), platform.python_version()
+        hint = ""
+        if then != now and any(path.partition(":")[0] == "python" for path in cfg.data.paths):
+            hint = f" (the library of Python {then}, which resumes the run; this is Python {now})"
+        data.refuse_changed(saved["data"], dataset.fingerprint, hint)
     return cfg, text, dataset, origin
 
 

@@ -18,30 +18,42 @@ Result = TypeVar("Result")
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
+_abandoned = threading.Event()  # a thread of this process still does what was interrupted
+
 
 class Interrupted(Exception):
     """A signal came during work that can be done again."""
 
 
 class Signals:
-    """Signals of this process while the context is entered, in the main thread.
+    """Signals of this process while the context is entered.
 
     A signal ends the process at once with status 128 + its number, unless the context `deferred`
     is entered: then the first one is only noted, in `received`, and the second ends the process.
+
+    Args:
+        ends_process: False never ends the process and notes Ctrl-C alone: for notebooks, whose
+            kernel lives on. Python lets only the main thread handle signals: in another thread,
+            nothing is handled or noted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = True) -> None:
+        self._ends_process = ends_process
         self.received = 0
         """The number of the signal that came; 0 for none."""
         self._deferred = False
-        self._abandoned = False
         self._lock = threading.Lock()  # of `_deferred` and `received`
         self._event = threading.Event()
 
     def __enter__(self) -> "Signals":
         # A signal that is ignored stays ignored, as SIGHUP is under nohup.
-        numbers = [n for n in HANDLED if signal.getsignal(n) is not signal.SIG_IGN]
+        handled = HANDLED if self._ends_process else [signal.SIGINT]
+        if threading.current_thread() is not threading.main_thread():
+            handled = []
+        numbers = [n for n in handled if signal.getsignal(n) is not signal.SIG_IGN]
         self._handlers = {n: signal.signal(n, lambda *_: None) for n in numbers}
+        if not numbers:
+            return self
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -49,6 +61,8 @@ class Signals:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if not self._handlers:
+            return
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -89,15 +103,9 @@ class Signals:
         if errors:
             raise errors[0]
         if not results:
-            self._abandoned = True
+            _abandoned.set()
             raise Interrupted
         return results[0]
-
-    def end_if_abandoned(self, status: int) -> None:
-        """Ends the process if `run` has abandoned a thread, which could hang at a clean exit."""
-        if self._abandoned:
-            _say("")
-            os._exit(status)
 
     def _watch(self) -> None:
         with open(self._reader, "rb", buffering=0) as pipe:
@@ -105,10 +113,40 @@ class Signals:
                 if byte[0] not in self._handlers:
                     continue
                 with self._lock:
-                    if self.received or not self._deferred:
+                    if self._ends_process and (self.received or not self._deferred):
                         end_process(byte[0])
                     self.received = byte[0]
                 self._event.set()
+
+
+@contextmanager
+def python_handlers() -> Iterator[None]:
+    """Python's own handling of signals inside a `Signals` context, for code that runs no jax.
+
+    Ctrl-C raises KeyboardInterrupt, and other signals end the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)
+    handlers = {n: signal.getsignal(n) for n in HANDLED}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+
+def end_if_abandoned(status: int) -> None:
+    """Ends the process if `Signals.run` has abandoned a thread, which could hang a clean exit."""
+    if _abandoned.is_set():
+        _say("")
+        os._exit(status)
 
 
 def end_process(number: int) -> None:

@@ -133,6 +133,7 @@ class Telemetry:
 
     `steps` is the number of steps in total, `start` how many are done; `flops_per_token` and the
     devices' kind make MFU where the peak is known. `clock` tells training time from all other.
+    `config` is the run's, for Weights & Biases.
     Of several processes, only the first shows and writes.
     """
 
@@ -147,6 +148,7 @@ class Telemetry:
         flops_per_token: float,
         devices: list[Any],
         clock: Goodput,
+        config: dict[str, Any],
     ) -> None:
         self.folder, self.steps, self.clock = folder, steps, clock
         self._tokens_per_step = tokens_per_step
@@ -164,7 +166,9 @@ class Telemetry:
             if cfg.tensorboard:
                 self._sinks.append(_Sink("tensorboard", lambda: _tensorboard(folder, start)))
             if cfg.wandb:
-                self._sinks.append(_Sink("wandb", lambda: _wandb(folder, cfg.wandb_project)))
+                self._sinks.append(
+                    _Sink("wandb", lambda: _wandb(folder, cfg.wandb_project, config))
+                )
             self._display = _display(cfg.progress, start, steps)
 
     def __enter__(self) -> "Telemetry":
@@ -246,8 +250,6 @@ class Telemetry:
         except (OSError, ValueError) as error:
             self._display = _Silent()
             self.warn(f"the display is off: {error}")
-            with suppress(OSError, ValueError):  # so that nothing else that is printed fails
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _record(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -342,7 +344,9 @@ def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callabl
     return send, writer.close
 
 
-def _wandb(folder: Path, project: str) -> tuple[Callable[..., None], Callable[[], None]]:
+def _wandb(
+    folder: Path, project: str, config: dict[str, Any]
+) -> tuple[Callable[..., None], Callable[[], None]]:
     # Silent, it neither asks for a key at the terminal nor prints into the display. The times end a
     # hanging network: the program's exit waits for W&B's own threads.
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -350,7 +354,9 @@ def _wandb(folder: Path, project: str) -> tuple[Callable[..., None], Callable[[]
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{PATIENCE:g}")
     import wandb
 
-    run = wandb.init(project=project, name=folder.name, group=folder.name, dir=str(folder))
+    run = wandb.init(
+        project=project, name=folder.name, group=folder.name, dir=str(folder), config=config
+    )
     # A resumed run goes back some steps, which W&B's own step count may not.
     run.define_metric("*", step_metric="step")
 
@@ -378,6 +384,7 @@ class _Lines(_Silent):
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        print("compiling the training step ...", flush=True)
 
     def show(self, step: int, numbers: list[str]) -> None:
         width = max(5, len(str(self.steps)))
@@ -391,15 +398,18 @@ class _Live(_Silent):
     """One line that changes in place, under everything else that is printed."""
 
     def __init__(self, start: int, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
+        from rich.text import Text
 
-        columns = (
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
+        class Now(ProgressColumn):
+            """The newest numbers; before the first, for how long the step has been compiled."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["now"] or f"compiling {task.elapsed or 0:.0f} s")
+
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), Now())
         self.bar = Progress(*columns, expand=True, refresh_per_second=2)
-        self.task = self.bar.add_task("", total=steps, completed=start, now="compiling")
+        self.task = self.bar.add_task("", total=steps, completed=start, now="")
         self.bar.start()
 
     def show(self, step: int, numbers: list[str]) -> None:
@@ -433,20 +443,25 @@ def _display(progress: str, start: int, steps: int) -> Any:
 
 
 def before_and_after(folder: Path) -> str:
-    """The validation numbers of a run that went on from another: at its step 0 and at its last.
+    """What was measured on held-out data at step 0 and at the end, as a table.
 
-    Empty where there are none of step 0.
+    Empty if nothing was measured at step 0, as in a run that starts from new parameters.
     """
-    records = read_metrics(folder / "metrics.jsonl")
-    measured = [{k: v for k, v in r.items() if k.startswith("val_")} for r in records]
-    first = next((v for r, v in zip(records, measured, strict=True) if v and not r["step"]), {})
-    last: dict[str, Any] = next((values for values in reversed(measured) if values), {})
-    rows = [
-        f"  {name:<32} {value:>9.4f} {last[name]:>9.4f}"
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        measured = {k: v for k, v in record.items() if k.startswith(("val_", "test_"))}
+        if not record["step"]:
+            first |= measured
+        last |= measured
+    both = {
+        name: (value, last[name])
         for name, value in first.items()
         if value is not None and last.get(name) is not None
-    ]
-    return "\n".join([f"  {'':<32} {'before':>9} {'after':>9}", *rows] if rows else [])
+    }
+    width = max(map(len, both), default=0)
+    rows = [f"  {name:<{width}} {old:>9.4f} {new:>9.4f}" for name, (old, new) in both.items()]
+    return "\n".join([f"  {'':<{width}} {'before':>9} {'after':>9}", *rows] if rows else [])
 
 
 def plot(folder: Path) -> Path | None:

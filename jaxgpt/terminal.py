@@ -3,13 +3,15 @@
 Over a model without a chat format a line is a text, and the answer is how the model goes on.
 """
 
+import io
 import json
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from itertools import chain
 from typing import Any
 from unicodedata import category
 
@@ -20,7 +22,9 @@ from rich.text import Text
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
 from jaxgpt.sampling import Sampling
+from jaxgpt.signals import Interrupted, Signals, end_process
 from jaxgpt.trained import Trained, Writing
+from jaxgpt.writing import Pieces
 
 MOMENT = 0.5  # seconds
 
@@ -35,32 +39,74 @@ A line is a message. End it with \\ to go on in the next, or put several between
 /quit           leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
-def say(pieces: Iterator[str], before: str = "") -> tuple[str, bool]:
-    """Prints a text and the pieces that follow as they come.
+def say(write: Callable[[], Iterator[str]], before: str = "") -> tuple[str, bool]:
+    """Prints a text and the pieces that `write` returns as they come.
 
-    Returns these in one, and whether Ctrl-C kept the rest from coming. The first may have to wait
-    for programs to be compiled, and a clock then says so, on a line of its own: `before` comes
-    after it.
+    The first piece may have to wait for programs to be compiled, and a clock then says so, on a
+    line of its own: `before` comes after it. Ctrl-C stops it at once; other signals that end a
+    process end it.
+
+    Returns:
+        The pieces in one text, and whether Ctrl-C stopped it.
     """
-    out = sys.stdout
-    said, stopped = [], False
-    try:
+    said: list[str] = []
+    with Signals() as signals, signals.deferred(), suppress(Interrupted):
         with clock("compiling…"):
-            first = next(pieces, "")
-        print(printable(before), end="", file=out)
-        for piece in chain([first], pieces):
+            pieces = signals.run(write)
+            piece = signals.run(lambda: next(pieces, None))
+        print(printable(before), end="")
+        while piece is not None:
             said.append(piece)
             # A model writes text, and no commands to the terminal.
-            print(printable(piece), end="", flush=True, file=out)
-    except KeyboardInterrupt:
-        stopped = True
-    print(file=out)
-    return "".join(said), stopped
+            print(printable(piece), end="", flush=True)
+            piece = signals.run(lambda: next(pieces, None))
+    print()
+    if signals.received not in (0, signal.SIGINT):
+        end_process(signals.received)
+    return "".join(said), signals.received > 0
 
 
 def printable(text: str) -> str:
     """The text with control characters, but line breaks and tabs, as U+FFFD."""
     return "".join("\ufffd" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+
+
+def shell_quoted(text: str) -> str:
+    """The text as one word of a bash or zsh command, on one line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    special = {"\n": r"\n", "\t": r"\t", "\\": r"\\", "'": r"\'"}
+    escaped = (special.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+    return f"$'{''.join(escaped)}'"
+
+
+class _Lossy(io.FileIO):
+    """A file descriptor; what cannot be written to it is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def survive_closed_output() -> None:
+    """Lets this process go on if its output cannot be written, such as after `| head`.
+
+    From then on, what it prints is lost. Training must not end because a terminal did.
+    """
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        raw = _Lossy(stream.fileno(), "w", closefd=False)
+        buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+        survivor = io.TextIOWrapper(
+            buffer,
+            stream.encoding,
+            stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, survivor)
 
 
 @contextmanager
@@ -104,7 +150,7 @@ class Conversation:
         """Forgets all but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+    def answer(self, messages: list[dict[str, str]]) -> Pieces:
         """How the model answers the last of the messages, or goes on from it, in pieces."""
         if self.chats:
             room = self._room(messages)
@@ -181,7 +227,15 @@ def converse(conversation: Conversation) -> None:
 
 def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
     """Answers the last of the messages on the terminal, and keeps them if anything was said."""
-    said, _ = say(conversation.answer(messages))
+    answers: list[Pieces] = []
+
+    def write() -> Pieces:
+        answers.append(conversation.answer(messages))
+        return answers[0]
+
+    said, _ = say(write)
+    if answers and answers[0].finish_reason == "length":
+        print("(cut at the limit of tokens, which --tokens sets, or where the context is full)")
     if said:
         conversation.messages = [*messages, {"role": "assistant", "content": said}]
     else:

@@ -1,19 +1,20 @@
 """A trained model, from its files alone: config, parameters, tokenizer."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import checkpoint, guide, pretrained
+from jaxgpt import __version__, checkpoint, guide, pretrained
 from jaxgpt.cache import CacheDtype
 from jaxgpt.chat import Messages, choose, render
 from jaxgpt.config import Config, from_dict
@@ -23,7 +24,7 @@ from jaxgpt.parallel import Layout
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
-from jaxgpt.writing import search, write
+from jaxgpt.writing import Pieces, search, write
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -83,12 +84,51 @@ class Writing(Sampling):
         return None
 
 
+def check_type(name: str, value: Any) -> None:
+    """Raises InputError if an option of `Writing` has a value of another type than its own."""
+    texts = "a text or a list of texts", lambda x: _is_text(x) or all(map(_is_text, _items(x)))
+    number = "a number", lambda x: isinstance(x, Real) and not isinstance(x, bool)
+    whole = "a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "stop": texts,
+        "choices": ("a list of texts", lambda x: not _is_text(x) and texts[1](x)),
+        "regex": ("a text", _is_text),
+        "schema": ("a JSON schema as a dict", lambda x: x is None or isinstance(x, Mapping)),
+        "draft": ("a model that jaxgpt.load returns", lambda x: isinstance(x, Trained | None)),
+        "cache": (f"one of {', '.join(get_args(CacheDtype))}", get_args(CacheDtype).__contains__),
+        "logit_bias": (
+            "a dict of token ids and numbers",
+            lambda x: isinstance(x, Mapping) and all(map(number[1], x.values())),
+        ),
+    } | dict.fromkeys(("top_k", "seed", "beam"), whole)
+    wanted, is_right = kinds.get(name, number)
+    if not is_right(value):
+        raise InputError(f"{name}={value!r:.80} is not right; give {wanted}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The items of a list or tuple; for anything else, something that is no text."""
+    return value if isinstance(value, list | tuple) else [None]
+
+
 class Trained(NamedTuple):
     """A trained model: `config, params, tokenizer = jaxgpt.load(path)`, or call it to write."""
 
     config: Config
     params: Any
     tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        cfg, numbers = self.config.model, sum(x.size for x in jax.tree.leaves(self.params))
+        layers = "layer" if cfg.L == 1 else "layers"
+        return (
+            f"Trained({self.config.name!r}: {numbers / 1e6:.3g}M parameters, {cfg.L} {layers} of "
+            f"width {cfg.D}, context {cfg.T}, {self.tokenizer.vocab_size} tokens)"
+        )
 
     @property
     def model(self) -> GPT:
@@ -120,17 +160,41 @@ class Trained(NamedTuple):
         _ = held.model  # which cannot run everywhere
         return held
 
-    def __call__(self, prompt: str = "", tokens: int = 200, **options: Any) -> str:
-        """The prompt and what is written on from it: what `stream` gives, in one."""
-        return prompt + "".join(self.stream(prompt, tokens, **options))
+    @overload
+    def __call__(self, prompt: str = "", tokens: int = 200, **options: Any) -> str: ...
 
-    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Iterator[str]:
+    @overload
+    def __call__(self, prompt: Sequence[str], tokens: int = 200, **options: Any) -> list[str]: ...
+
+    def __call__(
+        self, prompt: str | Sequence[str] = "", tokens: int = 200, **options: Any
+    ) -> str | list[str]:
+        """The prompt and its continuation in one text; of several prompts, a list of texts.
+
+        Each text is the one that its prompt gets alone. See `stream` for the options and errors.
+        """
+        if isinstance(prompt, str):
+            return prompt + "".join(self.stream(prompt, tokens, **options))
+        if not isinstance(prompt, list | tuple):
+            raise InputError(f"prompt={prompt!r:.80}; give a text, or a list of texts")
+        written = [self.stream(each, tokens, **options) for each in prompt]  # raises errors first
+        return [each + "".join(pieces) for each, pieces in zip(prompt, written, strict=True)]
+
+    def answer(self, messages: Messages, tokens: int = 200, **options: Any) -> str:
+        """As `chat`, with a mark after an answer that ends at the limit of tokens: to show."""
+        pieces = self.stream_chat(messages, tokens, **options)
+        text = "".join(pieces)
+        return text if pieces.finish_reason == "stop" else f"{text} ... (cut at {tokens} tokens)"
+
+    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Pieces:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
         The options are the fields of `Writing`. As documents begin, so does a prompt; the text ends
         where the model ends it. Raises InputError for a prompt longer than the context, and for an
         option that cannot be.
         """
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt={prompt!r:.80}; give a text")
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         return self._write(ids, (self.tokenizer.eot, self.tokenizer.eos), tokens, options)
 
@@ -138,7 +202,7 @@ class Trained(NamedTuple):
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
         return "".join(self.stream_chat(messages, tokens, **options))
 
-    def stream_chat(self, messages: Messages, tokens: int = 200, **options: Any) -> Iterator[str]:
+    def stream_chat(self, messages: Messages, tokens: int = 200, **options: Any) -> Pieces:
         """The assistant's answer, of at most so many tokens, in pieces; options as for `stream`.
 
         `messages` are mappings of `role` and `content`, the last one the user's. Raises InputError
@@ -150,12 +214,16 @@ class Trained(NamedTuple):
 
     def _write(
         self, ids: Sequence[int], ends: Sequence[int], tokens: int, options: dict[str, Any]
-    ) -> Iterator[str]:
+    ) -> Pieces:
         known = {f.name for f in fields(Writing)}
         if wrong := options.keys() - known:
             raise InputError(
                 f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
             )
+        for name, value in options.items():
+            check_type(name, value)
+        if not isinstance(tokens, Integral):
+            raise InputError(f"tokens={tokens!r}; set it to a whole number, 1 or more")
         how = Writing(**options)
         how.check(self.tokenizer.vocab_size)
         if how.beam > 1:
@@ -169,7 +237,7 @@ class Trained(NamedTuple):
             self.params,
             self.tokenizer,
             ids,
-            tokens,
+            int(tokens),
             stops=(how.stop,) if isinstance(how.stop, str) else tuple(how.stop),
             stop_ids=tuple(dict.fromkeys(ends)),
             cache=how.cache,
@@ -362,5 +430,7 @@ def _run(path: Path) -> Source:
 
 
 def versions() -> dict[str, str]:
-    """The versions that make a run what it is."""
-    return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+    """The versions of Python, jaxgpt and its libraries, which a checkpoint records."""
+    libraries = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    ours = {"python": platform.python_version(), "jaxgpt": __version__}
+    return ours | {name: version(name) for name in libraries}

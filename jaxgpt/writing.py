@@ -7,7 +7,7 @@ What cannot be is refused before the first piece is asked for.
 """
 
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,25 @@ from jaxgpt.tokenizer import Tokenizer
 
 CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
 AHEAD = 4  # tokens that a small model guesses at once
+
+
+class Pieces:
+    """The pieces of a text as they are written, an iterator; and why the text ended."""
+
+    def __init__(self, pieces: Generator[str, None, str]) -> None:
+        self._pieces = pieces
+        self.finish_reason = ""
+        """After the last piece: "stop" at the text's own end, "length" at the limit of tokens."""
+
+    def __iter__(self) -> "Pieces":
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.finish_reason = self.finish_reason or end.value
+            raise StopIteration from None
 
 
 class Text:
@@ -85,7 +104,7 @@ def write(
     guide: Guide | None = None,
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
-) -> Iterator[str]:
+) -> Pieces:
     """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
 
     It ends before a stop string or a stop id. A text may be longer than the context: when that is
@@ -106,8 +125,10 @@ def write(
         return jax.device_put(at), padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
 
     begun = read(list(prompt), sampling)
-    return _pieces(
-        model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
+    return Pieces(
+        _pieces(
+            model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
+        )
     )
 
 
@@ -122,7 +143,7 @@ def search(
     stops: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     cache: CacheDtype = "same",
-) -> Iterator[str]:
+) -> Pieces:
     """As `write`, but the likeliest text that a beam search of this width finds, in one piece.
 
     Prompt and text have to fit the context.
@@ -136,7 +157,7 @@ def search(
             f"set tokens to 1 to {room}"
         )
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Generator[str, None, str]:
         (ids,) = beam_search(
             model,
             params,
@@ -149,8 +170,9 @@ def search(
         )
         if piece := text.add(ids) + text.end():
             yield piece
+        return "stop" if text.stopped or len(ids) < tokens else "length"
 
-    return pieces()
+    return Pieces(pieces())
 
 
 def _pieces(
@@ -165,7 +187,7 @@ def _pieces(
     stop_ids: Sequence[int],
     draft: tuple[GPT, Any] | None,
     cache: CacheDtype,
-) -> Iterator[str]:
+) -> Generator[str, None, str]:
     cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
     while left:
         at, (prompt_1P, length_1) = begun
@@ -199,7 +221,7 @@ def _pieces(
                 piece += text.end()
                 if piece:
                     yield piece
-                return
+                return "stop" if ended or text.stopped else "length"
             if piece:
                 yield piece
             ids, left, fit = ids + new, left - len(new), fit - len(new)
@@ -207,3 +229,4 @@ def _pieces(
         # Positions come again, and the draws at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
         begun = read(ids, sampling)
+    return "length"

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import shlex
 import sys
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt import config, model
+import train
+from jaxgpt import cli, config, model, synonyms
 from jaxgpt.config import Config, from_command_line, from_dict, read, to_dict
+from jaxgpt.data import RecordsConfig
 from jaxgpt.errors import InputError
+from jaxgpt.objectives import Classify
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEFAULT = CONFIGS / "default.py"
@@ -58,11 +62,20 @@ def test_every_field_survives_json(tmp_path):
     assert from_dict(Config, to_dict(cfg)) == cfg
 
 
-def test_a_config_says_all_of_itself_on_a_terminal():
-    text = config.summary(altered(Config()))
-    for path, value in leaves(altered(Config())).items():
-        shown = list(value) if isinstance(value, tuple) else value
-        assert f"{path.split('.')[-1]}={shown!r}" in text
+def test_a_config_shows_on_a_terminal_what_differs_from_the_defaults():
+    rows = config.summary(altered(Config())).splitlines()[1:]
+    default, changed = leaves(Config()), leaves(altered(Config()))
+    assert {row.split()[0] for row in rows} == {p for p in changed if changed[p] != default[p]}
+    assert config.summary(replace(Config(), seed=7)).splitlines()[1].split() == [
+        *("seed", "7", "(default", "1337)")
+    ]
+    classify = Config(objective=Classify(labels=("a",)), data=RecordsConfig())
+    assert [row.split() for row in config.summary(classify).splitlines()[1:]] == [
+        ["data", "RecordsConfig", "(default", "DataConfig)"],
+        ["objective", "Classify", "(default", "NextToken)"],
+        ["objective.labels", "a", "(default", "none)"],
+    ]
+    assert len(config.summary(Config()).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,3 +275,34 @@ def test_a_run_is_not_resumed_as_another_model():
     with pytest.raises(InputError) as error:
         config.refuse_changed(saved, replace(cfg, model=replace(cfg.model, L=7, bias=False)))
     assert "model.L was 6, is 7; model.bias was True, is False" in str(error.value)
+
+
+def test_every_synonym_of_an_option_names_one_that_exists():
+    assert set(synonyms.TRAINING) <= set(leaves(Config()))
+    functions = (cli.generate, cli.chat, cli.serve)
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    names |= {f.name for cls in (cli.Options, cli.ServeConfig) for f in dataclasses.fields(cls)}
+    assert set(synonyms.GENERATION) <= names
+
+
+@pytest.mark.parametrize(
+    ("parse", "args", "hint"),
+    [
+        (train.main, ["--model.layers", "3"], "--model.layers: use --model.L"),
+        (train.main, ["--batch-size=4"], "--batch_size: use --train.batch"),
+        (train.main, ["--nonsense", "3", "--train.steps", "2"], ""),
+        (cli.main, ["generate", "r", "--max_new_tokens", "3"], "--max_new_tokens: use --tokens"),
+    ],
+)
+def test_an_option_of_another_program_is_answered_with_ours(parse, args, hint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(args)
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if ": use --" in line] == ([hint] if hint else [])
+
+
+def test_a_config_named_without_its_folder_is_suggested(monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    for name in ("gpt2_124m", "gpt2_124m.py", "configs/gpt2-124m.py"):
+        with pytest.raises(InputError, match=r"did you mean configs/gpt2_124m.py\?"):
+            read(name)

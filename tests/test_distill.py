@@ -79,8 +79,12 @@ def test_loss_is_numpys_divergence_and_cross_entropy(name):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     t, s = objective.temperature, objective.label_smoothing
-    p, q = log_softmax(teacher / t), log_softmax(student / t)
-    kl = (np.exp(p) * (p - q)).sum(-1)
+
+    def divergence(t):
+        p, q = log_softmax(teacher / t), log_softmax(student / t)
+        return (np.exp(p) * (p - q)).sum(-1)
+
+    kl = divergence(t)
     nll = -log_softmax(student)
     cross_entropy = np.take_along_axis(nll, BATCH["targets"][..., None], -1)[..., 0]
     next_token = (1 - s) * cross_entropy + s * nll.mean(-1)
@@ -88,7 +92,10 @@ def test_loss_is_numpys_divergence_and_cross_entropy(name):
     total, sums = losses[name]
     weights = BATCH["weights"]
     np.testing.assert_allclose(total, (weights * exact).sum(), rtol=1e-5)
-    np.testing.assert_allclose(sums["kl"].total, (weights * kl).sum(), rtol=1e-4)
+    its = np.take_along_axis(-log_softmax(teacher), BATCH["targets"][..., None], -1)[..., 0]
+    expected = {f"kl_at_{t:g}": kl, "kl_at_1": divergence(1), "teacher_loss": its}
+    for metric, values in expected.items():
+        np.testing.assert_allclose(sums[metric].total, (weights * values).sum(), rtol=1e-4)
     np.testing.assert_allclose(sums["loss"].total, (weights * cross_entropy).sum(), rtol=1e-5)
     for mean in sums.values():
         np.testing.assert_allclose(mean.count, weights.sum(), rtol=1e-6)

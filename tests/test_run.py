@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-import train
-from jaxgpt import checkpoint, config, load, parallel
+from jaxgpt import checkpoint, config, load, loop, parallel
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
@@ -72,8 +71,8 @@ ASKED = replace(
 def run(cfg):
     """Trains; the exit status, 2 for bad input as `main` has it."""
     cfg.check()
-    with train.Signals() as signals:
-        return train.train(cfg, signals)
+    with loop.Signals() as signals:
+        return loop.run(cfg, signals)
 
 
 def arrays(name, step, item="params"):

@@ -49,6 +49,7 @@ def open_telemetry(folder, *, start=0, steps=2000, clock=None, devices=(CPU,), *
         flops_per_token=1e9,
         devices=list(devices),
         clock=clock or Goodput(),
+        config={"seed": 7},
     )
 
 
@@ -162,7 +163,7 @@ def test_skipped_steps_are_shown(folder, capsys):
         log.show(1)
         log.log(2, {"loss": 1.0, "skipped": 3.0})
         log.show(2)
-    first, second = (line for line in capsys.readouterr().out.splitlines() if "step" in line)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "|" in line)
     assert "skipped" not in first and second.endswith("| 3 skipped")
 
 
@@ -281,6 +282,7 @@ def test_not_on_a_terminal_a_line_is_printed_per_call(folder, capsys):
         log.show(100)
         log.say("saved")
     assert capsys.readouterr().out.splitlines() == [
+        "compiling the training step ...",
         "step     1/2000 | loss 4.2000",
         "step   100/2000 | loss 3.2123 | val 3.3012 | 10,000 tok/s | 0:03:10 left",
         "saved",
@@ -396,6 +398,7 @@ def test_wandb_gets_what_was_logged_and_is_never_asked_for_a_key(folder, fake_wa
     with open_telemetry(folder, wandb=True, wandb_project="mine") as log:
         log.log(1, {"loss": 3.5})
     assert fake_wandb.kwargs["project"] == "mine" and fake_wandb.kwargs["name"] == "shakespeare"
+    assert fake_wandb.kwargs["config"] == {"seed": 7}
     assert fake_wandb.run.logged == [{"step": 1, "loss": 3.5}]
     assert fake_wandb.run.metrics == [(("*",), {"step_metric": "step"})]
     assert fake_wandb.run.finished and os.environ["WANDB_SILENT"] == "true"

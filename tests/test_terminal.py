@@ -19,9 +19,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jaxgpt import cli, model, pretrained, terminal
+from jaxgpt import cli, model, paths, pretrained, terminal
 from jaxgpt.chat import equipped
-from jaxgpt.cli import compiled_programs, main
+from jaxgpt.cli import main
 from jaxgpt.data.records import open_records
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
@@ -602,7 +602,7 @@ def test_programs_are_compiled_anew_where_no_folder_is_ones_own(tmp_path, monkey
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        compiled_programs()
+        paths.keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

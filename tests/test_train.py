@@ -19,7 +19,7 @@ import pytest
 
 import jaxgpt
 import train
-from jaxgpt import checkpoint, parallel
+from jaxgpt import checkpoint, loop, parallel
 from jaxgpt.cli import main as command
 from jaxgpt.objectives import NextToken
 
@@ -149,12 +149,13 @@ def test_resume_is_bit_exact(trained):
 
 KILLED = """
 import os, signal, sys, train
-log = train.telemetry.Telemetry.log
+from jaxgpt import loop
+log = loop.telemetry.Telemetry.log
 def killed(self, step, values):
     log(self, step, values)
     if step == 8 and "loss" in values:
         os.kill(os.getpid(), signal.SIGKILL)
-train.telemetry.Telemetry.log = killed
+loop.telemetry.Telemetry.log = killed
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -179,14 +180,14 @@ def test_ctrl_c_ends_a_process_with_a_checkpoint(here):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, number, status):
-    log = train.telemetry.Telemetry.log
+    log = loop.telemetry.Telemetry.log
 
     def interrupted(self, step, values):
         log(self, step, values)
         if step == 3 and "loss" in values:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(train.telemetry.Telemetry, "log", interrupted)
+    monkeypatch.setattr(loop.telemetry.Telemetry, "log", interrupted)
     long = ("--train.steps", "1000000", "--checkpoint.every", "0", "--train.eval_every", "0")
     assert run(*long) == status
     (saved,) = Path("runs/a/checkpoints").iterdir()
@@ -377,7 +378,6 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_where_asked(here, mon
         (("--model.T", "100000"), ("tokens", "context")),
         (("--parallel.fsdp", "3"), ("fsdp=3", "8 devices")),
         (("--parallel.data", "1", "--parallel.tensor", "8"), ("N=2", "tensor=8")),
-        (("--optim.warmup", "6"), ("optim.warmup=6", "train.steps=6")),
         (("--compute.attention", "cudnn", "--model.dropout", "0"), ("cudnn", "GPU")),
         (("--train.prompt", "Ω", "--train.sample_tokens", "5"), ("'Ω'", "position 0")),
         (("--train.steps", "0"), ("train.steps=0",)),

@@ -29,7 +29,7 @@ from test_train import (
 )
 
 import train
-from jaxgpt import checkpoint, metrics, telemetry
+from jaxgpt import checkpoint, loop, metrics, telemetry
 from jaxgpt.cli import main as command
 from jaxgpt.run import Run
 
@@ -40,7 +40,7 @@ QUICK = ("--checkpoint.patience", "0.02")
 
 @pytest.fixture(autouse=True)
 def retry_soon(monkeypatch):
-    monkeypatch.setattr(train, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.1)
 
 
 def records_of(name="a"):
@@ -96,8 +96,9 @@ def test_stray_files_in_checkpoints_change_nothing(trained):
 
 SLOW = """
 import sys, time, train
-log = train.telemetry.Telemetry.log
-train.telemetry.Telemetry.log = lambda *args: (time.sleep(0.1), log(*args))
+from jaxgpt import loop
+log = loop.telemetry.Telemetry.log
+loop.telemetry.Telemetry.log = lambda *args: (time.sleep(0.1), log(*args))
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -125,7 +126,7 @@ def test_what_is_not_training_never_ends_a_run(here, monkeypatch, capsys, what):
     place = {
         "evaluate": (Run, "evaluate"),
         "plot": (telemetry, "plot"),
-        "sample": (train, "load"),
+        "sample": (loop, "load"),
         "display": (telemetry._Lines, "show"),
     }[what]
     if what == "display":
@@ -184,7 +185,10 @@ def test_the_end_of_a_run_is_done_again_where_it_is_missing(here, monkeypatch, c
     Path("runs/a/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
     Path("runs/a/loss.png").unlink()
     assert run(*options) == 0
-    assert "a sample" in capsys.readouterr().out and Path("runs/a/loss.png").exists()
+    assert (
+        "to use the model:  python -m jaxgpt generate" in capsys.readouterr().out
+        and Path("runs/a/loss.png").exists()
+    )
     measured = [{k: v for k, v in r.items() if k.startswith("val_")} for r in records_of()]
     assert [v for v in measured if v] == [
         {k: v for k, v in r.items() if k.startswith("val_")} for r in lines if "val_loss" in r
@@ -212,7 +216,7 @@ def test_training_waits_while_the_disk_is_full(here, monkeypatch, capsys):
     def full(self, step, *args):
         tries.append(step)
         if len(tries) in (1, 2, 3):
-            raise train.TrainingError("the checkpoint was not saved: No space left on device")
+            raise loop.TrainingError("the checkpoint was not saved: No space left on device")
         save(self, step, *args)
 
     monkeypatch.setattr(Run, "save", full)
@@ -240,7 +244,7 @@ def test_a_save_that_fails_in_the_background_is_made_with_a_later_step(here, mon
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(here, monkeypatch, capsys):
     def full(self, *args):
-        raise train.TrainingError("the checkpoint of step 3 was not saved: No space left")
+        raise loop.TrainingError("the checkpoint of step 3 was not saved: No space left")
 
     monkeypatch.setattr(Run, "save", full)
     assert run(*QUICK) == 1
@@ -280,7 +284,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_its_state_saved(here):
 def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
     assert run() == 0
     # One update that makes the loss finite and huge.
-    update = train.Training.save
+    update = loop.Training.save
 
     def explode(self, wait=False):
         if self.step == 9:
@@ -288,12 +292,12 @@ def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
             self.state = self.state._replace(params=huge)
         update(self, wait)
 
-    monkeypatch.setattr(train.Training, "save", explode)
+    monkeypatch.setattr(loop.Training, "save", explode)
     assert run("--train.steps", "12") == 1
     error = capsys.readouterr().err
     assert "the loss of the parameters after step 9" in error and "--resume 6" in error
     assert checkpoint.read("runs/a")["metrics"]["step"] == 6
-    monkeypatch.setattr(train.Training, "save", update)
+    monkeypatch.setattr(loop.Training, "save", update)
     lower = ("--optim.learning_rate", "1e-3", "--train.steps", "12")
     assert run(*lower, "--resume", "3") == 0
     assert [p.name for p in CHECKPOINTS.iterdir() if not p.name.isdecimal()] == ["6.abandoned"]
@@ -346,7 +350,7 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
     assert run("--start", "runs/a", "--train.steps", "3", name="child") == 0
     lineage = checkpoint.read("runs/child")["lineage"]["started_from"]
     assert (lineage["step"], lineage["item"]) == (3, "ema") and "6 is damaged" in caplog.text
-    started = train.load("runs/a").params["wte"]
+    started = loop.load("runs/a").params["wte"]
     np.testing.assert_array_equal(started, state_of("a", 3)["ema/['wte']"])
     assert command(["generate", "runs/a", "the", "--tokens", "1"]) == 0
 
@@ -382,7 +386,7 @@ def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
         cut_back(source, name := f"on{devices}", step)
         if step == 10:
             args = ["tiny.py", "--name", name, *options]
-            prepared = train.prepare(train.config.from_command_line(args, train.DEFAULT))
+            prepared = loop.prepare(train.config.from_command_line(args, train.DEFAULT))
             restored = {"params": prepared.state.params, "opt": prepared.state.opt}
             assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
             prepared.checkpoints.close()
@@ -402,7 +406,7 @@ def normal(path):
 
 
 def test_a_signal_after_the_last_step_is_obeyed(here, monkeypatch):
-    finish_saving = train.Training.finish_saving
+    finish_saving = loop.Training.finish_saving
 
     def interrupted(self):
         finish_saving(self)
@@ -410,8 +414,8 @@ def test_a_signal_after_the_last_step_is_obeyed(here, monkeypatch):
         while not self.signals.received:
             time.sleep(0.01)
 
-    monkeypatch.setattr(train.Training, "finish_saving", interrupted)
+    monkeypatch.setattr(loop.Training, "finish_saving", interrupted)
     assert run() == 143
     assert checkpoint.read("runs/a")["metrics"]["step"] == 6
-    monkeypatch.setattr(train.Training, "finish_saving", finish_saving)
+    monkeypatch.setattr(loop.Training, "finish_saving", finish_saving)
     assert run() == 0 and any(record.get("finished") == 6 for record in records_of())

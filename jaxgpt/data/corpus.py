@@ -181,8 +181,11 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
                 yield from document
 
 
-def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InputError that names what differs between the fingerprints of a run and of now."""
+def refuse_changed(saved: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
+    """Raises InputError that names what differs between the fingerprints of a run and of now.
+
+    `hint` is a likely reason, added to the message.
+    """
     now = json.loads(json.dumps(now))
     changes = [
         f"{name} was {saved.get(name)}, is {now.get(name)}"
@@ -191,8 +194,8 @@ def refuse_changed(saved: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if changes:
         raise InputError(
-            f"the data is not what this run was trained on: {'; '.join(changes)}. Set it back to "
-            "resume, or start a new run from these parameters"
+            f"the data is not what this run was trained on{hint}: {'; '.join(changes)}. Set it "
+            "back to resume, or start a new run from these parameters"
         )
 
 

@@ -126,6 +126,10 @@ class Objective(ABC):
         """
         return {}
 
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """A text to give `command` as an example, such as a held-out one; "" if it takes none."""
+        return prompt
+
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """What the trained model does, to read: here, going on from a prompt."""
         return trained(prompt, tokens)

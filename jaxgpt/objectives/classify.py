@@ -192,15 +192,17 @@ class Classify(Objective):
     def show(self, sums: Sums, folder: Path) -> str:
         """Precision, recall and F1 of each class; the confusion matrix as a table and a picture."""
         confusion = np.asarray(sums["confusion"]).astype(int)
-        width = max(map(len, self.labels))
+        width = max(map(len, ("true class", *self.labels)))
         lines = [f"  {'class':<{width}}  precision  recall      F1   texts"]
         for name, precision, recall, f1, count in zip(
             self.labels, *scores(confusion), confusion.sum(1), strict=True
         ):
             lines.append(f"  {name:<{width}}  {precision:9.4f} {recall:7.4f} {f1:7.4f} {count:7d}")
-        lines += ["", "  true, then what they were taken for: " + " ".join(self.labels)]
-        for name, row in zip(self.labels, confusion, strict=True):
-            lines.append(f"  {name:<{width}}  " + " ".join(f"{n:6d}" for n in row))
+        lines += ["", f"  {'true class':<{width}}  predicted as the class of this row number"]
+        numbers = range(1, len(self.labels) + 1)
+        lines.append(f"  {'':<{width}}     " + "".join(f"{number:7d}" for number in numbers))
+        for number, name, row in zip(numbers, self.labels, confusion, strict=True):
+            lines.append(f"  {name:<{width}} {number:3d}" + "".join(f"{n:7d}" for n in row))
         return "\n".join([*lines, "", f"  {draw(confusion, self.labels, folder)}"])
 
     def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
@@ -235,16 +237,23 @@ class Classify(Objective):
             found += [p_BTC[row, each["ends"].argmax()] for row, each in enumerate(some)]
         return np.reshape(found, (-1, len(self.labels)))
 
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """The first held-out text, or `prompt` if there is none."""
+        return records[0].text(self.text) if records else prompt
+
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """What the first held-out texts are taken for."""
         if not records:
             return ""
         texts = [record.text(self.text) for record in records[:5]]
+        width = max(map(len, self.labels))
         lines = []
         for record, text, p_C in zip(records, texts, self.predict(trained, texts), strict=False):
             guess = self.labels[int(p_C.argmax())]
             start = " ".join(text.split())[:60]
-            lines.append(f"{guess:<12} {p_C.max():.2f}  (there: {self._label(record)})  {start}")
+            lines.append(
+                f"{guess:<{width}} {p_C.max():.2f}  (there: {self._label(record)})  {start}"
+            )
         return "\n".join(lines)
 
 

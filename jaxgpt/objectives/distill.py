@@ -51,7 +51,12 @@ class Distill(NextToken):
         key: jax.Array | None,
         other: Other | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """Loss sum; "loss" is the cross-entropy of the next token alone, "kl" the divergence."""
+        """Loss sum; and means per token.
+
+        "loss" is the cross-entropy of the next token alone, and "kl_at_T" the divergence of both
+        models' distributions at the temperature T. Evaluation also has it at temperature 1, and
+        "teacher_loss", the teacher's own cross-entropy.
+        """
         if other is None:
             raise InputError("distillation needs a teacher; set objective.teacher")
         theirs = jax.lax.stop_gradient(other.params)
@@ -71,18 +76,25 @@ class Distill(NextToken):
             )
             theirs_BtV = logits(other.model.cfg, chunk["teacher"], teacher_w_DV)
             real_V = (jnp.arange(logits_BtV.shape[-1]) < model.cfg.V)[None, None]
-            ours_BtV, theirs_BtV = (
-                jax.nn.log_softmax(jnp.where(real_V, x / self.temperature, -1e30))
-                for x in (logits_BtV, theirs_BtV)
-            )
-            kl_Bt = (jnp.exp(theirs_BtV) * (theirs_BtV - ours_BtV)).sum(-1)
-            kl = (weights_Bt * kl_Bt).sum()
+
+            def divergence(temperature: float) -> jax.Array:
+                ours, theirs = (
+                    jax.nn.log_softmax(jnp.where(real_V, x / temperature, -1e30))
+                    for x in (logits_BtV, theirs_BtV)
+                )
+                return (weights_Bt * (jnp.exp(theirs) * (theirs - ours)).sum(-1)).sum()
+
+            kl = divergence(self.temperature)
             mixed = self.share * self.temperature**2 * kl + (1 - self.share) * next_token
-            return mixed, (cross_entropy, kl)
+            sums = {"loss": cross_entropy, f"kl_at_{self.temperature:g}": kl}
+            if key is None:
+                sums["kl_at_1"] = divergence(1.0)
+                sums["teacher_loss"] = self.of_logits(
+                    other.model.cfg, theirs_BtV, chunk["targets"], weights_Bt
+                )[1]
+            return mixed, sums
 
         w_DV = output_weights(model.cfg, params)
-        total, (cross_entropy, kl) = chunked_sum(
-            loss, self.chunk, hidden(model, params, batch, key), w_DV, rest
-        )
+        total, sums = chunked_sum(loss, self.chunk, hidden(model, params, batch, key), w_DV, rest)
         count = batch["weights"].sum()
-        return total, {"loss": Mean(cross_entropy, count), "kl": Mean(kl, count)}
+        return total, {name: Mean(value, count) for name, value in sums.items()}

@@ -1,5 +1,6 @@
 """Preferences: make the better of two answers likelier than the worse, compared with the start."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +27,7 @@ class DPO(Objective):
     """
 
     reads_records: ClassVar[bool] = True
+    command: ClassVar[str] = "chat"
 
     loss: Literal["dpo", "ipo"] = "dpo"
     """Which loss."""
@@ -80,6 +82,10 @@ class DPO(Objective):
             arrays = rendered(record, [*messages, answer], tokenizer, "last")
             pair |= {f"{side}_{name}": array for name, array in arrays.items()}
         return pair
+
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """Nothing: what to say is typed in the chat."""
+        return ""
 
     def __call__(
         self,

@@ -31,6 +31,7 @@ class GRPO(Objective):
 
     reads_records: ClassVar[bool] = True
     annotates: ClassVar[bool] = True
+    command: ClassVar[str] = "chat"
 
     prompt: str = "instruction"
     """The field of the problem."""
@@ -208,12 +209,16 @@ class GRPO(Objective):
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """Nothing: what to say is typed in the chat."""
+        return ""
+
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Greedy answers to the first held-out problems."""
         lines = []
         for record in records[:5]:
             messages = [{"role": "user", "content": record.text(self.prompt)}]
-            given = trained.chat(messages, self.tokens, temperature=0)
+            given = trained.answer(messages, self.tokens, temperature=0)
             lines.append(f"{messages[0]['content']} {given}  (right: {record.text(self.answer)})")
         return "\n".join(lines)
 

@@ -23,6 +23,7 @@ class Instruct(NextToken):
 
     reads_records: ClassVar[bool] = True
     packs: ClassVar[bool] = True
+    command: ClassVar[str] = "chat"
 
     learn: Literal["assistant", "all"] = "assistant"
     """Whose tokens are learned: the assistant's, its ends of turn included, or everybody's."""
@@ -46,13 +47,17 @@ class Instruct(NextToken):
             )
         return arrays
 
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """Nothing: what to say is typed in the chat."""
+        return ""
+
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The answers to the first three held-out requests, beside what the records say."""
         if not records:
-            return trained.chat([{"role": "user", "content": prompt}], tokens)
+            return trained.answer([{"role": "user", "content": prompt}], tokens)
         said = []
         for *asked, answer in (conversation(record) for record in records[:3]):
-            given = trained.chat(asked, tokens, temperature=0)
+            given = trained.answer(asked, tokens, temperature=0)
             said.append(f"{asked[-1]['content']}\n  there: {answer['content']}\n  here:  {given}")
         return "\n\n".join(said)
 

@@ -161,6 +161,10 @@ class Translate(NextToken):
         here = self.translate(trained, texts, beam=self.beam if whole else 1)
         return {"bleu": corpus_bleu(here, [there]).score}
 
+    def argument(self, records: Sequence[Record], prompt: str) -> str:
+        """The first held-out source, or `prompt` if there is none."""
+        return records[0].text(self.source) if records else prompt
+
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The first three held-out sources and their translations, there and here."""
         texts, there = ([record.text(field) for record in records[:3]] for field in self.fields)

@@ -1,0 +1,400 @@
+"""The training loop: the objects of a run take steps, are evaluated, saved and reported on."""
+
+import shlex
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import Any, NoReturn
+
+import jax
+
+from jaxgpt import config, data, parallel, telemetry
+from jaxgpt.errors import Diverged, InputError, TrainingError
+from jaxgpt.lock import RunLock
+from jaxgpt.metrics import mark_finished, read_metrics
+from jaxgpt.run import Run, prepare
+from jaxgpt.signals import Interrupted, Signals
+from jaxgpt.step import highest_plausible_loss
+from jaxgpt.terminal import shell_quoted
+from jaxgpt.trained import Trained, load
+
+STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
+RETRY_SECONDS = 10.0  # between tries to save when the disk is full
+
+
+def train(cfg: config.Config) -> Trained:
+    """Trains as a config says, in this process, and returns the trained model.
+
+    For notebooks and scripts; `python train.py` does the same from the command line. A run that
+    has been trained before is resumed. Ctrl-C, or a notebook's stop button, saves the last step
+    and raises KeyboardInterrupt; the same call then resumes.
+
+    Args:
+        cfg: The whole experiment, such as `jaxgpt.config.read("configs/default.py")`. Its `name`
+            is the run's folder under `cfg.runs`.
+
+    Returns:
+        The model of the newest checkpoint.
+
+    Raises:
+        InputError: The config is invalid, or its data cannot be read.
+        TrainingError: Training cannot go on.
+        KeyboardInterrupt: The run was interrupted, and is saved.
+    """
+    if not cfg.name:
+        raise InputError("the config has no name; set name to that of the run's folder")
+    cfg.check()
+    with Signals(ends_process=False) as signals:
+        run(cfg, signals)
+    if signals.received:
+        raise KeyboardInterrupt
+    return load(cfg.folder)
+
+
+def run(cfg: config.Config, signals: Signals) -> int:
+    """Trains to the last step or to a signal; returns the exit status."""
+    clock = telemetry.Goodput()
+    with parallel.on_first_process(RunLock(cfg.folder)) as lock:
+        with clock("init"):
+            prepared = prepare(cfg)
+        start, steps = prepared.start, prepared.cfg.train.steps
+        records = read_metrics(prepared.cfg.folder / "metrics.jsonl")
+        if start >= steps and any(r.get("finished") == start for r in records):
+            if jax.process_index() == 0:
+                print(f"{cfg.folder} has all its {start} steps; raise train.steps or set name")
+            return 0
+        training = Training(prepared, lock, clock, signals)
+        status = training.take_all_steps()
+        if jax.process_index() == 0:
+            if status == 0:
+                training.finish()
+            else:
+                training.draw_loss()
+        return status
+
+
+class Training:
+    """A run being trained by this process: the loop, and what is done after the last step."""
+
+    def __init__(
+        self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
+    ) -> None:
+        self.run, self.lock, self.clock, self.signals = run, lock, clock, signals
+        self.cfg = cfg = run.cfg
+        self.step, self.state = run.start, run.state
+        self.stopped = 0  # the number of the signal that ends the run, the same on all processes
+        self.steps = max(cfg.train.steps, run.start)
+        self.pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
+        self.test: tuple[dict[str, float], dict[str, Any]] = {}, {}
+        self.complete = True  # nothing that is done at the end has failed
+        self.log = telemetry.Telemetry(
+            cfg.folder,
+            cfg.telemetry,
+            start=run.start,
+            steps=self.steps,
+            tokens_per_step=cfg.train.batch * cfg.context,
+            flops_per_token=cfg.model.flops_per_token(cfg.context),
+            devices=list(run.layout.mesh.devices.flat),
+            clock=clock,
+            config=config.to_dict(cfg),
+        )
+
+    def take_all_steps(self) -> int:
+        """Trains, saves and evaluates up to the last step; returns the exit status."""
+        run, clock = self.run, self.clock
+        with (
+            self.log,
+            closing(run.checkpoints),
+            closing(data.prefetch(run.batch, run.start)) as feed,
+        ):
+            with clock("compile"):
+                self.batch = run.act(self.state, run.batch(run.start))
+                self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
+                self.evaluate = run.compile_evaluate(self.state, self.batch)
+            with self.signals.deferred():
+                try:
+                    if self.lacks_validation():
+                        self.validate()
+                        if run.start == 0:
+                            self.measure("test")
+                    self.loop(feed)
+                    self.finish_saving()
+                    if not self.stopped:
+                        self.test = self.measure("test") or self.test
+                except Diverged:
+                    raise
+                except Exception as error:
+                    if jax.process_count() > 1:
+                        self.leave(error)
+                    self.rescue()
+                    raise
+        if jax.process_count() == 1:  # one may have come after the last look at it
+            self.stopped = self.signals.received
+        if self.stopped and jax.process_index() == 0:
+            print(f"stopped after step {self.step}, which is saved; the same command resumes")
+        return 128 + self.stopped if self.stopped else 0
+
+    def loop(self, feed: Any) -> None:
+        """Takes steps, until the last one or a signal."""
+        train, run = self.cfg.train, self.run
+        for step in range(run.start + 1, train.steps + 1):
+            if self.cfg.objective.annotates:  # it samples from the parameters of the step before
+                with self.clock("step"):
+                    jax.block_until_ready(self.state)
+            with self.clock("data"):
+                self.batch = run.act(self.state, next(feed))
+            with self.clock("step"):
+                self.state, metrics = self.take_step(self.state, self.batch)
+            self.step = step
+            self.pending.append((step, metrics))
+
+            logs = due(step, train.log_every)
+            if logs or jax.process_count() == 1:  # several processes ask each other
+                self.stopped = parallel.largest(self.signals.received)
+            last = step == train.steps or self.stopped > 0
+            evals = step == train.steps or due(step, train.eval_every)
+            saves = last or due(step, self.cfg.checkpoint.every)
+            if logs or evals or saves:
+                # The newest step may still run while the log is written, unless it is needed.
+                newest = evals or saves or step == run.start + 1
+                with self.clock("step"):
+                    self.report(step if newest else step - 1)
+                self.log.log(step, self.log.rate(step))
+            if saves or self.must_save_again(logs):
+                self.save()
+            if evals and not self.stopped:
+                self.validate()
+                if self.stopped and not saves:
+                    self.save()
+            if logs or last:
+                self.log.show(step)
+            if last or self.stopped:
+                return
+
+    def report(self, upto: int) -> None:
+        """Logs the steps up to one. Only here does the loop wait for the devices."""
+        ready = [entry for entry in self.pending if entry[0] <= upto]
+        del self.pending[: len(ready)]
+        for step, metrics in jax.device_get(ready):
+            numbers = {name: float(metrics.pop(name)) for name in STEP_METRICS}
+            finite, in_a_row = metrics.pop("finite"), metrics.pop("in_a_row")
+            self.log.log(step, self.cfg.objective.report(metrics) | numbers)
+            if not finite and self.cfg.optim.nonfinite == "stop":
+                raise Diverged(
+                    f"the loss or gradient of step {step} is not finite, and no state after it is "
+                    f"saved; {self.advice()}, or skip such steps with optim.nonfinite=skip"
+                )
+            if in_a_row >= self.cfg.optim.max_skips:
+                raise Diverged(
+                    f"the last {in_a_row} steps up to {step} were skipped (optim.max_skips="
+                    f"{self.cfg.optim.max_skips}), and no state after them is saved; "
+                    f"{self.advice()}"
+                )
+
+    def advice(self) -> str:
+        """What to do after a divergence."""
+        with suppress(TrainingError):
+            self.run.checkpoints.wait()
+        if not (steps := self.run.checkpoints.steps()):
+            return "there is no checkpoint: start again with a lower optim.learning_rate"
+        older = f" (or to an older one of {steps})" if len(steps) > 1 else ""
+        return (
+            f"go back to the newest checkpoint{older} with --resume {steps[-1]} and lower "
+            "optim.learning_rate"
+        )
+
+    def lacks_validation(self) -> bool:
+        """Whether the step to start from should have been evaluated and was not."""
+        run = self.run
+        if run.start == 0:
+            return run.started_from is not None  # the model before fine-tuning, to compare with
+        wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
+        return wanted and not self.was_measured("val")
+
+    def validate(self) -> None:
+        """Evaluates on the validation set, and shows and stores what is measured."""
+        values, _ = self.measure("val") or ({}, {})
+        if values:
+            self.run.checkpoints.record(self.step, values)
+        if rest := {name: value for name, value in values.items() if name != "val_loss"}:
+            self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
+
+    def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
+        """Numbers, which are logged, and sums of the set `val` or `test`; None if that fails."""
+        with self.clock("eval"):
+            found = self.attempt(
+                f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
+            )
+        if found and found[0] and not self.was_measured(name):
+            self.log.log(self.step, found[0])
+        return found
+
+    def was_measured(self, name: str) -> bool:
+        """Whether an earlier start logged this step's evaluation on `val` or `test`."""
+        if self.step > self.run.start:
+            return False
+        records = read_metrics(self.cfg.folder / "metrics.jsonl")
+        keys = {key for record in records if record.get("step") == self.step for key in record}
+        return any(key.startswith(f"{name}_") for key in keys)
+
+    def save(self, wait: bool = False) -> None:
+        """Saves the newest state, in the background unless `wait`.
+
+        While that fails, as on a full disk, it waits and tries again for `checkpoint.patience`.
+        Raises Diverged, and saves nothing, if the parameters' own loss is far above the history's.
+        """
+        with self.clock("eval"):
+            metrics = {"loss": self.own_loss(), "skipped": int(self.state.guard.skipped)}
+        deadline = time.monotonic() + 60 * self.cfg.checkpoint.patience
+        while True:
+            try:
+                with self.clock("save"):
+                    if self.lock is not None:
+                        self.lock.check()
+                    self.log.flush()
+                    self.run.save(self.step, self.state, metrics)
+                    if wait:
+                        self.run.checkpoints.wait()
+                    return
+            except TrainingError as error:
+                left = deadline - time.monotonic()
+                if left <= 0 or self.signals.received or jax.process_count() > 1:
+                    raise
+                self.log.warn(f"{error}; training waits and tries again, {left / 60:.1f} min left")
+                wait = True
+                with self.clock("save"):
+                    with suppress(TrainingError):
+                        self.run.checkpoints.wait()
+                    self.run.checkpoints.sweep()
+                    self.signals.wait(min(RETRY_SECONDS, left))
+
+    def must_save_again(self, logs: bool) -> bool:
+        """Whether a save has failed in the background, or the run's folder has disappeared."""
+        if jax.process_count() > 1:  # they must agree; the next save raises the error
+            return False
+        try:
+            if logs and self.lock is not None:
+                self.lock.check()
+            failure = self.run.checkpoints.failure()
+        except TrainingError as error:
+            failure = error
+        if failure is not None:
+            self.log.warn(f"{failure}; trying again with step {self.step}")
+        return failure is not None
+
+    def finish_saving(self) -> None:
+        """Waits for the save in the background, and saves again if it fails."""
+        with self.clock("save"):
+            try:
+                self.run.checkpoints.wait()
+                return
+            except TrainingError as error:
+                if jax.process_count() > 1:
+                    raise
+                self.log.warn(str(error))
+        self.save(wait=True)
+
+    def own_loss(self) -> float:
+        """The loss of the newest parameters on the newest batch, without dropout.
+
+        Raises Diverged if it is not finite, or far above those of the last steps.
+        """
+        frozen = () if self.state.frozen is None else (self.state.frozen,)
+        sums = jax.device_get(self.evaluate(self.state.params, self.batch, *frozen))
+        loss = self.cfg.objective.report(sums)["loss"]
+        highest = highest_plausible_loss(self.state.guard)
+        if not loss <= highest:
+            raise Diverged(
+                f"the loss of the parameters after step {self.step} is {loss:.4g}, which is "
+                f"{f'above {highest:.4g}, far above the last' if loss > highest else 'not finite'}"
+                f": they are not saved; {self.advice()}, or skip such steps with optim.spike=6"
+            )
+        return loss
+
+    def leave(self, error: Exception) -> NoReturn:
+        """After an error in one of several processes, ends this one."""
+        if not isinstance(error, TrainingError | jax.errors.JaxRuntimeError):
+            traceback.print_exception(error)
+        steps = self.run.checkpoints.steps()
+        left = f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
+        parallel.leave(
+            f"step {self.step} failed, maybe because another process has ended: "
+            f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
+            "one without parallel.processes"
+        )
+
+    def rescue(self) -> None:
+        """After an error, saves the newest state if it is whole."""
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if self.step == self.run.start or not whole:
+            return
+        try:
+            self.report(self.step)
+            with suppress(TrainingError):  # of the save that was under way
+                self.run.checkpoints.wait()
+            self.run.save(self.step, self.state, {"loss": self.own_loss()}, recreate=True)
+            self.run.checkpoints.wait()
+        except Exception as error:
+            self.log.warn(f"step {self.step} is not saved after the error below: {error}")
+        else:
+            self.log.warn(f"the error below ends the run; step {self.step} is saved")
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None, with a warning, if it fails, and None if a signal ends it."""
+        try:
+            # Evaluation on several processes is collective, so none of them may leave it.
+            return work() if jax.process_count() > 1 else self.signals.run(work)
+        except Interrupted:
+            self.stopped = self.signals.received
+        except Exception as error:
+            self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
+        self.complete = False
+        return None
+
+    def finish(self) -> None:
+        """Prints the report, draws the loss curve and samples from the model."""
+        cfg, folder = self.cfg, self.cfg.folder
+        values, sums = self.test
+        print(f"\nwhere the time went\n{self.clock.table()}")
+        if changes := telemetry.before_and_after(folder):
+            print(f"\n{changes}")
+        if values:
+            width = max(map(len, values))
+            rows = [f"  {name:<{width}} {value:>9.4f}" for name, value in values.items()]
+            print("\n".join(["", "on the test set", *rows]))
+            print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
+        self.draw_loss()
+        print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
+        if cfg.train.sample_tokens:
+            self.attempt("the sample", self.sample)
+        if self.complete:
+            mark_finished(folder / "metrics.jsonl", self.step)
+
+    def draw_loss(self) -> None:
+        """Draws the loss curve, and says where it is."""
+        try:
+            picture = telemetry.plot(self.cfg.folder)
+        except Exception as error:  # of a library: a run never fails at a picture
+            self.log.warn(f"the loss curve is not drawn: {type(error).__name__}: {error}")
+            self.complete = False
+        else:
+            print(f"\nloss curve   {picture}" if picture else "")
+
+    def sample(self) -> bool:
+        """Prints what the saved model does, and the command that does it."""
+        cfg, objective = self.cfg, self.cfg.objective
+        records = self.run.dataset.records.get("val", [])
+        words = ["python", "-m", "jaxgpt", objective.command, str(cfg.folder)]
+        text = objective.argument(records, cfg.train.prompt)
+        command = shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
+        print(f"\nto use the model:  {command}\n")
+        print(
+            objective.sample(load(cfg.folder), records, cfg.train.prompt, cfg.train.sample_tokens)
+        )
+        return True
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps, 0 for never, is done after this one."""
+    return every > 0 and step % every == 0

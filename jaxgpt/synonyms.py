@@ -1,0 +1,62 @@
+"""Names that options have in other programs, to say what they are called here."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+TRAINING = {
+    "model.L": "layers n_layer n_layers num_layers num_hidden_layers depth",
+    "model.D": "width dim d_model n_embd hidden_size",
+    "model.N": "heads n_head n_heads num_heads num_attention_heads",
+    "model.K": "kv_heads n_kv_heads num_key_value_heads",
+    "model.H": "head_dim",
+    "model.F": "d_ff ffn_dim intermediate_size",
+    "model.T": "block_size context_length max_seq_len seq_len n_ctx",
+    "tokenizer.vocab_size": "vocab_size",
+    "optim.learning_rate": "lr learning_rate",
+    "optim.warmup": "warmup_steps warmup_iters",
+    "optim.weight_decay": "weight_decay",
+    "optim.clip": "grad_clip max_grad_norm",
+    "optim.name": "optimizer",
+    "train.batch": "batch_size per_device_train_batch_size",
+    "train.steps": "steps max_steps num_steps max_iters",
+    "train.micro": "grad_accum gradient_accumulation_steps",
+    "train.eval_every": "eval_interval eval_steps",
+    "checkpoint.every": "save_steps save_every",
+    "data.paths": "data dataset train_file data_dir",
+    "runs": "out_dir output_dir",
+    "start": "init_from pretrained model_name_or_path",
+    "tune.rank": "lora_rank lora_r",
+}
+"""Options of `train.py`, and what other trainers call them."""
+
+GENERATION = {
+    "tokens": "max_new_tokens max_tokens max_length length n_predict",
+    "temperature": "temp",
+    "top_k": "topk",
+    "top_p": "topp",
+    "min_p": "minp",
+    "system": "system_prompt",
+    "beam": "num_beams beams beam_size",
+    "draft": "assistant_model draft_model",
+    "context": "max_model_len ctx_size n_ctx",
+    "slots": "max_num_seqs parallel",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Options of `python -m jaxgpt`, and what other programs call them."""
+
+
+@contextmanager
+def suggest(args: Sequence[str], table: Mapping[str, str]) -> Iterator[None]:
+    """After the error of a command line, says what an option of another program is called here."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == 2:
+            names = {other: ours for ours, others in table.items() for other in others.split()}
+            for arg in args:
+                name = arg.removeprefix("--").partition("=")[0].replace("-", "_")
+                ours = names.get(name.rpartition(".")[2], name)
+                if arg.startswith("--") and ours != name:
+                    print(f"--{name}: use --{ours}", file=sys.stderr)
+        raise
