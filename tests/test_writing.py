@@ -311,6 +311,21 @@ def test_it_ends_before_a_stop_id(at):
     assert "".join(pieces_of(PROMPT, 100, stop_ids=ends)) == decoded(whole[:-1])
 
 
+def test_the_pieces_tell_whether_a_text_ended_or_was_cut():
+    gpt, whole = trained(), greedy(PROMPT, 100)
+    ends = [whole[40]]
+    length = whole.index(whole[40])  # tokens before the end
+
+    def reason(tokens, **stops):
+        some = write(gpt.model, gpt.params, gpt.tokenizer, PROMPT, tokens, GREEDY, **stops)
+        assert some.finish_reason == "" and [*some] and [*some] == []
+        return some.finish_reason
+
+    assert reason(length, stop_ids=ends) == "length" == reason(2 * CFG.T)
+    assert reason(length + 1, stop_ids=ends) == "stop"
+    assert reason(100, stops=[decoded(whole[:50])[-6:]]) == "stop"
+
+
 @pytest.mark.parametrize("at", [0, 14, 15, 16, 40, 60])
 def test_it_ends_before_a_stop_string(at):
     text = decoded(greedy(PROMPT, 100))
