@@ -160,7 +160,7 @@ def _say(text: str) -> None:
 
     def write() -> None:
         with suppress(OSError, ValueError):  # nobody reads it
-            if sys.stdout.isatty():
+            if text and sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # a live display hides the cursor
             sys.stdout.flush()
             sys.stderr.write(text)

@@ -234,7 +234,7 @@ def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
         return answers[0]
 
     said, _ = say(write)
-    if answers and answers[0].finish_reason == "length":
+    if conversation.chats and answers and answers[0].finish_reason == "length":
         print("(cut at the limit of tokens, which --tokens sets, or where the context is full)")
     if said:
         conversation.messages = [*messages, {"role": "assistant", "content": said}]

@@ -37,6 +37,7 @@ SEEN = SENT.decode().translate(dict.fromkeys((0x1B, 0x07, 0x0D, 0x9B), "\ufffd")
 FIRST = SEEN[:CHUNK]
 CHUNKS = 3
 ANSWER = SENT[: CHUNKS * CHUNK].decode()
+CUT = "(cut at the limit of tokens, which --tokens sets, or where the context is full)"
 T = 256
 BYTES = BPE("bpe", [bytes([byte]) for byte in range(256)], PATTERN, {EOT: 256})
 
@@ -92,7 +93,7 @@ def goes_on(folders):
 
 PROGRAM = """
 import fcntl, os, signal, sys, termios
-from jaxgpt import cli, writing
+from jaxgpt import cli, signals, writing
 
 steps = writing.steps
 
@@ -104,7 +105,9 @@ gate = int(sys.argv[1])
 writing.steps = gated
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(cli.main(sys.argv[2:]))
+status = cli.main(sys.argv[2:])
+signals.end_if_abandoned(status)
+sys.exit(status)
 """
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 
@@ -261,7 +264,8 @@ def test_what_a_model_writes_commands_nothing(chat):
 def test_one_sees_messages_and_answers_and_nothing_else(chat):
     sent = "".join(chat.ask(*line) for line in (("Hello", CHUNKS), ("/reset",), ("Bye", CHUNKS)))
     answer = SEEN[: len(ANSWER)]
-    assert screen("> " + sent) == ["> Hello", answer, "> /reset", "> Bye", answer, ">"]
+    shown = ["> Hello", answer, CUT, "> /reset", "> Bye", answer, CUT, ">"]
+    assert screen("> " + sent) == shown
 
 
 def test_a_message_may_have_several_lines(chat, said):
@@ -356,6 +360,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(chat, said):
     chat.until(FIRST)
     chat.interrupt()
     chat.until("> $")
+    chat.let(1)  # for the thread that was abandoned
     chat.ask("And now?", CHUNKS)
     assert said() == ["Hello", ANSWER, "Go on", ANSWER[:CHUNK], "And now?", ANSWER]
 
@@ -367,6 +372,7 @@ def test_ctrl_c_stops_an_answer_that_has_not_begun(chat, said):
         chat.until(r"compiling… \d+ s")
         chat.interrupt()
         assert "nothing was said" in chat.until("> $")
+        chat.let(1)  # for the thread that was abandoned
         assert said() == ["Hello", ANSWER]
     chat.ask("And now?", CHUNKS)
     assert said() == ["Hello", ANSWER, "And now?", ANSWER]
@@ -413,7 +419,7 @@ def test_a_clock_shows_that_something_goes_on_and_is_gone_then(chat):
     assert screen("> " + sent)[:2] == ["> Hello", re.search(r"compiling… \d+ s", sent)[0]]
     chat.let(CHUNKS)
     sent += chat.until("> $")
-    assert screen("> " + sent) == ["> Hello", SEEN[: len(ANSWER)], ">"]
+    assert screen("> " + sent) == ["> Hello", SEEN[: len(ANSWER)], CUT, ">"]
 
 
 def test_a_saved_conversation_can_be_learned_from(chat, tmp_path):
