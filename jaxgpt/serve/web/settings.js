@@ -1,0 +1,105 @@
+// The settings dialog and the color theme, both kept in the browser's local storage.
+
+import { at } from "./dom.js";
+import { local } from "./storage.js";
+
+const KEY = "jaxgpt.settings";
+const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const dialog = at("settings");
+
+// The sampling fields of a request.
+export function samplingFields() {
+  const filled = NUMBERS.filter((name) => at(name).value !== "");
+  return Object.fromEntries(filled.map((name) => [name, Number(at(name).value)]));
+}
+
+// Opens the dialog at the first field that is invalid, if there is one.
+export function hasInvalidSettings() {
+  const wrong = NUMBERS.map(at).find((input) => !input.checkValidity());
+  const label = wrong && dialog.querySelector(`label[for="${wrong.id}"]`).textContent;
+  const problem = at("settings-problem");
+  problem.hidden = !wrong;
+  problem.textContent = wrong ? `${label}: a whole number from ${wrong.min} to ${wrong.max}, or nothing.` : "";
+  if (wrong) {
+    if (!dialog.open) dialog.showModal();
+    wrong.focus();
+  }
+  return Boolean(wrong);
+}
+
+function showValues() {
+  for (const output of dialog.querySelectorAll("output")) {
+    output.textContent = Number(at(output.htmlFor.value).value).toFixed(2);
+  }
+}
+
+function read() {
+  try {
+    const kept = JSON.parse(local.get(KEY));
+    return kept && typeof kept === "object" ? kept : {};
+  } catch {
+    return {};
+  }
+}
+
+function keep() {
+  const valid = NUMBERS.filter((name) => at(name).checkValidity());
+  const values = Object.fromEntries(valid.map((name) => [name, at(name).value]));
+  local.set(KEY, JSON.stringify({ ...values, system: at("system").value }));
+}
+
+// The system prompt that new conversations start with.
+export function defaultSystem() {
+  const { system } = read();
+  return typeof system === "string" ? system : "";
+}
+
+// `onSystem` is called with the system prompt whenever a person has changed it.
+export function prepareSettings(onSystem) {
+  const kept = read();
+  for (const name of NUMBERS.filter((name) => typeof kept[name] === "string")) {
+    at(name).value = kept[name];
+    if (!at(name).checkValidity()) at(name).value = at(name).defaultValue;
+  }
+  showValues();
+  const changed = () => {
+    showValues();
+    keep();
+    onSystem(at("system").value);
+  };
+  dialog.addEventListener("input", changed);
+  dialog.addEventListener("reset", () => setTimeout(() => {
+    changed();
+    at("settings-problem").hidden = true;
+  }));
+  dialog.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!hasInvalidSettings()) dialog.close();
+  });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  at("open-settings").addEventListener("click", () => dialog.showModal());
+}
+
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+
+function setTheme(chosen) {
+  const root = document.documentElement;
+  if (["light", "dark"].includes(chosen)) root.dataset.theme = chosen;
+  const isDark = (root.dataset.theme ?? (darkSystem.matches ? "dark" : "light")) === "dark";
+  const label = `Use the ${isDark ? "light" : "dark"} theme`;
+  at("theme").setAttribute("aria-label", label);
+  at("theme").title = label;
+  return isDark;
+}
+
+export function prepareTheme() {
+  setTheme(local.get("theme"));
+  at("theme").addEventListener("click", () => {
+    const chosen = setTheme() ? "light" : "dark";
+    setTheme(chosen);
+    local.set("theme", chosen);
+  });
+  darkSystem.addEventListener("change", () => setTheme());
+}
