@@ -38,13 +38,12 @@ function openFromAddress() {
 }
 
 function openConversation(id) {
-  if (location.hash.slice(1) === id) openFromAddress();
-  else location.hash = id;
+  if (location.hash.slice(1) !== id) history.pushState(null, "", id ? `#${id}` : location.pathname);
+  openFromAddress();
 }
 
 // Keeps and shows a conversation that has been changed.
 function changed(conversation) {
-  conversation.updated = Date.now();
   keep(conversation);
   if (conversation === current) {
     if (location.hash.slice(1) !== current.id) history.replaceState(null, "", `#${current.id}`);
@@ -155,6 +154,7 @@ async function write(conversation, turn) {
   at("spoken").replaceChildren();
   refused.delete(turn);
   followAnswer();
+  conversation.updated = Date.now();
   changed(conversation);
   announce(`${info.name} is writing.`);
   try {
@@ -310,7 +310,7 @@ function viewOf(turn) {
   if (views.has(turn)) return views.get(turn);
   const view = {
     user: make("div", { class: "user", dir: "auto" }),
-    userActions: make("div", { class: "actions user-actions" }, button("Edit", () => edit(turn, "user"), { "aria-label": "Edit the message" })),
+    editUser: button("Edit", () => edit(turn, "user"), { class: "quiet edit-user", "aria-label": "Edit the message" }),
     answer: make("div", { class: "answer", dir: "auto" }),
     note: make("p", { class: "note" }),
     problem: make("p", { class: "problem", role: "alert" }),
@@ -318,7 +318,7 @@ function viewOf(turn) {
     spoken: 0, // blocks of the answer that were read out
   };
   const heading = (words) => make("h2", { class: "unseen", text: words });
-  view.node = make("article", { class: "turn" }, heading("You"), view.user, view.userActions, heading(info?.name ?? "Model"), view.answer, view.note, view.problem, view.actions);
+  view.node = make("article", { class: "turn" }, heading("You"), make("div", { class: "from-user" }, view.editUser, view.user), heading(info?.name ?? "Model"), view.answer, view.note, view.problem, view.actions);
   views.set(turn, view);
   return view;
 }
@@ -386,7 +386,7 @@ function edit(turn, part) {
   };
   const save = make("button", { class: "main", type: "submit", text: part === "user" ? "Send" : "Save" });
   const cancel = make("button", { type: "button", text: "Cancel", on: close });
-  const form = make("form", { class: `editor ${part === "user" ? "of-user" : ""}` }, area, make("div", { class: "end" }, cancel, save));
+  const form = make("form", { class: "editor" }, area, make("div", { class: "end" }, cancel, save));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (!area.value.trim() || (part === "user" && running.has(current))) return;
