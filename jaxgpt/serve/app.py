@@ -27,9 +27,8 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
-from jaxgpt.serve import ServeConfig
+from jaxgpt.serve import ServeConfig, page
 from jaxgpt.serve import engine as engines
-from jaxgpt.serve import page
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Asked, Call, Refused, Served
 from jaxgpt.serve.connections import Connection, raise_file_limit

@@ -122,6 +122,7 @@ function undoable(words, conversation) {
     running.delete(conversation);
     Object.assign(conversation, { turns, leftOut });
     changed(conversation);
+    if (conversation !== current) openConversation(conversation.id);
   });
 }
 
@@ -502,12 +503,16 @@ function welcome(big, ...small) {
 }
 
 async function connect() {
-  welcome("");
   try {
     info = await (await call("info")).json();
   } catch (error) {
-    const words = error instanceof Problem ? error.message : "The connection was lost.";
-    welcome("No answer from the server", words, " ", button("Try again", connect));
+    if (error.isTemporary) {
+      welcome("The server is not ready yet", "This page tries again by itself.");
+      setTimeout(connect, 2000);
+    } else {
+      const words = error instanceof Problem ? error.message : "The connection was lost.";
+      welcome("No answer from the server", words, " ", button("Try again", connect));
+    }
     return;
   }
   const tokens = info.context.toLocaleString("en");

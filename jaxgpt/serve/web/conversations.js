@@ -97,7 +97,7 @@ function count(value) {
 
 // Files
 
-// The format of OpenAI's messages, which is also one of those that jaxgpt trains on.
+// A title and messages in the format of OpenAI's API.
 export function toJSON(conversation) {
   const messages = conversation.turns.flatMap(({ user, answer }) => [
     { role: "user", content: user },

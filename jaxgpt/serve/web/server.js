@@ -3,11 +3,12 @@
 import { at } from "./dom.js";
 import { session } from "./storage.js";
 
-// An error whose message is for the person. `isFull`: the conversation does not fit the context.
+// An error whose message is for the person. `isFull`: the conversation does not fit the context;
+// `isTemporary`: the server is starting or stopping.
 export class Problem extends Error {
-  constructor(message, isFull = false) {
+  constructor(message, { isFull = false, isTemporary = false } = {}) {
     super(message);
-    this.isFull = isFull;
+    Object.assign(this, { isFull, isTemporary });
   }
 }
 
@@ -57,12 +58,12 @@ function problem(status, error, seconds) {
   const again = seconds ? `Try again in ${seconds} seconds.` : "Try again in a moment.";
   if (error.code === "context_length_exceeded") {
     return /max_/.test(error.param)
-      ? new Problem("After this conversation the context has no room for so many tokens. Lower Max tokens in the settings, or make room.", true)
-      : new Problem("The context is full: the conversation and an answer do not fit. Make room, or shorten the message.", true);
+      ? new Problem("After this conversation the context has no room for so many tokens. Lower Max tokens in the settings, or make room.", { isFull: true })
+      : new Problem("The context is full: the conversation and an answer do not fit. Make room, or shorten the message.", { isFull: true });
   }
   if (status === 429) return new Problem(`The server is busy: others are being answered. ${again}`);
   if (error.code === "deadline_exceeded") return new Problem("The answer took too long, and the server ended it.");
-  if (status === 503) return new Problem(`The server is stopping, or not ready yet. ${again}`);
+  if (status === 503) return new Problem(`The server is stopping, or not ready yet. ${again}`, { isTemporary: true });
   if (status === 413) return new Problem("That is more text than the server takes at once. Shorten it.");
   if (status >= 500) return new Problem("Something went wrong on the server. Its log says what.");
   return new Problem(error.message ? `The server did not accept this: ${error.message}` : `The server answered ${status}.`);

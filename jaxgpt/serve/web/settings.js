@@ -57,9 +57,10 @@ export function defaultSystem() {
 // `onSystem` is called with the system prompt whenever a person has changed it.
 export function prepareSettings(onSystem) {
   const kept = read();
-  for (const name of NUMBERS.filter((name) => typeof kept[name] === "string")) {
-    at(name).value = kept[name];
-    if (!at(name).checkValidity()) at(name).value = at(name).defaultValue;
+  for (const input of NUMBERS.map(at)) {
+    const value = kept[input.id] ?? input.defaultValue;
+    input.value = value;
+    if (input.value !== value || !input.checkValidity()) input.value = input.defaultValue;
   }
   showValues();
   const changed = () => {
