@@ -489,11 +489,13 @@ addEventListener("storage", ({ key, newValue }) => { // another tab has changed 
 });
 addEventListener("pagehide", () => {
   for (const conversation of running.keys()) {
-    const kept = structuredClone(conversation);
-    kept.turns.at(-1).note = "Stopped when the page was closed.";
-    store.save(kept);
+    conversation.turns.at(-1).note = "Stopped when the page was closed.";
+    store.save(conversation);
+    stop(conversation);
+    running.delete(conversation);
   }
 });
+addEventListener("pageshow", draw); // also when the browser brings a closed page back
 
 // Start
 
