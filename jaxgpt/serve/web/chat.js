@@ -270,15 +270,19 @@ function drawContext() {
 // Drawing
 
 let frame = 0;
+let earliest = 0; // the time before which nothing is drawn
 
+// Draws an answer once a frame at most, and less often if that takes long.
 function drawSoon(turn) {
-  frame ||= requestAnimationFrame(() => {
+  frame ||= requestAnimationFrame((start) => {
     frame = 0;
-    if (!current.turns.includes(turn)) return;
+    if (!current.turns.includes(turn) || !running.has(current)) return;
+    if (start < earliest) return drawSoon(turn);
     drawTurn(turn);
     speak(turn, false);
     drawContext();
     keepUp();
+    earliest = start + 4 * (performance.now() - start);
   });
 }
 
@@ -510,7 +514,7 @@ async function connect() {
   } catch (error) {
     if (error.isTemporary) {
       welcome("The server is not ready yet", "This page tries again by itself.");
-      setTimeout(connect, 2000);
+      setTimeout(connect, 1000);
     } else {
       const words = error instanceof Problem ? error.message : "The connection was lost.";
       welcome("No answer from the server", words, " ", button("Try again", connect));

@@ -6,7 +6,7 @@ import { Marked } from "./vendor/marked.js";
 import { button, copyText, make } from "./dom.js";
 
 const DEEPEST = 32; // levels of nesting; what is nested deeper is shown as plain text
-const LONGEST = 50_000; // characters of code that are highlighted
+const LONGEST = 10_000; // characters of code that are highlighted
 const SCHEMES = ["http:", "https:", "mailto:"];
 const LANGUAGES = { "c++": "cpp", console: "bash", jsonl: "json", jsx: "javascript", python3: "python", tsx: "typescript", zsh: "bash" };
 
