@@ -1,9 +1,10 @@
 // The chat page. One turn is what a person wrote and what the model answered; a conversation is a
 // list of turns. Everything that is shown follows from `current`, the open conversation.
 
-import { announce, at, button, copyText, download, make } from "./dom.js";
+import { announce, at, button, copyText, download, make, setChildren } from "./dom.js";
 import { contextUse, turnsToLeaveOut } from "./context.js";
 import * as store from "./conversations.js";
+import { grow, openEditor } from "./editor.js";
 import { showMarkdown } from "./markdown.js";
 import { followAnswer, keepUp } from "./scroll.js";
 import { Problem, call, eventsOf } from "./server.js";
@@ -16,7 +17,7 @@ const text = at("text");
 const send = at("send");
 
 let info = null; // what the server says about its model: { name, chat, context }
-let current = store.newConversation(defaultSystem());
+let current = null; // the open conversation
 const conversations = new Map(); // id -> conversation, without those that have no turn yet
 const running = new Map(); // conversation -> the AbortController of the answer being written
 let views = new WeakMap(); // turn -> its elements
@@ -34,6 +35,10 @@ function openFromAddress() {
   at("system").value = current.system;
   followAnswer();
   draw();
+  focusMessage();
+}
+
+function focusMessage() {
   if (matchMedia("(pointer: fine)").matches) text.focus(); // elsewhere a keyboard would open
 }
 
@@ -205,9 +210,10 @@ function submit() {
   write(current, turn);
 }
 
-// Asks again at a turn, with its text or another; later turns are removed.
+// Asks again at a turn, with its text or another; later turns are removed. Returns false if the page
+// cannot ask now.
 function resend(turn, user = turn.user) {
-  if (running.has(current) || !info || hasInvalidSettings()) return;
+  if (running.has(current) || !info || hasInvalidSettings()) return false;
   const index = current.turns.indexOf(turn);
   const later = current.turns.length - index - 1;
   const lost = [turn.answer && "The earlier answer was replaced", later && `${plural(later, "later turn")} removed`];
@@ -293,8 +299,7 @@ function draw() {
   const nodes = turns.map((turn) => viewOf(turn).node);
   if (leftOut) nodes.splice(leftOut, 0, leftOutNote);
   leftOutNote.firstElementChild.textContent = `The model does not read the ${plural(leftOut, "turn")} above.`;
-  const isSame = nodes.length === turnsNode.children.length && nodes.every((node, index) => node === turnsNode.children[index]);
-  if (!isSame) turnsNode.replaceChildren(...nodes);
+  setChildren(turnsNode, nodes);
   turns.forEach(drawTurn);
   at("welcome").hidden = Boolean(info) && turns.length > 0;
   drawControls();
@@ -379,42 +384,15 @@ function answerActions(turn, isLast, rate) {
   return nodes;
 }
 
-// Opens a field in place of a turn's message or answer.
 function edit(turn, part) {
-  const shown = viewOf(turn)[part];
-  if (shown.hidden) return; // it is open
-  const area = make("textarea", { "aria-label": part === "user" ? "Message" : "Answer, in Markdown", dir: "auto" });
-  area.value = turn[part];
-  const close = () => {
-    form.remove();
-    shown.hidden = false;
-  };
-  const save = make("button", { class: "main", type: "submit", text: part === "user" ? "Send" : "Save" });
-  const cancel = make("button", { type: "button", text: "Cancel", on: close });
-  const form = make("form", { class: "editor" }, area, make("div", { class: "end" }, cancel, save));
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    if (!area.value.trim() || (part === "user" && running.has(current))) return;
-    close();
-    if (part === "user") resend(turn, area.value);
-    else changeAnswer(turn, area.value);
-    text.focus();
+  const isUser = part === "user";
+  openEditor(viewOf(turn)[part], turn[part], {
+    label: isUser ? "Message" : "Answer, in Markdown",
+    action: isUser ? "Send" : "Save",
+    isSentByEnter: isUser,
+    onDone: (words) => (isUser ? resend(turn, words) : changeAnswer(turn, words)),
+    onClose: focusMessage,
   });
-  area.addEventListener("input", () => grow(area));
-  area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") {
-      event.stopPropagation(); // it also stops an answer
-      close();
-      text.focus();
-    } else if (event.key === "Enter" && !event.isComposing && (part === "user" ? !event.shiftKey : event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      form.requestSubmit();
-    }
-  });
-  shown.hidden = true;
-  shown.before(form);
-  grow(area);
-  area.focus();
 }
 
 // Reads out the blocks of an answer that are complete.
@@ -430,11 +408,6 @@ function speak(turn, isDone) {
 }
 
 // What a person does
-
-function grow(area) {
-  area.style.height = "auto";
-  area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
-}
 
 function fit() {
   grow(text);
@@ -462,17 +435,16 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 at("new").addEventListener("click", () => {
   openConversation("");
-  text.focus();
   announce("New conversation.");
 });
 at("undo-button").addEventListener("click", () => {
   undo?.();
   offerUndo("");
-  text.focus();
+  focusMessage();
 });
 at("undo-dismiss").addEventListener("click", () => {
   offerUndo("");
-  text.focus();
+  focusMessage();
 });
 at("import").addEventListener("click", () => at("import-file").click());
 at("import-file").addEventListener("change", async () => {

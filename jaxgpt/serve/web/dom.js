@@ -11,6 +11,14 @@ export function make(tag, { text = "", on, ...attributes } = {}, ...children) {
   return node;
 }
 
+// Makes these nodes the children, and moves none that is in its place: moving takes the focus away.
+export function setChildren(parent, nodes) {
+  for (const child of [...parent.children]) if (!nodes.includes(child)) child.remove();
+  nodes.forEach((node, index) => {
+    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] ?? null);
+  });
+}
+
 // A button of the kind that stands in rows under messages.
 export function button(text, on, attributes = {}) {
   return make("button", { class: "quiet", type: "button", text, on, ...attributes });

@@ -6,6 +6,7 @@ import { local } from "./storage.js";
 const KEY = "jaxgpt.settings";
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const dialog = at("settings");
+let newSystem = ""; // the system prompt that new conversations start with
 
 // The sampling fields of a request.
 export function samplingFields() {
@@ -45,32 +46,34 @@ function read() {
 function keep() {
   const valid = NUMBERS.filter((name) => at(name).checkValidity());
   const values = Object.fromEntries(valid.map((name) => [name, at(name).value]));
-  local.set(KEY, JSON.stringify({ ...values, system: at("system").value }));
+  local.set(KEY, JSON.stringify({ ...values, system: newSystem }));
 }
 
-// The system prompt that new conversations start with.
-export function defaultSystem() {
-  const { system } = read();
-  return typeof system === "string" ? system : "";
-}
+export const defaultSystem = () => newSystem;
 
 // `onSystem` is called with the system prompt whenever a person has changed it.
 export function prepareSettings(onSystem) {
   const kept = read();
+  if (typeof kept.system === "string") newSystem = kept.system;
   for (const input of NUMBERS.map(at)) {
     const value = kept[input.id] ?? input.defaultValue;
     input.value = value;
     if (input.value !== value || !input.checkValidity()) input.value = input.defaultValue;
   }
   showValues();
-  const changed = () => {
+  const useSystem = () => {
+    newSystem = at("system").value;
+    onSystem(newSystem);
+  };
+  dialog.addEventListener("input", (event) => {
+    if (event.target === at("system")) useSystem();
     showValues();
     keep();
-    onSystem(at("system").value);
-  };
-  dialog.addEventListener("input", changed);
-  dialog.addEventListener("reset", () => setTimeout(() => {
-    changed();
+  });
+  dialog.addEventListener("reset", () => setTimeout(() => { // when the fields have been reset
+    useSystem();
+    showValues();
+    keep();
     at("settings-problem").hidden = true;
   }));
   dialog.addEventListener("submit", (event) => {

@@ -1,6 +1,6 @@
 // The list of conversations: a column beside the chat, or a panel over it where the screen is narrow.
 
-import { at, button, make } from "./dom.js";
+import { at, button, make, setChildren } from "./dom.js";
 import { titleOf } from "./conversations.js";
 
 const side = at("side");
@@ -22,9 +22,7 @@ export function drawSide(conversations, current, actions) {
     else link.removeAttribute("aria-current");
     return node;
   });
-  const list = at("list");
-  const isSame = nodes.length === list.children.length && nodes.every((node, index) => node === list.children[index]);
-  if (!isSame) list.replaceChildren(...nodes); // only then: it takes the focus away
+  setChildren(at("list"), nodes);
 }
 
 function newRow(id, conversations, actions) {
