@@ -519,7 +519,7 @@ def test_an_answer_is_drawn_once_a_frame_and_leaves_a_scrolled_page_in_place(pag
 
 def test_answers_are_read_out_as_their_parts_are_complete(page, engine):
     answer(engine, "First *part*.\n\n```\ncode\n```\n\nThe end.")
-    engine.pause = 0.03
+    engine.pause = 0.015
     page.fill("#text", "Hi")
     page.press("#text", "Enter")
     page.wait_for_selector("#spoken p:text-is('First part.')", state="attached")
@@ -540,14 +540,16 @@ def test_errors_are_said_in_plain_words(page):
         page.click("button:text('Try again')")
         page.wait_for_selector(".problem:has-text('took too long')")
         assert "The context is full" in ask(page, "Hi" * 200, 2)
-        event = {"choices": [{"index": 0, "delta": {"content": "Half"}}]}
+        half = json.dumps({"choices": [{"index": 0, "delta": {"content": "Half"}}]})
+        events = iter(["data: [DONE]\n\n", f"data: {half}\n\n"])
+        kind = "text/event-stream"
         page.route(
             "**/v1/chat/completions",
-            lambda route: route.fulfill(
-                content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\n"
-            ),
+            lambda route: route.fulfill(content_type=kind, body=next(events)),
         )
         page.click(".last button:text-is('Try again')")
+        page.wait_for_selector(".note:text-is('The answer is empty.')")
+        page.click(".last button:text-is('Regenerate')")
         page.wait_for_selector(".problem:has-text('The connection was lost')")
         assert "Half" in page.text_content(".turn:last-child .answer")
         page.unroute("**/v1/chat/completions")

@@ -156,7 +156,7 @@ async function write(conversation, turn) {
   const controller = new AbortController();
   running.set(conversation, controller);
   Object.assign(turn, store.newTurn(turn.user));
-  viewOf(turn).spoken = 0;
+  Object.assign(viewOf(turn), { spoken: 0, start: null, rate: "" });
   at("spoken").replaceChildren();
   refused.delete(turn);
   followAnswer();
@@ -167,6 +167,7 @@ async function write(conversation, turn) {
     const [path, body] = request(conversation, turn);
     const response = await call(path, { method: "POST", body: JSON.stringify(body), signal: controller.signal });
     for await (const event of eventsOf(response.body)) receive(event, turn, conversation);
+    if (!turn.answer) turn.note ||= "The answer is empty.";
   } catch (error) {
     if (controller.signal.aborted) turn.note = "Stopped.";
     else turn.problem = error instanceof Problem ? error.message : "The connection was lost before the answer was finished.";
@@ -326,6 +327,8 @@ function viewOf(turn) {
     problem: make("p", { class: "problem", role: "alert" }),
     actions: make("div", { class: "actions" }),
     spoken: 0, // blocks of the answer that were read out
+    start: null, // when its first text came
+    rate: "", // how fast it was written
   };
   const heading = (words) => make("h2", { class: "unseen", text: words });
   view.node = make("article", { class: "turn" }, heading("You"), make("div", { class: "from-user" }, view.editUser, view.user), heading(info?.name ?? "Model"), view.answer, view.note, view.problem, view.actions);
@@ -357,7 +360,7 @@ function drawTurn(turn) {
   if (view.state === state) return;
   view.state = state;
   if (view.node.contains(document.activeElement) && isWriting) send.focus(); // the button that had it disappears
-  view.actions.replaceChildren(...(isWriting ? [] : answerActions(turn, isLast, view.rate ?? "")));
+  view.actions.replaceChildren(...(isWriting ? [] : answerActions(turn, isLast, view.rate)));
 }
 
 function lastElement(node) {
