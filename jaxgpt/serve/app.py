@@ -6,8 +6,6 @@ time in a thread of their own, and constraints are compiled in another.
 """
 
 import asyncio
-import base64
-import hashlib
 import ipaddress
 import os
 import re
@@ -24,12 +22,12 @@ from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
-from jaxgpt.serve import ServeConfig
+from jaxgpt.serve import ServeConfig, page
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Asked, Call, Refused, Served
@@ -72,7 +70,7 @@ def create_app(
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
     created = int(time.time())
-    page, policy = _page()
+    page_files = page.read_files()
 
     async def prepared(
         parse: Callable[[bytes], Call], content: bytes, until: float
@@ -159,9 +157,13 @@ def create_app(
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return PlainTextResponse(metrics.text(engine.stats), media_type=kind)
 
-    @app.get("/")
-    async def chat_page() -> Response:
-        return HTMLResponse(page, headers={"content-security-policy": policy})
+    async def page_file(request: Request) -> Response:
+        content, media_type = page_files[request.scope["path"]]
+        headers = {"content-security-policy": page.POLICY}
+        return Response(content, media_type=media_type, headers=headers)
+
+    for path in page_files:
+        app.add_api_route(path, page_file, include_in_schema=False)
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
@@ -188,23 +190,6 @@ def _stopping() -> Refused:
     return Refused(
         503, "the server is shutting down", code="stopped", headers={"retry-after": "30"}
     )
-
-
-def _page() -> tuple[str, str]:
-    """The page, and a content security policy that allows what is in it and nothing else."""
-    page = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (hashlib.sha256(text.encode()).digest() for text in texts)
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    return page, policy
 
 
 class Events(Response):

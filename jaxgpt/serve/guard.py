@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
+from jaxgpt.serve import page
 from jaxgpt.serve.api import Refused
 from jaxgpt.serve.connections import FULL, SECONDS
 from jaxgpt.serve.metrics import Metrics
@@ -23,8 +24,8 @@ T = TypeVar("T")
 
 BYTES = 1 << 20
 """Of a body, at most."""
-OPEN = ("/", "/health")
-"""What needs no key: nothing of the model is in it."""
+OPEN = ("/health", *page.FILES)
+"""Paths that need no key: nothing of the model is in them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
