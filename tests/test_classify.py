@@ -310,7 +310,7 @@ def test_the_confusion_matrix_is_shown_and_drawn(tmp_path):
     for label, row in zip(LABELS, confusion, strict=True):
         lines = [line.split() for line in shown.splitlines() if line.split()[:1] == [label]]
         assert lines[0][-1] == str(row.sum())
-        assert lines[1][1:] == [*map(str, row)]
+        assert lines[1][2:] == [*map(str, row)]
     assert draw(np.eye(2, dtype=int), ("yes", "no"), tmp_path) == png
 
 
