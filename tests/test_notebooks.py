@@ -22,6 +22,7 @@ for cell in notebook.cells:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     command = [sys.executable, "-c", RUN, str(notebook)]

@@ -73,6 +73,7 @@ def newcomer(tmp_path, monkeypatch):
     made._docstrings.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(newcomer, capsys):
     (first, setup_and_run), (_, setup_and_test), *rest = BLOCKS
     assert first == "bash"

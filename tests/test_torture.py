@@ -23,14 +23,17 @@ def assert_all_pass(rows):
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_equal(bench):
     assert_all_pass(processes.kills(bench, 1, ["base"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "tokens", "export"])
 def test_a_damaged_file_is_never_loaded_silently(bench, what):
     assert_all_pass(files.load_damaged(bench, what, harm, 5) for harm in files.HARMS)
 
 
+@pytest.mark.slow
 def test_files_of_other_programs_do_no_harm(bench):
     assert_all_pass(files.stray(bench, files.STRAY[:1]))

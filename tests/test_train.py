@@ -207,6 +207,7 @@ def spawn_two(*options: str, name: str, **settings) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_each_other(here, monkeypatch):
     on_devices(monkeypatch, 4)
     exact = ("--model.dropout", "0")
@@ -226,6 +227,7 @@ def test_two_processes_train_as_one_and_resume_each_other(here, monkeypatch):
             np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
     options = ("--train.steps", "100000", "--checkpoint.every", "0", "--train.eval_every", "0")
     processes = spawn_two(*options, name="a")
@@ -237,6 +239,7 @@ def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
     assert max(losses_of("a")) == int(saved.name)
 
 
+@pytest.mark.slow
 def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, monkeypatch):
     on_devices(monkeypatch, 8)
     exact = ("--model.dropout", "0", "--model.L", "2")

@@ -355,6 +355,7 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
     assert command(["generate", "runs/a", "the", "--tokens", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
     options = ("--train.steps", "100000", "--checkpoint.every", "20", "--train.eval_every", "0")
     soon = SLOW.replace("sys.exit", "train.parallel.HEARTBEAT = 5\nsys.exit")
@@ -374,6 +375,7 @@ def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
     assert sorted(losses_of("a")) == list(range(1, step + 3))
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
     """Restored bit-equal on any number of devices; the next 30 losses are the same."""
     options = ("--train.steps", "40", "--checkpoint.every", "10", "--model.dropout", "0")
