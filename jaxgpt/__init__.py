@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxgpt import config
     from jaxgpt.config import Config
     from jaxgpt.decode import generate
     from jaxgpt.errors import InputError, TrainingError
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "InputError", "Trained", "TrainingError", "generate", "load", "train"]
+__all__ = [
+    "Config",
+    "InputError",
+    "Trained",
+    "TrainingError",
+    "config",
+    "generate",
+    "load",
+    "train",
+]
 
 _MODULES = {
     "Config": "config",
@@ -33,6 +43,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # Imported when first asked for: `import jaxgpt.model` needs no tokenizer or checkpoint library.
+    if name == "config":
+        return import_module("jaxgpt.config")
     if name not in _MODULES:
         raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
     return getattr(import_module(f"jaxgpt.{_MODULES[name]}"), name)
