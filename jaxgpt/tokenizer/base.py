@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -57,6 +58,11 @@ class Tokenizer(ABC):
         """The special tokens: names, and the ids that no text gets."""
         return {EOT: self.eot}
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """One group: any special token's name, the longest first."""
+        return special_pattern(map(re.escape, self.specials))
+
     @property
     def eos(self) -> int:
         """The id that ends what a model writes: `eot` where no other does."""
@@ -75,6 +81,14 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, none of them special; InputError if it has no UTF-8."""
         return self.encode_array(text).tolist()
+
+    def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
+        """The ids of text that stands between two special tokens of a longer text.
+
+        `before` and `after` are their names; None where the text is the first or the last there
+        is, and "" where other text is beside it.
+        """
+        return self.encode(text) if text else []
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for, special ones written out; InputError for other ids."""
@@ -129,6 +143,11 @@ def encoded(text: str, codec: str = "utf-8") -> bytes:
             f"U+{ord(text[error.start]):04X} at position {error.start} is half a surrogate pair, "
             "not a character; remove it"
         ) from None
+
+
+def special_pattern(names: Iterable[str]) -> re.Pattern[str]:
+    """One group: any of some expressions, the longest first; nothing where there are none."""
+    return re.compile(f"({'|'.join(sorted(names, key=len, reverse=True)) or '(?!)'})")
 
 
 def code_points(text: str) -> np.ndarray:
