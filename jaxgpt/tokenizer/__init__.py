@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from jaxgpt.errors import InputError
-from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, check_not_empty, encoded, field
+from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, train
 from jaxgpt.tokenizer.huggingface import HuggingFace
 from jaxgpt.tokenizer.plain import Bytes, Characters
@@ -35,6 +35,7 @@ __all__ = [
     "File",
     "HuggingFace",
     "Kind",
+    "TextDecoder",
     "Tokenizer",
     "TokenizerConfig",
     "build",
