@@ -150,7 +150,8 @@ def _spelled_first(
     for i, token in enumerate(tokens.tolist()):
         if (piece := tokenizer.first_pieces.get(token)) is None:
             continue
-        state = 0
+        # A piece of nothing leaves the start too: the token after it is not the first.
+        state = 0 if piece else 1
         for byte in _within(piece, token in tokenizer.spaced):
             if (state := int(next_SB[state, byte])) < 0:
                 break
