@@ -1,5 +1,6 @@
 """Templates, as pieces of markup and content, and the token ids and loss weights of both."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -155,11 +156,21 @@ def render(
 
 def encoded(tokenizer: Tokenizer, pieces: Sequence[Piece], others: float = 0.0) -> Rendered:
     """Pieces as ids and weights; only in markup are there special tokens."""
-    special = tokenizer.special_pattern
+    whole, end = "".join(piece.text for piece in pieces), 0
     parts: list[tuple[str, bool, float | None]] = []  # text, whether it is a special token, weight
-    for text, weight, markup in ((*piece, isinstance(piece, Markup)) for piece in pieces):
-        split = special.split(text) if markup else [text]
-        parts += [(part, index % 2 == 1, weight) for index, part in enumerate(split) if part]
+    for piece in pieces:
+        start, end = end, end + len(piece.text)
+        if isinstance(piece, Markup):
+            for match in tokenizer.special_pattern.finditer(whole, start, end):
+                beside = (
+                    whole[max(match.start() - 1, 0) : match.start()]
+                    + whole[match.end() : match.end() + 1]
+                )
+                if match[0] not in tokenizer.single_words or not re.search(r"\w", beside):
+                    parts.append((whole[start : match.start()], False, piece.weight))
+                    parts.append((match[0], True, piece.weight))
+                    start = match.end()
+        parts.append((whole[start:end], False, piece.weight))
 
     tokens: list[int] = []
     weights: list[float | None] = []
@@ -174,7 +185,8 @@ def encoded(tokenizer: Tokenizer, pieces: Sequence[Piece], others: float = 0.0) 
 
     for part, is_special, weight in parts:
         if not is_special:
-            run.append((part, weight))
+            if part:
+                run.append((part, weight))
             continue
         end_run(part)
         tokens.append(tokenizer.specials[part])

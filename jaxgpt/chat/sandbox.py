@@ -22,7 +22,7 @@ from jaxgpt.chat.conversations import Message, Tools
 from jaxgpt.chat.rendering import Content, Markup, Piece, Template, chat_template
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.tokenizer.base import special_pattern
+from jaxgpt.tokenizer.base import any_of
 from jaxgpt.tokenizer.huggingface import token_name
 
 CHARACTERS = 1_000_000
@@ -69,7 +69,7 @@ class Jinja(Template):
             if isinstance(outcome, InputError):
                 raise outcome
         (text, spans), (real, real_spans) = (_unmarked(str(each), mark) for each in outcomes)
-        if lacking := [name for name in map(_tool_name, tools) if name not in real]:
+        if lacking := [name for name in map(_tool_name, tools) if name not in text]:
             raise InputError(f"the chat_template does not render the tool {lacking[0]}")
         if (values := _values(text, real, meant)) is None:
             self._check_names([message.content for message in messages])
@@ -130,7 +130,7 @@ class Jinja(Template):
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return special_pattern(map(re.escape, self.names))
+        return any_of(self.names)
 
     def _check_names(self, values: Any) -> None:
         """Raises InputError where the name of a special token is in text that is not masked."""

@@ -29,6 +29,8 @@ class Tokenizer(ABC):
     """The bytes each id stands for in a text; an id of no token stands for U+FFFD."""
     first_pieces: Mapping[int, bytes] = MappingProxyType({})
     """The bytes of the ids that are spelled in another way at the beginning of a text."""
+    single_words: frozenset[str] = frozenset()
+    """The special tokens whose names count only where no letter or digit is beside them."""
     spaced: frozenset[int] = frozenset()
     """The ids whose bytes end in a space that is not written at the end of a text."""
     single_bytes: frozenset[int] = frozenset()
@@ -68,8 +70,8 @@ class Tokenizer(ABC):
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """One group: any special token's name, the longest first."""
-        return special_pattern(map(re.escape, self.specials))
+        """Any special token's name, the longest first."""
+        return any_of(self.specials)
 
     @property
     def eos(self) -> int:
@@ -220,9 +222,10 @@ def encoded(text: str, codec: str = "utf-8") -> bytes:
         ) from None
 
 
-def special_pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """One group: any of some expressions, the longest first; nothing where there are none."""
-    return re.compile(f"({'|'.join(sorted(names, key=len, reverse=True)) or '(?!)'})")
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of some texts, the longest first; nothing where there are none."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def code_points(text: str) -> np.ndarray:

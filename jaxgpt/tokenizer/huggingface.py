@@ -23,7 +23,7 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
-from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded, special_pattern
+from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
 from jaxgpt.tokenizer.plain import Bytes, Characters
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
@@ -123,8 +123,10 @@ class HuggingFace(Tokenizer):
 
         begin = _begin(config, vocabulary)
         names = [begin, token_name(config, "eos_token"), _unknown(model)]
-        added_tokens = self._tokenizer.get_added_tokens_decoder().values()
-        names += [added.content for added in added_tokens if added.special]
+        # Read before they are added again below, which the library does without their flags.
+        self._added = {a.content: a for a in self._tokenizer.get_added_tokens_decoder().values()}
+        names += [added.content for added in self._added.values() if added.special]
+        self.single_words = frozenset(n for n, added in self._added.items() if added.single_word)
         self.specials = {name: vocabulary[name] for name in names if name and name in vocabulary}
         self._tokenizer.add_special_tokens(list(self.specials))
         self.eot = self.specials[begin]
@@ -169,14 +171,14 @@ class HuggingFace(Tokenizer):
         """
         library, stand_ins = self._stand_ins
         left, right = (
-            "" if name is None else stand_ins[self._flags.get(name, _BESIDE_TEXT)]
+            "" if name is None else stand_ins[self._flags(name) if name else _BESIDE_TEXT]
             for name in (before, after or None)
         )
         if not (left or text or right):
             return []
         encoded(text)
         encoding = self._encoding(library, left + text + right)
-        tokens = encoding.tokens
+        tokens = [token.strip() for token in encoding.tokens]  # of white space that it took
         if any(word and word not in tokens for word in (left, right)):
             raise InputError(
                 f"the tokenizers library does not find {before or after!r} beside {text[:40]!r}, "
@@ -186,21 +188,10 @@ class HuggingFace(Tokenizer):
         last = len(tokens) - (tokens[::-1].index(right) + 1 if right else 0)
         return self._ids(encoding, left + text + right, slice(first, last)).tolist()
 
-    @cached_property
-    def special_pattern(self) -> re.Pattern[str]:
-        """See `Tokenizer`; some names count only as words of their own."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        words = {token.content for token in added if token.single_word}
-        return special_pattern(
-            rf"(?<!\w){re.escape(name)}(?!\w)" if name in words else re.escape(name)
-            for name in self.specials
-        )
-
-    @cached_property
-    def _flags(self) -> dict[str, _Flags]:
-        """Of each special token whether it is found in normalized text, and strips beside it."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return {token.content: (token.normalized, token.lstrip, token.rstrip) for token in added}
+    def _flags(self, name: str) -> _Flags:
+        """Whether a special token is found in normalized text, and what it strips beside it."""
+        added = self._added.get(name)
+        return (added.normalized, added.lstrip, added.rstrip) if added else (False, False, False)
 
     @cached_property
     def _stand_ins(self) -> tuple[Any, dict[_Flags, str]]:
@@ -210,7 +201,7 @@ class HuggingFace(Tokenizer):
         """
         import tokenizers
 
-        kinds = {_BESIDE_TEXT, *(self._flags[name] for name in self.specials)}
+        kinds = {_BESIDE_TEXT, *map(self._flags, self.specials)}
         names = {flags: f"standin{secrets.token_hex(16)}" for flags in kinds}
         library = self._tokenizer
         if len(self._vocabulary) < self.vocab_size:  # a new token would get an id that is in use
