@@ -276,6 +276,26 @@ def source(path: str | Path, adapter: str | Path = "") -> Source:
     return _with_adapter(found, Path(adapter)) if adapter else found
 
 
+def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
+    """The tokenizer of a model, and its options; the model's weights are not read.
+
+    `path` is as for `load`. Of a name on the hub the weights are not downloaded, and a folder need
+    not have any. Raises InputError where there is no tokenizer, or it is damaged.
+    """
+    from jaxgpt.pretrained import hub
+    from jaxgpt.tokenizer.huggingface import read
+
+    folder = Path(path).expanduser()
+    name, _, revision = path.partition("@")
+    if not folder.exists() and _is_name(name):
+        folder = hub.fetch(name, revision or "main", weights=False).folder
+    if any((folder / file).exists() for file in (*hub.TOKENIZERS, "tokenizer.model")):
+        tokenizer = read(folder)
+        return tokenizer, TokenizerConfig(kind=tokenizer.kind)
+    found = source(folder if folder.exists() else path)
+    return found.tokenizer, found.config.tokenizer
+
+
 def _with_adapter(found: Source, folder: Path) -> Source:
     from jaxgpt.pretrained import peft
 
