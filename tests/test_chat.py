@@ -585,10 +585,12 @@ def test_a_template_may_not_change_what_messages_say(change):
 LOOKS = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
 
 
-def test_a_template_that_looks_into_messages_is_rendered_as_transformers_does():
+@pytest.mark.parametrize("header", ["", "<think>\n"])
+def test_a_template_that_looks_into_messages_is_rendered_as_transformers_does(header):
+    source = LOOKS.replace("<|im_start|>assistant\n", f"<|im_start|>assistant\n{header}")
     messages = says("Hi", "<think>\nhm\n</think>Fine", "And?", "<think></think>Good")
-    found = published(made("chatml", LOOKS), messages)
-    expected = theirs("chatml", LOOKS).apply_chat_template(messages, return_dict=False)
+    found = published(made("chatml", source), messages)
+    expected = theirs("chatml", source).apply_chat_template(messages, return_dict=False)
     assert found.tokens == expected
     learned = [t for t, w in zip(*found, strict=True) if w]
     assert made("chatml").decode(learned) == "Fine<|im_end|>Good<|im_end|>"

@@ -342,6 +342,13 @@ def test_tool_calls_are_rendered_by_a_template_that_has_them(tools):
     assert ours.decode(learned) == call + "It is 3.<|im_end|>"
 
 
+def test_a_template_that_expects_arguments_as_text_gets_them_so():
+    source = WITH_TOOLS.replace("arguments | tojson", "arguments.strip()")
+    ours = made("chatml", source)
+    tokens = render(choose(ours), ours, CALLING).tokens
+    assert '<tool_call>add{"a": 1, "b": "\u00e9"}</tool_call><|im_end|>' in ours.decode(tokens)
+
+
 def test_sharegpt_function_calls_are_tool_calls():
     turns = [{"from": "function_call", "value": json.dumps(CALL)}]
     turns += [{"from": "observation", "value": "3"}]

@@ -7,6 +7,7 @@ import atexit
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import json
 import re
 import secrets
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, ClassVar, cast
 
@@ -67,6 +68,8 @@ class Jinja(Template):
         outcomes = self.texts([(masked, open), (messages, open)], tools, mark)
         for outcome in reversed(outcomes):
             if isinstance(outcome, InputError):
+                if (other := _with_text_arguments(messages)) != messages:
+                    return self.pieces(other, open, tools)
                 raise outcome
         (text, spans), (real, real_spans) = (_unmarked(str(each), mark) for each in outcomes)
         if lacking := [name for name in map(_tool_name, tools) if name not in text]:
@@ -145,24 +148,30 @@ class Jinja(Template):
     ) -> list[slice]:
         """Where each answer is in the text of the messages.
 
-        An answer begins where the text ends that asks for it, and is over where the text of the
-        messages up to it is. Where these are no beginnings of the whole text, the words do: for
-        each in the text the number of its message. Raises InputError where there are none.
+        An answer begins where the text parts from the text that asks for it, and is over where the
+        text of the messages up to it is. Where the messages before are rendered in another way,
+        the words tell the place: for each in the text the number of its message. Raises InputError
+        where there are none.
         """
         numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-        asked: list[Asked] = [(messages[:n], True) for n in numbers]
-        asked += [(messages[: n + 1], False) for n in numbers]
-        texts = self.texts(asked, tools) if asked else []
-        lengths = [
-            len(part) if isinstance(part, str) and part and text.startswith(part) else None
-            for part in texts
+        asked: list[Asked] = [
+            part
+            for n in numbers
+            for part in ((messages[:n], False), (messages[:n], True), (messages[: n + 1], False))
         ]
+        texts = iter(self.texts(asked, tools) if asked else [])
         places = [(n, text.index(word), len(word)) for word, n in words.items()]
         spans = []
-        for number, start, limit in zip(
-            numbers, lengths[: len(numbers)], lengths[len(numbers) :], strict=True
-        ):
+        for number in numbers:
+            before, header, through = (str(next(texts)) for _ in range(3))
             said = [place for n, place, _ in places if n == number]
+            start = limit = None
+            if text.startswith(before) and header.startswith(before):
+                both = zip(text[len(before) :], header[len(before) :], strict=False)
+                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+                start = min([len(before) + same, *said])
+            if text.startswith(through):
+                limit = len(through)
             if not said and None in (start, limit):
                 raise InputError(
                     f"the chat_template renders message {number} in another way when others "
@@ -197,6 +206,21 @@ def _fields(message: Message) -> dict[str, Any]:
         fields |= {"content": message.content or None, "tool_calls": list(message.tool_calls)}
     names = {"tool_call_id": message.tool_call_id, "name": message.name}
     return fields | {name: value for name, value in names.items() if value}
+
+
+def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of tool calls as JSON text, which some templates expect."""
+
+    def with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        if isinstance(arguments := function["arguments"], str):
+            return dict(call)
+        text = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        replace(message, tool_calls=[*map(with_text, message.tool_calls)]) for message in messages
+    ]
 
 
 def _tool_name(tool: Any) -> str:
