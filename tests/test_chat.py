@@ -194,6 +194,8 @@ def config(family, template=None):
 
 @functools.cache
 def made(family, template=None):
+    if template:
+        pytest.importorskip("jinja2", reason="renders chat templates; an extra")
     return HuggingFace(backend(family).to_str(), config(family, template))
 
 
@@ -545,7 +547,6 @@ def test_choose_says_what_a_tokenizer_of_our_own_lacks():
 
 def published(tokenizer, messages, **options):
     """The conversation as the tokenizer's own chat_template has it."""
-    pytest.importorskip("jinja2", reason="renders chat templates; an extra")
     return render(jinja_of(tokenizer), tokenizer, messages, **options)
 
 

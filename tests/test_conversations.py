@@ -409,6 +409,7 @@ def test_a_request_may_have_earlier_turns():
         (read_conversation, {"messages": WHOLE, "system": "x"}, "system is not what the first"),
         (read_conversation, {"messages": WHOLE, "tools": "{"}, "tools has text that is not JSON"),
         (read_conversation, {"messages": WHOLE, "tools": [1]}, r"tools is \[1\]; give it a list"),
+        (read_conversation, {"messages": WHOLE, "tools": [{"a": b"x"}]}, "tools has a value that"),
         (read_conversation, {"prompt": "a", "completion": PROMPT}, "completion does not end with"),
         (read_preference, {"chosen": WHOLE, "rejected": WHOLE}, "chosen and rejected are equal"),
         (read_preference, {"chosen": WHOLE, "rejected": WHOLE[:3]}, "one longer than the other"),

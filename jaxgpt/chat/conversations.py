@@ -8,6 +8,7 @@ A field that is null is absent. Errors name the message by its position.
 """
 
 import functools
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,6 +184,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
             arguments = _json(arguments, f"{where} has arguments of a tool call")
         if not isinstance(arguments, Mapping):
             raise InputError(f"{where} has the arguments {arguments!r:.80}; give it a table")
+        _check_json([arguments, call], f"{where} has a tool call")
         others = {} if function is call else {k: v for k, v in call.items() if v is not None}
         read.append(
             {
@@ -192,6 +194,14 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
             }
         )
     return read
+
+
+def _check_json(value: Any, what: str) -> None:
+    """Raises InputError for a value that JSON cannot hold, such as a date."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} that JSON cannot hold ({error}); write it as text") from None
 
 
 def _json(text: str, what: str) -> Any:
@@ -345,4 +355,5 @@ def _tools(record: Mapping[str, Any]) -> Tools:
     tools = _json(tools, "tools has text") if isinstance(tools, str) else tools
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
         raise InputError(f"tools is {tools!r:.80}; give it a list of functions as JSON schemas")
+    _check_json(tools, "tools has a value")
     return tuple(tools)

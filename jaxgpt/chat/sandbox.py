@@ -37,15 +37,17 @@ Asked = tuple[Sequence[Message], bool]
 
 @dataclass(frozen=True)
 class Jinja(Template):
-    """A chat_template as it is.
+    """The tokenizer's own chat_template.
 
-    Special tokens count only in what the template itself writes. For that a random word is put in
-    place of each content, and the same text must come out as with the contents. Where it does not,
-    because the template looks into a message, no message may have the name of a special token.
+    The name of a special token is that token only where the template writes it, never inside a
+    message. To tell the two apart, the conversation is rendered twice: as it is, and with a random
+    word in place of the text of each message. The results must be equal except for these words. A
+    template that looks into messages, for example to remove earlier thoughts, may give results that
+    differ further; then a message with the name of a special token is refused.
 
-    What is learned are the parts that the template marks with `{% generation %}`. A template
-    without them is rendered for the messages before each answer too: the answer is what follows,
-    up to the end of its turn.
+    The loss covers the parts inside `{% generation %}` tags. Without such tags an answer begins
+    where the prompt that asks for it ends (the messages before it, and the header of an answer),
+    and ends with the end of its turn.
     """
 
     calls_tools: ClassVar[bool] = True
@@ -53,9 +55,9 @@ class Jinja(Template):
     source: str
     """The template."""
     tokens: tuple[tuple[str, str | None], ...]
-    """The special tokens by the names that the template has for them, such as bos_token."""
+    """Variables of the template such as bos_token, and the special tokens that they name."""
     names: tuple[str, ...]
-    """The special tokens of the tokenizer."""
+    """The names of all special tokens of the tokenizer."""
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """The conversation in order.
@@ -146,12 +148,15 @@ class Jinja(Template):
     def _answers(
         self, messages: Sequence[Message], text: str, tools: Tools, words: dict[str, int]
     ) -> list[slice]:
-        """Where each answer is in the text of the messages.
+        """The place of each answer in the rendered text.
 
-        An answer begins where the text parts from the text that asks for it, and is over where the
-        text of the messages up to it is. Where the messages before are rendered in another way,
-        the words tell the place: for each in the text the number of its message. Raises InputError
-        where there are none.
+        An answer begins where the text stops to be equal to the prompt that asks for the answer,
+        and it ends before the end of the text of all messages up to it. If a message is rendered in
+        another way because others follow, `words` are used instead: for each random word in the
+        text the number of the message that it stands for.
+
+        Raises:
+            InputError: The place of an answer cannot be found.
         """
         numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
         asked: list[Asked] = [
@@ -170,7 +175,7 @@ class Jinja(Template):
                 both = zip(text[len(before) :], header[len(before) :], strict=False)
                 same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
                 start = min([len(before) + same, *said])
-            if text.startswith(through):
+            if through and text.startswith(through):
                 limit = len(through)
             if not said and None in (start, limit):
                 raise InputError(

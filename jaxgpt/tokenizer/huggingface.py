@@ -25,7 +25,8 @@ from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
-from jaxgpt.tokenizer.plain import Bytes, Characters
+from jaxgpt.tokenizer.exported import SPECIAL, oniguruma
+from jaxgpt.tokenizer.exported import exported as _exported
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
 
 LARGEST_FILE = 1 << 26  # bytes; the largest in use, Gemma 3's tokenizer.json, has 33 million
@@ -38,25 +39,11 @@ GPT2_MERGES = {
 
 _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_SPECIAL = {
-    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-    "special": True,
-}
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt"),
 )
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-
-
-def oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's for the engine of the `tokenizers` library.
-
-    There `$` is the end of a line, and `+` after `{1,2}` a repetition; nothing in these patterns
-    matches more where possessive quantifiers are greedy.
-    """
-    return re.sub(r"(?:(?<=[?*+])|(?<=\d}))\+", "", pattern).replace("$", r"\z")
 
 
 _LLAMA3 = (
@@ -251,7 +238,7 @@ class HuggingFace(Tokenizer):
                     "another name, such as <|user|>"
                 )
             else:
-                added[name] = {"id": size, "content": name, **_SPECIAL}
+                added[name] = {"id": size, "content": name, **SPECIAL}
                 size += 1
         parsed["added_tokens"] = list(added.values())
         if EOT in names:  # else documents would begin with it from now on
@@ -595,74 +582,6 @@ def _gpt2_of(vocabulary: Any, merges: Any) -> BPE | None:
         return None
     ranks = [bytes(map(BYTES.__getitem__, name)) for name in names]
     return BPE("gpt2", ranks, openai_public.r50k_pat_str, {EOT: len(ranks)})
-
-
-def _exported(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json with the ids of one of our own; its format is that of tokenizers 0.20."""
-    regex = {"type": "Split", "behavior": "Isolated", "invert": False}
-    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None}
-    pre_tokenizer: dict[str, Any]
-    if isinstance(tokenizer, Characters):
-        vocabulary = {character: i for i, character in enumerate(tokenizer.alphabet)}
-        # A token that does not exist: any other character is an error.
-        model = {"type": "WordLevel", "unk_token": "<unk>"}
-        pre_tokenizer = {**regex, "pattern": {"Regex": r"[\s\S]"}}
-        decoder = {"type": "Fuse"}
-    elif isinstance(tokenizer, Bytes):
-        vocabulary = {LETTERS[byte]: byte for byte in range(256)}
-        model["merges"] = []
-        pre_tokenizer = {**_BYTE_LEVEL, "use_regex": False}
-    elif isinstance(tokenizer, BPE):
-        vocabulary = {_spelled(piece): rank for rank, piece in enumerate(tokenizer.ranks)}
-        # Like tiktoken, take a split that is a token whole, whatever its merges.
-        model |= {"ignore_merges": True, "merges": _merges(tokenizer.ranks)}
-        pre_tokenizer = {**_BYTE_LEVEL, "use_regex": tokenizer.kind == "gpt2"}
-        if tokenizer.kind != "gpt2":
-            split = {**regex, "pattern": {"Regex": oniguruma(tokenizer.pattern)}}
-            pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
-    else:
-        raise InputError(f"tokenizer.kind={tokenizer.kind} has no form in tokenizer.json")
-    specials = sorted(tokenizer.specials.items(), key=lambda item: item[1])
-    model["vocab"] = vocabulary | dict(specials)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **_SPECIAL} for name, number in specials],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None if tokenizer.kind == "gpt2" else _begins_with(EOT, tokenizer.eot),
-        "decoder": decoder,
-        "model": model,
-    }
-
-
-def _begins_with(name: str, number: int) -> dict[str, Any]:
-    """The post-processor that begins a text with a special token, as our documents begin."""
-    special = {"SpecialToken": {"id": name, "type_id": 0}}
-    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, second],
-        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
-    }
-
-
-def _merges(ranks: Sequence[bytes]) -> list[str]:
-    """Every pair of pieces that make a piece, in the order of the pieces."""
-    known = set(ranks)
-    return [
-        f"{_spelled(piece[:i])} {_spelled(piece[i:])}"
-        for piece in ranks
-        for i in range(1, len(piece))
-        if piece[:i] in known and piece[i:] in known
-    ]
-
-
-def _spelled(piece: bytes) -> str:
-    return "".join(map(LETTERS.__getitem__, piece))
 
 
 def _dumped(value: Any) -> str:
