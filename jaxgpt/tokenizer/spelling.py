@@ -18,6 +18,7 @@ LETTERS = {byte: chr(byte) for byte in _SEEN} | {
 }
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 """The byte of each of these letters."""
+_LETTERS = "".join(BYTES)
 
 _BYTE_TOKEN = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 _META = "\u2581"
@@ -71,6 +72,8 @@ _NONE: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 class _Form:
     """A token while the steps of a decoder are applied to it."""
 
+    __slots__ = ("first", "fused", "middle", "name", "single_byte", "spaced")
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.first = self.middle = name.encode(errors="replace")
@@ -81,11 +84,11 @@ class _Form:
         """One step of the decoder, as the tokenizers library takes it."""
         kind = step.get("type")
         if kind == "ByteLevel":
-            if all(letter in BYTES for letter in self.name):
+            if not self.name.strip(_LETTERS):  # a token with another letter is itself
                 self.first = self.middle = bytes(map(BYTES.__getitem__, self.name))
             self.fused = True
         elif kind == "ByteFallback":
-            if byte := _BYTE_TOKEN.fullmatch(self.middle):
+            if self.middle[:3] == b"<0x" and (byte := _BYTE_TOKEN.fullmatch(self.middle)):
                 self.first = self.middle = bytes([int(byte[1], 16)])
                 self.single_byte = True
         elif kind == "Fuse":
