@@ -525,6 +525,19 @@ def test_a_template_like_a_published_one_is_rendered_as_it_is(name):
         assert render(found, made(family, template), messages, open=open).tokens == expected
 
 
+def test_an_answer_ends_at_a_token_of_the_template_that_is_not_special():
+    pytest.importorskip("jinja2", reason="renders chat templates; an extra")
+    library = tokenizers.Tokenizer.from_str(trained())
+    library.add_special_tokens(["</s>"])
+    library.add_tokens(["<|im_start|>", "<|im_end|>"])
+    values = {"eos_token": "</s>", "chat_template": TURNS}
+    tokenizer = HuggingFace(library.to_str(), values)
+    end = library.token_to_id("<|im_end|>")
+    assert choose(tokenizer).stops(tokenizer) == [end, tokenizer.eos]
+    tokens, weights = render(choose(tokenizer), tokenizer, says("Hi", "Hello"))
+    assert [t for t, w in zip(tokens, weights, strict=True) if w][-1] == end
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}"])
 def test_a_template_that_renders_nothing_is_refused(template):
     with pytest.raises(InputError, match="the chat_template failed"):

@@ -68,6 +68,12 @@ REQUEST = {"system": SYSTEM, "history": [HISTORY]}
 # The objective, the record, and the weights of the two answers.
 LAYOUTS = {
     "messages": (Instruct(), {"messages": openai(WHOLE), "tools": None}, (1, 1)),
+    "messages as JSON": (Instruct(), {"messages": json.dumps(openai(WHOLE))}, (1, 1)),
+    "messages in columns": (
+        Instruct(),
+        {"messages": {name: [m[name] for m in WHOLE] for name in ("role", "content")}},
+        (1, 1),
+    ),
     "messages, one weight": (Instruct(), {"messages": weighted(WHOLE, weight=0.5)}, (0.5, 1)),
     "sharegpt": (Instruct(), {"conversations": sharegpt(WHOLE)}, (1, 1)),
     "sharegpt, one not trained": (
@@ -409,6 +415,8 @@ def test_a_request_may_have_earlier_turns():
         (read_conversation, {"messages": WHOLE, "system": "x"}, "system is not what the first"),
         (read_conversation, {"messages": WHOLE, "tools": "{"}, "tools has text that is not JSON"),
         (read_conversation, {"messages": WHOLE, "tools": [1]}, r"tools is \[1\]; give it a list"),
+        (read_conversation, {"messages": {"role": ["a"], "content": []}}, "different lengths"),
+        (read_conversation, {"messages": "[1"}, "messages has text that is not JSON"),
         (read_conversation, {"messages": WHOLE, "tools": [{"a": b"x"}]}, "tools has a value that"),
         (read_conversation, {"prompt": "a", "completion": PROMPT}, "completion does not end with"),
         (read_preference, {"chosen": WHOLE, "rejected": WHOLE}, "chosen and rejected are equal"),

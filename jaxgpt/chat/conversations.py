@@ -244,7 +244,7 @@ def read_request(record: Mapping[str, Any], name: str) -> Conversation:
 
     Earlier answers have weight 0 where the request is a list of messages: a prompt has no loss.
     """
-    if isinstance(record.get(name), list | tuple):
+    if not isinstance(record.get(name), str | None):
         asked = [replace(message, weight=0.0) for message in _list(record, name)]
         return Conversation(_with_system(record, asked), _tools(record))
     text = _field(record, name)
@@ -311,9 +311,18 @@ def _first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def _list(record: Mapping[str, Any], name: str) -> list[Message]:
-    if not isinstance(record[name], list | tuple) or not record[name]:
+    """The messages of a field: a list, one as JSON text (as in CSV), or a table of columns."""
+    found = record[name]
+    if isinstance(found, str) and found.lstrip().startswith("["):
+        found = _json(found, f"{name} has text")
+    if isinstance(found, Mapping) and all(isinstance(v, list | tuple) for v in found.values()):
+        if len({len(column) for column in found.values()}) > 1:
+            raise InputError(f"{name} has columns of different lengths; give it a list of messages")
+        columns = zip(*found.values(), strict=True)
+        found = [dict(zip(found, row, strict=True)) for row in columns]
+    if not isinstance(found, list | tuple) or not found:
         raise InputError(f"{name} is {record[name]!r:.80}; give it a list of messages")
-    return read_messages(record[name])
+    return read_messages(found)
 
 
 def _field(record: Mapping[str, Any], name: str) -> str:

@@ -94,6 +94,9 @@ class Jinja(Template):
     def stops(self, tokenizer: Tokenizer) -> list[int]:
         """The ids at any of which an answer ends: those that end its turn, and a text."""
         ids = [tokenizer.specials[name] for name in self._pattern.findall(self.end)]
+        if not ids and self.end.strip():  # a token that is not special, such as <|im_end|> in some
+            end = tokenizer.encode_between(self.end.strip(), "", None)
+            ids = end if len(end) == 1 else []
         return list(dict.fromkeys([*ids, tokenizer.eos, tokenizer.eot]))
 
     def texts(
@@ -130,7 +133,7 @@ class Jinja(Template):
             if isinstance(text, str) and word in text:
                 after = text.partition(word)[2]
                 special = self._pattern.search(after)
-                return after[: special.end()] if special else after
+                return after[: special.end()] if special else after.rstrip() or after
         return ""
 
     @functools.cached_property
