@@ -355,8 +355,16 @@ def test_a_template_that_expects_arguments_as_text_gets_them_so():
     assert '<tool_call>add{"a": 1, "b": "\u00e9"}</tool_call><|im_end|>' in ours.decode(tokens)
 
 
-def test_sharegpt_function_calls_are_tool_calls():
-    turns = [{"from": "function_call", "value": json.dumps(CALL)}]
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"role": "assistant", "function_call": CALL, "content": None},
+        {"role": "assistant", "tool_calls": [CALL]},
+    ],
+)
+def test_function_calls_of_every_layout_are_tool_calls(call):
+    turns = [call]
     turns += [{"from": "observation", "value": "3"}]
     call, answer = read_messages(turns)
     assert (call.role, call.tool_calls) == ("assistant", [{"type": "function", "function": CALL}])

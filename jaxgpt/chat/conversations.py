@@ -41,8 +41,9 @@ SYSTEM = ("system", "system_prompt")
 """The fields of a record that hold the system message."""
 CONTEXT = ("input", "context")
 """The fields of a record with what an instruction is about; it follows the instruction."""
+_SAYS = {"content", "value", "tool_calls", "function_call"}
 NOT_TEXT = (
-    *("image", "images", "audio", "audios", "video", "videos", "refusal", "function_call"),
+    *("image", "images", "audio", "audios", "video", "videos", "refusal"),
     *("reasoning", "reasoning_content", "thinking"),
 )
 """The fields of a message that say something which is not rendered, so they are refused."""
@@ -97,7 +98,7 @@ def _message(given: Message | Mapping[str, Any], position: int) -> Message:
         raise InputError(f"{where} has {type(given).__name__}; give it role and content")
     fields = {name: value for name, value in given.items() if value is not None}
     name = "from" if "from" in fields and "role" not in fields else "role"
-    if name not in fields or not {"content", "value", "tool_calls"} & given.keys():
+    if name not in fields or not given.keys() & _SAYS:
         raise InputError(f"{where} has {list(given)}; give it role and content")
     role, content = fields.pop(name), fields.pop("content", fields.pop("value", None))
     if role == "function_call":  # a role of ShareGPT's with tools, whose text is the call
@@ -109,7 +110,8 @@ def _message(given: Message | Mapping[str, Any], position: int) -> Message:
             f"{', '.join(name for name in ROLES if name not in get_args(Role))})"
         )
     role = ROLES[role.lower()]
-    calls = _calls(fields.pop("tool_calls", ()), where)
+    legacy = [fields.pop("function_call")] if "function_call" in fields else []
+    calls = _calls(fields.pop("tool_calls", legacy), where)
     if calls and role != "assistant":
         raise InputError(f"{where} has tool_calls, but role {role}; only the assistant calls tools")
     text = "" if content is None and calls else _text(content, where)

@@ -194,9 +194,9 @@ _PROBES = (
 def choose(tokenizer: Tokenizer) -> Template:
     """The chat format of a tokenizer.
 
-    If the tokenizer has a chat_template, that is rendered (by jinja2, in a sandbox). A format of
-    this module is used in its place only if it renders every probe as the chat_template does. A
-    tokenizer without one gets the format whose special tokens it has.
+    A tokenizer's own chat_template is rendered by jinja2, in a sandboxed process. A format of this
+    module takes its place only if it renders some test conversations exactly as the chat_template
+    does. A tokenizer without a chat_template gets the format whose special tokens it has.
 
     Raises:
         InputError: There is no chat_template and no format fits the special tokens; or the

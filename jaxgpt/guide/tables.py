@@ -96,15 +96,17 @@ def guide_of(
 
 
 _SPACE, _SPACE_WITHIN = ord(" "), 0xFF
-"""A space, and the byte in its place, none of UTF-8's, at the end of `Tokenizer.spaced` pieces."""
+"""A space, and the byte that stands for it at the end of the pieces of `Tokenizer.spaced`, which is
+not written at the end of a text. UTF-8 has no byte 0xFF."""
 
 
 def _with_spaces_within(
     next_SB: np.ndarray, complete_S: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The automaton with spaces that are not there if the text ends after them.
+    """The automaton with transitions for `_SPACE_WITHIN`, a space that the end of text removes.
 
-    Such a space leads where a space does; and from a complete state to one like that, but complete.
+    The byte leads to the state after a space. From a complete state it leads to a copy of that
+    state that is complete too, because the text may end there, without the space.
     """
     complete = np.flatnonzero(complete_S)
     after_S = next_SB[:, _SPACE].copy()
@@ -121,7 +123,10 @@ def _with_spaces_within(
 def _with_own_start(
     next_SB: np.ndarray, complete_S: np.ndarray, space: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The automaton with a start that no token leads to; with `space`, one comes first."""
+    """The automaton with a copy of the start state to which no token leads.
+
+    Only the first token of a text is read in it. With `space`, a space is read before that token.
+    """
     start = int(next_SB[0, _SPACE_WITHIN]) if space else 0
     if start < 0:
         raise InputError(
@@ -142,7 +147,7 @@ def _spelled_first(
     functions_FS: np.ndarray,
     function_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What tokens do, as `_token_functions` tells, with their first pieces in the start state."""
+    """The functions of `_token_functions`, with tokens spelled as the first one in state 0."""
     S = len(next_SB)
     functions = list(functions_FS)
     numbers: dict[tuple[int, int], int] = {}

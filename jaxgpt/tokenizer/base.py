@@ -93,19 +93,28 @@ class Tokenizer(ABC):
         return self.encode_array(text).tolist()
 
     def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
-        """The ids of text that stands between two special tokens of a longer text.
+        """The ids of a part of a longer text, between two special tokens.
 
-        `before` and `after` are their names; None where the text is the first or the last there
-        is, and "" where other text is beside it.
+        Args:
+            text: The part, without special tokens.
+            before: The name of the special token before it; "" if other text is before it; None if
+                the longer text begins with it.
+            after: The same of what is after it.
         """
         return self.encode(text) if text else []
 
     def spell(
         self, tokens: Sequence[int] | np.ndarray, begins: bool = True, space: bool = False
     ) -> list[bytes]:
-        """The bytes of each id of a text; InputError for ids that are none.
+        """The bytes of each id, as it is spelled in a text.
 
-        `begins` and `space` are what `place` gives for the ids before.
+        Args:
+            tokens: Ids that follow each other.
+            begins: Whether the first one begins a text; see `place`.
+            space: Whether a space separates the first one from the id before; see `place`.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
         """
         spelled = []
         for token in self._checked(tokens):
@@ -118,10 +127,13 @@ class Tokenizer(ABC):
         return spelled
 
     def place(self, context: Sequence[int] | None) -> tuple[bool, bool]:
-        """Whether a text begins after some ids, and whether a space is between it and the last.
+        """How the token after some ids is spelled.
 
-        Special tokens are no text; None stands for text that is not known. There is a space if the
-        last id is in `spaced`.
+        Args:
+            context: The ids before it, of which special tokens are no text. None: unknown text.
+
+        Returns:
+            Whether the token begins a text, and whether a space separates it from the id before.
         """
         if context is None:
             return False, False
@@ -178,11 +190,11 @@ class Tokenizer(ABC):
 
 
 class TextDecoder:
-    """The text of ids that come a few at a time.
+    """Decodes ids that arrive a few at a time (streaming).
 
-    What it gives in all is what `decode` gives for all of them: half a character is held back,
-    and so are single bytes of which more may come. `context` are the ids before, see
-    `Tokenizer.place`.
+    The texts joined are what `decode` returns for all ids. Bytes of an incomplete character are
+    held back, and so are single bytes until the last one in a row is known. `context` are the ids
+    before the first one, see `Tokenizer.place`.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | None = ()) -> None:
