@@ -7,13 +7,15 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from jaxgpt.serve.api import Asked, Refused, Served
 from jaxgpt.serve.engine import Engine, Piece, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
 
+Place = tuple[bool, bool]
+"""What `Tokenizer.place` gives."""
 PING = 15.0
 """Seconds without a piece after which a reader is told that somebody is still there."""
 FAILURES = {
@@ -104,7 +106,12 @@ class Answer(ABC):
 
     def __init__(self, body: Asked, served: Served, requests: Sequence[Request]) -> None:
         self._body = body
-        self._pieces = served.tokenizer.pieces
+        self._tokenizer = served.tokenizer
+        # How the next token of each choice is spelled, see `Tokenizer.spell`.
+        self._places = [
+            served.tokenizer.place(request.prompt if request.continues else ())
+            for request in requests
+        ]
         self._choices = len(requests)
         self._prompt_tokens = sum(len(request.prompt) for request in requests[:: body.choices])
         self._tokens = 0
@@ -183,6 +190,15 @@ class Answer(ABC):
             "finish_reason": piece.finish or None,
         }
 
+    def _placed(self, choice: int, tokens: Sequence[Token]) -> Iterator[tuple[Token, Place]]:
+        """The next tokens of a choice, each with the place by which it is spelled."""
+        for token in tokens:
+            yield token, self._places[choice]
+            self._places[choice] = False, token.id in self._tokenizer.spaced
+
+    def _piece(self, id: int, place: Place) -> bytes:
+        return self._tokenizer.spell([id], *place)[0]
+
     def _usage(self) -> dict[str, int]:
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -211,25 +227,19 @@ class Completion(Answer):
 
     def logprobs(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
         """See `Answer`; `text_offset` counts the characters before a token in the choice's text."""
-        offsets = []
-        for token in tokens:
+        offsets, names, top = [], [], []
+        for token, place in self._placed(choice, tokens):
             offsets.append(self._offsets[choice])
-            self._offsets[choice] += len(self._decoders[choice].decode(self._pieces[token.id]))
+            piece = self._piece(token.id, place)
+            self._offsets[choice] += len(self._decoders[choice].decode(piece))
+            names.append(_name(piece))
+            top.append({_name(self._piece(id, place)): _number(p) for id, p in token.top})
         return {
-            "tokens": [self._name(token.id) for token in tokens],
+            "tokens": names,
             "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {self._name(id): _number(logprob) for id, logprob in token.top} for token in tokens
-            ],
+            "top_logprobs": top,
             "text_offset": offsets,
         }
-
-    def _name(self, id: int) -> str:
-        """A token's text; as OpenAI writes it where its bytes are not characters."""
-        try:
-            return self._pieces[id].decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._pieces[id])
 
 
 class Chat(Answer):
@@ -256,17 +266,25 @@ class Chat(Answer):
         """See `Answer`."""
         content = [
             {
-                **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(id, logprob) for id, logprob in token.top],
+                **self._token(token.id, token.logprob, place),
+                "top_logprobs": [self._token(id, logprob, place) for id, logprob in token.top],
             }
-            for token in tokens
+            for token, place in self._placed(choice, tokens)
         ]
         return {"content": content, "refusal": None}
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        piece = self._pieces[id]
+    def _token(self, id: int, logprob: float, place: Place) -> dict[str, Any]:
+        piece = self._piece(id, place)
         text = piece.decode(errors="replace")
         return {"token": text, "logprob": _number(logprob), "bytes": list(piece)}
+
+
+def _name(piece: bytes) -> str:
+    """A token's text; as OpenAI writes it where its bytes are not characters."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _number(logprob: float) -> float:

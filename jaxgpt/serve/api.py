@@ -360,7 +360,7 @@ class Served:
         except InputError as error:
             raise Refused(400, f"messages: {error}", param="messages") from None
         ends = self.template.stops(self.tokenizer)
-        return self._call(body, [prompt], ends, "messages", default=self.context)
+        return self._call(body, [prompt], ends, "messages", default=self.context, continues=False)
 
     def check_name(self, model: str | None) -> None:
         """Raises Refused where it is another model's."""
@@ -397,10 +397,13 @@ class Served:
         ends: Sequence[int],
         param: str,
         default: int,
+        continues: bool = True,
     ) -> "Call":
         rooms = [self._tokens(body, len(prompt), param, default) for prompt in prompts]
         stop_ids = tuple(dict.fromkeys(ends))
         constraint = body.constraint(stop_ids)
+        if constraint and not continues:
+            constraint = constraint._replace(context=())
         never = [id for id, bias in (body.logit_bias or {}).items() if bias <= -100]
         if never and (constraint or len(never) >= self.tokenizer.vocab_size):
             raise Refused(
@@ -423,6 +426,7 @@ class Served:
                         sampling=sampling,
                         stops=tuple(body.stop or ()),
                         stop_ids=stop_ids,
+                        continues=continues,
                         top_logprobs=body.top or 0,
                     )
                 )

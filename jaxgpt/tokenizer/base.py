@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +26,15 @@ class Tokenizer(ABC):
     eot: int
     """The id of `<|endoftext|>`, or of what a model from elsewhere has in its place."""
     pieces: Sequence[bytes]
-    """The bytes each id stands for; an id of no token stands for U+FFFD."""
+    """The bytes each id stands for in a text; an id of no token stands for U+FFFD."""
+    first_pieces: Mapping[int, bytes] = MappingProxyType({})
+    """The bytes of the ids that are spelled in another way at the beginning of a text."""
+    single_words: frozenset[str] = frozenset()
+    """The special tokens whose names count only where no letter or digit is beside them."""
+    spaced: frozenset[int] = frozenset()
+    """The ids whose bytes end in a space that is not written at the end of a text."""
+    single_bytes: frozenset[int] = frozenset()
+    """The ids of single bytes: where some in a row are not UTF-8, `decode` has U+FFFD for each."""
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
@@ -57,6 +68,11 @@ class Tokenizer(ABC):
         """The special tokens: names, and the ids that no text gets."""
         return {EOT: self.eot}
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Any special token's name, the longest first."""
+        return any_of(self.specials)
+
     @property
     def eos(self) -> int:
         """The id that ends what a model writes: `eot` where no other does."""
@@ -76,9 +92,62 @@ class Tokenizer(ABC):
         """The ids of `text`, none of them special; InputError if it has no UTF-8."""
         return self.encode_array(text).tolist()
 
+    def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
+        """The ids of a part of a longer text, between two special tokens.
+
+        Args:
+            text: The part, without special tokens.
+            before: The name of the special token before it; "" if other text is before it; None if
+                the longer text begins with it.
+            after: The same of what is after it.
+        """
+        return self.encode(text) if text else []
+
+    def spell(
+        self, tokens: Sequence[int] | np.ndarray, begins: bool = True, space: bool = False
+    ) -> list[bytes]:
+        """The bytes of each id, as it is spelled in a text.
+
+        Args:
+            tokens: Ids that follow each other.
+            begins: Whether the first one begins a text; see `place`.
+            space: Whether a space separates the first one from the id before; see `place`.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
+        """
+        spelled = []
+        for token in self._checked(tokens):
+            piece = self.pieces[token]
+            if begins:
+                piece = self.first_pieces.get(token, piece)
+            piece = b" " + piece if space else piece
+            begins, space = False, token in self.spaced
+            spelled.append(piece[:-1] if space else piece)
+        return spelled
+
+    def place(self, context: Sequence[int] | None) -> tuple[bool, bool]:
+        """How the token after some ids is spelled.
+
+        Args:
+            context: The ids before it, of which special tokens are no text. None: unknown text.
+
+        Returns:
+            Whether the token begins a text, and whether a space separates it from the id before.
+        """
+        if context is None:
+            return False, False
+        return self._special_ids.issuperset(context), len(context) > 0 and context[
+            -1
+        ] in self.spaced
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.specials.values())
+
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for, special ones written out; InputError for other ids."""
-        return b"".join(map(self.pieces.__getitem__, self._checked(tokens)))
+        return b"".join(self.spell(tokens))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text that ids stand for; U+FFFD in place of bytes that are not UTF-8."""
@@ -120,6 +189,40 @@ class Tokenizer(ABC):
         return ids.tolist()
 
 
+class TextDecoder:
+    """Decodes ids that arrive a few at a time (streaming).
+
+    The texts joined are what `decode` returns for all ids. Bytes of an incomplete character are
+    held back, and so are single bytes until the last one in a row is known. `context` are the ids
+    before the first one, see `Tokenizer.place`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | None = ()) -> None:
+        self._tokenizer = tokenizer
+        self._place = tokenizer.place(context)
+        self._run: list[tuple[int, bytes]] = []  # ids of single bytes, and these as spelled
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        """The text that is certain with these ids, the rest of it if they are the final ones."""
+        text, tokenizer = "", self._tokenizer
+        for token, piece in zip(tokens, tokenizer.spell(tokens, *self._place), strict=True):
+            if token in tokenizer.single_bytes:
+                self._run.append((token, piece))
+            else:
+                text += self._end_run() + self._decoder.decode(piece)
+            self._place = False, token in tokenizer.spaced
+        return text + self._end_run() + self._decoder.decode(b"", True) if final else text
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, []
+        try:
+            b"".join(self._tokenizer.pieces[token] for token, _ in run).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+        return b"".join(piece for _, piece in run).decode()
+
+
 def encoded(text: str, codec: str = "utf-8") -> bytes:
     """The bytes of `text`; InputError with the position of half a surrogate pair."""
     try:
@@ -129,6 +232,12 @@ def encoded(text: str, codec: str = "utf-8") -> bytes:
             f"U+{ord(text[error.start]):04X} at position {error.start} is half a surrogate pair, "
             "not a character; remove it"
         ) from None
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of some texts, the longest first; nothing where there are none."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def code_points(text: str) -> np.ndarray:
