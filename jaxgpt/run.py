@@ -255,7 +255,7 @@ def prepare_data(
     """
     splits = {}
     if isinstance(cfg.data, data.RecordsConfig):
-        splits = data.read_splits(cfg.data, cfg.objective.fields)
+        splits = data.read_splits(cfg.data, cfg.objective.reader)
         cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
     origin: Source | None = None
     if saved:

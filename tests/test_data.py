@@ -13,7 +13,7 @@ import pytest
 
 from jaxgpt import data
 from jaxgpt.data import batches as batches_module
-from jaxgpt.data import formats, tokens
+from jaxgpt.data import textfile, tokens
 from jaxgpt.data.ahead import map_ahead
 from jaxgpt.data.corpus import Corpus
 from jaxgpt.data.tokens import TokenStream
@@ -83,7 +83,7 @@ def test_every_document_is_preceded_by_eot_and_counted(write):
 
 
 def test_a_single_text_gives_its_last_tenth_by_characters(write, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", 100)
+    monkeypatch.setattr(textfile, "BLOCK", 100)
     text = WORDS * 50 + "ä" * 333
     corpus = prepare(write("a.txt", text))
     cut = int(0.9 * len(text))
@@ -140,7 +140,7 @@ def test_nothing_held_out_is_refused(write):
 def test_tokens_of_a_text_in_pieces_are_those_of_the_whole(write, monkeypatch, kind):
     text = (WORDS + "  x=1\r\n\t\t'''it's'''   \n" + "word" * 40 + " " * 30) * 20
     tokenizer = build(TokenizerConfig(kind=kind, vocab_size=300), [text])
-    monkeypatch.setattr(formats, "BLOCK", 37)
+    monkeypatch.setattr(textfile, "BLOCK", 37)
     monkeypatch.setattr(tokens, "PIECE", 64)
     corpus = prepare(write("a.txt", text), tokenizer=tokenizer, val_fraction=0.0)
     assert corpus.train[:].tolist() == [tokenizer.eot, *tokenizer.encode(text)]

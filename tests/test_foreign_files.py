@@ -24,7 +24,7 @@ import jaxgpt
 from jaxgpt import pretrained, strict_json
 from jaxgpt.chat import choose
 from jaxgpt.cli import _given, _json
-from jaxgpt.data import formats, records
+from jaxgpt.data import formats, records, textfile
 from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
@@ -379,11 +379,11 @@ def test_json_that_is_too_deep_or_not_finite_is_refused_by_line(tmp_path, conten
 
 
 def test_a_line_of_unbounded_length_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LARGEST_RECORD", 1000)
+    monkeypatch.setattr(textfile, "LARGEST_LINE", 1000)
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "' + "a" * 1000 + '"}\n')
     for read_all in (lambda path: measure(open_source(path)), open_records):
-        with pytest.raises(InputError, match=r"a.jsonl:2 has more than 1,000 bytes; split"):
+        with pytest.raises(InputError, match=r"a.jsonl:2 has more than 1,000 characters; split"):
             read_all(str(file))
 
 
@@ -397,9 +397,9 @@ def test_records_that_take_too_much_memory_are_refused(tmp_path, monkeypatch, na
 
 
 def test_a_json_file_that_is_too_large_to_parse_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(formats, "LARGEST_JSON", 1000)
     (tmp_path / "a.json").write_text("[" + '{"a": 1},' * 200 + "]")
-    with pytest.raises(InputError, match=r"a.json has 1,802 bytes.*write it as JSON lines"):
+    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*as JSON lines"):
         open_records(str(tmp_path / "a.json"))
 
 

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from jaxgpt.data import made as made_module
 from jaxgpt.data.made import MADE, REQUEST
-from jaxgpt.data.records import Record, RecordsConfig, open_records, read_splits, strings
+from jaxgpt.data.records import (
+    Reader,
+    Record,
+    RecordsConfig,
+    open_records,
+    read_splits,
+    strings,
+)
 from jaxgpt.errors import InputError
 
 TABLE = [
@@ -36,8 +43,9 @@ shared_folder = settings(
 )
 
 
-def values(path, *arguments) -> list[dict]:
-    return [record.values for record in open_records(str(path), *arguments)]
+def values(path, *fields, **options) -> list[dict]:
+    cfg = RecordsConfig(**options)
+    return [record.values for record in open_records(str(path), Reader(fields), cfg)]
 
 
 def write_csv(file: Path, table) -> Path:
@@ -107,18 +115,17 @@ def test_any_text_comes_back_from_a_file_that_can_hold_it(tmp_path, name, rows):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_first_line_names_the_columns_unless_they_are_given(tmp_path, name, line, end, mark):
-    lines = [line.format("label", "text"), line.format("ham", "hello")]
+    lines = [line.format("label", "text"), line.format("ham", "hello.")]
     (tmp_path / name).write_bytes((mark + end.join(lines)).encode())
-    path = str(tmp_path / name)
-    assert values(path) == [{"label": "ham", "text": "hello"}]
-    first, second = values(path, (), ("a", "b"))
-    assert (first, second) == ({"a": "label", "b": "text"}, {"a": "ham", "b": "hello"})
+    assert values(tmp_path / name) == [{"label": "ham", "text": "hello."}]
+    (tmp_path / name).write_bytes((mark + lines[1]).encode())
+    assert values(tmp_path / name, columns=("a", "b")) == [{"a": "ham", "b": "hello."}]
 
 
 def test_a_quotation_mark_in_tsv_is_one(tmp_path):
     (tmp_path / "a.tsv").write_text('ham\t"so\nspam\twin"\n')
     expected = [{"label": "ham", "text": '"so'}, {"label": "spam", "text": 'win"'}]
-    assert values(tmp_path / "a.tsv", (), ("label", "text")) == expected
+    assert values(tmp_path / "a.tsv", columns=("label", "text")) == expected
 
 
 def test_a_field_of_csv_may_be_a_long_document_of_many_lines(tmp_path):
@@ -140,7 +147,7 @@ def test_a_date_of_parquet_has_a_digest(tmp_path):
 def test_parallel_files_are_paired_line_by_line(tmp_path):
     (tmp_path / "train.en").write_text("one\n\nthree\u2028\n")
     (tmp_path / "train.de").write_text("eins\nzwei\ndrei")
-    records = open_records(str(tmp_path / "train"), ("en", "de"))
+    records = open_records(str(tmp_path / "train"), Reader(("en", "de")))
     assert [tuple(record.values.values()) for record in records] == [
         ("one", "eins"),
         ("", "zwei"),
@@ -213,8 +220,9 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
         ("a.csv", b"a,b\nx,y\nz\n", "a.csv:3 has 1 columns, and there are 2: a, b"),
         ("a.csv", b'a\n"x', "a.csv:2 is not CSV: unexpected end"),
         ("a.csv", b'a\n"x"y\n', "a.csv:2 is not CSV"),
-        ("a.csv", b"a,a\nx,y\n", "a.csv:1 does not name columns: a, a"),
-        ("a.csv", b"a,\nx,y\n", "a.csv:1 does not name columns"),
+        ("a.csv", b"a,a\nx,y\n", "a.csv:1 names two columns 'a'; rename one"),
+        ("a.csv", b",\nx,y\n", "a.csv:1 names no column"),
+        ("a.csv", b"a\0,\0b\nx,y\n", "a.csv:1 has a NUL .*set data.encoding=utf-16-le"),
         ("a.tsv", b"a\nx\n\xff\n", "a.tsv:3 is not UTF-8 at byte 4"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2 is list, not named fields"),
@@ -229,7 +237,7 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        open_records(str(tmp_path / name), ("label", "text"))
+        open_records(str(tmp_path / name))
 
 
 def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
@@ -237,11 +245,11 @@ def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"a is no file of records .*nor are there .*a.en and .*a."
     ):
-        open_records(str(tmp_path / "a"), ("en", "de"))
+        open_records(str(tmp_path / "a"), Reader(("en", "de")))
     for text, count in (("eins\n", 1), ("", 0)):
         (tmp_path / "a.de").write_text(text)
         with pytest.raises(InputError, match=rf"do not pair up: .*a.en has 2, .*a.de has {count}"):
-            open_records(str(tmp_path / "a"), ("en", "de"))
+            open_records(str(tmp_path / "a"), Reader(("en", "de")))
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 3, ["a"]])
@@ -440,7 +448,7 @@ def test_a_disk_that_fails_while_records_are_read_is_named(tmp_path, name):
     (tmp_path / name).symlink_to("/proc/self/mem")  # its first byte cannot be read
     message = rf"{tmp_path / name} cannot be read: Input/output error; check"
     with pytest.raises(InputError, match=message):
-        open_records(str(tmp_path / name).removesuffix(".en"), ("en",))
+        open_records(str(tmp_path / name).removesuffix(".en"), Reader(("en",)))
 
 
 def test_a_path_of_records_that_cannot_be_followed_says_why(tmp_path):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt.data import formats
+from jaxgpt.data import formats, textfile
 from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
 from jaxgpt.errors import InputError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument: äöü 🙂", "", "the last one\n"]
 
 
-def read(path, text_field="text"):
-    documents = open_source(str(path), text_field).documents()
+def read(path, *fields):
+    documents = open_source(str(path), fields).documents()
     return ["".join(document) for document in documents]
 
 
@@ -70,15 +70,15 @@ def test_python_is_the_library_without_its_tests():
 
 @pytest.mark.parametrize("block", [1, 2, 3, 1 << 20])
 def test_a_text_file_arrives_unchanged_whatever_the_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(formats, "BLOCK", block)
-    content = "\ufeffline\r\nline\rline\n\tä€🙂 \x0c"
+    monkeypatch.setattr(textfile, "BLOCK", block)
+    content = "line\r\nline\rline\n\tä€🙂 \x0c\ufeff"
     file = tmp_path / "text"
     file.write_bytes(content.encode())
     assert read(file) == [content]
 
 
 def test_a_text_file_is_read_in_pieces_and_more_than_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", 10)
+    monkeypatch.setattr(textfile, "BLOCK", 10)
     (tmp_path / "a.txt").write_text("0123456789" * 5)
     (document,) = open_source(str(tmp_path / "a.txt")).documents()
     assert list(document) == list(document) == ["0123456789"] * 5
@@ -116,12 +116,12 @@ def test_json_lines_arrive_unchanged(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"body": text, "n": 1} for text in TEXTS])
     with file.open("a") as lines:
         lines.write("\n")
-    assert read(file, "body") == TEXTS
+    assert read(file, "text=body") == TEXTS
 
 
 def test_parquet_arrives_unchanged_over_row_groups(tmp_path):
     columns = {"n": list(range(400)), "body": TEXTS * 100}
-    assert read(write_parquet(tmp_path / "a.parquet", columns, row_group_size=7), "body") == (
+    assert read(write_parquet(tmp_path / "a.parquet", columns, row_group_size=7), "text=body") == (
         TEXTS * 100
     )
 
@@ -146,32 +146,33 @@ def test_the_size_is_that_of_the_files(tmp_path):
 
 
 def test_the_digest_is_of_content_and_reading_not_of_names(tmp_path):
-    def digest(name, content, text_field="text"):
+    def digest(name, content, *fields):
         (tmp_path / name).write_text(content)
-        return content_digest(open_source(str(tmp_path / name), text_field))
+        return content_digest(open_source(str(tmp_path / name), fields))
 
-    same = digest("a.txt", "{}")
-    assert digest("b.txt", "{}") == same
+    record = '{"text": "a", "body": "b"}'
+    same = digest("a.txt", record)
+    assert digest("b.txt", record) == same
     assert digest("b.txt", "[]") != same
-    assert digest("b.jsonl", "{}") != same
-    assert digest("b.jsonl", "{}", "body") != digest("b.jsonl", "{}")
+    assert digest("b.jsonl", record) != same
+    assert digest("b.jsonl", record, "text=body") != digest("b.jsonl", record)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"", "a.txt is empty"),
-        ("a.txt", b"abc\0def", "a.txt is binary: NUL at byte 3"),
-        ("a.txt", b"a" * 2_000_001 + b"\0", "NUL at byte 2000001"),
+        ("a.txt", b"abc\0def", "a.txt:1 has a NUL character, so the file is binary or in UTF-16"),
+        ("a.txt", b"a\n" * 2_000_001 + b"\0", "a.txt:2000002 has a NUL character"),
         ("a.txt", b"a" * ((1 << 20) - 1) + b"\xc3\xc3", "not UTF-8 at byte 1048575"),
-        ("a.txt", b"abc\xff", "not UTF-8 at byte 3"),
+        ("a.txt", b"a\nc\xff", "a.txt:2 is not UTF-8 at byte 3"),
         ("a.txt", b"abc\xc3", "not UTF-8 at byte 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1 is not UTF-8 at byte 10"),
         ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "a.jsonl:3 has no field 'text'.*: body"),
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1, field 'text', is int, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1, field 'text', is not text in UTF-8"),
-        ("a.jsonl", b'["text"]\n', "a.jsonl:1 is not an object"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1 is list, not an object"),
         ("a.jsonl", b"\n\n", "holds no text"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.parquet", b"PAR2", "a.parquet is not parquet"),
@@ -184,8 +185,8 @@ def test_what_is_not_text_is_refused_by_place(tmp_path, name, content, message):
 
 
 def test_parquet_without_the_column_names_those_there_are(tmp_path):
-    file = write_parquet(tmp_path / "a.parquet", {"body": ["a"], "title": ["b"]})
-    with pytest.raises(InputError, match=r"no column 'text'.*body, title"):
+    file = write_parquet(tmp_path / "a.parquet", {"name": ["a"], "title": ["b"]})
+    with pytest.raises(InputError, match=r"no column 'text'.*name, title"):
         open_source(str(file))
 
 
@@ -211,17 +212,17 @@ def test_a_path_to_nothing_is_refused(tmp_path, path, message):
 
 
 @pytest.mark.parametrize(
-    ("spec", "text_field", "message"),
+    ("spec", "column", "message"),
     [
         ("tfds:nothing_like_it@{}/parquet", "text", "cannot open .* not found"),
         ("tfds:sayings#valid@{}/parquet", "text", r"Unknown split 'valid'.*train"),
-        ("tfds:sayings@{}/parquet", "body", r"no 'body'.*text"),
+        ("tfds:sayings@{}/parquet", "body", r"no column 'body'.*text"),
         ("tfds:sayings#train[:50%]@{}/parquet", "text", "reads 4 records, not 2"),
     ],
 )
-def test_a_tfds_data_set_that_cannot_be_read_is_refused(prepared, spec, text_field, message):
+def test_a_tfds_data_set_that_cannot_be_read_is_refused(prepared, spec, column, message):
     with pytest.raises(InputError, match=message):
-        open_source(spec.format(prepared), text_field)
+        open_source(spec.format(prepared), (f"text={column}",))
 
 
 # Files that cannot be read

@@ -26,6 +26,7 @@ class DPO(Objective):
     """
 
     reads_records: ClassVar[bool] = True
+    conversational: ClassVar[bool] = True
 
     loss: Literal["dpo", "ipo"] = "dpo"
     """Which loss."""

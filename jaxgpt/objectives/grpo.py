@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -37,7 +38,8 @@ class GRPO(Objective):
     answer: str = "output"
     """The field of what is right."""
     reward: Literal["exact", "number"] = "exact"
-    """1 for an answer equal to what is right but for spaces around it, or whose last number is."""
+    """1 for an answer equal to what is right but for spaces around it, or whose last number equals
+    the last number of what is right, as numbers: 1,000 and 1000.0 are equal."""
     group: int = 8
     """Answers to a problem."""
     tokens: int = 16
@@ -93,6 +95,11 @@ class GRPO(Objective):
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
+        if self.reward == "number" and last_number(record.text(self.answer)) is None:
+            raise InputError(
+                f"{record.where}: {self.answer} is {record.text(self.answer)!r}, which has no "
+                "number to compare with; correct it, or set objective.reward=exact"
+            )
         messages = [{"role": "user", "content": record.text(self.prompt)}]
         tokens = chat.render(chat.choose(tokenizer), tokenizer, messages, open=True).tokens
         right = np.frombuffer(record.text(self.answer).encode(), np.uint8)
@@ -105,8 +112,8 @@ class GRPO(Objective):
     def score(self, answer: str, right: str) -> float:
         """The reward of an answer, 0 to 1; what other checkers override."""
         if self.reward == "number":
-            numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
-            return float(bool(numbers) and numbers[-1] == right.strip())
+            number = last_number(answer)
+            return float(number is not None and number == last_number(right))
         return float(answer.strip() == right.strip())
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
@@ -216,6 +223,23 @@ class GRPO(Objective):
             given = trained.chat(messages, self.tokens, temperature=0)
             lines.append(f"{messages[0]['content']} {given}  (right: {record.text(self.answer)})")
         return "\n".join(lines)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, None if there is none.
+
+    A comma is part of a number only where it separates thousands: "1,000" is 1000, "3,4" ends with
+    4. A minus sign after a digit or letter is an operator or a hyphen: "10-3" ends with 3.
+    """
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+_NUMBER = re.compile(
+    r"(?:(?<!\w)-)?"
+    r"(?:(?<!\d)(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?!\d))?"
+)
 
 
 def draw_answers(

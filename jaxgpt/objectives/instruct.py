@@ -23,6 +23,8 @@ class Instruct(NextToken):
 
     reads_records: ClassVar[bool] = True
     packs: ClassVar[bool] = True
+    conversational: ClassVar[bool] = True
+    optional_fields: ClassVar[tuple[str, ...]] = ("input", "messages")
 
     learn: Literal["assistant", "all"] = "assistant"
     """Whose tokens are learned: the assistant's, its ends of turn included, or everybody's."""
@@ -31,6 +33,10 @@ class Instruct(NextToken):
     def fields(self) -> tuple[str, ...]:
         """Those of a request and its answer."""
         return ("instruction", "output")
+
+    def example(self, record: Record) -> Any:
+        """The conversation, whichever fields hold it."""
+        return conversation(record)
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """With the special tokens of ChatML, where those of no chat format are there."""
