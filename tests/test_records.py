@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt import objectives
 from jaxgpt.data import made as made_module
 from jaxgpt.data.made import MADE, REQUEST
 from jaxgpt.data.records import (
@@ -26,6 +27,7 @@ from jaxgpt.data.records import (
     strings,
 )
 from jaxgpt.errors import InputError
+from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
 
 TABLE = [
     {"label": "ham", "text": 'she said "no", twice'},
@@ -287,12 +289,78 @@ def test_exactly_the_wanted_shares_are_held_out_in_file_order(tmp_path, count, v
     assert sorted(n for each in numbers.values() for n in each) == list(range(count))
 
 
-def test_what_is_held_out_is_the_smallest_hashes_of_the_content(tmp_path):
-    splits = read_splits(RecordsConfig((numbered(tmp_path, 20),), test_fraction=0.2))
-    texts = [json.dumps({"n": str(n)}) for n in range(20)]
+EXAMPLES = {  # the fields that each objective reads
+    Classify(): lambda n: {"text": f"text {n}", "label": str(n % 2)},
+    Instruct(): lambda n: {"instruction": f"ask {n}", "input": "", "output": "tell"},
+    DPO(): lambda n: {"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"},
+    GRPO(): lambda n: {"instruction": f"{n} + 1", "output": str(n + 1)},
+    Translate(source="en", target="de"): lambda n: {"en": f"one {n}", "de": f"eins {n}"},
+}
+
+
+def kind(objective):
+    return type(objective).__name__
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
+def test_what_is_held_out_is_the_smallest_hashes_of_what_is_read(tmp_path, objective):
+    table = [EXAMPLES[objective](n) for n in range(20)]
+    file = write_jsonl(tmp_path / "a.jsonl", [{**each, "id": n} for n, each in enumerate(table)])
+    splits = read_splits(RecordsConfig((str(file),), test_fraction=0.2), objective.reader)
+    texts = [json.dumps(each, sort_keys=True) for each in table]
     texts.sort(key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     for name, expected in (("test", texts[:4]), ("val", texts[4:6])):
-        assert {json.dumps(r.values) for r in splits[name]} == set(expected)
+        held_out = [{k: v for k, v in r.values.items() if k != "id"} for r in splits[name]]
+        assert {json.dumps(each, sort_keys=True) for each in held_out} == set(expected)
+
+
+def test_the_split_of_every_objective_that_reads_records_is_tested():
+    classes = [getattr(objectives, name) for name in objectives.__all__]
+    reads = [c for c in classes if isinstance(c, type) and getattr(c, "reads_records", False)]
+    assert set(reads) == {type(objective) for objective in EXAMPLES}
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
+def test_equal_examples_are_on_one_side_whatever_else_differs(tmp_path, objective):
+    rng = random.Random(0)
+    table = [{**EXAMPLES[objective](n), "id": copy, "n": n} for n in range(40) for copy in range(5)]
+    rng.shuffle(table)
+    file = write_jsonl(tmp_path / "a.jsonl", table)
+    cfg = RecordsConfig((str(file),), val_fraction=0.2, test_fraction=0.2)
+    splits = read_splits(cfg, objective.reader)
+    sides = [{record.values["n"] for record in records} for records in splits.values()]
+    assert sum(map(len, sides)) == 40 and all(sides)
+
+
+@pytest.mark.parametrize(
+    ("objective", "same"),
+    [
+        (Classify(), [{"text": "a", "label": 1}, {"text": "a", "label": " 1"}]),
+        (
+            Instruct(),
+            [
+                {"instruction": "a", "output": "b"},
+                {"instruction": "a", "output": "b", "input": ""},
+                {"instruction": "a", "output": "b", "input": None},
+                {"messages": [dict(role="user", content="a"), dict(role="assistant", content="b")]},
+            ],
+        ),
+    ],
+    ids=["Classify", "Instruct"],
+)
+def test_an_example_is_the_same_however_it_is_spelled(tmp_path, objective, same):
+    table = [*same, *(EXAMPLES[objective](n) for n in range(8))] * 2
+    cfg = RecordsConfig((str(write_jsonl(tmp_path / "a.jsonl", table)),), val_fraction=0.3)
+    splits = read_splits(cfg, objective.reader)
+    counts = [sum(r.values in same for r in splits[name]) for name in ("train", "val")]
+    assert sorted(counts) == [0, 2 * len(same)]
+
+
+def test_a_record_in_the_training_set_too_is_found_by_what_is_read(tmp_path, capsys):
+    train, val = ([{"text": "a", "label": n % 2, "id": i} for n in range(4)] for i in range(2))
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", t)) for i, t in enumerate((train, val))]
+    read_splits(RecordsConfig((paths[0],), val_paths=(paths[1],)), Classify().reader)
+    assert "4 of 4 records of val are in the training set too" in capsys.readouterr().err
 
 
 def test_the_order_of_the_files_does_not_matter_to_what_is_held_out(tmp_path):

@@ -1,6 +1,7 @@
 """From a path to its documents: everything arrives as it is, and what is not text is refused."""
 
 import errno
+import gzip
 import json
 import os
 import sysconfig
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.data import formats, textfile
+from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
 from jaxgpt.errors import InputError
 
@@ -75,6 +77,129 @@ def test_a_text_file_arrives_unchanged_whatever_the_block(tmp_path, monkeypatch,
     file = tmp_path / "text"
     file.write_bytes(content.encode())
     assert read(file) == [content]
+
+
+ENCODED = "Zürich — „Straße“\n\tçà 🙂 once\r\n"
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-16-le"])
+def test_a_byte_order_mark_decides_the_encoding_and_is_removed(
+    tmp_path, monkeypatch, block, encoding
+):
+    monkeypatch.setattr(textfile, "BLOCK", block)
+    mark = "" if encoding in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff"
+    (tmp_path / "a.txt").write_bytes((mark + ENCODED).encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes((mark + json.dumps({"text": ENCODED})).encode(encoding))
+    (tmp_path / "a.json").write_bytes((mark + json.dumps([ENCODED])).encode(encoding))
+    for name in ("a.txt", "a.jsonl", "a.json"):
+        assert read(tmp_path / name) == [ENCODED]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "shift_jis", "utf-16-le", "gb18030"])
+def test_the_encoding_is_an_option(tmp_path, encoding):
+    text = {"latin-1": "é", "cp1252": "“€”", "shift_jis": "日本"}.get(encoding, "€日本") + "a\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (document,) = open_source(str(tmp_path / "a.txt"), encoding=encoding).documents()
+    assert "".join(document) == text
+
+
+def test_the_encoding_is_part_of_what_the_tokens_are_named_by(tmp_path):
+    (tmp_path / "a.txt").write_text("é")
+    latin = open_source(str(tmp_path / "a.txt"), encoding="latin-1")
+    assert content_digest(latin) != content_digest(open_source(str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("caf\xe9".encode("latin-1"), r"--data.encoding latin-1.*iconv -f ISO-8859-1 -t UTF-8 "),
+        ("\u201cyes\u201d".encode("cp1252"), r"--data.encoding cp1252.*iconv -f CP1252 -t UTF-8 "),
+        ("äöüß".encode() + b"\xff", r"looks like UTF-8, so it is damaged there: .*iconv -c"),
+    ],
+)
+def test_text_in_another_encoding_is_refused_with_the_remedy(tmp_path, content, remedy):
+    (tmp_path / "a b.txt").write_bytes(b"one\n" + content)
+    with pytest.raises(InputError, match=rf"a b.txt:2 is not UTF-8 at byte .*{remedy}") as error:
+        measure(open_source(str(tmp_path / "a b.txt")))
+    assert str(error.value).endswith(f"'{tmp_path}/a b.txt' > '{tmp_path}/a b.utf8.txt'")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_gzip_is_read_as_what_it_holds(tmp_path, name):
+    plain = tmp_path / name
+    plain.write_text({"a.txt": "é", "a.csv": "text\né\n"}.get(name, '["é"]'))
+    if name == "a.jsonl":
+        write_jsonl(plain, [{"text": "é"}])
+    fields = ["text=text"] if name == "a.csv" else []
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert read(tmp_path / f"{name}.gz", *fields) == read(plain, *fields) == ["é"]
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    whole = gzip.compress(b"text " * 1000)
+    for content in (whole[:30], whole[:-4], whole[:20] + b"\xff" * 8 + whole[28:], whole[:3]):
+        (tmp_path / "a.txt.gz").write_bytes(content)
+        with pytest.raises(InputError, match=r"a.txt.gz is gzip and damaged"):
+            measure(open_source(str(tmp_path / "a.txt.gz")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pdf", b"%PDF-1.7\n", "is a PDF, not text; .*pdftotext"),
+        ("a.docx", b"PK\x03\x04", "is a Word document, .*pandoc .*a.docx -t plain"),
+        ("a.xlsx", b"PK\x03\x04", "is an Excel workbook, .*libreoffice --convert-to csv"),
+        ("a.zip", b"PK\x03\x04", "is a zip archive, .*unzip"),
+        ("a.txt.zst", b"(\xb5/\xfd", "is compressed with zstd"),
+        ("a.txt", b"PAR1", "is parquet, not text; .*mv .*a.txt.parquet"),
+        ("a.tar", b"a.txt" + b"\0" * 252 + b"ustar\x0000", "is a tar archive"),
+        ("a.tar.gz", gzip.compress(b"a" + b"\0" * 256 + b"ustar", mtime=0), "is a tar archive"),
+    ],
+)
+def test_what_holds_text_in_another_form_is_refused_with_the_remedy(
+    tmp_path, name, content, message
+):
+    (tmp_path / name).write_bytes(content)
+    for read_it in (open_source, open_records):
+        with pytest.raises(InputError, match=rf"{name} {message}"):
+            read_it(str(tmp_path / name))
+
+
+def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
+    for content in ('["one", "two"]', '[{"text": "one"},\n{"text": "two"}]'):
+        (tmp_path / "a.json").write_text(content)
+        assert read(tmp_path / "a.json") == ["one", "two"]
+    write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # as some tools call it
+    assert read(tmp_path / "a.json") == ["one", "two"]
+    (tmp_path / "a.json").write_text('{"data": [{"text": "one"}], "version": 2}')
+    with pytest.raises(
+        InputError, match=r"is dict, not a list .*write the list under 'data' alone"
+    ):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_column_of_a_table_is_read_if_it_is_asked_for(tmp_path, name):
+    content = "id,body\n1,one\n2,two\n".replace(",", "\t" if name == "a.tsv" else ",")
+    (tmp_path / name).write_text(content)
+    assert read(tmp_path / name) == [content]
+    assert read(tmp_path / name, "text=body") == ["one", "two"]
+    with pytest.raises(InputError, match="no column 'text'.* one of: id, body"):
+        read(tmp_path / name, "text=text")
+
+
+def test_the_column_of_the_text_is_guessed_by_its_name_and_said(tmp_path):
+    said = []
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "content": "one"}] * 2)
+    source = open_source(str(file), say=said.append)
+    assert ["".join(document) for document in source.documents()] == ["one", "one"]
+    assert said == [
+        f"{file}: the text is in 'content', by its name; --data.fields text=content says so"
+    ]
+    write_jsonl(file, [{"body": "one", "content": "two"}])
+    with pytest.raises(InputError, match="not clear .*body, content; .*--data.fields text=body"):
+        open_source(str(file))
 
 
 def test_a_text_file_is_read_in_pieces_and_more_than_once(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ for it; where several columns could be meant, the error shows them and what to t
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -209,7 +208,7 @@ def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterab
     """Whether a table's first line certainly names its columns.
 
     It does if it could, and has a name that is expected, two that are common, none over a column
-    that has values, a word over numbers, or one that is new over a column whose values all repeat.
+    that has values, a word over numbers, or one that is new over a column whose values repeat.
     """
     if not could_be_header(cells, rows):
         return False
@@ -221,7 +220,7 @@ def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterab
         below = [row[place] for row in rows if len(row) > place and row[place].strip()]
         if not below:
             continue
-        repeats = len(below) > 3 and min(Counter(below).values()) > 1
+        repeats = len(below) > 3 and len(set(below)) <= len(below) / 2
         if not cell.strip() or all(map(is_number, below)) or repeats:
             return True
     return False

@@ -33,7 +33,7 @@ from jaxgpt.data.formats import (
     parquet_rows,
 )
 from jaxgpt.data.tables import lines_of, table_rows
-from jaxgpt.data.textfile import TextFile, check_encoding, reading, refuse_not_text
+from jaxgpt.data.textfile import TextFile, check_encoding, reading
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
@@ -183,8 +183,7 @@ def _open_records(
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             os.stat(place)  # raises the reason if it is another, such as a missing permission
         if os.path.isfile(place):
-            with open(regular_file(place), "rb") as file:
-                refuse_not_text(path, file.read(512))
+            TextFile(place).detect_encoding()  # raises what to do with a PDF or an archive
         parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
             f"{path} is no file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), nor are "

@@ -137,32 +137,27 @@ def _separator(text: str) -> str:
 def _is_quoted(text: str) -> bool:
     """Whether a TSV file quotes cells as CSV does.
 
-    It does if writing what csv reads from it gives the same text, with quotes around the cells that
-    need them (pandas' default), around all, or around all but numbers. Otherwise, or if every line
-    has as many cells by itself, a quotation mark is part of a text.
+    It does if csv reads it, and exactly the cells that need quotation marks have them (pandas'
+    default), or all that are not numbers have them. Otherwise, or if every line has as many cells
+    by itself, a quotation mark is part of a text.
     """
     if '"' not in text:
         return False
     text = text.replace("\r\n", "\n").rstrip("\n") + "\n"
-    position = {"needed": 0, "all": 0, "not numbers": 0}
-    rows = 0
-
-    def written(cell: str, style: str, alone: bool) -> str:
-        bare = style == "needed" or (style == "not numbers" and is_number(cell))
-        if bare and not any(character in cell for character in '\t"\r\n') and (cell or not alone):
-            return cell
-        return '"' + cell.replace('"', '""') + '"'
-
+    as_needed = always = True
+    position = rows = 0
     try:
         for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True):
-            for style, start in list(position.items()):
-                line = "\t".join(written(cell, style, len(row) == 1) for cell in row) + "\n"
-                if text.startswith(line, start):
-                    position[style] += len(line)
-                else:
-                    del position[style]
-            if not position:
-                return False
+            for number, cell in enumerate(row, 1):
+                quoted = text.startswith('"', position)
+                needed = any(mark in cell for mark in '\t"\r\n') or row == [""]
+                as_needed &= quoted == needed
+                always &= quoted or is_number(cell)
+                written = '"' + cell.replace('"', '""') + '"' if quoted else cell
+                written += "\n" if number == len(row) else "\t"
+                if not (as_needed or always) or not text.startswith(written, position):
+                    return False
+                position += len(written)
             rows += 1
     except csv.Error:
         return False
