@@ -151,6 +151,17 @@ def test_a_header_is_never_a_record(tmp_path, header, index, empty, separator, c
     assert [(values["text"], values["label"]) for values in found] == ROWS
 
 
+def test_a_header_in_the_middle_of_a_file_is_refused(tmp_path):
+    path = write(tmp_path / "a.csv", [*ROWS, ("\ufefftext", "label"), *ROWS], ("text", "label"))
+    with pytest.raises(InputError, match="a.csv:10 is the header once more; remove the line"):
+        read(path, Classify())
+
+
+def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as R's write.table does
+    path = write(tmp_path / "a.csv", [(n, *row) for n, row in enumerate(ROWS)], ("text", "label"))
+    assert [(values["text"], values["label"]) for values in read(path, Classify())] == ROWS
+
+
 def test_columns_without_a_name_are_counted(tmp_path, capsys):
     rows = [(n, *row, "", ("", "more")[n == 3]) for n, row in enumerate(ROWS)]
     path = write(tmp_path / "a.csv", rows, ("", "text", "label", "", ""))

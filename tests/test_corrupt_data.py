@@ -31,6 +31,7 @@ CASES = [
     for name in corrupt.FORMATS
     for reader in READERS
     if not (reader == "records" and name.endswith(".txt"))
+    and name != "nested.parquet"  # which starts a process for each file
 ]
 
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 from jaxgpt import strict_json
@@ -123,13 +122,17 @@ def open_documents(file: str, fields: Sequence[str] = (), encoding: str = "utf-8
         return DocumentFile(file, kind, encoding=encoding)
     column = given.get("text", "")
     if kind == "parquet":
-        with _open_parquet(file) as table:
-            columns = table.schema_arrow.names
-    else:
-        first = next(islice(DocumentFile(file, kind, column, encoding)._records(), 1), (0, None))[1]
-        columns = list(first) if isinstance(first, dict) else [column or "text"]
-        if column_of(first, column) is not None:
-            columns.append(column)
+        import pyarrow.parquet
+
+        with _readable(file):
+            columns = pyarrow.parquet.read_schema(file).names
+        column = text_column(file, columns, given)
+        _open_parquet(file, column).close()
+        return DocumentFile(file, kind, column)
+    first = next(DocumentFile(file, kind, column, encoding)._records(), (0, None))[1]
+    columns = list(first) if isinstance(first, dict) else [column or "text"]
+    if column_of(first, column) is not None:
+        columns.append(column)
     return DocumentFile(file, kind, text_column(file, columns, given), encoding)
 
 
@@ -177,7 +180,10 @@ def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
             try:
                 value = strict_json.loads(line)
             except ValueError as error:
-                raise InputError(f"{text.path}:{number} is not JSON: {error}") from None
+                whole = line.strip() in ("[", "{") and "; if the file is one array, call it .json"
+                raise InputError(
+                    f"{text.path}:{number} is not JSON: {error}{whole or ''}"
+                ) from None
             yield number, value
 
 

@@ -186,8 +186,9 @@ def _open_records(
             TextFile(place).detect_encoding()  # raises what to do with a PDF or an archive
         parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
-            f"{path} is no file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), nor are "
-            f"there {parallel}; the sets made here are {', '.join(MADE)}"
+            f"{path} is no file of records by the end of its name (.csv, .tsv, .json, .jsonl, "
+            f".ndjson, .parquet), nor are there {parallel}; the sets made here are "
+            f"{', '.join(MADE)}"
         )
     if not records:
         raise InputError(f"{path} holds no records; leave it out of the paths")

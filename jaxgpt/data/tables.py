@@ -85,9 +85,13 @@ def table_rows(
             )
         if not named:
             raise InputError(f"{file}:{line} names no column; write their names in the first line")
+        if cells and all(len(row) == width + 1 and row[-1].strip() for row in cells):
+            names, width = ["", *names], width + 1  # R and pandas may leave out the index's name
     kept = {place: name for place, name in enumerate(names) if name}
     unread = 0
     for line, row in chain(sample, rows):
+        if not columns and len(kept) > 1 and [*map(_name, row)] == [*map(_name, header)]:
+            raise InputError(f"{file}:{line} is the header once more; remove the line")
         if len(row) <= max(kept) or any(cell.strip() for cell in row[width:]):
             raise InputError(
                 f"{file}:{line} has {len(row)} columns, and there are {width}: "
@@ -173,7 +177,7 @@ def lines_of(text: str) -> list[str]:
 
 def _name(cell: str) -> str:
     """The name of a column, empty for one that pandas named because it had none."""
-    name = cell.strip()
+    name = cell.strip("\ufeff \t")
     return "" if name.startswith("Unnamed: ") else name
 
 
