@@ -32,7 +32,7 @@ def read(path, objective, **options):
 
 def obey(path, objective, error):
     """The records after the option that an error tells to type."""
-    typed = shlex.split(str(error).split("--data.", 1)[1])
+    typed = shlex.split(str(error).split("--data.", 1)[1].partition(" (if")[0])
     values = [word for word in typed[1:] if not word.startswith("--")]
     return read(path, objective, **{typed[0]: tuple(values)})
 
@@ -149,6 +149,15 @@ def test_a_header_is_never_a_record(tmp_path, header, index, empty, separator, c
         assert "data.columns" not in str(error) or "leave data.columns out" in str(error)
         found = obey(path, Classify(), error) if "--data" in str(error) else read(path, Classify())
     assert [(values["text"], values["label"]) for values in found] == ROWS
+
+
+def test_a_header_over_sentences_is_no_record_for_data_columns(tmp_path):
+    rows = [(f"Go {n}!", f"Va {n} !") for n in range(5)]
+    path = write(tmp_path / "a.csv", rows, ("English words/sentences", "French words/sentences"))
+    reads = Translate(source="en", target="fr")
+    with pytest.raises(InputError, match="is a header .*leave data.columns out") as error:
+        read(path, reads, columns=("en", "fr"))
+    assert [(v["en"], v["fr"]) for v in obey(path, reads, error.value)] == rows
 
 
 def test_a_header_in_the_middle_of_a_file_is_refused(tmp_path):

@@ -208,7 +208,8 @@ def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterab
     """Whether a table's first line certainly names its columns.
 
     It does if it could, and has a name that is expected, two that are common, none over a column
-    that has values, a word over numbers, or one that is new over a column whose values repeat.
+    that has values, a word over numbers, or one that is new over a column whose values repeat; or
+    if lines of short names are few below.
     """
     if not could_be_header(cells, rows):
         return False
@@ -223,7 +224,8 @@ def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterab
         repeats = len(below) > 3 and len(set(below)) <= len(below) / 2
         if not cell.strip() or all(map(is_number, below)) or repeats:
             return True
-    return False
+    short = sum(all(_NAME.fullmatch(cell.strip()) for cell in row if cell.strip()) for row in rows)
+    return len(rows) > 3 and short < len(rows) / 4
 
 
 _NAME = re.compile(r"[^\W\d][\w ()/:#.-]{0,39}(?<!\.)")

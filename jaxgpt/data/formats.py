@@ -180,10 +180,10 @@ def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
             try:
                 value = strict_json.loads(line)
             except ValueError as error:
-                whole = line.strip() in ("[", "{") and "; if the file is one array, call it .json"
-                raise InputError(
-                    f"{text.path}:{number} is not JSON: {error}{whole or ''}"
-                ) from None
+                message = f"{text.path}:{number} is not JSON: {error}"
+                if line.strip() in ("[", "{"):
+                    message += "; if the file is one array, name it .json"
+                raise InputError(message) from None
             yield number, value
 
 

@@ -59,7 +59,7 @@ def table_rows(
             instead = f", and {_name_fields(header, cells, fields)}" if unclear else ""
             raise InputError(
                 f"{file}:{line} is a header ({_shown(header)}), which data.columns would make a "
-                f"record; leave data.columns out{instead}"
+                f"record; leave data.columns out{instead} (if it is no header, add one to the file)"
             )
         names, width = list(columns), len(columns)
         sample.insert(0, first)
