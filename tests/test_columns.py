@@ -1,6 +1,7 @@
 """Which column of a file is which field: by option, by name, or an error that says what to type."""
 
 import csv
+import json
 import shlex
 
 import pytest
@@ -100,6 +101,19 @@ def test_what_is_ambiguous_shows_the_columns_and_what_to_type(
         read(path, OBJECTIVES[objective])
     assert f"--data.fields {option}" in str(error.value).replace("'", "")
     assert len(obey(path, OBJECTIVES[objective], error.value)) == 8
+
+
+@pytest.mark.parametrize(
+    ("objective", "values"),
+    [
+        ("instruct", {"id": "1", "conversations": [{"from": "human", "value": "hi"}]}),
+        ("instruct", {"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}),
+        ("dpo", {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}], "score": 1}),
+    ],
+)
+def test_lists_of_messages_are_left_to_the_objective(tmp_path, objective, values):
+    (tmp_path / "a.json").write_text(json.dumps([values]))
+    assert read(str(tmp_path / "a.json"), OBJECTIVES[objective]) == [values]
 
 
 def test_a_field_in_nested_values_is_named_by_its_path(tmp_path):

@@ -54,7 +54,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
     "a.csv": lambda: _table(","),
     "semicolons.csv": lambda: _table(";"),
     "quoted.tsv": lambda: _table("\t"),
-    "raw.tsv": lambda: b'text\tlabel\n"so" it is\tham\nso "it\tspam\n' * 20,
+    "raw.tsv": lambda: b"text\tlabel\n" + b'"so" it is\tham\nso "it\tspam\n' * 20,
     "a.json": lambda: json.dumps(RECORDS, indent=1).encode(),
     "a.jsonl": _lines,
     "a.jsonl.gz": lambda: gzip.compress(_lines(), mtime=0),

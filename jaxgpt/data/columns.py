@@ -192,6 +192,7 @@ def unclear_columns(
 def could_be_header(cells: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether a table's first line may name its columns: short names that do not occur below."""
     names = [cell.strip() for cell in cells if cell.strip()]
+    rows = [row for row in rows if row != cells]
     return (
         bool(names)
         and len(set(names)) == len(names)

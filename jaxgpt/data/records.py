@@ -41,6 +41,11 @@ LARGEST_RECORDS = 1 << 32
 """Bytes of memory for the records of one file, which are all in memory: 4 GiB."""
 
 
+def say(line: str) -> None:
+    """Prints a line about the data on the error stream."""
+    print(f"data: {line}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class RecordsConfig:
     """Which records are trained on, and how rows are made of them."""
@@ -145,7 +150,7 @@ def open_records(
     path: str,
     reader: Reader = Reader(),
     cfg: RecordsConfig = RecordsConfig(),
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = say,
 ) -> list[Record]:
     """The records at `path`, in order, with the names of fields that `reader` has for them.
 
@@ -160,7 +165,7 @@ def open_records(
             for each field.
     """
     with reading(path):
-        return _open_records(path, reader, cfg, say or globals()["say"])
+        return _open_records(path, reader, cfg, say)
 
 
 def _open_records(
@@ -256,14 +261,14 @@ def _name_fields(
                 f"{path} has no column {column!r}, which data.fields says is {field}; there are "
                 f"{shown}"
             )
-    texts = columns
-    if reader.conversational:  # the objective itself finds lists of messages
-        lists = {k for record in records for k, v in record.values.items() if isinstance(v, list)}
-        texts = [column for column in columns if column not in lists or column in reader.fields]
+    lists = set()
+    if reader.conversational:  # lists of messages are found by the objective
+        lists = {k for r in records for k, v in r.values.items() if isinstance(v, list | dict)}
+    texts = [column for column in columns if column not in lists or column in reader.fields]
     mapping, unclear = match(texts, reader.fields, reader.optional_fields, given)
-    if unclear and texts != columns:
-        mapping, unclear = dict(given), {}
-    if unclear:
+    if unclear and lists:
+        mapping = dict(given)
+    elif unclear:
         rows = [record.values for record in records[:1000]]
         raise InputError(f"{path} {unclear_columns(columns, mapping, unclear, rows)}")
     guessed = {
@@ -283,15 +288,14 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
     that was asked for is empty.
     """
     cfg.check()
-    told: dict[str, None] = {}
+    told: list[str] = []
 
     def read(paths: Iterable[str]) -> list[Record]:
-        say_once = told.setdefault
-        return [each for path in paths for each in open_records(path, reader, cfg, say_once)]
+        return [each for path in paths for each in open_records(path, reader, cfg, told.append)]
 
     records = read(cfg.paths)
     splits = {"train": [], "val": read(cfg.val_paths), "test": read(cfg.test_paths)}
-    for line in told:
+    for line in dict.fromkeys(told):
         say(line)
     if cfg.balance:
         records = balanced(records, cfg.balance)
@@ -413,8 +417,3 @@ def _tfds(path: str) -> list[Record]:
         values = {name: plain(where, value, features[name]) for name, value in given.items()}
         records.append(Record(where, values))
     return records
-
-
-def say(line: str) -> None:
-    """A line about the data, on the error stream."""
-    print(f"data: {line}", file=sys.stderr)
