@@ -185,6 +185,23 @@ def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as R's write
     assert [(values["text"], values["label"]) for values in read(path, Classify())] == ROWS
 
 
+def test_a_text_with_a_comma_is_no_index(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\none, two,a\nthree, four,b\n")
+    with pytest.raises(InputError, match="a.csv:2 has 3 columns, and there are 2: text, label"):
+        read(str(tmp_path / "a.csv"), Classify())
+
+
+def test_a_line_above_the_header_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("# exported\ntext,label\none,a\n")
+    with pytest.raises(InputError, match="a.csv:1 has 1 column .*begin the file with a line that"):
+        read(str(tmp_path / "a.csv"), Classify())
+
+
+def test_excels_line_that_names_the_separator_is_no_record(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\r\ntext;label\r\none, two;a\r\n")
+    assert read(str(tmp_path / "a.csv"), Classify()) == [{"text": "one, two", "label": "a"}]
+
+
 def test_columns_without_a_name_are_counted(tmp_path, capsys):
     rows = [(n, *row, "", ("", "more")[n == 3]) for n, row in enumerate(ROWS)]
     path = write(tmp_path / "a.csv", rows, ("", "text", "label", "", ""))

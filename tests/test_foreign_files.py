@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxgpt
-from jaxgpt import pretrained, strict_json
+from jaxgpt import data, pretrained, strict_json
 from jaxgpt.chat import choose
 from jaxgpt.cli import _given, _json
 from jaxgpt.data import formats, records, textfile
@@ -33,8 +34,9 @@ from jaxgpt.guide import choices, json_schema, regex
 from jaxgpt.model import ComputeConfig, GPTConfig, letters
 from jaxgpt.paths import regular_file
 from jaxgpt.pretrained import peft
-from jaxgpt.tokenizer import Bytes, HuggingFace
-from jaxgpt.tokenizer.huggingface import _exported, read, write
+from jaxgpt.terminal import read_message
+from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
+from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
 from jaxgpt.tune import flat, nested
 
 HEALTH = list(HealthCheck)
@@ -360,6 +362,34 @@ def test_json_is_read_as_python_reads_it(value):
 def test_brackets_in_text_are_no_depth():
     value = {"a": "[{" * 1000, "b": [[]] * 200}
     assert strict_json.loads(json.dumps(value)) == value
+
+
+MARK = "\ufeff"
+TEXT_INPUTS = {  # what a reader of text makes of a file
+    "a file of texts": lambda file, _: _given((), str(file)),
+    "standard input": lambda file, patch: (
+        patch.setattr("sys.stdin", io.StringIO(file.read_text())),
+        _given((), "-"),
+    )[1],
+    "a message": lambda file, patch: (
+        patch.setattr("sys.stdin", io.StringIO(file.read_text())),
+        read_message("")[0],
+    )[1],
+    "JSON": lambda file, _: (strict_json.loads(file.read_text()), _json(str(file))),
+    "a tokenizer's file": lambda file, _: read_text(file.parent, file.name),
+    "a corpus": lambda file, _: list(data.texts(data.DataConfig((str(file),), val_fraction=0.0))),
+    "an alphabet": lambda file, _: build(
+        TokenizerConfig(kind="characters"), data.texts(data.DataConfig((str(file),)))
+    ).to_json(),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_INPUTS)
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, name):
+    (tmp_path / "a.txt").write_text(MARK + '{"a": 1}')
+    (tmp_path / "b.txt").write_text('{"a": 1}')
+    marked, plain = (TEXT_INPUTS[name](tmp_path / f, monkeypatch) for f in ("a.txt", "b.txt"))
+    assert marked == plain and MARK not in str(marked)
 
 
 # Data.

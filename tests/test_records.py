@@ -233,11 +233,13 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
         ("a.json", b'[{"a": 1}, "b"]', "a.json:1 is str, not named fields"),
         ("a.json", b"[", "a.json is not JSON"),
         ("a.parquet", b"PAR2", "a.parquet is not parquet"),
-        ("a.txt", b"text", "a.txt is no file of records .*.tsv.*python:packages"),
+        ("a.txt", b"text", "a.txt is read by the end of its name, .*mv .*a.txt .*a.txt.tsv"),
+        ("nothing", None, "nothing is no file of records .*.tsv.*python:packages"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         open_records(str(tmp_path / name))
 

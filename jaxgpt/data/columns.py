@@ -140,7 +140,8 @@ def suggest(
 
     Empty if there are too few columns.
     """
-    texts = {column: [str(row.get(column) or "") for row in rows] for column in columns}
+    texts = {column: [str(row.get(column, "")) for row in rows] for column in columns}
+    counts = {column: len(set(texts[column])) for column in columns}
     left = [column for column in columns if not all(map(is_number, texts[column]))]
     left += [column for column in columns if column not in left]
     found: dict[str, str] = {}
@@ -148,7 +149,7 @@ def suggest(
         if not left:
             return {}
         if field == "label":
-            column = min(left, key=lambda column: len(set(texts[column])))
+            column = min(left, key=lambda column: (counts[column] < 2, counts[column]))
         elif field == "text":
             column = max(left, key=lambda column: sum(map(len, texts[column])))
         else:

@@ -8,6 +8,7 @@ set (`tfds:NAME`, as for text), parallel text (`data/train`, for `data/train.en`
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,11 +190,15 @@ def _open_records(
             os.stat(place)  # raises the reason if it is another, such as a missing permission
         if os.path.isfile(place):
             TextFile(place).detect_encoding()  # raises what to do with a PDF or an archive
+            raise InputError(
+                f"{path} is read by the end of its name, which is none of .csv, .tsv, .json, "
+                f".jsonl, .ndjson and .parquet: rename it, for example: mv {shlex.quote(path)} "
+                f"{shlex.quote(path)}.tsv"
+            )
         parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
-            f"{path} is no file of records by the end of its name (.csv, .tsv, .json, .jsonl, "
-            f".ndjson, .parquet), nor are there {parallel}; the sets made here are "
-            f"{', '.join(MADE)}"
+            f"{path} is no file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), nor are "
+            f"there {parallel}; the sets made here are {', '.join(MADE)}"
         )
     if not records:
         raise InputError(f"{path} holds no records; leave it out of the paths")

@@ -6,6 +6,7 @@ index that pandas writes first or the empty ones that Excel leaves at the end, a
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -68,6 +69,12 @@ def table_rows(
         named = [name for name in names if name]
         expected = bool(match(named, fields)[0]) or bool({*named} & {*known})
         if fields and not expected and not is_header(header, cells, fields):
+            if len(header) < len(fields):
+                raise InputError(
+                    f"{file}:{line} has {len(header)} column ({_shown(header)}), and "
+                    f"{' and '.join(fields)} are to be read; begin the file with a line that names "
+                    "them"
+                )
             as_records = _name_columns([header, *cells], fields)
             if could_be_header(header, cells):
                 raise InputError(
@@ -85,7 +92,7 @@ def table_rows(
             )
         if not named:
             raise InputError(f"{file}:{line} names no column; write their names in the first line")
-        if cells and all(len(row) == width + 1 and row[-1].strip() for row in cells):
+        if all(len(row) == width + 1 for row in cells) and _is_index([row[0] for row in cells]):
             names, width = ["", *names], width + 1  # R and pandas may leave out the index's name
     kept = {place: name for place, name in enumerate(names) if name}
     unread = 0
@@ -116,7 +123,10 @@ def _parse(file: str, text: str, say: Callable[[str], None]) -> Iterator[Row]:
             return
         separator = "\t"
     else:
-        separator = _separator(text)
+        if named := re.match(r"sep=(.)\r?\n", text):  # Excel's own line
+            text, separator = text[named.end() :], named[1]
+        else:
+            separator = _separator(text)
         if separator != ",":
             say(f"{file}: columns are separated by {separator!r}")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -179,6 +189,13 @@ def _name(cell: str) -> str:
     """The name of a column, empty for one that pandas named because it had none."""
     name = cell.strip("\ufeff \t")
     return "" if name.startswith("Unnamed: ") else name
+
+
+def _is_index(cells: list[str]) -> bool:
+    """Whether the cells of a column count the rows, from 0 or 1."""
+    return len(cells) > 1 and any(
+        cells == [*map(str, range(first, first + len(cells)))] for first in (0, 1)
+    )
 
 
 def _shown(cells: Iterable[str]) -> str:

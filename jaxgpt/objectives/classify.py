@@ -87,7 +87,9 @@ class Classify(Objective):
 
     def _label(self, record: Record) -> str:
         value = record.values.get(self.label)
-        if not isinstance(value, str | int) or not str(value).strip():
+        # pandas writes whole numbers as 1.0 where some are missing.
+        whole = isinstance(value, float) and value.is_integer()
+        if not (isinstance(value, str | int) or whole) or not str(value).strip():
             raise InputError(
                 f"{record.where}: {self.label} is {value!r}, and it has to be a label; "
                 f"there are {', '.join(record.values)}"
