@@ -259,6 +259,27 @@ def test_paths_are_mixed_by_their_weights():
     assert max(count for start, count in seen.items() if start >= 1000) == 1
 
 
+@pytest.mark.parametrize(
+    ("held_out", "val_paths", "shares", "sets"),
+    [
+        ((20, 10), (), {"val/a": 0.75, "val/b": 0.25}, ["val/a", "val/b"]),
+        ((20, 10), ("c", "d"), {"val/c": 0.75, "val/d": 0.25}, ["val/c", "val/d"]),
+        ((20, 0), (), {"val/a": 1.0}, ["val/a"]),
+        ((20,), ("c",), {}, ["val"]),
+        ((20, 10, 5), ("c", "d", "e"), {}, ["val", "val/c", "val/d", "val/e"]),
+    ],
+)
+def test_what_is_held_out_of_a_mixture_has_the_shares_of_its_paths(
+    capsys, held_out, val_paths, shares, sets
+):
+    vals = tuple(TokenStream([np.arange(length)], EOT) for length in held_out)
+    corpus = replace(corpus_of(50, 50), vals=vals)
+    cfg = data.DataConfig(("a", "b"), weights=(3.0, 1.0), val_paths=val_paths)
+    dataset = data.streams(corpus, cfg, context=8, batch=4)
+    assert dataset.shares == shares and list(dataset.held_out) == sets
+    assert ("nothing is held out of b" in capsys.readouterr().err) == (held_out == (20, 0))
+
+
 def test_without_weights_paths_are_joined():
     corpus = corpus_of(np.arange(20), np.arange(20, 101))
     assert rows(batches_of(corpus, shuffle=False), 13)[:, 0].tolist() == [*range(0, 96, 8), 92]
