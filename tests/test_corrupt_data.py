@@ -24,7 +24,9 @@ edits = st.tuples(
 )
 READERS = {
     "text": lambda path: measure(open_source(path)),
-    "records": lambda path: read_splits(RecordsConfig((path,)), Classify().reader),
+    "records": lambda path: read_splits(
+        RecordsConfig((path,), val_fraction=0.0), Classify().reader
+    ),
 }
 CASES = [
     (name, reader)

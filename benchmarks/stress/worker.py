@@ -85,7 +85,7 @@ def documents(path: str) -> dict[str, str]:
 def records(path: str) -> dict[str, str]:
     """The number of records of a file, as a classifier reads them."""
     with soon():
-        splits = data.read_splits(data.RecordsConfig((path,)), Classify().reader)
+        splits = data.read_splits(data.RecordsConfig((path,), val_fraction=0.0), Classify().reader)
         return {name: str(len(found)) for name, found in splits.items()}
 
 
