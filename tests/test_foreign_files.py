@@ -466,10 +466,11 @@ def test_a_text_that_a_dictionary_holds_once_takes_memory_once(tmp_path):
     del rows
     code = (
         "import itertools, resource, sys\n"
-        "from jaxgpt.data.formats import documents\n"
+        "from jaxgpt.data.formats import open_documents\n"
         "import pyarrow.parquet\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "n = sum(len(piece) for document in documents(sys.argv[1], 'text') for piece in document)\n"
+        "documents = open_documents(sys.argv[1]).documents()\n"
+        "n = sum(len(piece) for document in documents for piece in document)\n"
         "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)

@@ -183,7 +183,9 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
 def test_a_column_of_a_table_is_read_if_it_is_asked_for(tmp_path, name):
     content = "id,body\n1,one\n2,two\n".replace(",", "\t" if name == "a.tsv" else ",")
     (tmp_path / name).write_text(content)
-    assert read(tmp_path / name) == [content]
+    said = []
+    (document,) = open_source(str(tmp_path / name), say=said.append).documents()
+    assert "".join(document) == content and "is read as plain text" in said[0]
     assert read(tmp_path / name, "text=body") == ["one", "two"]
     with pytest.raises(InputError, match="no column 'text'.* one of: id, body"):
         read(tmp_path / name, "text=text")
@@ -371,7 +373,7 @@ def test_a_file_that_vanishes_is_named(tmp_path, suffix, read_it):
 @pytest.mark.parametrize("read_it", [measure, content_digest])
 def test_a_disk_that_fails_while_a_file_is_read_is_named(read_it):
     file = "/proc/self/mem"  # its first byte cannot be read
-    source = Source(file, (file,), lambda: formats.documents(file, "text"))
+    source = Source(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
     with pytest.raises(InputError, match=rf"{file} cannot be read: Input/output error; check"):
         read_it(source)
 

@@ -158,11 +158,6 @@ def text_column(path: str, columns: Sequence[str], given: dict[str, str]) -> str
     return found["text"]
 
 
-def documents(file: str, column: str = "text", encoding: str = "utf-8") -> Iterator[Document]:
-    """The documents of a file, in order; `column` names the text in records."""
-    return DocumentFile(file, kind_of(file), column, encoding).documents()
-
-
 def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
     """Reads a file of JSON lines.
 

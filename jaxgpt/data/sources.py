@@ -64,7 +64,7 @@ def open_source(
         path: See the top.
         fields: `data.fields`: "text=COLUMN", or empty.
         encoding: The encoding of text without a byte order mark.
-        say: Gets the name of each column that was guessed.
+        say: Gets the name of each column that was guessed, and that a table is read as text.
 
     Raises:
         InputError: The path is not there, a file is empty, cannot be read or holds no text by its
@@ -107,6 +107,8 @@ def _open_source(
     if not fields:
         for column, file in {each.column: each.path for each in reversed(opened)}.items():
             _say_guess(column, file, say)
+        if table := next((file for file in files if formats.kind_of(file) == "table"), None):
+            say(f"{table} is read as plain text; --data.fields text=COLUMN reads one column of it")
     return Source(
         path,
         files,
