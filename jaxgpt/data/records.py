@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,8 +122,13 @@ class Record(NamedTuple):
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)  # parquet has dates
+    text = json.dumps(value, sort_keys=True, default=_as_json)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """A dataclass as its fields; anything else, such as the dates of parquet, as text."""
+    return vars(value) if is_dataclass(value) else str(value)
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,8 @@ class Reader:
     conversational: bool = False
     """Whether a list of messages may stand for the fields."""
     example: Callable[[Record], Any] = lambda record: record.values
-    """What an example is made of, in values of JSON. Records of which it is equal are the same
-    example, and are never on two sides of a split."""
+    """What an example is made of, in values of JSON and dataclasses. Records of which it is equal
+    are the same example, and are never on two sides of a split."""
 
     def digest(self, record: Record) -> str:
         """SHA-256 of the fields of a record that are read; of all if it has none of them."""

@@ -62,7 +62,7 @@ class Objective(ABC):
         return Reader(self.fields, self.optional_fields, self.conversational, self.example)
 
     def example(self, record: Record) -> Any:
-        """What an example is made of, in values of JSON: its fields, or all if it names none.
+        """What an example is made of, in values of JSON or dataclasses: the fields that are read.
 
         Records of which this is equal are the same example: they are held out together.
         """
