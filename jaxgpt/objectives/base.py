@@ -62,14 +62,14 @@ class Objective(ABC):
         return Reader(self.fields, self.optional_fields, self.conversational, self.example)
 
     def example(self, record: Record) -> Any:
-        """What an example is made of, in values of JSON or dataclasses: the fields that are read.
+        """What an example is made of, in values of JSON or dataclasses.
 
-        Records of which this is equal are the same example: they are held out together.
+        That is the fields that are read, or all if the record has none of them. Records of which it
+        is equal are the same example: they are held out together.
         """
         names = (*self.fields, *self.optional_fields)
-        if not names:
-            return record.values
-        return {name: value for name in names if (value := record.values.get(name)) is not None}
+        read = {name: value for name in names if (value := record.values.get(name)) is not None}
+        return read or record.values
 
     @property
     def compares_with(self) -> str:
