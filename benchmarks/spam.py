@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from jaxgpt.data import RecordsConfig, read_splits
+from jaxgpt.objectives import Classify
 
 VARIANTS = {
     "last token, all parameters": "",
@@ -56,7 +57,7 @@ def baseline(data: RecordsConfig) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    splits = read_splits(data)
+    splits = read_splits(data, Classify().reader)
     texts = {name: [r.values["text"] for r in records] for name, records in splits.items()}
     labels = {name: [r.values["label"] for r in records] for name, records in splits.items()}
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=100))

@@ -3,12 +3,14 @@
     python benchmarks/torture.py                              # everything, about two hours
     python benchmarks/torture.py --only kills --kills 5
     python benchmarks/torture.py --only rot stray --flips 30
+    python benchmarks/torture.py --only data --damaged 2000
 
 | section | what it does | what must hold |
 |---|---|---|
 | kills | SIGKILL at random moments, every objective | the same command ends bit-equal |
 | rot | flips bits, cuts and deletes files, one at a time | the right values or a clear error |
 | stray | files of other programs in every folder | everything works, nothing is deleted |
+| data | damaged files of text and records, in every format | read, or an error that names them |
 | disk | full or read-only disk, the run's folder disappears | a clear error, and nothing is lost |
 | starts | the same command twice at a time | one run, bit-equal, and one refusal |
 | signals | SIGTERM and Ctrl-C, once and twice, at any moment | 143 or 130 soon; then bit-equal |
@@ -27,10 +29,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from stress import disk, files, processes
+from stress import corrupt, disk, files, processes
 from stress.runs import CONFIGS, Bench, Row
 
-Section = Literal["kills", "rot", "stray", "disk", "starts", "signals", "nan"]
+Section = Literal["kills", "rot", "stray", "data", "disk", "starts", "signals", "nan"]
 
 
 def main(
@@ -41,6 +43,7 @@ def main(
     truncations: int = 50,
     deletions: int = 50,
     resumes: int = 12,
+    damaged: int = 500,
     disks: int = 8,
     starts: int = 20,
     signals: int = 50,
@@ -56,6 +59,7 @@ def main(
         truncations: Files cut short, of each kind.
         deletions: Files deleted, of each kind.
         resumes: Damaged runs that are resumed.
+        damaged: Damaged files of data.
         disks: Runs on a disk that fills up.
         starts: Runs started twice.
         signals: Runs that get SIGTERM or SIGINT.
@@ -66,6 +70,7 @@ def main(
         "kills": lambda bench: processes.kills(bench, kills, chosen),
         "rot": lambda bench: files.rot(bench, flips, truncations, deletions, resumes),
         "stray": files.stray,
+        "data": lambda bench: corrupt.rows(bench, damaged),
         "disk": lambda bench: disk.disk(bench, disks),
         "starts": lambda bench: processes.two_starts(bench, starts),
         "signals": lambda bench: processes.signals(bench, signals, chosen),

@@ -2,6 +2,7 @@
 
 Command:   python train.py configs/instruct.py
            python train.py configs/instruct.py --data.paths instructions.json
+           python train.py configs/instruct.py --data.paths a.csv --data.fields output=Answer
 Hardware:  a laptop
 Data:      functions of the running interpreter's library; or records with `instruction`, `input`
            and `output` (Alpaca), or with `messages`

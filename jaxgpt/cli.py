@@ -13,7 +13,8 @@ import tyro
 from jaxgpt import runs, strict_json, synonyms, terminal
 from jaxgpt.cache import CacheDtype
 from jaxgpt.data import DataConfig, texts
-from jaxgpt.data.records import lines_of
+from jaxgpt.data.tables import lines_of
+from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
@@ -189,10 +190,10 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
     given = [*texts]
     if file:
         try:
-            text = sys.stdin.read() if file == "-" else regular_file(file).read_text("utf-8")
+            text = sys.stdin.read() if file == "-" else "".join(TextFile(file))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as text: {error}") from None
-        given += lines_of(text)
+        given += lines_of(text.removeprefix("\ufeff"))
     if not given:
         raise InputError("there is no text; give some after the run, or --file")
     return given

@@ -248,6 +248,10 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     if dataclasses.is_dataclass(cls):
         if cls is TokenizerConfig:
             values = {"source" if name == FROM else name: v for name, v in values.items()}
+        if cls is DataConfig and "text_field" in values:  # saved before there was `fields`
+            column = values["text_field"]
+            values = {name: value for name, value in values.items() if name != "text_field"}
+            values |= {} if column == "text" else {"fields": [f"text={column}"]}
         hints = typing.get_type_hints(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:

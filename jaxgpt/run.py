@@ -75,28 +75,37 @@ class Run:
         """Numbers and sums of a held-out set: `val_loss`, and `val_loss/PART` where it has parts.
 
         Beside what the objective reports there are the bits per byte of text, and what it measures
-        by using the model.
+        by using the model. The numbers of a mixture are the means of its parts', weighted by their
+        shares; its bits per byte are those of text in which the parts have these shares of the
+        tokens.
         """
         params = state.params if state.ema is None else state.ema
         frozen = () if state.frozen is None else (state.frozen,)
         objective = self.cfg.objective
-        values: dict[str, float] = {}
+        data, values = self.dataset, dict[str, float]()
+        mixture: dict[str, float] = {}
         whole: dict[str, Any] = {}
-        for which, batches in self.dataset.held_out.items():
+        for which, batches in data.held_out.items():
             first, _, part = which.partition("/")
             if first != name or objective.annotates:
                 continue
             parts = [evaluate(params, self.layout.put(batch), *frozen) for batch in batches()]
             sums = jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
             numbers = objective.report(sums)
-            if self.dataset.tokens_per_byte and not part:
-                bits = numbers["loss"] / math.log(2)
-                numbers["bits_per_byte"] = bits * self.dataset.tokens_per_byte
+            for k, v in numbers.items():
+                if which in data.shares:
+                    mixture[f"{name}_{k}"] = mixture.get(f"{name}_{k}", 0) + data.shares[which] * v
+            if size := data.bytes_per_token.get(which):
+                numbers["bits_per_byte"] = numbers["loss"] / math.log(2) / size
             ending = f"/{part}" if part else ""
             values |= {f"{name}_{k}{ending}": v for k, v in numbers.items()}
             whole = whole or sums
+        if mixture:
+            size = sum(share * data.bytes_per_token[part] for part, share in data.shares.items())
+            mixture[f"{name}_bits_per_byte"] = mixture[f"{name}_loss"] / math.log(2) / size
+            values = mixture | values
         limit = self.cfg.train.eval_batches * self.cfg.train.batch or None
-        if records := self.dataset.records.get(name, [])[:limit]:
+        if records := data.records.get(name, [])[:limit]:
             measured = objective.measure(self.trained(state), records, whole=name == "test")
             values |= {f"{name}_{k}": v for k, v in measured.items()}
         return values, whole
@@ -261,7 +270,7 @@ def prepare_data(
     """
     splits = {}
     if isinstance(cfg.data, data.RecordsConfig):
-        splits = data.read_splits(cfg.data, cfg.objective.fields)
+        splits = data.read_splits(cfg.data, cfg.objective.reader)
         cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
     origin: Source | None = None
     if saved:

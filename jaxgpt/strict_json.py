@@ -16,7 +16,7 @@ def loads(text: str | bytes, *, distinct: bool = False) -> Any:
     """Parses JSON text.
 
     Args:
-        text: The text, or its bytes in UTF-8.
+        text: The text, or its bytes in UTF-8; a byte order mark is removed.
         distinct: Refuse an object that has a name twice; else the last one counts.
 
     Raises:
@@ -24,7 +24,8 @@ def loads(text: str | bytes, *, distinct: bool = False) -> Any:
             than Python converts, or arrays and objects are nested deeper than DEEPEST.
     """
     if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")
+        text = text.decode()
+    text = text.removeprefix("\ufeff")
     too_deep = f"arrays and objects are nested deeper than {DEEPEST} levels"
     try:
         value = (_DISTINCT if distinct else _DECODER).decode(text)

@@ -186,7 +186,7 @@ def read_message(prompt: str = "> ") -> tuple[str, bool]:
 
     It has one line, or several: what is between \"\"\" is a message whatever it begins with.
     """
-    line = input(prompt)
+    line = input(prompt).removeprefix("\ufeff")  # a file as standard input may begin with it
     lines: list[str] = []
     if line.strip() == '"""':
         while (line := input("… ")).strip() != '"""':

@@ -228,6 +228,12 @@ def test_balanced_weights_are_inverse_counts_and_1_on_average():
     assert Classify(balanced=True, class_weights=(1, 2, 3)).fit(RECORDS).class_weights == (1, 2, 3)
 
 
+def test_a_label_is_text_without_space_around_it_or_a_whole_number():
+    labels = [" ham", "ham\n", 1, 2.0, True]
+    fitted = Classify().fit([record("x", label) for label in labels])
+    assert fitted.labels == ("1", "2.0", "True", "ham")
+
+
 @pytest.mark.parametrize(
     ("objective", "records", "says"),
     [

@@ -12,7 +12,7 @@ import pytest
 import train
 from jaxgpt import cli, config, model, synonyms
 from jaxgpt.config import Config, from_command_line, from_dict, read, to_dict
-from jaxgpt.data import RecordsConfig
+from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Classify
 
@@ -55,11 +55,18 @@ def altered(value):
 def test_every_field_survives_json(tmp_path):
     cfg = altered(Config())
     same = [path for path, value in leaves(Config()).items() if leaves(cfg)[path] == value]
-    assert set(same) <= {"data.weights", "data.val_paths"}  # empty tuples, given below
-    cfg = replace(cfg, data=replace(cfg.data, weights=(0.25, 3.0), val_paths=("held out",)))
+    empty = {"weights": (0.25, 3.0), "val_paths": ("held out",), "fields": ("text=body",)}
+    assert set(same) <= {f"data.{name}" for name in empty}
+    cfg = replace(cfg, data=replace(cfg.data, **empty))
     config.save(cfg, tmp_path / "config.json")
     assert read(tmp_path / "config.json") == cfg
     assert from_dict(Config, to_dict(cfg)) == cfg
+
+
+@pytest.mark.parametrize(("saved", "fields"), [("text", ()), ("body", ("text=body",))])
+def test_a_saved_config_with_a_text_field_is_read(saved, fields):
+    values = {"data": {"type": "DataConfig", "text_field": saved}}
+    assert from_dict(Config, values).data == DataConfig(fields=fields)
 
 
 def test_a_config_shows_on_a_terminal_what_differs_from_the_defaults():

@@ -13,7 +13,7 @@ import pytest
 
 from jaxgpt import data
 from jaxgpt.data import batches as batches_module
-from jaxgpt.data import formats, tokens
+from jaxgpt.data import textfile, tokens
 from jaxgpt.data.ahead import map_ahead
 from jaxgpt.data.corpus import Corpus
 from jaxgpt.data.tokens import TokenStream
@@ -83,7 +83,7 @@ def test_every_document_is_preceded_by_eot_and_counted(write):
 
 
 def test_a_single_text_gives_its_last_tenth_by_characters(write, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", 100)
+    monkeypatch.setattr(textfile, "BLOCK", 100)
     text = WORDS * 50 + "ä" * 333
     corpus = prepare(write("a.txt", text))
     cut = int(0.9 * len(text))
@@ -140,7 +140,7 @@ def test_nothing_held_out_is_refused(write):
 def test_tokens_of_a_text_in_pieces_are_those_of_the_whole(write, monkeypatch, kind):
     text = (WORDS + "  x=1\r\n\t\t'''it's'''   \n" + "word" * 40 + " " * 30) * 20
     tokenizer = build(TokenizerConfig(kind=kind, vocab_size=300), [text])
-    monkeypatch.setattr(formats, "BLOCK", 37)
+    monkeypatch.setattr(textfile, "BLOCK", 37)
     monkeypatch.setattr(tokens, "PIECE", 64)
     corpus = prepare(write("a.txt", text), tokenizer=tokenizer, val_fraction=0.0)
     assert corpus.train[:].tolist() == [tokenizer.eot, *tokenizer.encode(text)]
@@ -257,6 +257,27 @@ def test_paths_are_mixed_by_their_weights():
     short_counts = [seen[start] for start in [*range(0, 88, 8), 91]]
     assert max(short_counts) - min(short_counts) <= 1
     assert max(count for start, count in seen.items() if start >= 1000) == 1
+
+
+@pytest.mark.parametrize(
+    ("held_out", "val_paths", "shares", "sets"),
+    [
+        ((20, 10), (), {"val/a": 0.75, "val/b": 0.25}, ["val/a", "val/b"]),
+        ((20, 10), ("c", "d"), {"val/c": 0.75, "val/d": 0.25}, ["val/c", "val/d"]),
+        ((20, 0), (), {"val/a": 1.0}, ["val/a"]),
+        ((20,), ("c",), {}, ["val"]),
+        ((20, 10, 5), ("c", "d", "e"), {}, ["val", "val/c", "val/d", "val/e"]),
+    ],
+)
+def test_what_is_held_out_of_a_mixture_has_the_shares_of_its_paths(
+    capsys, held_out, val_paths, shares, sets
+):
+    vals = tuple(TokenStream([np.arange(length)], EOT) for length in held_out)
+    corpus = replace(corpus_of(50, 50), vals=vals)
+    cfg = data.DataConfig(("a", "b"), weights=(3.0, 1.0), val_paths=val_paths)
+    dataset = data.streams(corpus, cfg, context=8, batch=4)
+    assert dataset.shares == shares and list(dataset.held_out) == sets
+    assert ("nothing is held out of b" in capsys.readouterr().err) == (held_out == (20, 0))
 
 
 def test_without_weights_paths_are_joined():

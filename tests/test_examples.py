@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.data import Record, RecordsConfig, examples, refuse_changed
+from jaxgpt.data import Reader, Record, RecordsConfig, examples, read_splits, refuse_changed
 from jaxgpt.errors import InputError
 
 T = 8
@@ -320,6 +320,23 @@ def test_the_fingerprint_tells_every_change_of_the_batches(change):
     refuse_changed(saved, dataset_of(splits_of([1, 2], [1])).fingerprint)
     with pytest.raises(InputError, match="the data is not what this run was trained on"):
         refuse_changed(saved, CHANGES[change]().fingerprint)
+
+
+def test_the_fingerprint_tells_which_columns_were_read(tmp_path):
+    (tmp_path / "a.csv").write_text("one,two\nA first.,A second.\nA third.,A fourth.\n")
+    found = []
+    for fields in (("en=one", "de=two"), ("en=two", "de=one")):
+        cfg = RecordsConfig((str(tmp_path / "a.csv"),), fields=fields, val_fraction=0.0)
+        splits = read_splits(cfg, Reader(("en", "de")))
+        found.append(
+            examples(cfg, splits, encode_text, cut, "bytes", context=T, batch=1).fingerprint
+        )
+    with pytest.raises(InputError, match="the data is not what this run was trained on: records"):
+        refuse_changed(*found)
+
+
+def encode_text(record: Record) -> dict[str, np.ndarray]:
+    return {"tokens": np.full(3, len(record.text("en")), np.int32)}
 
 
 def test_the_fingerprint_is_of_content_not_of_places():

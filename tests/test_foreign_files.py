@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import io
 import json
 import os
 import shutil
@@ -21,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxgpt
-from jaxgpt import pretrained, strict_json
+from jaxgpt import data, pretrained, strict_json
 from jaxgpt.chat import choose
 from jaxgpt.cli import _given, _json
-from jaxgpt.data import formats, records
+from jaxgpt.data import formats, records, textfile
 from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
@@ -33,8 +34,9 @@ from jaxgpt.guide import choices, json_schema, regex
 from jaxgpt.model import ComputeConfig, GPTConfig, letters
 from jaxgpt.paths import regular_file
 from jaxgpt.pretrained import peft
-from jaxgpt.tokenizer import Bytes, HuggingFace
-from jaxgpt.tokenizer.huggingface import _exported, read, write
+from jaxgpt.terminal import read_message
+from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
+from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
 from jaxgpt.tune import flat, nested
 
 HEALTH = list(HealthCheck)
@@ -362,6 +364,34 @@ def test_brackets_in_text_are_no_depth():
     assert strict_json.loads(json.dumps(value)) == value
 
 
+MARK = "\ufeff"
+TEXT_INPUTS = {  # what a reader of text makes of a file
+    "a file of texts": lambda file, _: _given((), str(file)),
+    "standard input": lambda file, patch: (
+        patch.setattr("sys.stdin", io.StringIO(file.read_text())),
+        _given((), "-"),
+    )[1],
+    "a message": lambda file, patch: (
+        patch.setattr("sys.stdin", io.StringIO(file.read_text())),
+        read_message("")[0],
+    )[1],
+    "JSON": lambda file, _: (strict_json.loads(file.read_text()), _json(str(file))),
+    "a tokenizer's file": lambda file, _: read_text(file.parent, file.name),
+    "a corpus": lambda file, _: list(data.texts(data.DataConfig((str(file),), val_fraction=0.0))),
+    "an alphabet": lambda file, _: build(
+        TokenizerConfig(kind="characters"), data.texts(data.DataConfig((str(file),)))
+    ).to_json(),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_INPUTS)
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, name):
+    (tmp_path / "a.txt").write_text(MARK + '{"a": 1}')
+    (tmp_path / "b.txt").write_text('{"a": 1}')
+    marked, plain = (TEXT_INPUTS[name](tmp_path / f, monkeypatch) for f in ("a.txt", "b.txt"))
+    assert marked == plain and MARK not in str(marked)
+
+
 # Data.
 
 
@@ -379,11 +409,11 @@ def test_json_that_is_too_deep_or_not_finite_is_refused_by_line(tmp_path, conten
 
 
 def test_a_line_of_unbounded_length_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LARGEST_RECORD", 1000)
+    monkeypatch.setattr(textfile, "LARGEST_LINE", 1000)
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "' + "a" * 1000 + '"}\n')
     for read_all in (lambda path: measure(open_source(path)), open_records):
-        with pytest.raises(InputError, match=r"a.jsonl:2 has more than 1,000 bytes; split"):
+        with pytest.raises(InputError, match=r"a.jsonl:2 has more than 1,000 characters; split"):
             read_all(str(file))
 
 
@@ -397,9 +427,9 @@ def test_records_that_take_too_much_memory_are_refused(tmp_path, monkeypatch, na
 
 
 def test_a_json_file_that_is_too_large_to_parse_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(formats, "LARGEST_JSON", 1000)
     (tmp_path / "a.json").write_text("[" + '{"a": 1},' * 200 + "]")
-    with pytest.raises(InputError, match=r"a.json has 1,802 bytes.*write it as JSON lines"):
+    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*as JSON lines"):
         open_records(str(tmp_path / "a.json"))
 
 
@@ -436,10 +466,11 @@ def test_a_text_that_a_dictionary_holds_once_takes_memory_once(tmp_path):
     del rows
     code = (
         "import itertools, resource, sys\n"
-        "from jaxgpt.data.formats import documents\n"
+        "from jaxgpt.data.formats import open_documents\n"
         "import pyarrow.parquet\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "n = sum(len(piece) for document in documents(sys.argv[1], 'text') for piece in document)\n"
+        "documents = open_documents(sys.argv[1]).documents()\n"
+        "n = sum(len(piece) for document in documents for piece in document)\n"
         "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)

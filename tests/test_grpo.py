@@ -237,10 +237,30 @@ def test_answers_are_scored_and_compared_within_their_group(monkeypatch):
         ("number", "it is -3.5", " -3.5 ", 1),
         ("number", "42 or 43", "42", 0),
         ("number", "no idea", "42", 0),
+        ("number", "1,000", "1,000", 1),
+        ("number", "1000", "1,000", 1),
+        ("number", "72.0", "72", 1),
+        ("number", "7,5", "75", 0),
+        ("number", "3,4", "4", 1),
+        ("number", "3,4,500", "500", 1),
+        ("number", "1,234,567.5", "1234567.50", 1),
+        ("number", "$1,500.", "so 3 * 500\n#### 1500", 1),
+        ("number", "1e3", "1000", 1),
+        ("number", ".5", "0.5", 1),
+        ("number", "13-5 = 8 or 10-3", "3", 1),
+        ("number", "\N{MINUS SIGN}3", "-3", 1),
+        ("number", "3", "-3", 0),
+        ("number", "1e999", "2e999", 0),
     ],
 )
 def test_rewards_are_for_what_is_right(reward, answer, right, score):
     assert GRPO(reward=reward).score(answer, right) == score
+
+
+def test_a_problem_without_a_number_to_compare_with_is_refused():
+    record = Record("a.json:3", {"instruction": "1 + 1 =", "output": "two"})
+    with pytest.raises(InputError, match=r"a.json:3: output is 'two', which has no number"):
+        GRPO(reward="number").encode(record, Characters("abc"))
 
 
 class Tiny(Characters):

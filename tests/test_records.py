@@ -15,10 +15,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt import objectives
 from jaxgpt.data import made as made_module
 from jaxgpt.data.made import MADE, REQUEST
-from jaxgpt.data.records import Record, RecordsConfig, open_records, read_splits, strings
+from jaxgpt.data.records import (
+    Reader,
+    Record,
+    RecordsConfig,
+    open_records,
+    read_splits,
+    strings,
+)
 from jaxgpt.errors import InputError
+from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
 
 TABLE = [
     {"label": "ham", "text": 'she said "no", twice'},
@@ -36,8 +45,9 @@ shared_folder = settings(
 )
 
 
-def values(path, *arguments) -> list[dict]:
-    return [record.values for record in open_records(str(path), *arguments)]
+def values(path, *fields, **options) -> list[dict]:
+    cfg = RecordsConfig(**options)
+    return [record.values for record in open_records(str(path), Reader(fields), cfg)]
 
 
 def write_csv(file: Path, table) -> Path:
@@ -107,18 +117,17 @@ def test_any_text_comes_back_from_a_file_that_can_hold_it(tmp_path, name, rows):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_first_line_names_the_columns_unless_they_are_given(tmp_path, name, line, end, mark):
-    lines = [line.format("label", "text"), line.format("ham", "hello")]
+    lines = [line.format("label", "text"), line.format("ham", "hello.")]
     (tmp_path / name).write_bytes((mark + end.join(lines)).encode())
-    path = str(tmp_path / name)
-    assert values(path) == [{"label": "ham", "text": "hello"}]
-    first, second = values(path, (), ("a", "b"))
-    assert (first, second) == ({"a": "label", "b": "text"}, {"a": "ham", "b": "hello"})
+    assert values(tmp_path / name) == [{"label": "ham", "text": "hello."}]
+    (tmp_path / name).write_bytes((mark + lines[1]).encode())
+    assert values(tmp_path / name, columns=("a", "b")) == [{"a": "ham", "b": "hello."}]
 
 
 def test_a_quotation_mark_in_tsv_is_one(tmp_path):
     (tmp_path / "a.tsv").write_text('ham\t"so\nspam\twin"\n')
     expected = [{"label": "ham", "text": '"so'}, {"label": "spam", "text": 'win"'}]
-    assert values(tmp_path / "a.tsv", (), ("label", "text")) == expected
+    assert values(tmp_path / "a.tsv", columns=("label", "text")) == expected
 
 
 def test_a_field_of_csv_may_be_a_long_document_of_many_lines(tmp_path):
@@ -140,7 +149,7 @@ def test_a_date_of_parquet_has_a_digest(tmp_path):
 def test_parallel_files_are_paired_line_by_line(tmp_path):
     (tmp_path / "train.en").write_text("one\n\nthree\u2028\n")
     (tmp_path / "train.de").write_text("eins\nzwei\ndrei")
-    records = open_records(str(tmp_path / "train"), ("en", "de"))
+    records = open_records(str(tmp_path / "train"), Reader(("en", "de")))
     assert [tuple(record.values.values()) for record in records] == [
         ("one", "eins"),
         ("", "zwei"),
@@ -213,8 +222,9 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
         ("a.csv", b"a,b\nx,y\nz\n", "a.csv:3 has 1 columns, and there are 2: a, b"),
         ("a.csv", b'a\n"x', "a.csv:2 is not CSV: unexpected end"),
         ("a.csv", b'a\n"x"y\n', "a.csv:2 is not CSV"),
-        ("a.csv", b"a,a\nx,y\n", "a.csv:1 does not name columns: a, a"),
-        ("a.csv", b"a,\nx,y\n", "a.csv:1 does not name columns"),
+        ("a.csv", b"a,a\nx,y\n", "a.csv:1 names two columns 'a'; rename one"),
+        ("a.csv", b",\nx,y\n", "a.csv:1 names no column"),
+        ("a.csv", b"a\0,\0b\nx,y\n", "a.csv:1 has a NUL .*set data.encoding=utf-16-le"),
         ("a.tsv", b"a\nx\n\xff\n", "a.tsv:3 is not UTF-8 at byte 4"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2 is list, not named fields"),
@@ -223,13 +233,15 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
         ("a.json", b'[{"a": 1}, "b"]', "a.json:1 is str, not named fields"),
         ("a.json", b"[", "a.json is not JSON"),
         ("a.parquet", b"PAR2", "a.parquet is not parquet"),
-        ("a.txt", b"text", "a.txt is no file of records .*.tsv.*python:packages"),
+        ("a.txt", b"text", "a.txt is read by the end of its name, .*mv .*a.txt .*a.txt.tsv"),
+        ("nothing", None, "nothing is no file of records .*.tsv.*python:packages"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        open_records(str(tmp_path / name), ("label", "text"))
+        open_records(str(tmp_path / name))
 
 
 def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
@@ -237,11 +249,11 @@ def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"a is no file of records .*nor are there .*a.en and .*a."
     ):
-        open_records(str(tmp_path / "a"), ("en", "de"))
+        open_records(str(tmp_path / "a"), Reader(("en", "de")))
     for text, count in (("eins\n", 1), ("", 0)):
         (tmp_path / "a.de").write_text(text)
         with pytest.raises(InputError, match=rf"do not pair up: .*a.en has 2, .*a.de has {count}"):
-            open_records(str(tmp_path / "a"), ("en", "de"))
+            open_records(str(tmp_path / "a"), Reader(("en", "de")))
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 3, ["a"]])
@@ -279,12 +291,78 @@ def test_exactly_the_wanted_shares_are_held_out_in_file_order(tmp_path, count, v
     assert sorted(n for each in numbers.values() for n in each) == list(range(count))
 
 
-def test_what_is_held_out_is_the_smallest_hashes_of_the_content(tmp_path):
-    splits = read_splits(RecordsConfig((numbered(tmp_path, 20),), test_fraction=0.2))
-    texts = [json.dumps({"n": str(n)}) for n in range(20)]
+EXAMPLES = {  # the fields that each objective reads
+    Classify(): lambda n: {"text": f"text {n}", "label": str(n % 2)},
+    Instruct(): lambda n: {"instruction": f"ask {n}", "input": "", "output": "tell"},
+    DPO(): lambda n: {"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"},
+    GRPO(): lambda n: {"instruction": f"{n} + 1", "output": str(n + 1)},
+    Translate(source="en", target="de"): lambda n: {"en": f"one {n}", "de": f"eins {n}"},
+}
+
+
+def kind(objective):
+    return type(objective).__name__
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
+def test_what_is_held_out_is_the_smallest_hashes_of_what_is_read(tmp_path, objective):
+    table = [EXAMPLES[objective](n) for n in range(20)]
+    file = write_jsonl(tmp_path / "a.jsonl", [{**each, "id": n} for n, each in enumerate(table)])
+    splits = read_splits(RecordsConfig((str(file),), test_fraction=0.2), objective.reader)
+    texts = [json.dumps(each, sort_keys=True) for each in table]
     texts.sort(key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     for name, expected in (("test", texts[:4]), ("val", texts[4:6])):
-        assert {json.dumps(r.values) for r in splits[name]} == set(expected)
+        held_out = [{k: v for k, v in r.values.items() if k != "id"} for r in splits[name]]
+        assert {json.dumps(each, sort_keys=True) for each in held_out} == set(expected)
+
+
+def test_the_split_of_every_objective_that_reads_records_is_tested():
+    classes = [getattr(objectives, name) for name in objectives.__all__]
+    reads = [c for c in classes if isinstance(c, type) and getattr(c, "reads_records", False)]
+    assert set(reads) == {type(objective) for objective in EXAMPLES}
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
+def test_equal_examples_are_on_one_side_whatever_else_differs(tmp_path, objective):
+    rng = random.Random(0)
+    table = [{**EXAMPLES[objective](n), "id": copy, "n": n} for n in range(40) for copy in range(5)]
+    rng.shuffle(table)
+    file = write_jsonl(tmp_path / "a.jsonl", table)
+    cfg = RecordsConfig((str(file),), val_fraction=0.2, test_fraction=0.2)
+    splits = read_splits(cfg, objective.reader)
+    sides = [{record.values["n"] for record in records} for records in splits.values()]
+    assert sum(map(len, sides)) == 40 and all(sides)
+
+
+@pytest.mark.parametrize(
+    ("objective", "same"),
+    [
+        (Classify(), [{"text": "a", "label": 1}, {"text": "a", "label": " 1"}]),
+        (
+            Instruct(),
+            [
+                {"instruction": "a", "output": "b"},
+                {"instruction": "a", "output": "b", "input": ""},
+                {"instruction": "a", "output": "b", "input": None},
+                {"messages": [dict(role="user", content="a"), dict(role="assistant", content="b")]},
+            ],
+        ),
+    ],
+    ids=["Classify", "Instruct"],
+)
+def test_an_example_is_the_same_however_it_is_spelled(tmp_path, objective, same):
+    table = [*same, *(EXAMPLES[objective](n) for n in range(8))] * 2
+    cfg = RecordsConfig((str(write_jsonl(tmp_path / "a.jsonl", table)),), val_fraction=0.3)
+    splits = read_splits(cfg, objective.reader)
+    counts = [sum(r.values in same for r in splits[name]) for name in ("train", "val")]
+    assert sorted(counts) == [0, 2 * len(same)]
+
+
+def test_a_record_in_the_training_set_too_is_found_by_what_is_read(tmp_path, capsys):
+    train, val = ([{"text": "a", "label": n % 2, "id": i} for n in range(4)] for i in range(2))
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", t)) for i, t in enumerate((train, val))]
+    read_splits(RecordsConfig((paths[0],), val_paths=(paths[1],)), Classify().reader)
+    assert "4 of 4 records of val are in the training set too" in capsys.readouterr().err
 
 
 def test_the_order_of_the_files_does_not_matter_to_what_is_held_out(tmp_path):
@@ -440,7 +518,7 @@ def test_a_disk_that_fails_while_records_are_read_is_named(tmp_path, name):
     (tmp_path / name).symlink_to("/proc/self/mem")  # its first byte cannot be read
     message = rf"{tmp_path / name} cannot be read: Input/output error; check"
     with pytest.raises(InputError, match=message):
-        open_records(str(tmp_path / name).removesuffix(".en"), ("en",))
+        open_records(str(tmp_path / name).removesuffix(".en"), Reader(("en",)))
 
 
 def test_a_path_of_records_that_cannot_be_followed_says_why(tmp_path):

@@ -1,5 +1,7 @@
 """Whole runs of every kind, from the command line's function, on tiny models."""
 
+import contextlib
+import io
 import json
 import re
 from dataclasses import dataclass, replace
@@ -207,14 +209,39 @@ def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
         run(replace(STAGE, name="mixed", objective=Distill(teacher="runs/other")))
 
 
-def test_domain_tuning_tells_the_losses_on_both_before_and_after(place, capsys):
-    data = DataConfig(paths=("new.txt", "old.txt"), weights=(0.7, 0.3))
-    assert run(replace(STAGE, name="domain", data=data)) == 0
-    said = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def domain(place):
+    """What a run on a mixture of two texts prints."""
+    data = DataConfig(paths=("new.txt", "old.txt"), weights=(6.0, 2.0))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run(replace(STAGE, name="domain", data=data)) == 0
+    return said.getvalue()
+
+
+def test_domain_tuning_tells_the_losses_on_both_before_and_after(domain):
     for part in ("new.txt", "old.txt"):
-        assert re.search(rf"val_loss/{part} +\d+\.\d+ +\d+\.\d+", said)
+        assert re.search(rf"val_loss/{part} +\d+\.\d+ +\d+\.\d+", domain)
     values = [m for m in metrics("domain") if "val_loss/new.txt" in m]
     assert values[-1]["val_loss/new.txt"] < values[0]["val_loss/new.txt"]
+
+
+def test_the_loss_of_a_mixture_is_weighted_and_decides_which_checkpoint_is_best(domain):
+    last = [m for m in metrics("domain") if "val_loss" in m][-1]
+    new, old = last["val_loss/new.txt"], last["val_loss/old.txt"]
+    assert last["val_loss"] == pytest.approx(0.75 * new + 0.25 * old) and abs(new - old) > 0.1
+    measured = checkpoint.read("runs/domain/checkpoints/4")["metrics"]
+    assert measured["val_loss"] == last["val_loss"]
+    bytes_of = {}  # of a token on average, from the text itself
+    tokenizer = load("runs/domain").tokenizer
+    for part in ("new.txt", "old.txt"):
+        text = Path(part).read_text()
+        held_out = text[int(0.9 * len(text)) :]
+        bytes_of[part] = len(held_out) / len(tokenizer.encode(held_out))
+        bits = last[f"val_loss/{part}"] / np.log(2) / bytes_of[part]
+        assert last[f"val_bits_per_byte/{part}"] == pytest.approx(bits, rel=1e-3)
+    size = 0.75 * bytes_of["new.txt"] + 0.25 * bytes_of["old.txt"]
+    bits = last["val_loss"] / np.log(2) / size
+    assert last["val_bits_per_byte"] == pytest.approx(bits, rel=1e-3)
 
 
 def test_a_classifier_is_tested_and_used_from_its_folder(place, capsys):

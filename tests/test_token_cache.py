@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import data, manifest
 from jaxgpt.data import corpus as corpus_module
-from jaxgpt.data import formats, tokens
+from jaxgpt.data import textfile, tokens
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import TokenizerConfig, build
 
@@ -127,7 +127,7 @@ def test_changed_content_is_encoded_anew(tmp_path, cache):
     assert train[1:].tobytes()[::2] == b"CONTENT " * 20
 
 
-@pytest.mark.parametrize("change", [{"val_fraction": 0.2}, {"text_field": "body"}])
+@pytest.mark.parametrize("change", [{"val_fraction": 0.2}, {"fields": ("text=body",)}])
 def test_changed_rules_are_encoded_anew(tmp_path, cache, change):
     lines = [json.dumps({"text": f"text {n}", "body": f"body {n}"}) for n in range(9)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -163,7 +163,7 @@ def test_bad_text_is_refused_before_anything_is_encoded(path, tmp_path, cache):
 
 def test_text_that_changes_while_it_is_read_is_not_cached(path, cache, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE", 50)
-    monkeypatch.setattr(formats, "BLOCK", 100)
+    monkeypatch.setattr(textfile, "BLOCK", 100)
 
     def append(encoded):
         with open(path, "a") as file:

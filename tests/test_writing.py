@@ -463,7 +463,7 @@ def test_a_guide_holds_past_the_context():
         ({"choices": ["a", "a"]}, "twice among the choices"),
         ({"regex": "("}, "pattern"),
         ({"beam": 0}, "beam=0; set it to a whole number, 1 or more"),
-        ({"beam": 2.5}, "beam=2.5; set it to a whole number"),
+        ({"beam": 2.5}, "beam=2.5 is not right; give a whole number"),
         ({"beam": 2, "top_k": 5, "choices": ["a"]}, "beam=2 .* leave out top_k, choices"),
         ({"beam": 2, "temperature": 0.5}, "beam=2 .* leave out temperature"),
         ({"beam": 2, "tokens": 99}, r"tokens=99 after a prompt of \d+, .* context of 48; set tok"),

@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import logging
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +20,12 @@ import numpy as np
 
 import jaxgpt
 from jaxgpt import checkpoint, config, data, tokenizer
+from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf
+from jaxgpt.objectives import Classify
+
+SECONDS = 20  # for a file of a few kilobytes
 
 
 def digests(tree: Any, name: str) -> dict[str, str]:
@@ -70,6 +76,34 @@ def tokens(path: str, cache: str) -> dict[str, str]:
     }
 
 
+def documents(path: str) -> dict[str, str]:
+    """The size of the text of a file."""
+    with soon():
+        return {"bytes": str(measure(open_source(path)))}
+
+
+def records(path: str) -> dict[str, str]:
+    """The number of records of a file, as a classifier reads them."""
+    with soon():
+        splits = data.read_splits(data.RecordsConfig((path,), val_fraction=0.0), Classify().reader)
+        return {name: str(len(found)) for name, found in splits.items()}
+
+
+@contextlib.contextmanager
+def soon() -> Iterator[None]:
+    """Raises an error if its body does not end within SECONDS."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it did not end within {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 class Heard(logging.Handler):
     """Keeps the warnings that are logged."""
 
@@ -85,7 +119,14 @@ class Heard(logging.Handler):
 def main() -> None:
     """Answers until stdin ends."""
     answers = sys.stdout
-    kinds = {"arrays": arrays, "export": export, "model": model, "tokens": tokens}
+    kinds = {
+        "arrays": arrays,
+        "documents": documents,
+        "export": export,
+        "model": model,
+        "records": records,
+        "tokens": tokens,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         kind = kinds[request.pop("what")]

@@ -19,7 +19,7 @@ from jaxgpt.data.corpus import (
 )
 from jaxgpt.data.dataset import Dataset
 from jaxgpt.data.examples import examples
-from jaxgpt.data.records import Record, RecordsConfig, read_splits, strings
+from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Dataset",
+    "Reader",
     "Record",
     "RecordsConfig",
     "TokenStream",

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
 from jaxgpt.data.dataset import Batch, Dataset
+from jaxgpt.data.records import say
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
 
@@ -45,7 +46,8 @@ def streams(
 ) -> Dataset:
     """A corpus as a data set; an evaluation is of `limit` batches, or of all that is held out if 0.
 
-    Several paths with weights are held out together as `val`, and each as `val/PATH`.
+    With weights and several paths, each path is held out as `val/PATH`. If there is one for each
+    path, `val` is their mixture, by `Dataset.shares`; otherwise it is one set after the other.
     """
     shape: dict[str, Any] = {
         "context": context,
@@ -56,9 +58,20 @@ def streams(
     batches = Batches(corpus, cfg, seed=seed, **shape)
     val = corpus.val
     sets = {"val": val} if len(val) else {}
+    shares: dict[str, float] = {}
     if cfg.weights and len(corpus.vals) > 1:
-        named = zip(cfg.val_paths or cfg.paths, corpus.vals, strict=True)
-        sets |= {f"val/{path}": part for path, part in named if len(part)}
+        names = [f"val/{path}" for path in cfg.val_paths or cfg.paths]
+        parts = {name: part for name, part in zip(names, corpus.vals, strict=True) if len(part) > 1}
+        if len(names) == len(cfg.weights) and parts:
+            for name, weight in zip(names, cfg.weights, strict=True):
+                if name in parts:
+                    shares[name] = shares.get(name, 0.0) + weight
+                else:
+                    say(f"nothing is held out of {name[4:]}; val_loss is of the other paths")
+            total = sum(shares.values())
+            shares = {name: weight / total for name, weight in shares.items()}
+            sets = {}
+        sets |= parts
     return Dataset(
         batches.batch,
         {
@@ -67,7 +80,10 @@ def streams(
         },
         batches.fingerprint,
         f"{len(corpus.train):,} tokens to train on, {len(val):,} to validate on",
-        tokens_per_byte=(len(val) - 1) / val.bytes if val.bytes else 0.0,
+        bytes_per_token={
+            name: part.bytes / (len(part) - 1) for name, part in sets.items() if len(part) > 1
+        },
+        shares=shares,
     )
 
 

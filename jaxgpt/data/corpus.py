@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxgpt.data.formats import Document, reading
+from jaxgpt.data.columns import parse_fields
+from jaxgpt.data.formats import Document
 from jaxgpt.data.records import say
 from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
 from jaxgpt.data.split import FEW, Split, split
+from jaxgpt.data.textfile import check_encoding, reading
 from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
 from jaxgpt.errors import InputError
 from jaxgpt.paths import cache_folder
@@ -26,17 +28,23 @@ class DataConfig:
     """What text is trained on, and how rows are cut from it."""
 
     paths: tuple[str, ...] = ("python",)
-    """Each 'python' (the standard library), a file (text, JSON lines, parquet), a folder, a glob,
-    or 'tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]'."""
+    """Each 'python' (the standard library), a file (text, JSON, JSON lines, parquet, CSV, TSV; also
+    compressed with gzip), a folder, a glob, or
+    'tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]'."""
     weights: tuple[float, ...] = ()
-    """The share of each path in every batch; empty: in proportion to size."""
+    """The share of each path in every batch; empty: in proportion to size. The validation loss is
+    weighted alike, if what is validated on has a part for each path."""
     val_paths: tuple[str, ...] = ()
     """What to validate on; empty: a part of `paths`, held out."""
     val_fraction: float = 0.1
     """The part held out where there are no `val_paths`: documents by a hash of their content, and
     the tail of each where there are fewer than 100; 0: no validation."""
-    text_field: str = "text"
-    """Where the text is: field of JSON lines, column of parquet, feature of a TFDS data set."""
+    fields: tuple[str, ...] = ()
+    """text=COLUMN: where the text is, in the fields of JSON or the columns of parquet, CSV and TSV.
+    Without it, the column 'text' or the one with a name that is usual for text; CSV and TSV are
+    then read as plain text."""
+    encoding: str = "utf-8"
+    """The encoding of text files without a byte order mark, such as latin-1, cp1252, utf-16-le."""
     documents: Literal["joined", "masked"] = "joined"
     """Whether the documents in one row see each other."""
     stride: int = 0
@@ -64,6 +72,8 @@ class DataConfig:
             raise InputError(f"data.weights={self.weights}; each must be positive and finite")
         if not 0 <= self.val_fraction < 1:
             raise InputError(f"data.val_fraction={self.val_fraction}; set it from 0 to below 1")
+        parse_fields(self.fields, ("text",))
+        check_encoding(self.encoding)
         if self.stride < 0 or self.workers < 0:
             raise InputError(
                 f"data.stride={self.stride} and data.workers={self.workers} cannot be negative"
@@ -123,7 +133,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     cfg.check()
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
-    sources = [open_source(path, cfg.text_field) for path in (*cfg.paths, *cfg.val_paths)]
+    sources = [
+        open_source(path, cfg.fields, cfg.encoding, say) for path in (*cfg.paths, *cfg.val_paths)
+    ]
     states = [file_states(source) for source in sources]
     on_disk = sum(size for files in states for size, _ in files.values())
     with _progress("reading the text", on_disk) as progress:
@@ -171,10 +183,9 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
     Raises InputError where it meets what `prepare` would refuse.
     """
     cfg.check()
-    sources = [open_source(path, cfg.text_field) for path in cfg.paths]
+    paths = (*cfg.paths, *cfg.val_paths) if held_out else cfg.paths
+    sources = [open_source(path, cfg.fields, cfg.encoding) for path in paths]
     fraction = 0.0 if cfg.val_paths or held_out else cfg.val_fraction
-    if held_out:
-        sources += [open_source(path, cfg.text_field) for path in cfg.val_paths]
     for source in sources:
         for name, document in split(source, fraction):
             if name == "train":

@@ -18,12 +18,15 @@ class Dataset:
     batch: Callable[[int], Batch]
     """Training batch k, this process's rows: the same whenever it is asked for."""
     held_out: dict[str, Callable[[], Iterator[Batch]]]
-    """Batches of each held-out set by its name, `val` first; a new pass with every call."""
+    """Batches of each held-out set by its name; a new pass with every call. A part of a set has the
+    name `val/PART`."""
     fingerprint: dict[str, Any]
     """All that decides the batches, in JSON values."""
     note: str
     """How much there is, on a terminal."""
     records: dict[str, Sequence[Record]] = field(default_factory=dict)
     """The records of each set, `train` too, where they are records."""
-    tokens_per_byte: float = 0.0
-    """Tokens to predict for each byte of held-out text; 0: not text."""
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
+    """Bytes of text for each token to predict, by held-out set; empty if it is not text."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """The share of each part, `val/PART`, in the mixture that `val` then is; they add up to 1."""

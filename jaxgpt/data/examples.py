@@ -113,7 +113,12 @@ def examples(
         {
             "records": {name: _digest(records) for name, records in splits.items()},
             "tokenizer": tokenizer,
-            "settings": {k: v for k, v in asdict(cfg).items() if not k.endswith("paths")},
+            # What `fields` and `encoding` decide is in the records.
+            "settings": {
+                name: value
+                for name, value in asdict(cfg).items()
+                if not name.endswith("paths") and name not in ("fields", "encoding")
+            },
             "context": context,
             "batch": batch,
             "seed": seed,

@@ -1,34 +1,34 @@
-"""From a file to its documents: plain text, JSON lines, parquet.
+"""From a file to its documents: plain text, JSON, JSON lines, parquet, tables.
 
 A document is an iterable of pieces of text that can be read more than once. A record is one piece;
 a plain text file is one document, read in pieces of a mebibyte, so that it need not fit in memory.
-Text is UTF-8 and arrives as it is: no newline, byte order mark or space is changed. What is not
-text raises InputError with the file and the place.
+What is not text raises InputError with the file and the place.
 
-Whatever a file claims, it is read in bounded memory: a line of JSON lines has LARGEST_RECORD bytes
-at most, and the values of a parquet file, which may be compressed without measure, take no more
-than `expansion_limit`.
+Whatever a file claims, it is read in bounded memory: a line of JSON lines has LARGEST_LINE
+characters at most, a file that is parsed as a whole LARGEST_JSON or LARGEST_TABLE, and the values
+of a parquet file, which may be compressed without measure, take no more than `expansion_limit`.
 """
 
-import codecs
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Literal
 
 from jaxgpt import strict_json
+from jaxgpt.data.columns import column_of, match, parse_fields, spelled
+from jaxgpt.data.tables import table_rows
+from jaxgpt.data.textfile import TextFile, reading
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
 Document = Iterable[str]
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "json", "jsonl", "parquet", "table"]
 
-BLOCK = 1 << 20  # bytes of a plain text file read at a time
-LARGEST_RECORD = 1 << 26  # bytes of one line of JSON lines
+LARGEST_JSON = 1 << 28  # characters of a .json file, which is parsed as a whole
+LARGEST_TABLE = 1 << 32  # characters of a CSV or TSV file
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 26  # of a parquet file in memory at once
 BATCH_NESTED = 64  # rows of columns with lists or structs, which may repeat what a file has once
 MOST_EXPANSION = 100  # bytes of values for each byte of a parquet file; prose has 3 to 10
@@ -36,117 +36,191 @@ ALWAYS_ALLOWED = 1 << 30  # bytes of values of a parquet file, however small it 
 VALUE_BYTES = 64  # what a value takes besides its text
 
 
-@contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError into an InputError that names the file, or `path` if the error has none."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}; check that it "
-            "is there, that you may read it, and that its disk or mount works"
-        ) from error
-
-
 def kind_of(file: str) -> Kind:
-    """What a file is read as, by its suffix: all that is neither JSON lines nor parquet is text."""
-    suffixes: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-    return suffixes.get(os.path.splitext(file)[1].lower(), "text")
+    """What a file is read as, by its suffix, of which .gz is no part.
+
+    All that is not JSON, JSON lines, parquet or a table is text.
+    """
+    suffixes: dict[str, Kind] = {
+        ".json": "json",
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".parquet": "parquet",
+        ".csv": "table",
+        ".tsv": "table",
+    }
+    return suffixes.get(suffix_of(file), "text")
 
 
-def check(file: str, text_field: str) -> None:
-    """Raises InputError for what can be seen without reading the file.
+def suffix_of(file: str) -> str:
+    """The suffix of a file's name in lower case, without a .gz at its end."""
+    return os.path.splitext(file.lower().removesuffix(".gz"))[1]
 
-    That is something that is no regular file, no bytes, and no such column.
+
+@dataclass(frozen=True)
+class DocumentFile:
+    """A file, and how its documents are read."""
+
+    path: str
+    kind: Kind
+    column: str = ""
+    """The column of the text; empty for plain text."""
+    encoding: str = "utf-8"
+
+    def documents(self) -> Iterator[Document]:
+        """The documents in order; InputError at the first that is not text."""
+        with reading(self.path):
+            text = TextFile(self.path, self.encoding)
+            match self.kind:
+                case "text":
+                    yield text
+                case "parquet":
+                    for row, values in enumerate(parquet_rows(self.path, self.column)):
+                        yield (as_text(values[self.column], f"{self.path} row {row}"),)
+                case _:
+                    for number, record in self._records():
+                        yield (self._text(record, f"{self.path}:{number}"),)
+
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        text = TextFile(self.path, self.encoding)
+        if self.kind == "json":
+            return json_values(text)
+        if self.kind == "jsonl":
+            return json_lines(text)
+        return table_rows(text, known=(self.column,), largest=LARGEST_TABLE, say=lambda line: None)
+
+    def _text(self, record: Any, where: str) -> str:
+        if isinstance(record, str) and self.kind == "json":
+            return as_text(record, where)
+        if not isinstance(record, dict):
+            raise InputError(f"{where} is {type(record).__name__}, not an object with fields")
+        return field_text(record, self.column, where)
+
+
+def open_documents(file: str, fields: Sequence[str] = (), encoding: str = "utf-8") -> DocumentFile:
+    """Finds how a file is read, as far as its first bytes and its first record tell.
+
+    Args:
+        file: The path.
+        fields: `data.fields`: "text=COLUMN", or empty.
+        encoding: The encoding of a file without a byte order mark.
+
+    Raises:
+        InputError: It is no regular file, is empty, is not text by its first bytes, or has no
+            column that is clearly the text.
     """
     regular_file(file)
     if not os.path.getsize(file):
         raise InputError(f"{file} is empty; leave it out of the paths")
-    if kind_of(file) == "parquet":
-        _open_parquet(file, text_field).close()
+    kind = kind_of(file)
+    given = parse_fields(fields, ("text",))
+    if kind == "table" and not given:
+        kind = "text"  # a table is read as it stands, unless a column is asked for
+    if kind != "parquet":
+        encoding = TextFile(file, encoding).detect_encoding()
+    if kind == "text":
+        return DocumentFile(file, kind, encoding=encoding)
+    column = given.get("text", "")
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        with _readable(file):
+            columns = pyarrow.parquet.read_schema(file).names
+        column = text_column(file, columns, given)
+        _open_parquet(file, column).close()
+        return DocumentFile(file, kind, column)
+    first = next(DocumentFile(file, kind, column, encoding)._records(), (0, None))[1]
+    columns = list(first) if isinstance(first, dict) else [column or "text"]
+    if column_of(first, column) is not None:
+        columns.append(column)
+    return DocumentFile(file, kind, text_column(file, columns, given), encoding)
 
 
-def documents(file: str, text_field: str) -> Iterator[Document]:
-    """The documents of a file, in order; `text_field` names the text in records."""
-    with reading(file):
-        match kind_of(file):
-            case "text":
-                yield TextFile(file)
-            case "jsonl":
-                yield from _jsonl(file, text_field)
-            case "parquet":
-                yield from _parquet(file, text_field)
+def text_column(path: str, columns: Sequence[str], given: dict[str, str]) -> str:
+    """The column of the text: the one that `data.fields` names, or the one clearly meant.
+
+    Raises:
+        InputError: There is no such column.
+    """
+    shown = f"{', '.join(columns) or 'none':.200}"
+    found, unclear = match(columns, ("text",), given=given)
+    if unclear:
+        one = unclear["text"][0] if unclear["text"] else "COLUMN"
+        raise InputError(
+            f"{path} has no column 'text', and it is not clear which of its columns is the text: "
+            f"{shown}; name it: {spelled({'text': one})}"
+        )
+    if found["text"] not in columns:
+        raise InputError(
+            f"{path} has no column {found['text']!r}; set --data.fields text=COLUMN to one of: "
+            f"{shown}"
+        )
+    return found["text"]
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """A plain text file as one document; every iteration reads it anew."""
-
-    path: str
-
-    def __iter__(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        offset = 0
-        with reading(self.path), open(regular_file(self.path), "rb") as file:
-            while True:
-                block = file.read(BLOCK)
-                nul = block.find(b"\0")
-                if nul >= 0:
-                    raise InputError(
-                        f"{self.path} is binary: NUL at byte {offset + nul}; "
-                        "leave it out, or convert it to UTF-8 if it is UTF-16"
-                    )
-                unfinished = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{self.path} is not UTF-8 at byte {offset - unfinished + error.start}; "
-                        "leave it out, or convert it (iconv -f ... -t UTF-8)"
-                    ) from None
-                if text:
-                    yield text
-                if not block:
-                    return
-                offset += len(block)
-
-
-def _jsonl(file: str, text_field: str) -> Iterator[Document]:
-    for number, record in json_lines(file):
-        if not isinstance(record, dict):
-            raise InputError(f"{file}:{number} is not an object with a field '{text_field}'")
-        yield (field_text(record, text_field, f"{file}:{number}"),)
-
-
-def json_lines(file: str) -> Iterator[tuple[int, Any]]:
+def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
     """Reads a file of JSON lines.
 
     Args:
-        file: The file; lines of nothing but white space are passed over.
+        text: The file; lines of nothing but white space are passed over.
 
     Yields:
         The number of each line, from 1, and its value.
 
     Raises:
-        InputError: A line is not JSON, or has more than LARGEST_RECORD bytes.
+        InputError: A line is not JSON, or too long.
     """
-    with open(regular_file(file), "rb") as lines:
-        for number in count(1):
-            line = lines.readline(LARGEST_RECORD + 1)
-            if not line:
-                return
-            if len(line) > LARGEST_RECORD:
-                raise InputError(
-                    f"{file}:{number} has more than {LARGEST_RECORD:,} bytes; split the record, or "
-                    "write a long text as a file of plain text"
-                )
-            if line.isspace():
-                continue
+    for number, line in text.lines():
+        if line.strip():
             try:
                 value = strict_json.loads(line)
             except ValueError as error:
-                raise InputError(f"{file}:{number} is not JSON: {error}") from None
+                message = f"{text.path}:{number} is not JSON: {error}"
+                if line.strip() in ("[", "{"):
+                    message += "; if the file is one array, name it .json"
+                raise InputError(message) from None
             yield number, value
+
+
+def json_values(text: TextFile) -> Iterator[tuple[int, Any]]:
+    """Reads a .json file: one array, or JSON lines, as some programs call them too.
+
+    Yields:
+        The number of each value, from 0 in an array and from 1 in lines, and the value.
+
+    Raises:
+        InputError: It is neither, or too large to be parsed as a whole.
+    """
+    content = text.read(LARGEST_JSON, "split it, or write it as JSON lines (.jsonl)")
+    try:
+        values = strict_json.loads(content)
+    except ValueError as error:
+        lines = content.split("\n", 1)
+        if len(lines) > 1 and _is_json(lines[0]):
+            yield from json_lines(text)
+            return
+        raise InputError(f"{text.path} is not JSON: {error}") from None
+    if isinstance(values, list):
+        yield from enumerate(values)
+        return
+    remedy = "write a list of objects"
+    lists = []
+    if isinstance(values, dict):
+        lists = [name for name, value in values.items() if isinstance(value, list)]
+    if len(lists) == 1:
+        remedy = f"write the list under {lists[0]!r} alone"
+    raise InputError(
+        f"{text.path} is {type(values).__name__}, not a list of objects; {remedy}, or, to train "
+        "on the text of the file itself, give its name another ending, such as .txt"
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        strict_json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def expansion_limit(file: str) -> int:
@@ -179,7 +253,7 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
     if text_field and text_field not in names:
         table.close()
         raise InputError(
-            f"{file} has no column '{text_field}'; set data.text_field to one of: "
+            f"{file} has no column '{text_field}'; set --data.fields text=COLUMN to one of: "
             f"{', '.join(names)}"
         )
     if size > expansion_limit(file) or max((c.path.count(".") for c in columns), default=0) > 100:
@@ -271,24 +345,20 @@ def parquet_rows(file: str, text_field: str = "") -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def _parquet(file: str, text_field: str) -> Iterator[Document]:
-    for row, values in enumerate(parquet_rows(file, text_field)):
-        yield (as_text(values[text_field], f"{file} row {row}"),)
-
-
 def utf8_size(text: str) -> int:
     """Bytes of `text` in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
-def field_text(record: dict[str, Any], text_field: str, where: str) -> str:
+def field_text(record: dict[str, Any], column: str, where: str) -> str:
     """The text of a record; `where` is named in the error if there is none."""
-    if text_field not in record:
+    value = column_of(record, column)
+    if value is None and column not in record:
         fields = f"{', '.join(record) or 'none':.200}"
         raise InputError(
-            f"{where} has no field '{text_field}'; set data.text_field to one of: {fields}"
+            f"{where} has no field '{column}'; set --data.fields text=COLUMN to one of: {fields}"
         )
-    return as_text(record[text_field], f"{where}, field '{text_field}',")
+    return as_text(value, f"{where}, field '{column}',")
 
 
 def as_text(value: Any, where: str) -> str:

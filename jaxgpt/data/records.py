@@ -5,27 +5,46 @@ set (`tfds:NAME`, as for text), parallel text (`data/train`, for `data/train.en`
 `data/train.de`, line by line), or one of the sets that are made here (see `made`).
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
+import shlex
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt import strict_json
-from jaxgpt.data.formats import VALUE_BYTES, as_text, json_lines, parquet_rows, reading
+from jaxgpt.data.columns import (
+    column_of,
+    match,
+    parse_fields,
+    rename,
+    spelled,
+    unclear_columns,
+)
+from jaxgpt.data.formats import (
+    VALUE_BYTES,
+    as_text,
+    json_lines,
+    json_values,
+    kind_of,
+    parquet_rows,
+)
+from jaxgpt.data.tables import lines_of, table_rows
+from jaxgpt.data.textfile import TextFile, check_encoding, reading
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
 LARGEST_RECORDS = 1 << 32
 """Bytes of memory for the records of one file, which are all in memory: 4 GiB."""
-LARGEST_JSON = 1 << 28
-"""Bytes of a .json file, which is parsed as a whole: 256 MiB."""
+
+
+def say(line: str) -> None:
+    """Prints a line about the data on the error stream."""
+    print(f"data: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -37,14 +56,20 @@ class RecordsConfig:
     (data/train for data/train.en and data/train.de), 'tfds:NAME', or a set made here: 'arithmetic',
     'python:packages', 'python:instructions', 'python:preferences', 'python:prefix'."""
     columns: tuple[str, ...] = ()
-    """The names of the columns of CSV and TSV files whose first line does not tell them."""
+    """The names of all columns, in order, of CSV and TSV files without a header."""
+    fields: tuple[str, ...] = ()
+    """FIELD=COLUMN for each field that a file calls by another name, such as label=Category
+    "text=Review Text". A field that is not named here is the column of its own name, whatever its
+    case, or the one column with a usual name for it, such as question for instruction."""
+    encoding: str = "utf-8"
+    """The encoding of text files without a byte order mark, such as latin-1, cp1252, utf-16-le."""
     val_paths: tuple[str, ...] = ()
     """What to validate on; empty: a part of `paths`, held out."""
     test_paths: tuple[str, ...] = ()
     """What to test on at the end; empty: a part of `paths`, held out."""
     val_fraction: float = 0.1
-    """The part held out where there are no `val_paths`, by a hash of the content: equal records
-    are never on both sides."""
+    """The part held out where there are no `val_paths`, by a hash of the fields that the objective
+    reads: equal examples are never on both sides."""
     test_fraction: float = 0.0
     """The part held out where there are no `test_paths`."""
     balance: str = ""
@@ -70,6 +95,8 @@ class RecordsConfig:
             )
         if len(set(self.columns)) < len(self.columns):
             raise InputError(f"data.columns={self.columns} has a name twice; name each once")
+        parse_fields(self.fields, ())
+        check_encoding(self.encoding)
 
 
 class Record(NamedTuple):
@@ -91,100 +118,213 @@ class Record(NamedTuple):
     @property
     def digest(self) -> str:
         """SHA-256 of the values, the same for equal ones."""
-        values = json.dumps(self.values, sort_keys=True, default=str)  # parquet has dates
-        return hashlib.sha256(values.encode()).hexdigest()
+        return _digest(self.values)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=_as_json)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """A dataclass as its fields; anything else, such as the dates of parquet, as text."""
+    return vars(value) if is_dataclass(value) else str(value)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is read of a record, as an objective says; by default all of it."""
+
+    fields: tuple[str, ...] = ()
+    """The fields that a record must have; also the endings of the names of parallel files."""
+    optional_fields: tuple[str, ...] = ()
+    """Fields that a record may have."""
+    conversational: bool = False
+    """Whether a list of messages may stand for the fields."""
+    example: Callable[[Record], Any] = lambda record: record.values
+    """What an example is made of, in values of JSON and dataclasses. Records of which it is equal
+    are the same example, and are never on two sides of a split."""
+
+    def digest(self, record: Record) -> str:
+        """SHA-256 of the fields of a record that are read; of all if it has none of them."""
+        names = (*self.fields, *self.optional_fields)
+        read = {name: record.values[name] for name in names if name in record.values}
+        return _digest(read or record.values)
 
 
 def open_records(
-    path: str, fields: Sequence[str] = (), columns: Sequence[str] = ()
+    path: str,
+    reader: Reader = Reader(),
+    cfg: RecordsConfig = RecordsConfig(),
+    say: Callable[[str], None] = say,
 ) -> list[Record]:
-    """The records at `path`, in order.
+    """The records at `path`, in order, with the names of fields that `reader` has for them.
 
-    `fields` are the ends of the names of parallel files; `columns` name those of a table without a
-    header. Raises InputError, with file and line, for what cannot be read as that, and for a file
-    that cannot be read at all.
+    Args:
+        path: See the top.
+        reader: Which fields are read.
+        cfg: Its `columns`, `fields` and `encoding` tell how files are read.
+        say: Gets what a user should know of how the file was read; by default it is printed.
+
+    Raises:
+        InputError: With file and line, for what cannot be read, and for a file without a column
+            for each field.
     """
     with reading(path):
-        return _open_records(path, fields, columns)
+        return _open_records(path, reader, cfg, say)
 
 
-def _open_records(path: str, fields: Sequence[str], columns: Sequence[str]) -> list[Record]:
+def _open_records(
+    path: str, reader: Reader, cfg: RecordsConfig, say: Callable[[str], None]
+) -> list[Record]:
     from jaxgpt.data.made import MADE
 
-    if path in MADE:
-        return [Record(f"{path} {n}", values) for n, values in enumerate(MADE[path]())]
-    if path.startswith("tfds:"):
-        return _tfds(path)
+    names = (*reader.fields, *reader.optional_fields)
+    given = parse_fields(cfg.fields, names)
     place = os.path.expanduser(path)
-    suffix = os.path.splitext(place)[1].lower()
-    readers: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Any]]]] = {
-        ".csv": _table,
-        ".tsv": _table,
-        ".json": _json,
-        ".jsonl": _lines_of_json,
-        ".ndjson": _lines_of_json,
-        ".parquet": _parquet,
-    }
-    if os.path.exists(place) and suffix in readers:
-        regular_file(place)
-        records, size = [], 0
-        for number, values in readers[suffix](place, columns):
-            if not isinstance(values, dict):
-                raise InputError(f"{path}:{number} is {type(values).__name__}, not named fields")
-            records.append(Record(f"{path}:{number}", values))
-            size += memory_size(values)
-            if size > LARGEST_RECORDS:
-                raise InputError(
-                    f"{path}:{number}: the records up to here take over {LARGEST_RECORDS:,} bytes "
-                    "of memory, and all of a file are in memory at once; split the file, and train "
-                    "on one part after another"
-                )
-    elif fields and all(os.path.isfile(f"{place}.{field}") for field in fields):
-        records = _parallel(path, place, fields)
+    if path in MADE:
+        records = [Record(f"{path} {n}", values) for n, values in enumerate(MADE[path]())]
+    elif path.startswith("tfds:"):
+        records = _tfds(path)
+    elif os.path.exists(place) and kind_of(place) != "text":
+        records = _from_file(path, regular_file(place), reader, cfg, given, say)
+    elif reader.fields and all(os.path.isfile(f"{place}.{name}") for name in reader.fields):
+        records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             os.stat(place)  # raises the reason if it is another, such as a missing permission
-        parallel = " and ".join(f"{path}.{field}" for field in fields) or "parallel files"
+        if os.path.isfile(place):
+            TextFile(place).detect_encoding()  # raises what to do with a PDF or an archive
+            raise InputError(
+                f"{path} is read by the end of its name, which is none of .csv, .tsv, .json, "
+                f".jsonl, .ndjson and .parquet: rename it, for example: mv {shlex.quote(path)} "
+                f"{shlex.quote(path)}.tsv"
+            )
+        parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
-            f"{path} is no file of records ({', '.join(readers)}), nor are there {parallel}; the "
-            f"sets made here are {', '.join(MADE)}"
+            f"{path} is no file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), nor are "
+            f"there {parallel}; the sets made here are {', '.join(MADE)}"
         )
     if not records:
         raise InputError(f"{path} holds no records; leave it out of the paths")
     for record in records:
         for text in strings([record]):
             as_text(text, record.where)  # JSON can hold half a character
+    return _name_fields(path, records, reader, given, say)
+
+
+def _from_file(
+    path: str,
+    place: Path,
+    reader: Reader,
+    cfg: RecordsConfig,
+    given: Mapping[str, str],
+    say: Callable[[str], None],
+) -> list[Record]:
+    text = TextFile(str(place), cfg.encoding)
+    rows: Iterator[tuple[int, Any]]
+    match kind_of(str(place)):
+        case "table":
+            text = TextFile(str(place), cfg.encoding, allow_nul=True)
+            known = tuple(given.values())
+            rows = table_rows(
+                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, say=say
+            )
+        case "json":
+            rows = json_values(text)
+        case "parquet":
+            rows = enumerate(parquet_rows(str(place)))
+        case _:
+            rows = json_lines(text)
+    records, size = [], 0
+    for number, values in rows:
+        if not isinstance(values, dict):
+            raise InputError(f"{path}:{number} is {type(values).__name__}, not named fields")
+        records.append(Record(f"{path}:{number}", values))
+        size += memory_size(values)
+        if size > LARGEST_RECORDS:
+            raise InputError(
+                f"{path}:{number}: the records up to here take over {LARGEST_RECORDS:,} bytes "
+                "of memory, and all of a file are in memory at once; split the file, and train "
+                "on one part after another"
+            )
     return records
 
 
-def read_splits(cfg: RecordsConfig, fields: Sequence[str] = ()) -> dict[str, list[Record]]:
+def _name_fields(
+    path: str,
+    records: list[Record],
+    reader: Reader,
+    given: Mapping[str, str],
+    say: Callable[[str], None],
+) -> list[Record]:
+    """The records with each column that is a field under the field's name.
+
+    Raises:
+        InputError: A column of `given` is not there, or it is not clear which column is a field.
+    """
+    columns = list(dict.fromkeys(name for record in records for name in record.values))
+    shown = f"{', '.join(columns):.300}"
+    for field, column in given.items():
+        if not any(column_of(record.values, column) is not None for record in records):
+            raise InputError(
+                f"{path} has no column {column!r}, which data.fields says is {field}; there are "
+                f"{shown}"
+            )
+    lists = set()
+    if reader.conversational:  # lists of messages are found by the objective
+        lists = {k for r in records for k, v in r.values.items() if isinstance(v, list | dict)}
+    texts = [column for column in columns if column not in lists or column in reader.fields]
+    mapping, unclear = match(texts, reader.fields, reader.optional_fields, given)
+    if unclear and lists:
+        mapping = dict(given)
+    elif unclear:
+        rows = [record.values for record in records[:1000]]
+        raise InputError(f"{path} {unclear_columns(columns, mapping, unclear, rows)}")
+    guessed = {
+        field: column for field, column in mapping.items() if field != column and field not in given
+    }
+    if guessed:
+        pairs = ", ".join(f"{field} from {column!r}" for field, column in guessed.items())
+        say(f"reading {pairs}, by the names of the columns; {spelled(guessed)} says so")
+    return [record._replace(values=rename(record.values, mapping)) for record in records]
+
+
+def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list[Record]]:
     """The records of `train`, `val` and `test`, each in the order of its files.
 
-    What is held out of `paths` is decided by content alone: the records with the smallest hashes
-    are the test set, the next the validation set. Raises InputError where a set that was asked for
-    is empty.
+    What is held out of `paths` is decided by the fields that are read: the examples with the
+    smallest hashes are the test set, the next the validation set. Raises InputError where a set
+    that was asked for is empty.
     """
     cfg.check()
+    told: list[str] = []
 
     def read(paths: Iterable[str]) -> list[Record]:
-        return [each for path in paths for each in open_records(path, fields, cfg.columns)]
+        return [each for path in paths for each in open_records(path, reader, cfg, told.append)]
 
     records = read(cfg.paths)
+    splits = {"train": [], "val": read(cfg.val_paths), "test": read(cfg.test_paths)}
+    for line in dict.fromkeys(told):
+        say(line)
     if cfg.balance:
         records = balanced(records, cfg.balance)
-    splits = {"train": [], "val": read(cfg.val_paths), "test": read(cfg.test_paths)}
     wanted = {
         "test": 0.0 if cfg.test_paths else cfg.test_fraction,
         "val": 0.0 if cfg.val_paths else cfg.val_fraction,
     }
+    examples = [_digest(reader.example(record)) for record in records]
     if any(wanted.values()):
-        digests = [record.digest for record in records]
-        order = sorted(range(len(records)), key=lambda n: digests[n])
+        # Records of one example have one place in the order, although they may differ elsewhere.
+        first: dict[str, str] = {}
+        for example, record in zip(examples, records, strict=True):
+            digest = reader.digest(record)
+            first[example] = min(digest, first.get(example, digest))
+        order = sorted(range(len(records)), key=lambda n: (first[examples[n]], examples[n]))
         start = end = 0
         for name, fraction in wanted.items():
             end = min(end + round(fraction * len(records)), len(records))
-            # Equal records stay together.
-            while start < end < len(records) and digests[order[end]] == digests[order[end - 1]]:
+            while start < end < len(records) and examples[order[end]] == examples[order[end - 1]]:
                 end += 1
             if fraction and start == end:
                 raise InputError(
@@ -194,14 +334,15 @@ def read_splits(cfg: RecordsConfig, fields: Sequence[str] = ()) -> dict[str, lis
             if fraction:
                 splits[name] = [records[n] for n in sorted(order[start:end])]
             start = end
-        splits["train"] = [records[n] for n in sorted(order[start:])]
+        kept = sorted(order[start:])
     else:
-        splits["train"] = records
-    if not splits["train"]:
+        kept = list(range(len(records)))
+    splits["train"] = [records[n] for n in kept]
+    if not kept:
         raise InputError("nothing is left to train on; lower data.val_fraction and test_fraction")
-    seen = {record.digest for record in splits["train"]}
+    seen = {examples[n] for n in kept}
     for name in ("val", "test"):
-        if same := sum(record.digest in seen for record in splits[name]):
+        if same := sum(_digest(reader.example(record)) in seen for record in splits[name]):
             say(f"{same} of {len(splits[name])} records of {name} are in the training set too")
     return splits
 
@@ -213,7 +354,7 @@ def balanced(records: Sequence[Record], field: str) -> list[Record]:
         if field not in record.values:
             there = ", ".join(record.values)
             raise InputError(f"{record.where} has no {field!r}; set data.balance to one of {there}")
-        groups[str(record.values[field])].append(number)
+        groups[str(record.values[field]).strip()].append(number)
     least = min(map(len, groups.values()))
     kept = [
         number
@@ -248,81 +389,11 @@ def memory_size(value: Any) -> int:
     return VALUE_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
 
 
-def _read_text(file: str, largest: int = LARGEST_RECORDS) -> str:
-    with reading(file), open(regular_file(file), "rb") as stream:
-        if (size := os.fstat(stream.fileno()).st_size) > largest:
-            raise InputError(
-                f"{file} has {size:,} bytes, and such a file is read as a whole, up to "
-                f"{largest:,} bytes; split it, or write it as JSON lines (.jsonl)"
-            )
-        data = stream.read()
-    try:
-        return data.decode().removeprefix("\ufeff")  # Excel's, which would begin the first name
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{file}:{line} is not UTF-8 at byte {error.start}; convert it (iconv -t UTF-8)"
-        ) from None
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of a text; other than `splitlines`, at line feeds alone."""
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return [line.removesuffix("\r") for line in lines]
-
-
-def _table(file: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    text = _read_text(file)
-    if file.lower().endswith(".tsv"):
-        # Raw: a quotation mark in it is a quotation mark.
-        rows = ((n, line.split("\t")) for n, line in enumerate(lines_of(text), 1) if line)
-    else:
-        csv.field_size_limit(sys.maxsize)  # a document may have more than 131,072 characters
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        rows = ((reader.line_num, row) for row in reader if row)
-    names = list(columns)
-    try:
-        for number, row in rows:
-            if not names:
-                names = row
-                if max(Counter(names).values()) > 1 or not all(names):
-                    raise InputError(
-                        f"{file}:{number} does not name columns: {', '.join(names)[:200]}; "
-                        "set data.columns"
-                    )
-                continue
-            if len(row) != len(names):
-                raise InputError(
-                    f"{file}:{number} has {len(row)} columns, and there are {len(names)}: "
-                    f"{', '.join(names)[:200]}; correct it, or set data.columns"
-                )
-            yield number, dict(zip(names, row, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{file}:{reader.line_num} is not CSV: {error}") from None
-
-
-def _json(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    try:
-        values = strict_json.loads(_read_text(file, LARGEST_JSON))
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, list):
-        raise InputError(f"{file} is {type(values).__name__}, not a list of objects")
-    yield from enumerate(values)
-
-
-def _lines_of_json(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    yield from json_lines(file)
-
-
-def _parquet(file: str, _: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(parquet_rows(file))
-
-
-def _parallel(path: str, place: str, fields: Sequence[str]) -> list[Record]:
-    sides = [lines_of(_read_text(f"{place}.{field}")) for field in fields]
+def _parallel(path: str, place: str, fields: Sequence[str], encoding: str) -> list[Record]:
+    sides = []
+    for field in fields:
+        file = TextFile(f"{place}.{field}", encoding, allow_nul=True)
+        sides.append(lines_of(file.read(LARGEST_RECORDS, "split it")))
     if len({len(lines) for lines in sides}) > 1:
         counts = ", ".join(
             f"{path}.{field} has {len(lines)}" for field, lines in zip(fields, sides, strict=True)
@@ -356,8 +427,3 @@ def _tfds(path: str) -> list[Record]:
         values = {name: plain(where, value, features[name]) for name, value in given.items()}
         records.append(Record(where, values))
     return records
-
-
-def say(line: str) -> None:
-    """A line about the data, on the error stream."""
-    print(f"data: {line}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """From a path to the documents behind it. A path is
 
 python      the standard library of the running interpreter, without its tests (12 MB)
-a file      `.jsonl` and `.ndjson`: a document a line; `.parquet`: a document a row; else text
+a file      `.jsonl` and `.ndjson`: a document a line; `.parquet`: a document a row; `.json`: a
+            document for each value of an array; `.csv` and `.tsv`, where `data.fields` names a
+            column: a document a row; else text. Each may be compressed with gzip, as `.txt.gz`
 a folder    recursively, the files with a suffix in `FOLDER_SUFFIXES`; the rest is `skipped`
 a glob      every file it matches, whatever its suffix; `**` is any depth
 tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]
@@ -13,15 +15,17 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from jaxgpt.data import formats
-from jaxgpt.data.formats import Document, reading, utf8_size
+from jaxgpt.data import formats, textfile
+from jaxgpt.data.columns import parse_fields, spelled
+from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.data.textfile import reading
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
@@ -48,41 +52,84 @@ class Source:
     """Files of a folder that were not taken, each with the reason."""
 
 
-def open_source(path: str, text_field: str = "text") -> Source:
+def open_source(
+    path: str,
+    fields: Sequence[str] = (),
+    encoding: str = "utf-8",
+    say: Callable[[str], None] = lambda line: None,
+) -> Source:
     """The source at `path`, checked as far as is possible without reading it all.
 
-    Raises InputError for a path that is not there, an empty file, a folder or glob without text, a
-    parquet file without the column `text_field`, a data set that TFDS cannot open, a file or folder
-    that cannot be read.
+    Args:
+        path: See the top.
+        fields: `data.fields`: "text=COLUMN", or empty.
+        encoding: The encoding of text without a byte order mark.
+        say: Gets the name of each column that was guessed, and that a table is read as text.
+
+    Raises:
+        InputError: The path is not there, a file is empty, cannot be read or holds no text by its
+            first bytes, a folder or glob has no text, records have no column that is clearly the
+            text, or TFDS cannot open the data set.
     """
     with reading(path):
-        return _open_source(path, text_field)
+        return _open_source(path, fields, encoding, say)
 
 
-def _open_source(path: str, text_field: str) -> Source:
-    if path == "python":
-        return _from_files(path, standard_library()[1], text_field)
+def _open_source(
+    path: str, fields: Sequence[str], encoding: str, say: Callable[[str], None]
+) -> Source:
     if path.startswith("tfds:"):
-        return _from_tfds(path, text_field)
+        return _from_tfds(path, fields, say)
+    skipped: tuple[str, ...] = ()
     place = os.path.expanduser(path)
-    if os.path.isdir(place):
+    if path == "python":
+        files = standard_library()[1]
+    elif os.path.isdir(place):
         files, skipped = _list_folder(place)
         if not files:
             raise InputError(
                 f"the folder {path} holds no text: of its {len(skipped)} files none is visible, "
                 f"not empty and one of {' '.join(FOLDER_SUFFIXES)}; a glob takes any name"
             )
-        return _from_files(path, files, text_field, skipped)
-    if os.path.exists(place):
-        return _from_files(path, (place,), text_field)
-    if glob.has_magic(place):
+    elif os.path.exists(place):
+        files = (place,)
+    elif glob.has_magic(place):
         files = tuple(sorted(filter(os.path.isfile, glob.glob(place, recursive=True))))
         if not files:
             raise InputError(f"no file matches {path}; check the pattern (** is any depth)")
-        return _from_files(path, files, text_field)
-    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-        os.stat(place)  # raises the reason if it is another, such as a missing permission
-    raise InputError(f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'")
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            os.stat(place)  # raises the reason if it is another, such as a missing permission
+        raise InputError(
+            f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'"
+        )
+    opened = [formats.open_documents(file, fields, encoding) for file in files]
+    if not fields:
+        for column, file in {each.column: each.path for each in reversed(opened)}.items():
+            _say_guess(column, file, say)
+        if table := next((file for file in files if formats.kind_of(file) == "table"), None):
+            say(f"{table} is read as plain text; --data.fields text=COLUMN reads one column of it")
+    return Source(
+        path,
+        files,
+        lambda: chain.from_iterable(each.documents() for each in opened),
+        selection=_selection(opened),
+        skipped=skipped,
+    )
+
+
+def _say_guess(column: str, path: str, say: Callable[[str], None]) -> None:
+    if column not in ("", "text"):
+        say(f"{path}: the text is in {column!r}, by its name; {spelled({'text': column})} says so")
+
+
+def _selection(files: Sequence[formats.DocumentFile]) -> str:
+    """What decides the documents besides the bytes of the files; empty for plain UTF-8."""
+    columns = {file.column for file in files} - {""}
+    kinds = [file.kind for file in files]
+    encodings = [file.encoding for file in files]
+    selection = f"{', '.join(sorted(columns))} in {kinds}" if columns else ""
+    return selection + (f" as {encodings}" if {*encodings} != {"utf-8"} else "")
 
 
 def measure(source: Source, progress: Callable[[int], Any] = lambda bytes: None) -> int:
@@ -93,7 +140,7 @@ def measure(source: Source, progress: Callable[[int], Any] = lambda bytes: None)
     size = told = 0
     for piece in chain.from_iterable(source.documents()):
         size += utf8_size(piece)
-        if size - told >= formats.BLOCK:  # not for every record: there may be millions
+        if size - told >= textfile.BLOCK:  # not for every record: there may be millions
             progress(size - told)
             told = size
     if not size:
@@ -110,7 +157,7 @@ def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes
     def file_digest(file: str) -> str:
         digest = hashlib.sha256()
         with reading(file), open(regular_file(file), "rb") as opened:
-            while block := opened.read(formats.BLOCK):
+            while block := opened.read(textfile.BLOCK):
                 digest.update(block)
                 progress(len(block))
         return digest.hexdigest()
@@ -134,21 +181,6 @@ def file_states(source: Source) -> dict[str, tuple[int, int]]:
     return states
 
 
-def _from_files(
-    path: str, files: tuple[str, ...], text_field: str, skipped: tuple[str, ...] = ()
-) -> Source:
-    for file in files:
-        formats.check(file, text_field)
-    kinds = [formats.kind_of(file) for file in files]
-    return Source(
-        path,
-        files,
-        lambda: chain.from_iterable(formats.documents(file, text_field) for file in files),
-        selection="" if set(kinds) == {"text"} else f"{text_field} in {kinds}",
-        skipped=skipped,
-    )
-
-
 def standard_library() -> tuple[str, tuple[str, ...]]:
     """The folder of the running interpreter's library, and its source files but for its tests."""
     root = sysconfig.get_path("stdlib")
@@ -164,7 +196,7 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for folder, _, names in os.walk(root, onerror=_raise):
         for name in names:
             file = os.path.join(folder, name)
-            suffix = os.path.splitext(name)[1].lower()
+            suffix = formats.suffix_of(name)
             if any(part.startswith(".") for part in os.path.relpath(file, root).split(os.sep)):
                 skipped.append(f"{file}: hidden")
             elif suffix not in FOLDER_SUFFIXES:
@@ -207,21 +239,22 @@ def open_tfds(path: str) -> tuple[Any, Any, str]:
     return records, builder, split
 
 
-def _from_tfds(path: str, text_field: str) -> Source:
+def _from_tfds(path: str, fields: Sequence[str], say: Callable[[str], None]) -> Source:
     records, builder, split = open_tfds(path)
     info = builder.info.splits[split]
-    if text_field not in builder.info.features:
-        fields = ", ".join(builder.info.features)
-        raise InputError(f"{path} has no '{text_field}'; set data.text_field to one of: {fields}")
+    given = parse_fields(fields, ("text",))
+    column = formats.text_column(path, list(builder.info.features), given)
+    if not fields:
+        _say_guess(column, path, say)
 
     def documents() -> Iterator[Document]:
         with reading(path):
             for number, record in enumerate(records):
-                yield (formats.field_text(record, text_field, f"{path} record {number}"),)
+                yield (formats.field_text(record, column, f"{path} record {number}"),)
 
     return Source(
         path,
         tuple(str(file) for file in info.filepaths),
         documents,
-        selection=f"{text_field} of {builder.info.full_name}, {split}",
+        selection=f"{column} of {builder.info.full_name}, {split}",
     )

@@ -32,9 +32,10 @@ from typing import IO, Any, get_args
 import numpy as np
 
 from jaxgpt.data.ahead import map_ahead
-from jaxgpt.data.formats import Document, reading, utf8_size
+from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.records import say
 from jaxgpt.data.split import Split
+from jaxgpt.data.textfile import reading
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from jaxgpt.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 import jax
 import numpy as np
 
-from jaxgpt.data.records import Record
+from jaxgpt.data.records import Reader, Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, Leaves
 from jaxgpt.objectives.chunks import Mean
@@ -44,13 +44,32 @@ class Objective(ABC):
     """Whether several examples may share a row, told apart by `segments`."""
     command: ClassVar[str] = "generate"
     """What of `python -m jaxgpt` uses the model."""
+    conversational: ClassVar[bool] = False
+    """Whether a list of messages in a record may stand for `fields`."""
+    optional_fields: ClassVar[tuple[str, ...]] = ()
+    """The names of further fields that it reads from a record which has them."""
     annotates: ClassVar[bool] = False
     """Whether batches go through `annotate` before the step."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields it reads from a record."""
+        """The names of the fields that it reads from every record."""
         return ()
+
+    @property
+    def reader(self) -> Reader:
+        """What the data has to know to read records for it."""
+        return Reader(self.fields, self.optional_fields, self.conversational, self.example)
+
+    def example(self, record: Record) -> Any:
+        """What an example is made of, in values of JSON or dataclasses.
+
+        That is the fields that are read, or all if the record has none of them. Records of which it
+        is equal are the same example: they are held out together.
+        """
+        names = (*self.fields, *self.optional_fields)
+        read = {name: value for name in names if (value := record.values.get(name)) is not None}
+        return read or record.values
 
     @property
     def compares_with(self) -> str:

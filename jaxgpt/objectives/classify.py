@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.data.records import Record
+from jaxgpt.data.records import Record, say
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, Leaves
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
@@ -51,6 +51,9 @@ class Classify(Objective):
     def fit(self, records: Sequence[Record]) -> Self:
         """With the labels of the training examples, and their weights."""
         counts = Counter(self._label(record) for record in records)
+        spaced = [v for r in records if (v := str(r.values[self.label])) != v.strip()]
+        if spaced:
+            say(f"white space around {len(spaced):,} labels is removed, such as {spaced[0]!r}")
         labels = self.labels or tuple(sorted(counts))
         if missing := [label for label in labels if label not in counts]:
             raise InputError(
@@ -84,12 +87,18 @@ class Classify(Objective):
 
     def _label(self, record: Record) -> str:
         value = record.values.get(self.label)
-        if not isinstance(value, str | int) or value == "":
+        # pandas writes whole numbers as 1.0 where some are missing.
+        whole = isinstance(value, float) and value.is_integer()
+        if not (isinstance(value, str | int) or whole) or not str(value).strip():
             raise InputError(
                 f"{record.where}: {self.label} is {value!r}, and it has to be a label; "
                 f"there are {', '.join(record.values)}"
             )
-        return str(value)
+        return str(value).strip()
+
+    def example(self, record: Record) -> Any:
+        """The label without white space around it, and the text."""
+        return {self.label: self._label(record), self.text: record.values.get(self.text)}
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens, label, weights, ends [T]: `weights` are where the head learns, and add up to 1;

@@ -29,6 +29,10 @@ class DPO(Objective):
 
     reads_records: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
+    conversational: ClassVar[bool] = True
+    optional_fields: ClassVar[tuple[str, ...]] = (
+        *("input", "system", "history", "tools", "messages", "conversations", "conversation"),
+    )
 
     loss: Literal["dpo", "ipo"] = "dpo"
     """Which loss."""
@@ -67,6 +71,11 @@ class DPO(Objective):
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """With the special tokens of ChatML, where those of no chat format are there."""
         return chat.equipped(tokenizer)
+
+    def example(self, record: Record) -> Any:
+        """The prompt and both answers, whichever fields hold them."""
+        with located(record):
+            return chat.read_preference(record.values)
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens, targets, weights [T], each for `chosen_` and `rejected_`."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -33,6 +34,7 @@ class GRPO(Objective):
     reads_records: ClassVar[bool] = True
     annotates: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
+    optional_fields: ClassVar[tuple[str, ...]] = ("input", "system", "history", "tools")
 
     prompt: str = "instruction"
     """The field of the problem: text, or a list of messages. `input`, `system` and `history` belong
@@ -40,7 +42,8 @@ class GRPO(Objective):
     answer: str = "output"
     """The field of what is right."""
     reward: Literal["exact", "number"] = "exact"
-    """1 for an answer equal to what is right but for spaces around it, or whose last number is."""
+    """1 for an answer equal to what is right but for spaces around it, or whose last number equals
+    the last number of what is right, as numbers: 1,000 and 1000.0 are equal."""
     group: int = 8
     """Answers to a problem."""
     tokens: int = 16
@@ -92,10 +95,21 @@ class GRPO(Objective):
         """With the special tokens of ChatML, where those of no chat format are there."""
         return chat.equipped(tokenizer)
 
+    def example(self, record: Record) -> Any:
+        """The problem and what is right, whichever fields hold them."""
+        with located(record):
+            asked = chat.read_request(record.values, self.prompt)
+        return asked, record.values.get(self.answer)
+
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
+        if self.reward == "number" and last_number(record.text(self.answer)) is None:
+            raise InputError(
+                f"{record.where}: {self.answer} is {record.text(self.answer)!r}, which has no "
+                "number to compare with; correct it, or set objective.reward=exact"
+            )
         with located(record):
             messages, tools = chat.read_request(record.values, self.prompt)
             template = chat.choose(tokenizer)
@@ -110,8 +124,8 @@ class GRPO(Objective):
     def score(self, answer: str, right: str) -> float:
         """The reward of an answer, 0 to 1; what other checkers override."""
         if self.reward == "number":
-            numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
-            return float(bool(numbers) and numbers[-1] == right.strip())
+            number = last_number(answer)
+            return float(number is not None and number == last_number(right))
         return float(answer.strip() == right.strip())
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
@@ -225,6 +239,23 @@ class GRPO(Objective):
             given = trained.answer(messages, self.tokens, temperature=0)
             lines.append(f"{messages[-1].content} {given}  (right: {record.text(self.answer)})")
         return "\n".join(lines)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, None if there is none.
+
+    A comma is part of a number only where it separates thousands: "1,000" is 1000, "3,4" ends with
+    4. A minus sign after a digit or letter is an operator or a hyphen: "10-3" ends with 3.
+    """
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+_NUMBER = re.compile(
+    r"(?:(?<!\w)-)?"
+    r"(?:(?<!\d)(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?!\d))?"
+)
 
 
 def draw_answers(

@@ -26,6 +26,10 @@ class Instruct(NextToken):
     reads_records: ClassVar[bool] = True
     packs: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
+    conversational: ClassVar[bool] = True
+    optional_fields: ClassVar[tuple[str, ...]] = (
+        *("input", "system", "history", "tools", "messages", "conversations", "conversation"),
+    )
 
     learn: Literal["assistant", "all"] = "assistant"
     """Whose tokens are learned: the assistant's, its ends of turn included, or everybody's."""
@@ -34,6 +38,11 @@ class Instruct(NextToken):
     def fields(self) -> tuple[str, ...]:
         """Those of a request and its answer."""
         return ("instruction", "output")
+
+    def example(self, record: Record) -> Any:
+        """The conversation, whichever fields hold it."""
+        with located(record):
+            return chat.read_conversation(record.values)
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """With the special tokens of ChatML, where those of no chat format are there."""

@@ -384,7 +384,7 @@ def read_text(folder: Path, name: str) -> str | None:
             return None
         if regular_file(path).stat().st_size > LARGEST_FILE:
             raise InputError(f"{path} has more than {LARGEST_FILE} bytes; no such file is so large")
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
