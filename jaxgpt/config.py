@@ -179,7 +179,10 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
         for name in ("start", "adapter")
         if saved.get(name, "") != current[name]
     ]
-    then = {part: saved.get(part, to_dict(TuneConfig())) for part in FIXED}
+    # Options that were added after the run began have their defaults there.
+    then = {
+        part: to_dict(from_dict(type(getattr(now, part)), saved.get(part, {}))) for part in FIXED
+    }
     changes += [
         f"{part}.{name} was {then[part].get(name)}, is {value}"
         for part in FIXED

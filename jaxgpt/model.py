@@ -48,25 +48,41 @@ Leaves = dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
 class RopeScaling:
     """How rotary wavelengths are stretched beyond the context they were trained on."""
 
-    kind: Literal["none", "linear", "llama3"] = "none"
+    kind: Literal["none", "linear", "llama3", "yarn", "dynamic"] = "none"
     """linear: all by `factor` (Chen et al. 2023); llama3: the long ones by `factor`, the short ones
-    not at all, those between by a mixture (Llama 3.1)."""
+    not at all, those between by a mixture (Llama 3.1); yarn: the same with another mixture, and
+    attention sharpened by `attention_factor` (Peng et al. 2023); dynamic: by a larger base, the
+    longer the row is beyond T tokens (NTK-aware scaling)."""
     factor: float = 1.0
-    """By how much."""
+    """How many times longer the context is than the one before."""
     low: float = 1.0
-    """llama3: a wavelength is long from T / low tokens on."""
+    """llama3, yarn (beta_slow): a wavelength is long from T / low tokens on."""
     high: float = 4.0
-    """llama3: a wavelength is short up to T / high tokens."""
+    """llama3, yarn (beta_fast, usually 32): a wavelength is short up to T / high tokens."""
     T: int = 8192
-    """llama3: the context before."""
+    """llama3, yarn, dynamic: the context before scaling."""
+    attention_factor: float = 0.0
+    """yarn: cosines and sines are multiplied by it; 0: by 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: the dimensions between which it mixes are rounded to whole numbers."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         for field in ("factor", "low", "high", "T"):
             if not 0 < getattr(self, field) < math.inf:
                 value = getattr(self, field)
                 raise InputError(f"model.rope_scaling.{field}={value}; set it above 0 and finite")
-        if self.kind == "llama3" and self.high <= self.low:
+        if not 0 <= self.attention_factor < math.inf:
+            raise InputError(
+                f"model.rope_scaling.attention_factor={self.attention_factor}; set it to a finite "
+                "number, 0 or more"
+            )
+        if self.kind in ("yarn", "dynamic") and self.factor < 1:
+            raise InputError(
+                f"model.rope_scaling.factor={self.factor}; {self.kind} stretches: set it to 1 or "
+                "more"
+            )
+        if self.kind in ("llama3", "yarn") and self.high <= self.low:
             raise InputError(
                 f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above"
             )
@@ -145,6 +161,16 @@ class GPTConfig:
             "V": -(-self.V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         }
 
+    @property
+    def decode_T(self) -> int:
+        """The longest text that can be decoded with a KV cache, T unless scaling is dynamic.
+
+        Dynamic rotary scaling turns every key by another angle when a text grows beyond the
+        original context, and cached keys have been turned already.
+        """
+        dynamic = self.position == "rotary" and self.rope_scaling.kind == "dynamic"
+        return min(self.T, self.rope_scaling.T) if dynamic else self.T
+
     def windows(self) -> list[int]:
         """Each layer's sliding window, 0 where it sees all of the past."""
         every = self.global_every
@@ -177,6 +203,8 @@ class GPTConfig:
         self.rope_scaling.check()
         if self.position == "rotary" and self.sizes["H"] % 2:
             raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
+        if self.rope_scaling.kind == "dynamic" and self.sizes["H"] == 2:
+            raise InputError("model.rope_scaling.kind=dynamic needs a head size H above 2, not 2")
         if self.position == "rotary":
             for theta in (self.rope_theta, self.rope_local_theta or self.rope_theta):
                 with np.errstate(all="ignore"):
@@ -338,7 +366,7 @@ def _leaf(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...]
 
 
 def rotary_frequencies(H: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position, [H/2] float32: theta^(-2i/H), scaled."""
+    """Radians per position, [H/2] float32: theta^(-2i/H), scaled; if dynamic, up to T tokens."""
     frequencies = float(theta) ** -(np.arange(0, H, 2) / H)
     slow = frequencies / scaling.factor
     if scaling.kind == "linear":
@@ -347,16 +375,56 @@ def rotary_frequencies(H: int, theta: float, scaling: RopeScaling) -> np.ndarray
         turns = scaling.T * frequencies / (2 * np.pi)  # in the context before
         share = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
         frequencies = share * frequencies + (1 - share) * slow
+    elif scaling.kind == "yarn":
+        first, last = (
+            H * np.log(scaling.T / (turns * 2 * np.pi)) / (2 * np.log(theta))
+            for turns in (scaling.high, scaling.low)
+        )
+        if scaling.truncate:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, H - 1)
+        last += 0.001 * (first == last)
+        share = np.clip((np.arange(H // 2) - first) / (last - first), 0, 1)
+        frequencies = (1 - share) * frequencies + share * slow
     return frequencies.astype(np.float32)
 
 
+def dynamic_frequencies(
+    length_B: jax.Array, H: int, theta: float, scaling: RopeScaling
+) -> jax.Array:
+    """Radians per position [B, H/2] of NTK-aware dynamic scaling, for rows of these lengths."""
+    longer_B = jnp.maximum(length_B, scaling.T).astype(jnp.float32) / scaling.T
+    stretch_B = scaling.factor * longer_B - (scaling.factor - 1)
+    theta_B = theta * stretch_B ** (H / (H - 2))
+    return theta_B[:, None] ** (-jnp.arange(0, H, 2) / H)[None]
+
+
 def rotary_tables(
-    positions_BT: jax.Array, H: int, theta: float, scaling: RopeScaling = RopeScaling()
+    positions_BT: jax.Array,
+    H: int,
+    theta: float,
+    scaling: RopeScaling = RopeScaling(),
+    decoding: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H), scaled."""
-    frequencies = rotary_frequencies(H, theta, scaling)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H), scaled.
+
+    Args:
+        positions_BT: Positions of whole rows, or, if `decoding`, of tokens that follow cached ones.
+        H: Head size.
+        theta: Base of the wavelengths.
+        scaling: How they are stretched.
+        decoding: Whether the row is no longer than `scaling.T`, so that dynamic scaling is off.
+    """
+    if scaling.kind == "dynamic" and not decoding:
+        frequencies = dynamic_frequencies(positions_BT.max(1) + 1, H, theta, scaling)[:, None]
+    else:
+        frequencies = rotary_frequencies(H, theta, scaling)[None, None]
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    tables = jnp.cos(angles), jnp.sin(angles)
+    if scaling.kind == "yarn":
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+        return tables[0] * factor, tables[1] * factor
+    return tables
 
 
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -583,12 +651,14 @@ class GPT(nn.Module):
         """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
         seen_BTS = None if kept.source_BS is None else kept.source_BS[:, None]
-        x_BTD, rotary = self._embed(tokens_BT, positions_BT)
+        x_BTD, rotary = self._embed(tokens_BT, positions_BT, decoding=True)
         context = Context(rotary, None, start_B, lengths_B, memory_BSD, seen_BTS)
         x_BTD, layers = self.blocks(x_BTD, context, kept.layers)
         return constrain(self.norm(x_BTD), "BTD"), kept._replace(layers=layers)
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> tuple[jax.Array, Any]:
+    def _embed(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, decoding: bool = False
+    ) -> tuple[jax.Array, Any]:
         """The residual stream before the first layer, and the tables of rotary positions."""
         cfg = self.cfg
         T = tokens_BT.shape[1]
@@ -611,7 +681,7 @@ class GPT(nn.Module):
             x_BTD += jnp.broadcast_to(constrain(self.wpe, "T-")[positions_BT], x_BTD.shape)
         else:
             tables = partial(rotary_tables, positions_BT, cfg.sizes["H"])
-            rotary = {"global": tables(cfg.rope_theta, cfg.rope_scaling)}
+            rotary = {"global": tables(cfg.rope_theta, cfg.rope_scaling, decoding)}
             local = cfg.rope_local_theta
             rotary["local"] = tables(local, RopeScaling()) if local else rotary["global"]
         x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")

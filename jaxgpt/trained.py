@@ -182,10 +182,11 @@ class Trained(NamedTuple):
                 f"draft={draft.config.name} has another tokenizer than {self.config.name}, and its "
                 "tokens mean nothing here; give a model with the same one, such as a student"
             )
-        if draft.config.model.T < self.config.model.T:
+        theirs, ours = draft.config.model.decode_T, self.config.model.decode_T
+        if theirs < ours:
             raise InputError(
-                f"draft={draft.config.name} has a context of {draft.config.model.T}, less than "
-                f"{self.config.model.T}; give one of at least that"
+                f"draft={draft.config.name} has a context of {theirs}, less than {ours}; use one "
+                "of at least that"
             )
         return draft.model, draft.params
 

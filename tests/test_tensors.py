@@ -104,7 +104,11 @@ def test_a_tensor_that_is_no_parameter_is_refused_and_a_buffer_is_not(folder):
         edit(file, change)
         file.write_bytes(file.read_bytes() + b"\0" * 4)
 
-    add("transformer.h.1.attn.bias")
+    for name in ("transformer.h.1.attn.bias", "h.0.attn.masked_bias", "rotary_emb.inv_freq"):
+        add(name)
+    add("base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq")
+    add("model.rotary_emb.original_inv_freq")
+    add("embeddings.position_ids")
     pretrained.read(folder)
     add("transformer.h.1.attn.extra")
     with pytest.raises(InputError, match=r"'h.1.attn.extra' is not a parameter of this gpt2"):

@@ -27,6 +27,12 @@ from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural, write_fold
 PIECE = 1 << 22  # bytes of a file in memory at once
 READERS = 2  # tensors read at a time
 TIED = "lm_head.weight"
+# What follows from the config, which older versions of libraries saved too: rotary frequencies,
+# causal masks and positions, in any module.
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\w*\.(\w*inv_freq|cos_cached|sin_cached)|rope\.freqs"
+    r"|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|causal_mask|position_ids)"
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def match(
     for name, tensor in sorted(bare.items()):
         if name == TIED and cfg.tied:
             _check_tied(tensor, bare[family.ROWS[0][1]])
-        elif name not in used and not re.fullmatch(family.BUFFERS, name):
+        elif name not in used and not BUFFERS.fullmatch(name):
             raise InputError(
                 f"{tensor.file}: {name!r} is not a parameter of this {family.MODEL_TYPES[0]} by "
                 "its config.json; get both again"
