@@ -283,7 +283,7 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
         before = ""
         if cfg.decode_T < cfg.T:
             before = (
-                f" (the one before dynamic rotary scaling: beyond it a KV cache would not be exact, "
+                " (the one before dynamic rotary scaling: beyond it a KV cache would not be exact, "
                 f"though a forward pass takes {cfg.T} tokens)"
             )
         raise InputError(

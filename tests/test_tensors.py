@@ -268,7 +268,8 @@ ROPE |= {"num_attention_heads": 2, "intermediate_size": 32}
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' are not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "type 'longrope' are not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "set it to 1 or more"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"rope_scaling": "linear"}, "not a table"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling.factor=0.0"),
