@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import jax
@@ -19,19 +19,35 @@ from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import cache_folder, regular_file
-from jaxgpt.sampling import Sampling
+from jaxgpt.pretrained import generation
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import Dtype, Trained, load
+from jaxgpt.trained import Dtype, Trained, Writing, load
 
 
 @dataclass(frozen=True)
-class Options(Sampling):
-    """What `generate` and `chat` both take."""
+class Options:
+    """What `generate` and `chat` both take; None: as the model's generation_config.json says."""
 
-    temperature: float = 0.8
-    """Logits are divided by it; 0: the likeliest token."""
+    temperature: float | None = None
+    """Logits are divided by it; 0: the likeliest token. Without any: 0.8."""
+    top_k: int | None = None
+    """Sample among so many of the likeliest tokens; 0: among all."""
+    top_p: float | None = None
+    """Sample among the fewest likeliest tokens whose probabilities add up to it."""
+    min_p: float | None = None
+    """Sample among tokens at least so likely as this fraction of the likeliest."""
+    repetition_penalty: float | None = None
+    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for every time it is in the text, the prompt not counted."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that is in the text."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids; -100 and below: never sampled."""
+    seed: int = 0
+    """The same seed and settings give the same text."""
     stop: tuple[str, ...] = ()
     """Texts before which to stop."""
     choices: tuple[str, ...] = ()
@@ -44,6 +60,8 @@ class Options(Sampling):
     """A smaller model of the same tokenizer, which guesses ahead; the text is the same."""
     beam: int = 1
     """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
+    adapter: str = ""
+    """A folder with a LoRA adapter of PEFT's layout, added to the model."""
     dtype: Dtype = "float32"
     """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
     half of it."""
@@ -52,10 +70,16 @@ class Options(Sampling):
 
     def load(self, path: str) -> tuple[Trained, dict[str, Any]]:
         """The model at `path`, and the options that its `stream` takes."""
-        options = {name: value for name, value in vars(self).items() if name != "dtype"}
+        trained = _ready(path, self.adapter, self.dtype)
+        options = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("dtype", "adapter") and value is not None
+        }
         options["schema"] = _json(self.schema) if self.schema else None
-        trained = _ready(path, self.dtype)
         options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
+        if self.beam == 1:
+            _say_defaults(trained, options)
         return trained, options
 
 
@@ -114,10 +138,25 @@ def serve(
     run_server(path, options)
 
 
-def _ready(path: str, dtype: Dtype = "float32") -> Trained:
+def _ready(path: str, adapter: str = "", dtype: Dtype = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
     compiled_programs()
-    return load(path, dtype=dtype)
+    return load(path, adapter, dtype=dtype)
+
+
+def _say_defaults(trained: Trained, given: Mapping[str, Any]) -> None:
+    """Says on stderr which sampling settings are the model's own, and which are not applied."""
+    plain = vars(Writing())
+    taken = {
+        name: value
+        for name, value in trained.sampling_defaults.items()
+        if name not in given and value != plain[name]
+    }
+    notes = [f"{name}={value}" for name, value in taken.items()]
+    if notes:
+        print(f"from the model's generation_config.json: {', '.join(notes)}", file=sys.stderr)
+    if others := generation.not_applied(trained.generation_config):
+        print(f"not applied, of generation_config.json: {', '.join(others)}", file=sys.stderr)
 
 
 def compiled_programs() -> None:

@@ -60,7 +60,7 @@ class Run:
         params = tune.join(params, (state.frozen or {}).get("rest"))
         if self.cfg.compute.layers == "scan":
             params = model.unstack(params, self.cfg.model.L)
-        return Trained(self.cfg, params, self.tokenizer)
+        return Trained(self.cfg, params, self.tokenizer, self.describe["generation_config"])
 
     def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
         """The function (params, batch, *frozen) -> the objective's sums, compiled."""
@@ -199,6 +199,9 @@ def prepare(cfg: config.Config) -> Run:
         "tokenizer": text.to_json(),
         "data": dataset.fingerprint,
         "versions": versions(),
+        "generation_config": (
+            origin.generation_config if origin else saved.get("generation_config", {})
+        ),
         "lineage": {
             "started_from": origin.lineage if origin else before.get("started_from"),
             "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],

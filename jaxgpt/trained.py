@@ -7,7 +7,7 @@ from functools import partial
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.parallel import Layout
+from jaxgpt.pretrained import generation
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
@@ -83,12 +84,20 @@ class Writing(Sampling):
         return None
 
 
-class Trained(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Trained:
     """A trained model: `config, params, tokenizer = jaxgpt.load(path)`, or call it to write."""
 
     config: Config
     params: Any
     tokenizer: Tokenizer
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """The end tokens and sampling settings of the published model that it comes from, as in its
+    generation_config.json."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Config, parameters and tokenizer, to unpack."""
+        return iter((self.config, self.params, self.tokenizer))
 
     @property
     def model(self) -> GPT:
@@ -116,7 +125,7 @@ class Trained(NamedTuple):
                 return quantized(plain, leaves, tables=True)
             return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
 
-        held = self._replace(params=jax.jit(smaller)(self.params))
+        held = replace(self, params=jax.jit(smaller)(self.params))
         _ = held.model  # which cannot run everywhere
         return held
 
@@ -124,11 +133,17 @@ class Trained(NamedTuple):
         """The prompt and what is written on from it: what `stream` gives, in one."""
         return prompt + "".join(self.stream(prompt, tokens, **options))
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The sampling settings of the model's `generation_config`, by the names of `Sampling`."""
+        return generation.sampling(self.generation_config)
+
     def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Iterator[str]:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
-        The options are the fields of `Writing`. As documents begin, so does a prompt; the text ends
-        where the model ends it. Raises InputError for a prompt longer than the context, and for an
+        The options are the fields of `Writing`; those that are not given are what the model's
+        `generation_config` says, else the defaults. As documents begin, so does a prompt; the text
+        ends where the model ends it. Raises InputError for a prompt longer than the context, and for an
         option that cannot be.
         """
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
@@ -156,8 +171,10 @@ class Trained(NamedTuple):
             raise InputError(
                 f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
             )
-        how = Writing(**options)
+        settings = self.sampling_defaults if options.get("beam", 1) == 1 else {}
+        how = Writing(**{**settings, **options})
         how.check(self.tokenizer.vocab_size)
+        ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
             by: Any = partial(search, width=how.beam)
         else:
@@ -206,6 +223,8 @@ class Source:
     """What a checkpoint says of where its run started."""
     digest: Callable[[], str]
     """SHA-256 of what its files hold, to know it again."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """See `Trained`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
 
@@ -255,7 +274,7 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
     InputError where there is no model, or it is damaged.
     """
     found = source(path, adapter)
-    trained = Trained(found.config, found.params(), found.tokenizer)
+    trained = Trained(found.config, found.params(), found.tokenizer, found.generation_config)
     return trained.held_in(dtype)
 
 
@@ -325,7 +344,15 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
         for path, (_, shape) in letters(found.cfg.build(PLAIN)).items()
     }
     lineage = {**lineage, "dtype": found.dtype}
-    return Source(config, tokenizer, found.params, nested(shapes), lineage, lambda: _digest(folder))
+    return Source(
+        config,
+        tokenizer,
+        found.params,
+        nested(shapes),
+        lineage,
+        lambda: _digest(folder),
+        found.generation_config,
+    )
 
 
 def _digest(folder: Path) -> str:
@@ -358,6 +385,7 @@ def _run(path: Path) -> Source:
         abstract,
         lineage,
         opened.digest,
+        about.get("generation_config", {}),
         about,
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained import gemma, gpt2, llama, qwen, weights
+from jaxgpt.pretrained import gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.hub import CONFIG, FLAX
 from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_folder, read_json
@@ -39,6 +39,8 @@ class Pretrained:
     dtype: str
     """Of the parameters in the files: float32, float16 or bfloat16."""
     tensors: list[tuple[weights.Row, Tensor]]
+    generation_config: dict[str, Any]
+    """What `generation.read` found: end tokens, and how the model is meant to be sampled."""
 
     def params(self, abstract: Any = None) -> Any:
         """The parameter tree, float32; see `weights.load`."""
@@ -58,7 +60,8 @@ def read(folder: Path) -> Pretrained:
     Where the folder has a manifest, as our exports do, the files that are read are compared with
     it. Raises InputError with the file, the field or tensor, and the reason.
     """
-    check_manifest(folder, (CONFIG, INDEX) if (folder / INDEX).exists() else (CONFIG,))
+    beside = [name for name in (INDEX, generation.FILE) if (folder / name).exists()]
+    check_manifest(folder, (CONFIG, *beside))
     config = read_json(folder, CONFIG)
     known = {kind: family for family in FAMILIES for kind in family.MODEL_TYPES}
     values = Fields(config, folder / CONFIG)
@@ -83,7 +86,8 @@ def read(folder: Path) -> Pretrained:
     cfg.check()
     found = weights.match(family, cfg, tensors, folder)
     widest = max((tensor.dtype for _, tensor in found), key=lambda name: DTYPES[name].itemsize)
-    return Pretrained(folder, family, cfg, DTYPES[widest].name, found)
+    settings = generation.read(folder, config, cfg.V)
+    return Pretrained(folder, family, cfg, DTYPES[widest].name, found, settings)
 
 
 def family_of(cfg: GPTConfig) -> ModuleType:

@@ -23,6 +23,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST
 from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
+from jaxgpt.tokenizer.huggingface import CHAT_TEMPLATES
 
 CONFIG, FLAX = "config.json", "flax_model.msgpack"
 BESIDE_WEIGHTS = (
@@ -32,6 +33,7 @@ BESIDE_WEIGHTS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -160,6 +162,9 @@ class _Repository:
         for name in BESIDE_WEIGHTS:
             if name in files:
                 folder = self.get(name, commit).parent
+        for name in files:
+            if re.fullmatch(rf"{CHAT_TEMPLATES}/[\w.-]+\.jinja", name):
+                self.get(name, commit)
         self.get(weights, commit)
         if weights == INDEX:
             for name in _shards(folder):

@@ -181,7 +181,7 @@ def _served(engine: Engine, name: str) -> Served:
         template = choose(tokenizer)
     except InputError:
         template = None
-    return Served(name, tokenizer, engine.context, template)
+    return Served(name, tokenizer, engine.context, template, engine.trained.generation_config)
 
 
 def _stopping() -> Refused:
