@@ -27,7 +27,7 @@ from jaxgpt import config, data, parallel, telemetry
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.lock import RunLock
 from jaxgpt.metrics import mark_finished, read_metrics
-from jaxgpt.run import Run, prepare
+from jaxgpt.run import Run, check_models, prepare
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.step import highest_plausible_loss
 from jaxgpt.trained import load
@@ -42,6 +42,7 @@ def main(args: list[str]) -> int:
     signals = Signals()
     try:
         cfg = config.from_command_line(args, DEFAULT)
+        check_models(cfg)
         cfg.check()
         parallel.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
         with signals:

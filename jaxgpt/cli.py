@@ -18,12 +18,12 @@ from jaxgpt.data.records import lines_of
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
-from jaxgpt.paths import cache_folder, regular_file
+from jaxgpt.paths import cache_folder, expand, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import Dtype, Trained, Writing, load
+from jaxgpt.trained import Dtype, Trained, Writing, check_exists, load
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def generate(
     """Write on from a prompt.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         prompt: The text to go on from.
         tokens: How many tokens to write, at most: a text may end before.
         options: How to write.
@@ -115,7 +116,8 @@ def chat(
     """Talk to a model, or, where it has no chat format, let it go on from what you write.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         system: A message before the conversation that says how to answer.
         tokens: How many tokens an answer has, at most.
         options: How to write.
@@ -131,9 +133,11 @@ def serve(
     """Serve a model by OpenAI's interface, with a page to chat on.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         options: Where, and to how many.
     """
+    check_exists(path)
     compiled_programs()
     run_server(path, options)
 
@@ -175,7 +179,7 @@ def compiled_programs() -> None:
 
 def _json(path: str) -> dict[str, Any]:
     try:
-        found = strict_json.loads(regular_file(path).read_bytes())
+        found = strict_json.loads(regular_file(expand(path)).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
@@ -239,7 +243,9 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
     given = [*texts]
     if file:
         try:
-            text = sys.stdin.read() if file == "-" else regular_file(file).read_text("utf-8")
+            text = (
+                sys.stdin.read() if file == "-" else regular_file(expand(file)).read_text("utf-8")
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as text: {error}") from None
         given += lines_of(text)
@@ -267,6 +273,8 @@ def export(
     folder: tyro.conf.Positional[str],
     to: Literal["hf", "peft"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    adapter: str = "",
+    base: str = "",
 ) -> None:
     """Write a model, or its LoRA adapter alone, in the layout of Hugging Face.
 
@@ -275,10 +283,22 @@ def export(
         folder: A new folder.
         to: The whole model with tokenizer and card, adapters merged; or the adapter, for PEFT.
         dtype: Of the parameters in the files of a whole model.
+        adapter: A folder with a LoRA adapter of PEFT's layout, to merge into a whole model.
+        base: For an adapter: the model it belongs to, as PEFT finds it, a folder of Hugging Face's
+            layout or a name there; by default what the run started from.
     """
+    check_exists(path)
     if to == "peft" and dtype != "float32":
-        raise InputError(f"dtype={dtype}: an adapter is written in float32; leave dtype out")
-    for file in to_peft(path, folder) if to == "peft" else to_hf(path, folder, dtype=dtype):
+        raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
+    if to == "peft" and adapter:
+        raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
+    if to == "hf" and base:
+        raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
+    if to == "peft":
+        files = to_peft(path, folder, base)
+    else:
+        files = to_hf(path, folder, adapter=adapter, dtype=dtype)
+    for file in files:
         print(f"{file.stat().st_size:>16,} bytes  {file}")
 
 

@@ -415,11 +415,10 @@ def rotary_tables(
         scaling: How they are stretched.
         decoding: Whether the row is no longer than `scaling.T`, so that dynamic scaling is off.
     """
+    frequencies: Any = rotary_frequencies(H, theta, scaling)[None]
     if scaling.kind == "dynamic" and not decoding:
-        frequencies = dynamic_frequencies(positions_BT.max(1) + 1, H, theta, scaling)[:, None]
-    else:
-        frequencies = rotary_frequencies(H, theta, scaling)[None, None]
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+        frequencies = dynamic_frequencies(positions_BT.max(1) + 1, H, theta, scaling)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[:, None]
     tables = jnp.cos(angles), jnp.sin(angles)
     if scaling.kind == "yarn":
         factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1

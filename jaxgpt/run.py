@@ -18,7 +18,7 @@ from jaxgpt import checkpoint, config, data, model, optim, parallel, tokenizer, 
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Other
 from jaxgpt.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
-from jaxgpt.trained import Source, Trained, source, versions
+from jaxgpt.trained import Source, Trained, check_exists, source, versions
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,14 @@ def prepare(cfg: config.Config) -> Run:
     )
 
 
+def check_models(cfg: config.Config) -> None:
+    """Raises InputError if a model that a new run needs does not exist; nothing is read."""
+    paths = {cfg.start, cfg.objective.compares_with} - {"", "reference"}
+    if not checkpoint.steps_in(cfg.folder / "checkpoints"):
+        for path in sorted(paths):
+            check_exists(path)
+
+
 def find_start(
     checkpoints: checkpoint.Checkpoints, resume: int
 ) -> tuple[int | None, dict[str, Any], bool]:
@@ -256,18 +264,18 @@ def prepare_data(
     `saved` is what the checkpoint says that the run goes on from, if there is one. Last comes
     where a new run's parameters are, if not new.
     """
+    # A model that is missing is said before anything about the data.
+    origin = source(cfg.start, cfg.adapter) if cfg.start and not saved else None
     splits = {}
     if isinstance(cfg.data, data.RecordsConfig):
         splits = data.read_splits(cfg.data, cfg.objective.fields)
         cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
-    origin: Source | None = None
     if saved:
         text = tokenizer.from_json(saved["tokenizer"])
         if cfg.start:
             then = config.from_dict(config.Config, saved["config"])
             cfg = config.adopt(cfg, then.model, then.tokenizer)
-    elif cfg.start:
-        origin = source(cfg.start, cfg.adapter)
+    elif origin:
         text = origin.tokenizer
         cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
     elif (path := cfg.objective.compares_with) not in ("", "reference"):

@@ -1,5 +1,6 @@
 """A trained model, from its files alone: config, parameters, tokenizer."""
 
+import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,8 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.parallel import Layout
-from jaxgpt.pretrained import generation
+from jaxgpt.paths import expand
+from jaxgpt.pretrained import foreign, generation
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
@@ -143,8 +145,8 @@ class Trained:
 
         The options are the fields of `Writing`; those that are not given are what the model's
         `generation_config` says, else the defaults. As documents begin, so does a prompt; the text
-        ends where the model ends it. Raises InputError for a prompt longer than the context, and for an
-        option that cannot be.
+        ends where the model ends it. Raises InputError for a prompt longer than the context, and
+        for an invalid option.
         """
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         return self._write(ids, (self.tokenizer.eot, self.tokenizer.eos), tokens, options)
@@ -228,11 +230,15 @@ class Source:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
 
+    better: str = ""
+    """For a run whose newest step is not its best: which one is, and how to take it."""
+
     @property
     def note(self) -> str:
         """Where from, on a terminal."""
         path, *rest = self.lineage.items()
-        return f"from {path[1]} ({', '.join(f'{name} {value}' for name, value in rest)})"
+        which = ", ".join(f"{name} {value}" for name, value in rest)
+        return f"from {path[1]} ({which})" + (f"; {self.better}" if self.better else "")
 
     def compare(self, here: Leaves) -> Diff:
         """What becomes of each leaf, of separate layers; InputError where one does not fit."""
@@ -265,8 +271,9 @@ class Source:
 def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32") -> Trained:
     """A model, ready to write, to fine-tune and to evaluate.
 
-    `path` is a run's folder (its newest checkpoint), one checkpoint's folder, a folder of Hugging
-    Face's layout, or a name there, NAME or NAME@REVISION, which is downloaded once. The running
+    `path` is a run's folder (its newest checkpoint), RUN@best (the one with the lowest validation
+    loss) or RUN@STEP, one checkpoint's folder, a folder of Hugging Face's layout, or a name there,
+    NAME or NAME@REVISION, which is downloaded once. The running
     average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
     adapter of PEFT's layout, whose leaves are put beside the matrices. With another `dtype` it is a
     model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory, "int8" a
@@ -281,42 +288,108 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
 def source(path: str | Path, adapter: str | Path = "") -> Source:
     """What `load` loads, with its parameters still in their files."""
     found = _source(path)
-    return _with_adapter(found, Path(adapter)) if adapter else found
+    return _with_adapter(found, expand(adapter)) if adapter else found
 
 
 def _with_adapter(found: Source, folder: Path) -> Source:
     from jaxgpt.pretrained import peft
 
-    factors = peft.read(folder, found.config.model)
+    cfg = found.config.model
+    factors, rows = peft.read(folder, cfg), peft.read_rows(folder, cfg)
+    V = max([cfg.V, *(int(each.ids.max()) + 1 for each in rows.values())])
+    tokenizer = _adapter_tokenizer(found, folder, V)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), factors)
+    model = replace(cfg, V=V)
+    if V > cfg.V and (missing := {"wte", *([] if cfg.tied else ["head"])} - rows.keys()):
+        raise InputError(f"{folder} has new tokens, and no rows of {min(missing)} for them")
+    tables = {
+        name: jax.ShapeDtypeStruct((model.sizes["V"], cfg.D), np.float32)
+        for name in ("wte", "head")
+        if name in found.abstract
+    }
 
     def params(abstract: Any = None) -> Any:
         if abstract is None:
-            return join(jax.tree.map(jnp.asarray, factors), found.params())
-        places, base = split(abstract, lambda path: path[-1] in LORA)
-        put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
-        return join(put, found.params(base))
+            tree = join(jax.tree.map(jnp.asarray, factors), found.params())
+        else:
+            places, base = split(abstract, lambda path: path[-1] in LORA)
+            put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
+            for name in tables:
+                there, place = found.abstract[name], base[name].sharding
+                base[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+            tree = join(put, found.params(base))
+        for name, wanted in tables.items():
+            grown = wanted.shape[0] - tree[name].shape[0]
+            leaf = jnp.pad(tree[name], ((0, grown), (0, 0)))
+            if name in rows:
+                leaf = leaf.at[rows[name].ids].set(rows[name].values)
+            place = tree[name].sharding if abstract is None else abstract[name].sharding
+            tree[name] = jax.device_put(leaf, place)
+        return tree
 
     return replace(
         found,
+        config=replace(found.config, model=model),
+        tokenizer=tokenizer,
         params=params,
-        abstract=join(shapes, found.abstract),
+        abstract=join({**shapes, **tables}, found.abstract),
         lineage={**found.lineage, "adapter": str(folder)},
         digest=lambda: found.digest() + _digest(folder),
     )
 
 
+def _adapter_tokenizer(found: Source, folder: Path, V: int) -> Tokenizer:
+    """The tokenizer of an adapter's folder, or of the model if that has none."""
+    from jaxgpt.tokenizer.huggingface import read
+
+    old = found.tokenizer
+    if not (folder / "tokenizer.json").exists():
+        if V > found.config.model.V:
+            raise InputError(
+                f"{folder} has rows for new tokens, and no tokenizer.json that says which; save "
+                "the tokenizer that it was trained with there: tokenizer.save_pretrained(...)"
+            )
+        return old
+    new = read(folder)
+    alike = list(new.pieces[: old.vocab_size]) == list(old.pieces)
+    if not alike or new.vocab_size > V:
+        raise InputError(
+            f"{folder} has a tokenizer of {new.vocab_size} tokens that is not the model's, with "
+            f"more tokens up to {V} in all; use an adapter of this model"
+        )
+    return new
+
+
 def _source(path: str | Path) -> Source:
-    folder = Path(path)
+    check_exists(path)
+    folder = expand(path)
     if folder.is_dir() and pretrained.is_here(folder):
         return _pretrained(folder, {"path": str(path)})
+    run, _, step = str(path).rpartition("@")
+    if step and not folder.exists() and expand(run).is_dir():
+        return _run(checkpoint.find_step(expand(run), step), str(path))
     name, _, revision = str(path).partition("@")
     if not folder.exists() and _is_name(name):
         from jaxgpt.pretrained import hub
 
         found = hub.fetch(name, revision or "main")
         return _pretrained(found.folder, {"path": found.name, "revision": found.revision})
-    return _run(folder)
+    if not (folder / "checkpoints").is_dir() and not checkpoint.is_complete(folder):
+        foreign.refuse(folder)
+    return _run(folder, str(path))
+
+
+def check_exists(path: str | Path) -> None:
+    """Raises InputError if a path is neither here nor a model's name; the hub is not asked."""
+    from jaxgpt.pretrained import hub
+
+    run, _, step = str(path).rpartition("@")
+    name = str(path).partition("@")[0]
+    if expand(path).exists() or (step and expand(run).exists()) or _is_name(name):
+        return
+    if near := difflib.get_close_matches(name, hub.SHORT, 1, 0.7):
+        raise InputError(f"{path} is neither a folder here nor a model; did you mean {near[0]}?")
+    checkpoint.open_checkpoint(expand(run) if step else expand(path))
 
 
 def _is_name(name: str) -> bool:
@@ -364,11 +437,11 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(path: Path) -> Source:
+def _run(path: Path, given: str) -> Source:
     opened = checkpoint.open_checkpoint(path, ("ema", "params"))
     about = opened.metadata
     item = "ema" if "ema" in about["leaves"] else "params"
-    lineage = {"path": str(path), "step": about["metrics"]["step"], "item": item}
+    lineage = {"path": given, "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
     abstract = checkpoint.as_abstract(about["leaves"][item])
     here = letters(config.objective.build(config.model, PLAIN))
@@ -378,6 +451,15 @@ def _run(path: Path) -> Source:
                 f"{path}: {'/'.join(name)} is {list(leaf.shape)}, and {list(here[name][1])} in "
                 "this version of jaxgpt; use the one that wrote it, or train again"
             )
+    step, best = lineage["step"], checkpoint.best_step(opened.folder.parent)
+    better = ""
+    if opened.folder != expand(path) and best not in (None, step):
+        loss = checkpoint.read_measured(opened.folder.parent / str(best))["val_loss"]
+        here = about["metrics"].get("val_loss")
+        better = (
+            f"its step {best} has a lower validation loss, {loss:.4f}"
+            f"{'' if here is None else f' instead of {here:.4f}'}: {given}@best takes that"
+        )
     return Source(
         config,
         from_json(about["tokenizer"]),
@@ -387,6 +469,7 @@ def _run(path: Path) -> Source:
         opened.digest,
         about.get("generation_config", {}),
         about,
+        better,
     )
 
 

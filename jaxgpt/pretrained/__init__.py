@@ -18,7 +18,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained import gemma, generation, gpt2, llama, qwen, weights
+from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.hub import CONFIG, FLAX
 from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_folder, read_json
@@ -48,10 +48,9 @@ class Pretrained:
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder holds a model of this layout, whole or in part."""
-    return any((folder / name).exists() for name in (SINGLE, INDEX, FLAX)) or (
-        (folder / CONFIG).exists() and any(folder.glob("*.safetensors"))
-    )
+    """Whether a folder holds a model of this layout."""
+    weights = any((folder / name).exists() for name in (SINGLE, INDEX, FLAX))
+    return weights and (folder / CONFIG).exists()
 
 
 def read(folder: Path) -> Pretrained:
@@ -76,9 +75,8 @@ def read(folder: Path) -> Pretrained:
         arrays = msgpack.tensors(folder / FLAX)
         tensors = {name: Held(folder / FLAX, array) for name, array in arrays.items()}
     else:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        also = f" ({', '.join(pickles)} is a pickle, which is not read)" if pickles else ""
-        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}{also}; get one of them")
+        foreign.refuse(folder)
+        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}; get one of them")
     # The config's numbers are believed only as far as the weights bear them out.
     values = Fields(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     cfg = family.read(values)

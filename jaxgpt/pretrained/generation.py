@@ -7,6 +7,7 @@
 The fields stay as they are in the file, so that a run keeps them and an export writes them back.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.pretrained.tensors import read_json
 from jaxgpt.sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -56,13 +59,19 @@ def read(folder: Path, config: Mapping[str, Any], vocabulary: int) -> dict[str, 
     else:
         file, fields = folder / "config.json", {name: config.get(name) for name in IDS}
     fields = {name: value for name, value in fields.items() if value is not None}
-    ends = fields.get("eos_token_id", [])
-    for end in ends if isinstance(ends, list) else [ends]:
-        if type(end) is not int or not 0 <= end < vocabulary:
-            raise InputError(
-                f"{file}: eos_token_id={ends!r:.80}, but token ids are whole numbers from 0 to "
-                f"{vocabulary - 1}; correct the file"
+    for name in IDS:
+        given = fields.get(name, [])
+        ids = given if isinstance(given, list) else [given]
+        if any(type(token) is not int for token in ids):
+            raise InputError(f"{file}: {name}={given!r:.80} is not a token id; correct the file")
+        # Configs of small models often keep GPT-2's ids. What is never sampled ends nothing.
+        if (real := [token for token in ids if 0 <= token < vocabulary]) != ids:
+            logger.warning(
+                "%s: %s=%s is ignored, for ids end at %d", file, name, given, vocabulary - 1
             )
+            fields[name] = real
+        if not real:
+            fields.pop(name, None)
     for name in SAMPLING:
         kinds = (int,) if name == "top_k" else (int, float)
         if name in fields and type(fields[name]) not in kinds:
