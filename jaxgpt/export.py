@@ -222,8 +222,7 @@ def _base(found: Source, given: str) -> tuple[str, str | None, pretrained.Pretra
 
 def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: Any) -> None:
     """Raises InputError unless the parameters are those of `base`, but for adapters and tokens."""
-    alike = replace(base.cfg, V=cfg.V, dropout=cfg.dropout, init_std=cfg.init_std) == cfg
-    wrong = [] if alike else ["its config.json"]
+    wrong = [] if pretrained.are_alike(base.cfg, replace(cfg, V=base.cfg.V)) else ["config.json"]
     some = [(row, t) for row, t in base.tensors if row.path[:2] in (("wte",), ("blocks", "0"))]
     if not wrong and base.cfg.V <= cfg.V:
         here = flat(params)

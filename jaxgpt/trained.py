@@ -30,6 +30,8 @@ from jaxgpt.writing import search, write
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+RUNS = Config().runs
+"""The folder of runs in which a path is never taken for a name on the hub."""
 
 
 @dataclass(frozen=True)
@@ -365,8 +367,8 @@ def _source(path: str | Path) -> Source:
     folder = expand(path)
     if folder.is_dir() and pretrained.is_here(folder):
         return _pretrained(folder, {"path": str(path)})
-    run, _, step = str(path).rpartition("@")
-    if step and not folder.exists() and expand(run).is_dir():
+    run, at, step = str(path).rpartition("@")
+    if at and not folder.exists() and expand(run).is_dir():
         return _run(checkpoint.find_step(expand(run), step), str(path))
     name, _, revision = str(path).partition("@")
     if not folder.exists() and _is_name(name):
@@ -383,21 +385,22 @@ def check_exists(path: str | Path) -> None:
     """Raises InputError if a path is neither here nor a model's name; the hub is not asked."""
     from jaxgpt.pretrained import hub
 
-    run, _, step = str(path).rpartition("@")
+    run, at, _ = str(path).rpartition("@")
     name = str(path).partition("@")[0]
-    if expand(path).exists() or (step and expand(run).exists()) or _is_name(name):
+    if expand(path).exists() or (at and expand(run).exists()) or _is_name(name):
         return
     if near := difflib.get_close_matches(name, hub.SHORT, 1, 0.7):
         raise InputError(f"{path} is neither a folder here nor a model; did you mean {near[0]}?")
-    checkpoint.open_checkpoint(expand(run) if step else expand(path))
+    checkpoint.open_checkpoint(expand(run if at else path))
 
 
 def _is_name(name: str) -> bool:
-    """Whether it is OWNER/NAME, and not in a folder that is here, or a name that needs no owner."""
+    """Whether it is OWNER/NAME, and no path in a folder of runs or one that is here, or short."""
     from jaxgpt.pretrained import hub
 
-    owned = "/" in name and hub.looks_like_name(name) and not Path(name).parent.is_dir()
-    return owned or name in hub.SHORT
+    parent = Path(name).parent
+    owned = "/" in name and hub.looks_like_name(name) and parent.name != RUNS
+    return (owned and not parent.is_dir()) or name in hub.SHORT
 
 
 def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:

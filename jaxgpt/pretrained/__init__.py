@@ -109,16 +109,22 @@ def _differences(family: ModuleType, cfg: GPTConfig) -> list[str]:
         back = family.read(Fields(values, Path(CONFIG)))
     except InputError as error:
         return [str(error)]
-    plain = [replace(one, **TRAINING, **_sizes(one)) for one in (cfg, back)]
+    here, there = _plain(cfg), _plain(back)
     return [
-        f"model.{field.name} would be {there!r}, and is {here!r}"
+        f"model.{field.name} would be {getattr(there, field.name)!r}, and is {value!r}"
         for field in dataclasses.fields(cfg)
-        if (here := getattr(plain[0], field.name)) != (there := getattr(plain[1], field.name))
+        if (value := getattr(here, field.name)) != getattr(there, field.name)
     ]
 
 
-def _sizes(cfg: GPTConfig) -> dict[str, int]:
-    return {letter: cfg.sizes[letter] for letter in "KHF"}
+def are_alike(one: GPTConfig, other: GPTConfig) -> bool:
+    """Whether two architectures are the same: they may differ in what matters in training alone."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(cfg: GPTConfig) -> GPTConfig:
+    """The architecture with all sizes spelled out, and the defaults of what training reads."""
+    return replace(cfg, **TRAINING, **{letter: cfg.sizes[letter] for letter in "KHF"})
 
 
 def write(

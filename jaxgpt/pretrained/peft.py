@@ -133,7 +133,7 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
                 "save the adapter again with PEFT"
             )
         if (tensor := some or all_) is not None:
-            ids = range(tensor.shape[0]) if ids is None else ids
+            ids = range(max(cfg.V, tensor.shape[0])) if ids is None else ids
             found[tables[name]] = _rows(tensor, ids, cfg, fields.file)
     head = found.pop("head", None) if cfg.tied else None
     wte = found.get("wte")
