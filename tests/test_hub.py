@@ -134,6 +134,7 @@ def refused(*args):
 def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
     needed = {**GPT2, "model.safetensors": b"weights", "generation_config.json": b"{}"}
     needed |= {"chat_template.jinja": b"{{ messages }}", "SHA256SUMS": b""}
+    needed |= {"chat_template.json": b"{}"}
     del needed["README.md"]
     more = {"pytorch_model.bin": b"!", "flax_model.msgpack": b"!", "onnx/model.safetensors": b"!"}
     server.add("openai-community/gpt2", {**needed, **more, "README.md": b"hi"})
@@ -141,6 +142,15 @@ def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
     assert contents(snapshot) == needed
     assert (snapshot.name, snapshot.revision) == ("openai-community/gpt2", COMMIT)
     assert snapshot.folder.is_relative_to(tmp_path / "home" / "hub")
+
+
+def test_chat_templates_of_other_names_are_downloaded_too(server):
+    templates = {
+        f"additional_chat_templates/{name}": b"{{ tools }}" for name in ("a.jinja", "b.py")
+    }
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights", **templates})
+    beside = hub.fetch("me/mine").folder / "additional_chat_templates"
+    assert [path.name for path in beside.iterdir()] == ["a.jinja"]
 
 
 def test_the_second_time_nothing_is_downloaded(server):

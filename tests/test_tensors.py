@@ -352,3 +352,24 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"wpe holds 7e\+04, more than float16 can"):
         pretrained.write(tmp_path, CFG, params, dtype="float16")
     pretrained.write(tmp_path, CFG, params, dtype="bfloat16")
+
+
+def test_a_missing_tensor_is_named_with_what_there_is(folder):
+    edit(folder / "model.safetensors", lambda h: h.update(x=h.pop("transformer.wpe.weight")))
+    with pytest.raises(InputError, match=r"no tensor 'transformer.wpe.weight'.* has, for example"):
+        pretrained.read(folder)
+
+
+def test_a_model_with_an_output_layer_of_its_own_that_is_missing_may_be_tied(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(InputError, match="lm_head.weight'.*set tie_word_embeddings to true there"):
+        pretrained.read(folder)
+
+
+def test_quantized_weights_are_said_to_be_so(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"weights are quantized \('gptq'\)"):
+        pretrained.read(folder)

@@ -66,6 +66,12 @@ def read(folder: Path) -> Pretrained:
     values = Fields(config, folder / CONFIG)
     values("model_type", kind=str)  # raises where it is absent
     family = known[values.must("model_type", *known)]
+    if method := config.get("quantization_config"):
+        name = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise InputError(
+            f"{folder / CONFIG}: quantization_config says that the weights are quantized "
+            f"({name!r:.80}), which is not read; use the model that was not quantized"
+        )
     if any((folder / name).exists() for name in (INDEX, SINGLE)):
         tensors = read_folder(folder)
     elif (folder / FLAX).exists():

@@ -72,7 +72,7 @@ def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
 def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Row]:
     """The rows for every leaf of a model.
 
-    Raises InputError if the family has no place for a leaf, or if there are more than `most`
+    Raises InputError if the family has no place for a leaf, or if there are many more than `most`
     tensors, before a row is made for each.
     """
     table = {row[0]: row[1:] for row in family.ROWS}
@@ -86,7 +86,7 @@ def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Ro
             raise InputError(f"{'/'.join(path)} has no place in {family.MODEL_TYPES[0]}")
         name, *rest = table[key]
         needed[name] = cfg.L if block else 1
-        if most is not None and sum(needed.values()) > most:
+        if most is not None and sum(needed.values()) > most + 1:  # a single one will be named
             raise InputError(
                 f"the weights have {most} tensors, too few for the {cfg.L} layers of config.json; "
                 "get both again"
@@ -117,7 +117,7 @@ def match(
     for row in rows(family, cfg, len(tensors)):
         name = row.name.removeprefix(family.PREFIX)
         if name not in bare:
-            raise InputError(f"{folder} has no tensor {row.name!r}; its config.json promises it")
+            raise InputError(_missing(family, folder, row.name, bare))
         tensor, shape = bare[name], row.shape(sizes)
         if tensor.dtype not in DTYPES:
             raise InputError(
@@ -140,6 +140,17 @@ def match(
                 "its config.json; get both again"
             )
     return found
+
+
+def _missing(family: ModuleType, folder: Path, name: str, bare: dict[str, Tensor]) -> str:
+    """Why a tensor may be missing, and what to do."""
+    head = name == TIED and family.ROWS[0][1] in bare
+    if head:
+        why = "if its output layer is the token embedding, set tie_word_embeddings to true there"
+    else:
+        why = f"it has, for example, {', '.join(map(repr, sorted(bare)[:2]))}: get both again, or "
+        why += "rename the tensors as transformers has them"
+    return f"{folder} has no tensor {name!r}, which its config.json promises; {why}"
 
 
 def _check_tied(head: Tensor, wte: Tensor) -> None:
