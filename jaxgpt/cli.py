@@ -79,7 +79,8 @@ class Options:
         options["schema"] = _json(self.schema) if self.schema else None
         options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
         if self.beam == 1:
-            _say_defaults(trained, options)
+            for line in generation.notes(trained.generation_config, Writing(), options):
+                print(line, file=sys.stderr)
         return trained, options
 
 
@@ -146,21 +147,6 @@ def _ready(path: str, adapter: str = "", dtype: Dtype = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
     compiled_programs()
     return load(path, adapter, dtype=dtype)
-
-
-def _say_defaults(trained: Trained, given: Mapping[str, Any]) -> None:
-    """Says on stderr which sampling settings are the model's own, and which are not applied."""
-    plain = vars(Writing())
-    taken = {
-        name: value
-        for name, value in trained.sampling_defaults.items()
-        if name not in given and value != plain[name]
-    }
-    notes = [f"{name}={value}" for name, value in taken.items()]
-    if notes:
-        print(f"from the model's generation_config.json: {', '.join(notes)}", file=sys.stderr)
-    if others := generation.not_applied(trained.generation_config):
-        print(f"not applied, of generation_config.json: {', '.join(others)}", file=sys.stderr)
 
 
 def compiled_programs() -> None:

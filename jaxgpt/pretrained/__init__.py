@@ -130,7 +130,8 @@ def are_alike(one: GPTConfig, other: GPTConfig) -> bool:
 
 def _plain(cfg: GPTConfig) -> GPTConfig:
     """The architecture with all sizes spelled out, and the defaults of what training reads."""
-    return replace(cfg, **TRAINING, **{letter: cfg.sizes[letter] for letter in "KHF"})
+    sizes: dict[str, Any] = {letter: cfg.sizes[letter] for letter in "KHF"}
+    return replace(cfg, **TRAINING, **sizes)
 
 
 def write(

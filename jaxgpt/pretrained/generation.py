@@ -8,7 +8,7 @@ The fields stay as they are in the file, so that a run keeps them and an export 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,23 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def not_applied(fields: Mapping[str, Any]) -> list[str]:
-    """The settings that change what transformers generates and that jaxgpt does not have."""
-    return sorted(name for name, off in OTHER.items() if fields.get(name, off) not in (off, []))
+def notes(fields: Mapping[str, Any], plain: Sampling, given: Collection[str] = ()) -> Iterator[str]:
+    """Lines for a terminal: which settings are the model's own, and which have no effect here.
+
+    Args:
+        fields: Those of generation_config.json.
+        plain: The settings that are used where neither the model nor the user says any.
+        given: The names of the settings that the user gave.
+    """
+    own = {
+        name: value
+        for name, value in sampling(fields).items()
+        if name not in given and value != getattr(plain, name)
+    }
+    if own:
+        listed = ", ".join(f"{name}={value}" for name, value in own.items())
+        yield f"from the model's {FILE}: {listed}"
+    # Settings that change what transformers generates, and that jaxgpt does not have.
+    others = sorted(name for name, off in OTHER.items() if fields.get(name, off) not in (off, []))
+    if others:
+        yield f"not applied, of {FILE}: {', '.join(others)}"

@@ -29,6 +29,8 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
+from jaxgpt.pretrained import generation
+from jaxgpt.sampling import Sampling
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
@@ -311,6 +313,8 @@ def run(path: str, cfg: ServeConfig) -> None:
     raise_file_limit()
     with _bound(host, port) as sock:
         trained = load(path, dtype=cfg.dtype)
+        for line in generation.notes(trained.generation_config, Sampling()):
+            print(line, file=sys.stderr)
         engine = Engine(
             trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
         )
