@@ -231,7 +231,6 @@ class Source:
     """See `Trained`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
-
     better: str = ""
     """For a run whose newest step is not its best: which one is, and how to take it."""
 
@@ -275,12 +274,12 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
 
     `path` is a run's folder (its newest checkpoint), RUN@best (the one with the lowest validation
     loss) or RUN@STEP, one checkpoint's folder, a folder of Hugging Face's layout, or a name there,
-    NAME or NAME@REVISION, which is downloaded once. The running
-    average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
-    adapter of PEFT's layout, whose leaves are put beside the matrices. With another `dtype` it is a
-    model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory, "int8" a
-    quarter, and both are faster where reading the matrices is what takes the time. Raises
-    InputError where there is no model, or it is damaged.
+    NAME or NAME@REVISION, which is downloaded once. The running average of the parameters is loaded
+    where a run kept one. `adapter` is a folder with a LoRA adapter of PEFT's layout, whose leaves
+    are put beside the matrices; rows of new tokens come with its tokenizer. With another `dtype` it
+    is a model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory,
+    "int8" a quarter, and both are faster where reading the matrices is what takes the time. Raises
+    InputError where there is no model, it is damaged, or it is in another program's format.
     """
     found = source(path, adapter)
     trained = Trained(found.config, found.params(), found.tokenizer, found.generation_config)

@@ -13,7 +13,8 @@ from jaxgpt.cache import _selected, _updated, empty
 from jaxgpt.decode import beam_search, decode, generate, stops_of
 from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig, RopeScaling
+from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.rotary import RopeScaling
 from jaxgpt.sampling import Sampling, settings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")

@@ -12,9 +12,10 @@ import pytest
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
 from jaxgpt.decode import beam_search, decode
-from jaxgpt.model import ComputeConfig, GPTConfig, RopeScaling, count, init
+from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of
 from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
+from jaxgpt.rotary import RopeScaling
 from jaxgpt.sampling import Sampling
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")

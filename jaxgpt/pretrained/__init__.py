@@ -26,7 +26,7 @@ from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_
 FAMILIES = (gpt2, llama, qwen, gemma)
 
 # Of a GPTConfig, what a family need not keep: it only matters in training from here on.
-TRAINING = {"dropout": 0.0, "init_std": 0.02}
+TRAINING: dict[str, Any] = {"dropout": 0.0, "init_std": 0.02}
 
 
 @dataclass(frozen=True)
