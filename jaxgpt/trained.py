@@ -373,9 +373,15 @@ def _source(path: str | Path) -> Source:
     if not folder.exists() and _is_name(name):
         from jaxgpt.pretrained import hub
 
-        found = hub.fetch(name, revision or "main")
+        try:
+            found = hub.fetch(name, revision or "main")
+        except InputError as error:
+            runs = [str(path.parent) for path in Path().glob("*/*/checkpoints")]
+            if near := difflib.get_close_matches(name, runs, 1, 0.7):
+                raise InputError(f"{error}; did you mean the run {near[0]}?") from None
+            raise
         return _pretrained(found.folder, {"path": found.name, "revision": found.revision})
-    if not (folder / "checkpoints").is_dir() and not checkpoint.is_complete(folder):
+    if not (folder / "checkpoints").is_dir() and not (folder / "leaves.json").exists():
         foreign.refuse(folder)
     return _run(folder, str(path))
 
@@ -442,6 +448,8 @@ def _digest(folder: Path) -> str:
 def _run(path: Path, given: str) -> Source:
     opened = checkpoint.open_checkpoint(path, ("ema", "params"))
     about = opened.metadata
+    if "leaves" not in about:
+        raise InputError(f"{opened.folder} is no checkpoint: it has a manifest, and no leaves.json")
     item = "ema" if "ema" in about["leaves"] else "params"
     lineage = {"path": given, "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])

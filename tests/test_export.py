@@ -356,3 +356,5 @@ def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, t
     assert export.to_peft("runs/run", tmp_path / "out", str(published))
     values = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert values["base_model_name_or_path"] == str(published.resolve())
+    with pytest.raises(InputError, match="is a LoRA adapter, which belongs to a model"):
+        jaxgpt.load(tmp_path / "out")

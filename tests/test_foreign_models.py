@@ -10,6 +10,7 @@ from jaxgpt import checkpoint
 from jaxgpt.cli import main
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import write_manifest
+from jaxgpt.pretrained import hub
 from jaxgpt.trained import check_exists
 
 
@@ -142,6 +143,13 @@ def test_names_near_runs_and_models_are_suggested(tmp_path, monkeypatch):
             check_exists(path)
     with pytest.raises(InputError, match="did you mean gpt2-medium?"):
         check_exists("gpt2-meduim")
+
+    def refuse(*_):
+        raise InputError("there is no such model")
+
+    monkeypatch.setattr(hub, "fetch", refuse)
+    with pytest.raises(InputError, match="no such model; did you mean the run runs/default?"):
+        jaxgpt.load("run/default")
 
 
 def test_a_missing_start_is_said_before_other_conflicts(tmp_path, monkeypatch, capsys):

@@ -176,10 +176,10 @@ def _litgpt(file: Path) -> str:
     cp {folder}/*.json {folder}/tokenizer* {quote(out)}
     python -c "import torch; from transformers import AutoConfig, AutoModelForCausalLM as M; \
 w = torch.load('{out}/model.pth', map_location='cpu'); \
-m = M.from_config(AutoConfig.from_pretrained('{out}')); m.load_state_dict(w, strict=False); \
-m.tie_weights(); m.save_pretrained('{out}')"
+m = M.from_config(AutoConfig.from_pretrained('{out}')); \
+print(m.load_state_dict(w, strict=False)); m.tie_weights(); m.save_pretrained('{out}')"
 
-Then use {out}."""
+Nothing but a tied lm_head.weight may be missing. Then use {out}."""
 
 
 def _gguf(file: Path) -> str:
