@@ -22,7 +22,7 @@ Leaves that `init` never makes may lie beside a `w`, and the layer then computes
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -698,6 +698,11 @@ def _boxed(model: GPT, key: jax.Array) -> Any:
 
 def letters(model: GPT) -> Leaves:
     """Each parameter's path with its letters and shape; no array is made."""
+    return dict(_letters(model))
+
+
+@lru_cache(maxsize=64)
+def _letters(model: GPT) -> Leaves:
     boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
     stacked: Leaves = {

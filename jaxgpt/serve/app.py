@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
+from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation
 from jaxgpt.sampling import Sampling
 from jaxgpt.serve import ServeConfig
@@ -319,7 +320,8 @@ def run(path: str, cfg: ServeConfig) -> None:
             trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
         )
         engine.start()
-        its_own = trained.config.name if Path(path).exists() else path.partition("@")[0]
+        asked = path.partition("@")[0]
+        its_own = trained.config.name if expand(asked).exists() else asked
         name = cfg.name or its_own
         app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
         config = configured(app)
