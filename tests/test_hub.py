@@ -153,6 +153,11 @@ def test_chat_templates_of_other_names_are_downloaded_too(server):
     assert [path.name for path in beside.iterdir()] == ["a.jinja"]
 
 
+def test_a_repository_of_an_adapter_alone_is_said_to_be_one(server):
+    server.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    assert "is a LoRA adapter, which belongs to a model" in refused("me/lora")
+
+
 def test_the_second_time_nothing_is_downloaded(server):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
     snapshot = hub.fetch("me/mine")

@@ -28,7 +28,10 @@ def refuse(path: Path) -> None:
 
 
 def _refuse_folder(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    try:
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from None
     if ADAPTER in names:
         raise InputError(_adapter(folder))
     if {"hparams.json", "vocab.bpe"} <= names or {"hparams.json", "checkpoint"} <= names:

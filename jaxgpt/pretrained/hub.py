@@ -22,6 +22,7 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST
+from jaxgpt.pretrained.foreign import ADAPTER
 from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
 from jaxgpt.tokenizer.huggingface import CHAT_TEMPLATES
 
@@ -153,6 +154,13 @@ class _Repository:
 
     def download(self, commit: str, files: Collection[str]) -> Snapshot:
         """Gets the weights last but for what the revision stands for, which is used offline."""
+        if CONFIG not in files and ADAPTER in files:
+            folder = self.full_name.rpartition("/")[2]
+            raise InputError(
+                f"{self.url} is a LoRA adapter, which belongs to a model; run `hf download "
+                f"{self.full_name} --local-dir {folder}`, and give the model with --adapter "
+                f"{folder} beside it (in Python, load(MODEL, adapter={folder!r}))"
+            )
         if CONFIG not in files:
             raise InputError(
                 f"{self.url} has no {CONFIG}, without which the model of its weights is unknown; "
