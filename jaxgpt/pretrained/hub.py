@@ -155,11 +155,11 @@ class _Repository:
     def download(self, commit: str, files: Collection[str]) -> Snapshot:
         """Gets the weights last but for what the revision stands for, which is used offline."""
         if CONFIG not in files and ADAPTER in files:
-            folder = self.full_name.rpartition("/")[2]
+            here = self.full_name.rpartition("/")[2]
             raise InputError(
                 f"{self.url} is a LoRA adapter, which belongs to a model; run `hf download "
-                f"{self.full_name} --local-dir {folder}`, and give the model with --adapter "
-                f"{folder} beside it (in Python, load(MODEL, adapter={folder!r}))"
+                f"{self.full_name} --local-dir {here}`, and give the model with --adapter {here} "
+                f"beside it (in Python, load(MODEL, adapter={here!r}))"
             )
         if CONFIG not in files:
             raise InputError(
