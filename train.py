@@ -20,6 +20,7 @@ from pathlib import Path
 from jaxgpt import config, loop, parallel
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.paths import keep_compiled_programs
+from jaxgpt.run import check_models
 from jaxgpt.signals import Signals, end_if_abandoned
 from jaxgpt.terminal import survive_closed_output
 
@@ -31,6 +32,7 @@ def main(args: list[str]) -> int:
     signals = Signals()
     try:
         cfg = config.from_command_line(args, DEFAULT)
+        check_models(cfg)
         cfg.check()
         keep_compiled_programs()
         parallel.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there

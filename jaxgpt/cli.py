@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -18,21 +18,37 @@ from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf, to_peft
 from jaxgpt.objectives import Classify, Translate
-from jaxgpt.paths import keep_compiled_programs, regular_file
-from jaxgpt.sampling import Sampling
+from jaxgpt.paths import expand, keep_compiled_programs, regular_file
+from jaxgpt.pretrained import generation
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import Dtype, Trained, load
+from jaxgpt.trained import Dtype, Trained, Writing, check_exists, load
 
 
 @dataclass(frozen=True)
-class Options(Sampling):
-    """What `generate` and `chat` both take."""
+class Options:
+    """What `generate` and `chat` both take; None: as the model's generation_config.json says."""
 
-    temperature: float = 0.8
-    """Logits are divided by it; 0: the likeliest token."""
+    temperature: float | None = None
+    """Logits are divided by it; 0: the likeliest token. Without any: 0.8."""
+    top_k: int | None = None
+    """Sample among so many of the likeliest tokens; 0: among all."""
+    top_p: float | None = None
+    """Sample among the fewest likeliest tokens whose probabilities add up to it."""
+    min_p: float | None = None
+    """Sample among tokens at least so likely as this fraction of the likeliest."""
+    repetition_penalty: float | None = None
+    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for every time it is in the text, the prompt not counted."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that is in the text."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids; -100 and below: never sampled."""
+    seed: int = 0
+    """The same seed and settings give the same text."""
     stop: tuple[str, ...] = ()
     """Texts before which to stop."""
     choices: tuple[str, ...] = ()
@@ -45,6 +61,8 @@ class Options(Sampling):
     """A smaller model of the same tokenizer, which guesses ahead; the text is the same."""
     beam: int = 1
     """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
+    adapter: str = ""
+    """A folder with a LoRA adapter of PEFT's layout, added to the model."""
     dtype: Dtype = "float32"
     """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
     half of it."""
@@ -53,10 +71,17 @@ class Options(Sampling):
 
     def load(self, path: str) -> tuple[Trained, dict[str, Any]]:
         """The model at `path`, and the options that its `stream` takes."""
-        options = {name: value for name, value in vars(self).items() if name != "dtype"}
+        trained = _ready(path, self.adapter, self.dtype)
+        options = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("dtype", "adapter") and value is not None
+        }
         options["schema"] = _json(self.schema) if self.schema else None
-        trained = _ready(path, self.dtype)
         options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
+        if self.beam == 1:
+            for line in generation.notes(trained.generation_config, Writing(), options):
+                print(line, file=sys.stderr)
         return trained, options
 
 
@@ -72,7 +97,8 @@ def generate(
     """Write on from a prompt.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         prompt: The text to go on from.
         tokens: How many tokens to write, at most: a text may end before.
         options: How to write.
@@ -92,7 +118,8 @@ def chat(
     """Talk to a model, or, where it has no chat format, let it go on from what you write.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         system: A message before the conversation that says how to answer.
         tokens: How many tokens an answer has, at most.
         options: How to write.
@@ -110,23 +137,25 @@ def serve(
     """Serve a model by OpenAI's interface, with a page to chat on.
 
     Args:
-        path: A run's folder, a checkpoint's, a folder of Hugging Face's layout, or a name there.
+        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
+            name there.
         options: Where, and to how many.
     """
+    check_exists(path)
     keep_compiled_programs()
     with python_handlers():  # the server handles signals itself
         run_server(path, options)
 
 
-def _ready(path: str, dtype: Dtype = "float32") -> Trained:
+def _ready(path: str, adapter: str = "", dtype: Dtype = "float32") -> Trained:
     """A model to write from, and a folder for the programs that are compiled."""
     keep_compiled_programs()
-    return load(path, dtype=dtype)
+    return load(path, adapter, dtype=dtype)
 
 
 def _json(path: str) -> dict[str, Any]:
     try:
-        found = strict_json.loads(regular_file(path).read_bytes())
+        found = strict_json.loads(regular_file(expand(path)).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
@@ -190,7 +219,7 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
     given = [*texts]
     if file:
         try:
-            text = sys.stdin.read() if file == "-" else "".join(TextFile(file))
+            text = sys.stdin.read() if file == "-" else "".join(TextFile(str(expand(file))))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as text: {error}") from None
         given += lines_of(text.removeprefix("\ufeff"))
@@ -218,6 +247,8 @@ def export(
     folder: tyro.conf.Positional[str],
     to: Literal["hf", "peft"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    adapter: str = "",
+    base: str = "",
 ) -> None:
     """Write a model, or its LoRA adapter alone, in the layout of Hugging Face.
 
@@ -226,10 +257,22 @@ def export(
         folder: A new folder.
         to: The whole model with tokenizer and card, adapters merged; or the adapter, for PEFT.
         dtype: Of the parameters in the files of a whole model.
+        adapter: A folder with a LoRA adapter of PEFT's layout, to merge into a whole model.
+        base: For an adapter: the model it belongs to, as PEFT finds it, a folder of Hugging Face's
+            layout or a name there; by default what the run started from.
     """
+    check_exists(path)
     if to == "peft" and dtype != "float32":
-        raise InputError(f"dtype={dtype}: an adapter is written in float32; leave dtype out")
-    for file in to_peft(path, folder) if to == "peft" else to_hf(path, folder, dtype=dtype):
+        raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
+    if to == "peft" and adapter:
+        raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
+    if to == "hf" and base:
+        raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
+    if to == "peft":
+        files = to_peft(path, folder, base)
+    else:
+        files = to_hf(path, folder, adapter=adapter, dtype=dtype)
+    for file in files:
         print(f"{file.stat().st_size:>16,} bytes  {file}")
 
 

@@ -23,6 +23,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Elsewhere, NextToken, Objective
 from jaxgpt.optim import OptimConfig
 from jaxgpt.parallel import ParallelConfig
+from jaxgpt.paths import expand
 from jaxgpt.telemetry import TelemetryConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.tune import TuneConfig
@@ -76,8 +77,9 @@ class Config:
     checkpoints are renamed to STEP.abandoned. Repeating the command does not go back again. 0: the
     newest."""
     start: str = ""
-    """What to start from, with its architecture and tokenizer: a run or a checkpoint, a folder of
-    Hugging Face's layout, or a name there (gpt2, Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
+    """What to start from, with its architecture and tokenizer: a run (its newest checkpoint),
+    RUN@best or RUN@STEP, a checkpoint, a folder of Hugging Face's layout, or a name there (gpt2,
+    Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
     adapter: str = ""
     """A folder with a LoRA adapter of PEFT's layout, merged into what the run starts from."""
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -106,7 +108,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.runs) / self.name
+        return expand(self.runs) / self.name
 
     @property
     def context(self) -> int:
@@ -390,7 +392,7 @@ def from_command_line(args: list[str], default: Path) -> Config:
     # For the option alone: the module of the tokenizers is also imported where there is no tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
-    base = read(args[0] if has_file else default)
+    base = read(expand(args[0]) if has_file else default)
     with synonyms.suggest(args, synonyms.TRAINING):
         return tyro.cli(
             Config,

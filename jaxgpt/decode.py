@@ -233,9 +233,11 @@ def _vocabulary(vocabulary: int, cfg: GPTConfig) -> int:
 
 def _with_room(prompts: Sequence[Sequence[int]], cfg: GPTConfig, new: int, unread: int = 0) -> Rows:
     """The prompts, which leave room in the context for all but so many of the new tokens."""
-    most = cfg.T + unread - new
+    most = cfg.decode_T + unread - new
     if new < 1 or most < 1:
-        raise InputError(f"new={new} in a context of {cfg.T}; set it to 1 to {cfg.T + unread - 1}")
+        raise InputError(
+            f"new={new} in a context of {cfg.decode_T}; set it to 1 to {cfg.decode_T + unread - 1}"
+        )
     return padded(prompts, cfg, most, f"a prompt, with {new} new tokens after it,")
 
 
@@ -257,7 +259,7 @@ def power_of_two(number: int, least: int = 1) -> int:
 
 def positions(wanted: int, cfg: GPTConfig) -> int:
     """Of how many positions to make a cache: a power of two, and the context at most."""
-    return min(power_of_two(wanted, 2 * SHORTEST), cfg.T)
+    return min(power_of_two(wanted, 2 * SHORTEST), cfg.decode_T)
 
 
 def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
@@ -278,9 +280,15 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
     if not lengths.all():
         raise InputError(f"row {lengths.argmin()} has no tokens; give at least one")
     if longest > most:
+        before = ""
+        if cfg.decode_T < cfg.T:
+            before = (
+                " (the one before dynamic rotary scaling: beyond it a KV cache would not be exact, "
+                f"though a forward pass takes {cfg.T} tokens)"
+            )
         raise InputError(
             f"row {lengths.argmax()} has {longest} tokens, and {what} has to fit the context of "
-            f"{cfg.T}; give at most {most}"
+            f"{cfg.decode_T}{before}; give at most {most}"
         )
     ids_BT = np.zeros((len(lists), min(power_of_two(longest, SHORTEST), most)), np.int32)
     for number, ids in enumerate(map(np.asarray, lists)):

@@ -5,66 +5,264 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgpt import pretrained
+from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose
+from jaxgpt.chat.rendering import chat_template
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import write_manifest
-from jaxgpt.model import ComputeConfig, count, letters
-from jaxgpt.tokenizer.huggingface import write
-from jaxgpt.trained import Source, source, versions
-from jaxgpt.tune import adapted, merged
+from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
+from jaxgpt.objectives import DPO, GRPO, Instruct
+from jaxgpt.paths import expand
+from jaxgpt.pretrained import generation, weights
+from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write
+from jaxgpt.trained import Source, Writing, source, versions
+from jaxgpt.tune import LORA, adapted, flat, merged
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+
+CHAT_TEMPLATES: dict[type[Template], str] = {
+    ChatML: """\
+{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+""",
+    Llama3: """\
+{{- '<|begin_of_text|>' }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+""",
+    Gemma: """\
+{{- '<bos>' }}
+{%- set system = '' %}
+{%- set turns = messages %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] + '\\n\\n' %}
+{%- set turns = messages[1:] %}
+{%- endif %}
+{%- for message in turns %}
+{{- '<start_of_turn>' + ('user' if message['role'] == 'user' else 'model') + '\\n' }}
+{{- (system if loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<start_of_turn>model\\n' }}
+{%- endif %}
+""",
+}
+"""In Jinja, the formats in which jaxgpt trains a tokenizer that brings no chat template."""
 
 
 def to_hf(
     path: str | Path,
     folder: str | Path,
     *,
+    adapter: str | Path = "",
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
     """Writes a model as config.json, safetensors, tokenizer files and a model card.
 
-    The SHA-256 of each file is in SHA256SUMS, and a load compares those that it reads with it.
-    `path` is what `jaxgpt.load` takes; `folder` must not exist, or be empty. It appears when all of
-    it is written. `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Returns the
-    files. Adapters are merged; a classifier's head is left out. Raises InputError where no family
-    there holds the model.
+    With them go the chat template that the model was trained with, all its end tokens and, of a
+    published model, the settings of its generation_config.json. The SHA-256 of each file is in
+    SHA256SUMS, and a load compares those that it reads with it. The folder appears when all of it
+    is written, and `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it.
+
+    Args:
+        path: What `jaxgpt.load` takes.
+        folder: A folder that does not exist, or is empty.
+        adapter: A folder with a LoRA adapter of PEFT's layout, which is merged, as a run's own is.
+        dtype: Of the parameters in the files.
+        shard_bytes: Files of more than so many bytes are split.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: The model is not of a family that Hugging Face's layout has. The head of a
+            classifier is left out.
     """
-    found = source(path)
+    found = source(path, adapter)
     cfg = found.config.model
     pretrained.family_of(cfg)
     diff = found.compare(letters(cfg.build(PLAIN)))
     if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
         others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
         raise InputError(f"{path} is not a decoder alone: {', '.join(others)} would be lost")
-    with new_folder(Path(folder)) as draft:
-        write(found.tokenizer, draft, cfg.T)
-        ids = special_ids(found)
+    folder = expand(folder)
+    template = trained_template(found)
+    with new_folder(folder) as draft:
+        write(
+            found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
+        )
+        settings = generation_config(found, template)
+        ids = {name: settings[name] for name in generation.IDS if name in settings}
         params = adapted(merged(found.params()), diff, cfg.V, cfg.V)
         pretrained.write(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
-        generation = {**ids, "do_sample": True, "temperature": 0.8}
-        (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(card(path, found, str(folder)))
-    return sorted(Path(folder).iterdir())
+    return sorted(folder.iterdir())
 
 
-def to_peft(path: str | Path, folder: str | Path) -> list[Path]:
-    """Writes the adapter of a run with tune.parts=lora, and nothing else, in the layout of PEFT.
+def trained_template(found: Source) -> Template | None:
+    """The chat format that a model was trained in, None if in none."""
+    objective = found.config.objective
+    chats = "step" in found.lineage and isinstance(objective, Instruct | DPO | GRPO)
+    ours = not isinstance(found.tokenizer, HuggingFace)  # special tokens are there for a purpose
+    try:
+        return choose(found.tokenizer) if chats or ours or chat_template(found.tokenizer) else None
+    except InputError:
+        return None
 
-    Raises InputError where there is none, or no family of Hugging Face's holds the model.
+
+def generation_config(found: Source, template: Template | None) -> dict[str, Any]:
+    """The fields of generation_config.json: those of the model's source, with all its end tokens.
+
+    Args:
+        found: The model.
+        template: The chat format it was trained in, whose end tokens end its answers.
+    """
+    tokenizer, given = found.tokenizer, found.generation_config
+    own: dict[str, Any] = {"do_sample": True, "temperature": Writing().temperature, "top_k": 0}
+    fields = {name: value for name, value in given.items() if not name.startswith("_")}
+    fields.pop("transformers_version", None)
+    fields = fields or own
+    ends = [*generation.end_ids(given), *([] if given else [tokenizer.eos])]
+    if "step" in found.lineage:
+        ends += [tokenizer.eos, *(template.stops(tokenizer) if template else ())]
+    ends = list(dict.fromkeys(ends)) or [tokenizer.eos]
+    fields.setdefault("bos_token_id", tokenizer.eot)
+    fields["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    pad = token_name(getattr(tokenizer, "config", {}), "pad_token")
+    if pad in tokenizer.specials:
+        fields.setdefault("pad_token_id", tokenizer.specials[pad])
+    return fields
+
+
+def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
+    """Writes the adapter of a run with tune.parts=lora in the layout of PEFT, with a tokenizer.
+
+    If the run's tokenizer has more tokens than the model it started from, their rows go along.
+
+    Args:
+        path: The run.
+        folder: A folder that does not exist, or is empty.
+        base: The model that the adapter belongs to, as PEFT finds it: a folder of Hugging Face's
+            layout or a name there; by default what the run started from.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: There is no adapter; or PEFT cannot load its base, or that is not what the run
+            started from.
     """
     from jaxgpt.pretrained import peft
 
-    found = source(path)
-    with new_folder(Path(folder)) as draft:
-        peft.write(draft, found.config.model, found.params(), found.config.start)
-    return sorted(Path(folder).iterdir())
+    found, folder = source(path), expand(folder)
+    cfg, params = found.config.model, found.params()
+    if not any(leaf[-1] in LORA for leaf in flat(params)):
+        raise InputError(f"{path} has no adapter: it was not trained with tune.parts=lora")
+    name, revision, there = _base(found, base)
+    _check_base(name, there, cfg, params)
+    template = trained_template(found)
+    with new_folder(folder) as draft:
+        write(
+            found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
+        )
+        peft.write(draft, cfg, params, name, revision, there.cfg.V)
+        settings = generation_config(found, template)
+        (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        (draft / "README.md").write_text(_adapter_card(found, str(folder), name))
+    return sorted(folder.iterdir())
+
+
+def _base(found: Source, given: str) -> tuple[str, str | None, pretrained.Pretrained]:
+    """What PEFT loads an adapter's model from, the commit of that, and the model itself."""
+    from jaxgpt.pretrained import hub
+
+    began = found.metadata.get("lineage", {}).get("started_from") or {}
+    revision = None if given else began.get("revision")
+    name = given or began.get("path", "")
+    advice = "name one that has the same weights, in Hugging Face's layout, with --base"
+    if not name:
+        raise InputError("the run started from new weights, which PEFT cannot load; " + advice)
+    if not given and "adapter" in began:
+        raise InputError(
+            f"the run started from {name} with the adapter {began['adapter']} merged into it, "
+            f"which PEFT cannot load; merge them (`python -m jaxgpt export {name} BASE --adapter "
+            f"{began['adapter']}`) and give --base BASE"
+        )
+    folder = expand(name)
+    if folder.is_dir() and pretrained.is_here(folder):
+        return str(folder.resolve()), None, pretrained.read(folder)
+    if folder.exists() or ("step" in began and not given):
+        raise InputError(
+            f"{name} is a run, which PEFT cannot load; write its model in Hugging Face's layout "
+            f"(`python -m jaxgpt export {name} BASE`) and give --base BASE"
+        )
+    full = hub.SHORT.get(name, name)
+    if "/" not in full or not hub.looks_like_name(full) or name.startswith((".", "/", "~")):
+        raise InputError(f"the adapter's model {name} is not here; {advice}")
+    return full, revision, pretrained.read(hub.fetch(full, revision or "main").folder)
+
+
+def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: Any) -> None:
+    """Raises InputError unless the parameters are those of `base`, but for adapters and tokens."""
+    wrong = [] if pretrained.are_alike(base.cfg, replace(cfg, V=base.cfg.V)) else ["config.json"]
+    some = [(row, t) for row, t in base.tensors if row.path[:2] in (("wte",), ("blocks", "0"))]
+    if not wrong and base.cfg.V <= cfg.V:
+        here = flat(params)
+        for path, leaf in flat(weights.load(base.cfg, some)).items():
+            rows = base.cfg.V if path == ("wte",) else None
+            if here[path].dtype == leaf.dtype and not np.array_equal(
+                here[path][:rows], leaf[:rows]
+            ):
+                wrong.append("/".join(path))
+    if wrong or base.cfg.V > cfg.V:
+        raise InputError(
+            f"{name} is not the model that the run started from: "
+            f"{wrong[0] if wrong else 'its vocabulary'} differs; name that with --base"
+        )
+
+
+def _adapter_card(found: Source, folder: str, base: str) -> str:
+    """How to use an adapter, in Markdown."""
+    return f"""\
+---
+library_name: peft
+base_model: {base}
+tags: [jaxgpt, lora]
+---
+
+# {found.config.name}
+
+A LoRA adapter for {base}, written by jaxgpt.
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+model = AutoPeftModelForCausalLM.from_pretrained({folder!r})  # resizes the embeddings
+model.generation_config = GenerationConfig.from_pretrained({folder!r})  # its end tokens
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```
+
+{chr(10).join(_training(found))}
+"""
 
 
 @contextmanager
@@ -89,12 +287,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder} cannot be written: {error.strerror}; make room") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def special_ids(found: Source) -> dict[str, int]:
-    """The ids that begin and end a document."""
-    tokenizer = found.tokenizer
-    return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eos}
 
 
 def card(path: str | Path, found: Source, folder: str) -> str:

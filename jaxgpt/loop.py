@@ -13,7 +13,7 @@ from jaxgpt import config, data, parallel, telemetry
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.lock import RunLock
 from jaxgpt.metrics import mark_finished, read_metrics
-from jaxgpt.run import Run, prepare
+from jaxgpt.run import Run, check_models, prepare
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.step import highest_plausible_loss
 from jaxgpt.terminal import shell_quoted
@@ -44,6 +44,7 @@ def train(cfg: config.Config) -> Trained:
     """
     if not cfg.name:
         raise InputError("the config has no name; set name to that of the run's folder")
+    check_models(cfg)
     cfg.check()
     with Signals(ends_process=False) as signals:
         run(cfg, signals)

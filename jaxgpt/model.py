@@ -22,7 +22,7 @@ Leaves that `init` never makes may lie beside a `w`, and the layer then computes
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -36,40 +36,13 @@ from jaxgpt.cache import Cache, CacheDtype, Floats, Kept, empty, seen
 from jaxgpt.errors import InputError
 from jaxgpt.matmul import matmul, rounded_matmul
 from jaxgpt.parallel import constrain
+from jaxgpt.rotary import RopeScaling, rotary_frequencies, rotary_tables, rotate
 
 VOCABULARY_MULTIPLE = 128
 GATED = ("swiglu", "geglu")  # MLPs with a third matrix
 
 # Parameters by path, each with its letters and shape.
 Leaves = dict[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary wavelengths are stretched beyond the context they were trained on."""
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    """linear: all by `factor` (Chen et al. 2023); llama3: the long ones by `factor`, the short ones
-    not at all, those between by a mixture (Llama 3.1)."""
-    factor: float = 1.0
-    """By how much."""
-    low: float = 1.0
-    """llama3: a wavelength is long from T / low tokens on."""
-    high: float = 4.0
-    """llama3: a wavelength is short up to T / high tokens."""
-    T: int = 8192
-    """llama3: the context before."""
-
-    def check(self) -> None:
-        """Raises InputError where a field cannot be."""
-        for field in ("factor", "low", "high", "T"):
-            if not 0 < getattr(self, field) < math.inf:
-                value = getattr(self, field)
-                raise InputError(f"model.rope_scaling.{field}={value}; set it above 0 and finite")
-        if self.kind == "llama3" and self.high <= self.low:
-            raise InputError(
-                f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above"
-            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +71,7 @@ class GPTConfig:
     """Base of the rotary wavelengths."""
     rope_local_theta: float = 0.0
     """The base in layers with a sliding window, which are not scaled (Gemma 3); 0: the same."""
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = RopeScaling()  # noqa: RUF009
     """Stretches the rotary wavelengths."""
     norm: Literal["layernorm", "rmsnorm", "rmsnorm+1"] = "layernorm"
     """LayerNorm (GPT-2), RMSNorm (Zhang and Sennrich 2019), or that with a scale of 1 + the
@@ -145,6 +118,16 @@ class GPTConfig:
             "V": -(-self.V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         }
 
+    @property
+    def decode_T(self) -> int:
+        """The longest text that can be decoded with a KV cache, T unless scaling is dynamic.
+
+        Dynamic rotary scaling turns every key by another angle when a text grows beyond the
+        original context, and cached keys have been turned already.
+        """
+        dynamic = self.position == "rotary" and self.rope_scaling.kind == "dynamic"
+        return min(self.T, self.rope_scaling.T) if dynamic else self.T
+
     def windows(self) -> list[int]:
         """Each layer's sliding window, 0 where it sees all of the past."""
         every = self.global_every
@@ -177,6 +160,8 @@ class GPTConfig:
         self.rope_scaling.check()
         if self.position == "rotary" and self.sizes["H"] % 2:
             raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
+        if self.rope_scaling.kind == "dynamic" and self.sizes["H"] == 2:
+            raise InputError("model.rope_scaling.kind=dynamic needs a head size H above 2, not 2")
         if self.position == "rotary":
             for theta in (self.rope_theta, self.rope_local_theta or self.rope_theta):
                 with np.errstate(all="ignore"):
@@ -335,36 +320,6 @@ def _leaf(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...]
     """Arguments of `param`: the initializer with its letters, the shape they spell, float32."""
     shape = tuple(cfg.sizes[letter] for letter in letters)
     return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
-
-
-def rotary_frequencies(H: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position, [H/2] float32: theta^(-2i/H), scaled."""
-    frequencies = float(theta) ** -(np.arange(0, H, 2) / H)
-    slow = frequencies / scaling.factor
-    if scaling.kind == "linear":
-        frequencies = slow
-    elif scaling.kind == "llama3":
-        turns = scaling.T * frequencies / (2 * np.pi)  # in the context before
-        share = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
-        frequencies = share * frequencies + (1 - share) * slow
-    return frequencies.astype(np.float32)
-
-
-def rotary_tables(
-    positions_BT: jax.Array, H: int, theta: float, scaling: RopeScaling = RopeScaling()
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H), scaled."""
-    frequencies = rotary_frequencies(H, theta, scaling)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pair (i, i + H/2) of each head by its position's angle (Su et al. 2021)."""
-    cos, sin = (table[:, :, None] for table in tables)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
 
 
 class Context(NamedTuple):
@@ -583,12 +538,14 @@ class GPT(nn.Module):
         """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
         seen_BTS = None if kept.source_BS is None else kept.source_BS[:, None]
-        x_BTD, rotary = self._embed(tokens_BT, positions_BT)
+        x_BTD, rotary = self._embed(tokens_BT, positions_BT, decoding=True)
         context = Context(rotary, None, start_B, lengths_B, memory_BSD, seen_BTS)
         x_BTD, layers = self.blocks(x_BTD, context, kept.layers)
         return constrain(self.norm(x_BTD), "BTD"), kept._replace(layers=layers)
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> tuple[jax.Array, Any]:
+    def _embed(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, decoding: bool = False
+    ) -> tuple[jax.Array, Any]:
         """The residual stream before the first layer, and the tables of rotary positions."""
         cfg = self.cfg
         T = tokens_BT.shape[1]
@@ -611,7 +568,7 @@ class GPT(nn.Module):
             x_BTD += jnp.broadcast_to(constrain(self.wpe, "T-")[positions_BT], x_BTD.shape)
         else:
             tables = partial(rotary_tables, positions_BT, cfg.sizes["H"])
-            rotary = {"global": tables(cfg.rope_theta, cfg.rope_scaling)}
+            rotary = {"global": tables(cfg.rope_theta, cfg.rope_scaling, decoding)}
             local = cfg.rope_local_theta
             rotary["local"] = tables(local, RopeScaling()) if local else rotary["global"]
         x_BTD = constrain(x_BTD.astype(self.compute.dtype), "BTD")
@@ -741,6 +698,11 @@ def _boxed(model: GPT, key: jax.Array) -> Any:
 
 def letters(model: GPT) -> Leaves:
     """Each parameter's path with its letters and shape; no array is made."""
+    return dict(_letters(model))
+
+
+@lru_cache(maxsize=64)
+def _letters(model: GPT) -> Leaves:
     boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
     stacked: Leaves = {

@@ -7,6 +7,17 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from jaxgpt.errors import InputError
 
 
+def expand(path: str | Path) -> Path:
+    """A path with `~` as the user's home folder; InputError if there is none.
+
+    Text that is no path, such as a model's name, stays as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # such as a container's user that the system does not know
+        raise InputError(f"{path} leads nowhere: {error}; use the whole path") from None
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of file `name` of `folder`, whether it exists or not.
 

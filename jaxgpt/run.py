@@ -19,7 +19,7 @@ from jaxgpt import checkpoint, config, data, model, optim, parallel, tokenizer, 
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Other
 from jaxgpt.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
-from jaxgpt.trained import Source, Trained, find_tokenizer, source, versions
+from jaxgpt.trained import Source, Trained, check_exists, find_tokenizer, source, versions
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Run:
         params = tune.join(params, (state.frozen or {}).get("rest"))
         if self.cfg.compute.layers == "scan":
             params = model.unstack(params, self.cfg.model.L)
-        return Trained(self.cfg, params, self.tokenizer)
+        return Trained(self.cfg, params, self.tokenizer, self.describe["generation_config"])
 
     def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
         """The function (params, batch, *frozen) -> the objective's sums, compiled."""
@@ -214,6 +214,9 @@ def prepare(cfg: config.Config) -> Run:
         "tokenizer": text.to_json(),
         "data": dataset.fingerprint,
         "versions": versions(),
+        "generation_config": (
+            origin.generation_config if origin else saved.get("generation_config", {})
+        ),
         "lineage": {
             "started_from": origin.lineage if origin else before.get("started_from"),
             "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
@@ -234,6 +237,14 @@ def prepare(cfg: config.Config) -> Run:
     return Run(
         cfg, text, checkpoints, describe, dataset, layout, loss_fn, take_step, start or 0, state
     )
+
+
+def check_models(cfg: config.Config) -> None:
+    """Raises InputError if a model that a new run needs does not exist; nothing is read."""
+    paths = {cfg.start, cfg.objective.compares_with} - {"", "reference"}
+    if not checkpoint.steps_in(cfg.folder / "checkpoints"):
+        for path in sorted(paths):
+            check_exists(path)
 
 
 def find_start(
@@ -268,11 +279,12 @@ def prepare_data(
     `saved` is what the checkpoint says that the run goes on from, if there is one. Last comes
     where a new run's parameters are, if not new.
     """
+    # A model that is missing is said before anything about the data.
+    origin = source(cfg.start, cfg.adapter) if cfg.start and not saved else None
     splits = {}
     if isinstance(cfg.data, data.RecordsConfig):
         splits = data.read_splits(cfg.data, cfg.objective.reader)
         cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
-    origin: Source | None = None
     if saved:
         text = tokenizer.from_json(saved["tokenizer"])
         if cfg.start or cfg.tokenizer.source:
@@ -281,8 +293,7 @@ def prepare_data(
                 cfg = config.adopt(cfg, then.model, then.tokenizer)
             elif cfg.tokenizer.source == then.tokenizer.source:
                 cfg = replace(cfg, tokenizer=then.tokenizer)
-    elif cfg.start:
-        origin = source(cfg.start, cfg.adapter)
+    elif origin:
         text = origin.tokenizer
         cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
     elif cfg.tokenizer.source:

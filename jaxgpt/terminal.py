@@ -159,7 +159,7 @@ class Conversation:
 
     def _room(self, messages: list[dict[str, str]]) -> int:
         """How many tokens fit the context after the messages; InputError for none."""
-        tokenizer, T = self.trained.tokenizer, self.trained.config.model.T
+        tokenizer, T = self.trained.tokenizer, self.trained.config.model.decode_T
         length = len(render(choose(tokenizer), tokenizer, messages, open=True).tokens)
         if length >= T:
             raise InputError(

@@ -1,14 +1,15 @@
 """A trained model, from its files alone: config, parameters, tokenizer."""
 
+import difflib
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.parallel import Layout
+from jaxgpt.paths import expand
+from jaxgpt.pretrained import foreign, generation
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
@@ -28,6 +31,8 @@ from jaxgpt.writing import Pieces, search, write
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+RUNS = Config().runs
+"""The folder of runs in which a path is never taken for a name on the hub."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,20 @@ def _items(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [None]
 
 
-class Trained(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Trained:
     """A trained model: `config, params, tokenizer = jaxgpt.load(path)`, or call it to write."""
 
     config: Config
     params: Any
     tokenizer: Tokenizer
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """The end tokens and sampling settings of the published model that it comes from, as in its
+    generation_config.json."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Config, parameters and tokenizer, to unpack."""
+        return iter((self.config, self.params, self.tokenizer))
 
     def __repr__(self) -> str:
         cfg, numbers = self.config.model, sum(x.size for x in jax.tree.leaves(self.params))
@@ -161,7 +174,7 @@ class Trained(NamedTuple):
                 return quantized(plain, leaves, tables=True)
             return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
 
-        held = self._replace(params=jax.jit(smaller)(self.params))
+        held = replace(self, params=jax.jit(smaller)(self.params))
         _ = held.model  # which cannot run everywhere
         return held
 
@@ -191,12 +204,18 @@ class Trained(NamedTuple):
         text = "".join(pieces)
         return text if pieces.finish_reason == "stop" else f"{text} ... (cut at {tokens} tokens)"
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The sampling settings of the model's `generation_config`, by the names of `Sampling`."""
+        return generation.sampling(self.generation_config)
+
     def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Pieces:
         """What follows a prompt, up to so many tokens, in pieces as it is written.
 
-        The options are the fields of `Writing`. As documents begin, so does a prompt; the text ends
-        where the model ends it. Raises InputError for a prompt longer than the context, and for an
-        option that cannot be.
+        The options are the fields of `Writing`; those that are not given are what the model's
+        `generation_config` says, else the defaults. As documents begin, so does a prompt; the text
+        ends where the model ends it. Raises InputError for a prompt longer than the context, and
+        for an invalid option.
         """
         if not isinstance(prompt, str):
             raise InputError(f"prompt={prompt!r:.80}; give a text")
@@ -235,8 +254,10 @@ class Trained(NamedTuple):
             check_type(name, value)
         if not isinstance(tokens, Integral):
             raise InputError(f"tokens={tokens!r}; set it to a whole number, 1 or more")
-        how = Writing(**options)
+        settings = self.sampling_defaults if options.get("beam", 1) == 1 else {}
+        how = Writing(**{**settings, **options})
         how.check(self.tokenizer.vocab_size)
+        ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
             by: Any = partial(search, width=how.beam)
         else:
@@ -262,10 +283,11 @@ class Trained(NamedTuple):
                 f"draft={draft.config.name} has another tokenizer than {self.config.name}, and its "
                 "tokens mean nothing here; give a model with the same one, such as a student"
             )
-        if draft.config.model.T < self.config.model.T:
+        theirs, ours = draft.config.model.decode_T, self.config.model.decode_T
+        if theirs < ours:
             raise InputError(
-                f"draft={draft.config.name} has a context of {draft.config.model.T}, less than "
-                f"{self.config.model.T}; give one of at least that"
+                f"draft={draft.config.name} has a context of {theirs}, less than {ours}; use one "
+                "of at least that"
             )
         return draft.model, draft.params
 
@@ -285,14 +307,19 @@ class Source:
     """What a checkpoint says of where its run started."""
     digest: Callable[[], str]
     """SHA-256 of what its files hold, to know it again."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """See `Trained`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
+    better: str = ""
+    """For a run whose newest step is not its best: which one is, and how to take it."""
 
     @property
     def note(self) -> str:
         """Where from, on a terminal."""
         path, *rest = self.lineage.items()
-        return f"from {path[1]} ({', '.join(f'{name} {value}' for name, value in rest)})"
+        which = ", ".join(f"{name} {value}" for name, value in rest)
+        return f"from {path[1]} ({which})" + (f"; {self.better}" if self.better else "")
 
     def compare(self, here: Leaves) -> Diff:
         """What becomes of each leaf, of separate layers; InputError where one does not fit."""
@@ -325,23 +352,24 @@ class Source:
 def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32") -> Trained:
     """A model, ready to write, to fine-tune and to evaluate.
 
-    `path` is a run's folder (its newest checkpoint), one checkpoint's folder, a folder of Hugging
-    Face's layout, or a name there, NAME or NAME@REVISION, which is downloaded once. The running
-    average of the parameters is loaded where a run kept one. `adapter` is a folder with a LoRA
-    adapter of PEFT's layout, whose leaves are put beside the matrices. With another `dtype` it is a
-    model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory, "int8" a
-    quarter, and both are faster where reading the matrices is what takes the time. Raises
-    InputError where there is no model, or it is damaged.
+    `path` is a run's folder (its newest checkpoint), RUN@best (the one with the lowest validation
+    loss) or RUN@STEP, one checkpoint's folder, a folder of Hugging Face's layout, or a name there,
+    NAME or NAME@REVISION, which is downloaded once. The running average of the parameters is loaded
+    where a run kept one. `adapter` is a folder with a LoRA adapter of PEFT's layout, whose leaves
+    are put beside the matrices; rows of new tokens come with its tokenizer. With another `dtype` it
+    is a model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory,
+    "int8" a quarter, and both are faster where reading the matrices is what takes the time. Raises
+    InputError where there is no model, it is damaged, or it is in another program's format.
     """
     found = source(path, adapter)
-    trained = Trained(found.config, found.params(), found.tokenizer)
+    trained = Trained(found.config, found.params(), found.tokenizer, found.generation_config)
     return trained.held_in(dtype)
 
 
 def source(path: str | Path, adapter: str | Path = "") -> Source:
     """What `load` loads, with its parameters still in their files."""
     found = _source(path)
-    return _with_adapter(found, Path(adapter)) if adapter else found
+    return _with_adapter(found, expand(adapter)) if adapter else found
 
 
 def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
@@ -367,44 +395,117 @@ def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
 def _with_adapter(found: Source, folder: Path) -> Source:
     from jaxgpt.pretrained import peft
 
-    factors = peft.read(folder, found.config.model)
+    cfg = found.config.model
+    factors, rows = peft.read(folder, cfg), peft.read_rows(folder, cfg)
+    V = max([cfg.V, *(int(each.ids.max()) + 1 for each in rows.values())])
+    tokenizer = _adapter_tokenizer(found, folder, V)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), factors)
+    model = replace(cfg, V=V)
+    if V > cfg.V and (missing := {"wte", *([] if cfg.tied else ["head"])} - rows.keys()):
+        raise InputError(f"{folder} has new tokens, and no rows of {min(missing)} for them")
+    tables = {
+        name: jax.ShapeDtypeStruct((model.sizes["V"], cfg.D), np.float32)
+        for name in ("wte", "head")
+        if name in found.abstract
+    }
 
     def params(abstract: Any = None) -> Any:
         if abstract is None:
-            return join(jax.tree.map(jnp.asarray, factors), found.params())
-        places, base = split(abstract, lambda path: path[-1] in LORA)
-        put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
-        return join(put, found.params(base))
+            tree = join(jax.tree.map(jnp.asarray, factors), found.params())
+        else:
+            places, base = split(abstract, lambda path: path[-1] in LORA)
+            put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
+            for name in tables:
+                there, place = found.abstract[name], base[name].sharding
+                base[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+            tree = join(put, found.params(base))
+        for name, wanted in tables.items():
+            grown = wanted.shape[0] - tree[name].shape[0]
+            leaf = jnp.pad(tree[name], ((0, grown), (0, 0)))
+            if name in rows:
+                leaf = leaf.at[rows[name].ids].set(rows[name].values)
+            place = tree[name].sharding if abstract is None else abstract[name].sharding
+            tree[name] = jax.device_put(leaf, place)
+        return tree
 
     return replace(
         found,
+        config=replace(found.config, model=model),
+        tokenizer=tokenizer,
         params=params,
-        abstract=join(shapes, found.abstract),
+        abstract=join({**shapes, **tables}, found.abstract),
         lineage={**found.lineage, "adapter": str(folder)},
         digest=lambda: found.digest() + _digest(folder),
     )
 
 
+def _adapter_tokenizer(found: Source, folder: Path, V: int) -> Tokenizer:
+    """The tokenizer of an adapter's folder, or of the model if that has none."""
+    from jaxgpt.tokenizer.huggingface import read
+
+    old = found.tokenizer
+    if not (folder / "tokenizer.json").exists():
+        if V > found.config.model.V:
+            raise InputError(
+                f"{folder} has rows for new tokens, and no tokenizer.json that says which; save "
+                "the tokenizer that it was trained with there: tokenizer.save_pretrained(...)"
+            )
+        return old
+    new = read(folder)
+    alike = list(new.pieces[: old.vocab_size]) == list(old.pieces)
+    if not alike or new.vocab_size > V:
+        raise InputError(
+            f"{folder} has a tokenizer of {new.vocab_size} tokens that is not the model's, with "
+            f"more tokens up to {V} in all; use an adapter of this model"
+        )
+    return new
+
+
 def _source(path: str | Path) -> Source:
-    folder = Path(path)
+    check_exists(path)
+    folder = expand(path)
     if folder.is_dir() and pretrained.is_here(folder):
         return _pretrained(folder, {"path": str(path)})
+    run, at, step = str(path).rpartition("@")
+    if at and not folder.exists() and expand(run).is_dir():
+        return _run(checkpoint.find_step(expand(run), step), str(path))
     name, _, revision = str(path).partition("@")
     if not folder.exists() and _is_name(name):
         from jaxgpt.pretrained import hub
 
-        found = hub.fetch(name, revision or "main")
+        try:
+            found = hub.fetch(name, revision or "main")
+        except InputError as error:
+            runs = [str(path.parent) for path in Path().glob("*/*/checkpoints")]
+            if near := difflib.get_close_matches(name, runs, 1, 0.7):
+                raise InputError(f"{error}; did you mean the run {near[0]}?") from None
+            raise
         return _pretrained(found.folder, {"path": found.name, "revision": found.revision})
-    return _run(folder)
+    if not (folder / "checkpoints").is_dir() and not (folder / "leaves.json").exists():
+        foreign.refuse(folder)
+    return _run(folder, str(path))
+
+
+def check_exists(path: str | Path) -> None:
+    """Raises InputError if a path is neither here nor a model's name; the hub is not asked."""
+    from jaxgpt.pretrained import hub
+
+    run, at, _ = str(path).rpartition("@")
+    name = str(path).partition("@")[0]
+    if expand(path).exists() or (at and expand(run).exists()) or _is_name(name):
+        return
+    if near := difflib.get_close_matches(name, hub.SHORT, 1, 0.7):
+        raise InputError(f"{path} is neither a folder here nor a model; did you mean {near[0]}?")
+    checkpoint.open_checkpoint(expand(run if at else path))
 
 
 def _is_name(name: str) -> bool:
-    """Whether it is OWNER/NAME, and not in a folder that is here, or a name that needs no owner."""
+    """Whether it is OWNER/NAME, and no path in a folder of runs or one that is here, or short."""
     from jaxgpt.pretrained import hub
 
-    owned = "/" in name and hub.looks_like_name(name) and not Path(name).parent.is_dir()
-    return owned or name in hub.SHORT
+    parent = Path(name).parent
+    owned = "/" in name and hub.looks_like_name(name) and parent.name != RUNS
+    return (owned and not parent.is_dir()) or name in hub.SHORT
 
 
 def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
@@ -424,7 +525,15 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
         for path, (_, shape) in letters(found.cfg.build(PLAIN)).items()
     }
     lineage = {**lineage, "dtype": found.dtype}
-    return Source(config, tokenizer, found.params, nested(shapes), lineage, lambda: _digest(folder))
+    return Source(
+        config,
+        tokenizer,
+        found.params,
+        nested(shapes),
+        lineage,
+        lambda: _digest(folder),
+        found.generation_config,
+    )
 
 
 def _digest(folder: Path) -> str:
@@ -436,11 +545,13 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(path: Path) -> Source:
+def _run(path: Path, given: str) -> Source:
     opened = checkpoint.open_checkpoint(path, ("ema", "params"))
     about = opened.metadata
+    if "leaves" not in about:
+        raise InputError(f"{opened.folder} is no checkpoint: it has a manifest, and no leaves.json")
     item = "ema" if "ema" in about["leaves"] else "params"
-    lineage = {"path": str(path), "step": about["metrics"]["step"], "item": item}
+    lineage = {"path": given, "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
     abstract = checkpoint.as_abstract(about["leaves"][item])
     here = letters(config.objective.build(config.model, PLAIN))
@@ -450,6 +561,15 @@ def _run(path: Path) -> Source:
                 f"{path}: {'/'.join(name)} is {list(leaf.shape)}, and {list(here[name][1])} in "
                 "this version of jaxgpt; use the one that wrote it, or train again"
             )
+    step, best = lineage["step"], checkpoint.best_step(opened.folder.parent)
+    better = ""
+    if opened.folder != expand(path) and best not in (None, step):
+        loss = checkpoint.read_measured(opened.folder.parent / str(best))["val_loss"]
+        here = about["metrics"].get("val_loss")
+        better = (
+            f"its step {best} has a lower validation loss, {loss:.4f}"
+            f"{'' if here is None else f' instead of {here:.4f}'}: {given}@best takes that"
+        )
     return Source(
         config,
         from_json(about["tokenizer"]),
@@ -457,7 +577,9 @@ def _run(path: Path) -> Source:
         abstract,
         lineage,
         opened.digest,
+        about.get("generation_config", {}),
         about,
+        better,
     )
 
 

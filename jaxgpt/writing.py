@@ -128,7 +128,9 @@ def write(
 
     def read(ids: list[int], sampling: Sampling) -> Any:
         at = settings([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
-        return jax.device_put(at), padded([ids], cfg, cfg.T - 1, "a prompt, with a token after it,")
+        return jax.device_put(at), padded(
+            [ids], cfg, cfg.decode_T - 1, "a prompt, with a token after it,"
+        )
 
     begun = read(list(prompt), sampling)
     return Pieces(
@@ -156,7 +158,7 @@ def search(
     Prompt and text have to fit the context.
     """
     text = Text(tokenizer, stops, prompt if continues else ())
-    T, length = model.cfg.T, len(prompt)
+    T, length = model.cfg.decode_T, len(prompt)
     padded([prompt], model.cfg, T, "a prompt")  # for what it raises, which is not to come later
     room = T + 1 - length
     if not 1 <= tokens <= room:
@@ -199,7 +201,7 @@ def _pieces(
     cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
     while left:
         at, (prompt_1P, length_1) = begun
-        fit = min(left, cfg.T - len(ids))
+        fit = min(left, cfg.decode_T - len(ids))
         S = positions(prompt_1P.shape[1] + fit, cfg)
         ahead = AHEAD if draft else 0
         begin = partial(
@@ -233,7 +235,7 @@ def _pieces(
             if piece:
                 yield piece
             ids, left, fit = ids + new, left - len(new), fit - len(new)
-        ids, memory = ids[-(cfg.T // 2) :], state.memory
+        ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
         # Positions come again, and the draws at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
         begun = read(ids, sampling)

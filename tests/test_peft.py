@@ -157,6 +157,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def read_all(folder, cfg):
+    return peft.read(folder, cfg), peft.read_rows(folder, cfg)
+
+
 def change(folder, **fields):
     values = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(values | fields))
@@ -190,8 +194,8 @@ def change(folder, **fields):
 def test_a_field_that_cannot_be_kept_is_named(fields, folder):
     change(folder, **fields)
     (name,) = fields
-    with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|NaN)"):
-        peft.read(folder, LLAMA)
+    with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|NaN)|{name} of {CONFIG}"):
+        read_all(folder, LLAMA)
 
 
 def test_fields_that_change_nothing_are_no_obstacle(folder):
@@ -216,10 +220,16 @@ def rewrite(folder, edit):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+def test_rows_of_another_model_are_refused(folder):
+    name = "base_model.model.model.embed_tokens.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[Q]}))
+    with pytest.raises(InputError, match=r"rows of 200 tokens are F32\[3, 32\], .* \[200, 32\]"):
+        read_all(folder, LLAMA)
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "base_model.model.model.embed_tokens.weight",
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.lm_head.lora_A.weight",
         "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",

@@ -12,12 +12,14 @@ import pytest
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
 from jaxgpt.decode import beam_search, decode
-from jaxgpt.model import ComputeConfig, GPTConfig, RopeScaling, count, init
+from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of
 from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
+from jaxgpt.rotary import RopeScaling
 from jaxgpt.sampling import Sampling
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
+NONE = RopeScaling()
 T = 80
 
 small = {
@@ -147,6 +149,46 @@ def test_logits_are_those_of_transformers_at_every_length(theirs):
         expected = their_logits(model, tokens)
         assert np.abs(our_logits(found, params, tokens) - expected).max() < 1e-4
         assert expected.std() > 0.1  # else it would be no comparison
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}
+SCALINGS = {
+    "YaRN": YARN,
+    "YaRN with all options": {**YARN, "attention_factor": 0.7, "beta_fast": 4.0, "beta_slow": 0.5}
+    | {"truncate": False},
+    "YaRN as DeepSeek": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "rope_theta": 1e6},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_scaled_rotary_positions_are_those_of_transformers_in_any_context(
+    scaling, transformers, tmp_path
+):
+    import torch
+
+    options = {**small, "num_hidden_layers": 1, "max_position_embeddings": 20}
+    config = transformers.LlamaConfig(**options, rope_parameters={"rope_theta": 1e4} | scaling)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for leaf in model.parameters():
+            leaf.mul_(3)
+    model.save_pretrained(tmp_path)
+    found = pretrained.read(tmp_path)
+    assert found.cfg.T == 80
+    params, unscaled = found.params(), replace(found, cfg=replace(found.cfg, rope_scaling=NONE))
+    for length in (19, 21, 80):
+        tokens = random_tokens(203, 2, length)
+        expected = their_logits(model, tokens)
+        assert np.abs(our_logits(found, params, tokens) - expected).max() < 1e-5
+        if length > 20 or scaling["rope_type"] == "yarn":
+            assert np.abs(our_logits(unscaled, params, tokens) - expected).max() > 1e-2
+    (out := tmp_path / "out").mkdir()
+    pretrained.write(out, found.cfg, params)
+    assert pretrained.read(out).cfg == found.cfg
+    again = type(model).from_pretrained(out).eval()
+    assert np.array_equal(their_logits(again, tokens), expected)
 
 
 def test_padded_batches_agree_with_transformers(theirs):

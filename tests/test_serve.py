@@ -78,7 +78,7 @@ class FakeEngine:
     """Has an engine's face, and writes what it is told to."""
 
     def __init__(self, tokenizer=CHAT, text=TEXT, pause=0.0, context=128, finish="", places=99):
-        self.trained = SimpleNamespace(tokenizer=tokenizer)
+        self.trained = SimpleNamespace(tokenizer=tokenizer, generation_config={})
         self.text = text if callable(text) else lambda request: text
         self.pause, self.context, self.finish, self.places = pause, context, finish, places
         self.alive, self.error = True, None

@@ -104,7 +104,11 @@ def test_a_tensor_that_is_no_parameter_is_refused_and_a_buffer_is_not(folder):
         edit(file, change)
         file.write_bytes(file.read_bytes() + b"\0" * 4)
 
-    add("transformer.h.1.attn.bias")
+    for name in ("transformer.h.1.attn.bias", "h.0.attn.masked_bias", "rotary_emb.inv_freq"):
+        add(name)
+    add("base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq")
+    add("model.rotary_emb.original_inv_freq")
+    add("embeddings.position_ids")
     pretrained.read(folder)
     add("transformer.h.1.attn.extra")
     with pytest.raises(InputError, match=r"'h.1.attn.extra' is not a parameter of this gpt2"):
@@ -171,7 +175,9 @@ def test_a_pickle_is_refused_and_never_run(folder, zipped):
 
 def test_a_folder_of_pickles_alone_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, which is not read"):
+    with pytest.raises(
+        InputError, match=r"pytorch_model.bin.* are pickles, which could run any code"
+    ):
         pretrained.read(folder)
 
 
@@ -264,7 +270,8 @@ ROPE |= {"num_attention_heads": 2, "intermediate_size": 32}
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' are not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "type 'longrope' are not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "set it to 1 or more"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"rope_scaling": "linear"}, "not a table"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling.factor=0.0"),
@@ -345,3 +352,24 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"wpe holds 7e\+04, more than float16 can"):
         pretrained.write(tmp_path, CFG, params, dtype="float16")
     pretrained.write(tmp_path, CFG, params, dtype="bfloat16")
+
+
+def test_a_missing_tensor_is_named_with_what_there_is(folder):
+    edit(folder / "model.safetensors", lambda h: h.update(x=h.pop("transformer.wpe.weight")))
+    with pytest.raises(InputError, match=r"no tensor 'transformer.wpe.weight'.* has, for example"):
+        pretrained.read(folder)
+
+
+def test_a_model_with_an_output_layer_of_its_own_that_is_missing_may_be_tied(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(InputError, match="lm_head.weight'.*set tie_word_embeddings to true there"):
+        pretrained.read(folder)
+
+
+def test_quantized_weights_are_said_to_be_so(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"weights are quantized \('gptq'\)"):
+        pretrained.read(folder)

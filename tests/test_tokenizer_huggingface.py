@@ -656,6 +656,25 @@ def test_a_chat_template_may_be_a_file_of_its_own(tmp_path):
     assert read(folder).config["chat_template"] == "{{ messages }}"
 
 
+def test_chat_templates_in_files_win_over_the_config_as_in_transformers(tmp_path):
+    folder = folder_of(tmp_path, "llama2")
+    config = {
+        **json.loads((folder / "tokenizer_config.json").read_text()),
+        "chat_template": "config",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.json").write_text('{"chat_template": "processor"}')
+    assert read(folder).config["chat_template"] == "config"
+    (folder / "chat_template.jinja").write_text("file")
+    assert read(folder).config["chat_template"] == "file"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    assert read(folder).config["chat_template"] == [
+        {"name": "default", "template": "file"},
+        {"name": "tools", "template": "tools"},
+    ]
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'"text"', b"[" * 100_000, b"1" * 5000])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_file_is_named(name, content, tmp_path):

@@ -18,11 +18,13 @@ from jaxgpt import checkpoint, parallel, pretrained
 from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.export import to_hf
+from jaxgpt.manifest import add_to_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.sampling import Sampling
 from jaxgpt.telemetry import read_metrics
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.trained import source
 from train import main
 
 MAKE_MESH = parallel.make_mesh
@@ -170,6 +172,20 @@ def test_a_run_is_a_start_too(tuned):
     assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
     about = checkpoint.read("runs/again")["lineage"]["started_from"]
     assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
+
+
+def test_a_run_says_that_an_older_step_is_better_and_gives_it(tuned):
+    steps = Path("runs/finetune/checkpoints")
+    shutil.copytree(steps / "4", steps / "2")
+    for name, change in (("metrics.json", {"step": 2}), ("evaluation.json", {"val_loss": 0.5})):
+        path = steps / "2" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        add_to_manifest(steps / "2", name)
+    assert source("runs/finetune").note.endswith(": runs/finetune@best takes that")
+    assert "(step 4, item params); its step 2 has a lower" in source("runs/finetune").note
+    for name in ("best", "2"):
+        assert source(f"runs/finetune@{name}").lineage["step"] == 2
+    assert not source("runs/finetune@4").better
 
 
 @pytest.mark.parametrize(

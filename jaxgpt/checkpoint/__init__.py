@@ -20,9 +20,12 @@ is never deleted: it is renamed to `500.damaged`, and training resumes from the 
 from jaxgpt.checkpoint.arrays import as_abstract
 from jaxgpt.checkpoint.reader import (
     OpenCheckpoint,
+    best_step,
+    find_step,
     load_params,
     open_checkpoint,
     read,
+    read_measured,
     step_folders,
     steps_in,
 )
@@ -33,9 +36,12 @@ __all__ = [
     "Checkpoints",
     "OpenCheckpoint",
     "as_abstract",
+    "best_step",
+    "find_step",
     "load_params",
     "open_checkpoint",
     "read",
+    "read_measured",
     "step_folders",
     "steps_in",
 ]

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,40 @@ def _not_found(path: Path, folder: Path) -> InputError:
         + (f"{'did you mean' if near else 'there are'} {', '.join(named)}" if named else "")
         + ("?" if near else "" if named else f"there are no runs in {path.parent}")
     )
+
+
+def find_step(run: Path, step: str) -> Path:
+    """The folder of one checkpoint of a run, which `RUN@STEP` or `RUN@best` means.
+
+    Args:
+        run: The run's folder.
+        step: A step, or "best": the one with the lowest validation loss.
+
+    Raises:
+        InputError: There is no such checkpoint, or none has a validation loss.
+    """
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    steps = steps_in(folder)
+    best = best_step(folder)
+    if step == "best" and best is not None:
+        return folder / str(best)
+    if step.isdecimal() and int(step) in steps:
+        return folder / str(int(step))
+    listed = ", ".join(map(str, steps)) or "none"
+    if step == "best":
+        raise InputError(f"{run}@best: no checkpoint there has a validation loss; steps: {listed}")
+    raise InputError(f"{run}@{step}: no such checkpoint; there are the steps {listed}, and best")
+
+
+def best_step(folder: Path) -> int | None:
+    """The step with the lowest validation loss in a folder of checkpoints, None without any."""
+    losses = {}
+    for step in steps_in(folder):
+        with suppress(OSError, ValueError):  # damaged: not known to be the best
+            loss = read_measured(folder / str(step)).get("val_loss")
+            if loss is not None:
+                losses[step] = float(loss)
+    return min(losses, key=lambda step: losses[step], default=None)
 
 
 def read(path: str | Path) -> dict[str, Any]:

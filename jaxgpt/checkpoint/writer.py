@@ -33,10 +33,10 @@ from jaxgpt.checkpoint.arrays import (
 from jaxgpt.checkpoint.reader import (
     EVALUATION,
     FORMAT,
+    best_step,
     check_format,
     check_items,
     is_complete,
-    read_measured,
     step_folders,
     steps_in,
 )
@@ -119,7 +119,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the lowest validation loss, or None if none was measured."""
         self.wait()
-        return self._best(self.steps())
+        return best_step(self.folder)
 
     def save(
         self,
@@ -367,7 +367,8 @@ class Checkpoints:
         try:
             self.sweep()
             steps = self.steps()
-            keep = {*steps[-self.cfg.keep :], self._best(steps) if self.cfg.keep_best else None}
+            best = best_step(self.folder) if self.cfg.keep_best else None
+            keep = {*steps[-self.cfg.keep :], best}
             for step in steps:
                 folder = self.folder / str(step)
                 # Damage there may hide that it is the best one.
@@ -378,15 +379,6 @@ class Checkpoints:
                     _delete(folder)
         except (OSError, InputError) as error:
             logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
-
-    def _best(self, steps: list[int]) -> int | None:
-        losses = {}
-        for step in steps:
-            with contextlib.suppress(OSError, ValueError):  # damaged: not known to be the best
-                loss = read_measured(self.folder / str(step)).get("val_loss")
-                if loss is not None:
-                    losses[step] = float(loss)
-        return min(losses, key=lambda step: losses[step], default=None)
 
     def _check_folder(self) -> None:
         """Raises OSError if the folder is not the one of the first save."""

@@ -18,7 +18,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained import gemma, gpt2, llama, qwen, weights
+from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.hub import CONFIG, FLAX
 from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_folder, read_json
@@ -26,7 +26,7 @@ from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_
 FAMILIES = (gpt2, llama, qwen, gemma)
 
 # Of a GPTConfig, what a family need not keep: it only matters in training from here on.
-TRAINING = {"dropout": 0.0, "init_std": 0.02}
+TRAINING: dict[str, Any] = {"dropout": 0.0, "init_std": 0.02}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Pretrained:
     dtype: str
     """Of the parameters in the files: float32, float16 or bfloat16."""
     tensors: list[tuple[weights.Row, Tensor]]
+    generation_config: dict[str, Any]
+    """What `generation.read` found: end tokens, and how the model is meant to be sampled."""
 
     def params(self, abstract: Any = None) -> Any:
         """The parameter tree, float32; see `weights.load`."""
@@ -46,10 +48,9 @@ class Pretrained:
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder holds a model of this layout, whole or in part."""
-    return any((folder / name).exists() for name in (SINGLE, INDEX, FLAX)) or (
-        (folder / CONFIG).exists() and any(folder.glob("*.safetensors"))
-    )
+    """Whether a folder holds a model of this layout."""
+    weights = any((folder / name).exists() for name in (SINGLE, INDEX, FLAX))
+    return weights and (folder / CONFIG).exists()
 
 
 def read(folder: Path) -> Pretrained:
@@ -58,12 +59,19 @@ def read(folder: Path) -> Pretrained:
     Where the folder has a manifest, as our exports do, the files that are read are compared with
     it. Raises InputError with the file, the field or tensor, and the reason.
     """
-    check_manifest(folder, (CONFIG, INDEX) if (folder / INDEX).exists() else (CONFIG,))
+    beside = [name for name in (INDEX, generation.FILE) if (folder / name).exists()]
+    check_manifest(folder, (CONFIG, *beside))
     config = read_json(folder, CONFIG)
     known = {kind: family for family in FAMILIES for kind in family.MODEL_TYPES}
     values = Fields(config, folder / CONFIG)
     values("model_type", kind=str)  # raises where it is absent
     family = known[values.must("model_type", *known)]
+    if method := config.get("quantization_config"):
+        name = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise InputError(
+            f"{folder / CONFIG}: quantization_config says that the weights are quantized "
+            f"({name!r:.80}), which is not read; use the model that was not quantized"
+        )
     if any((folder / name).exists() for name in (INDEX, SINGLE)):
         tensors = read_folder(folder)
     elif (folder / FLAX).exists():
@@ -73,9 +81,8 @@ def read(folder: Path) -> Pretrained:
         arrays = msgpack.tensors(folder / FLAX)
         tensors = {name: Held(folder / FLAX, array) for name, array in arrays.items()}
     else:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        also = f" ({', '.join(pickles)} is a pickle, which is not read)" if pickles else ""
-        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}{also}; get one of them")
+        foreign.refuse(folder)
+        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}; get one of them")
     # The config's numbers are believed only as far as the weights bear them out.
     values = Fields(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     cfg = family.read(values)
@@ -83,7 +90,8 @@ def read(folder: Path) -> Pretrained:
     cfg.check()
     found = weights.match(family, cfg, tensors, folder)
     widest = max((tensor.dtype for _, tensor in found), key=lambda name: DTYPES[name].itemsize)
-    return Pretrained(folder, family, cfg, DTYPES[widest].name, found)
+    settings = generation.read(folder, config, cfg.V)
+    return Pretrained(folder, family, cfg, DTYPES[widest].name, found, settings)
 
 
 def family_of(cfg: GPTConfig) -> ModuleType:
@@ -107,16 +115,23 @@ def _differences(family: ModuleType, cfg: GPTConfig) -> list[str]:
         back = family.read(Fields(values, Path(CONFIG)))
     except InputError as error:
         return [str(error)]
-    plain = [replace(one, **TRAINING, **_sizes(one)) for one in (cfg, back)]
+    here, there = _plain(cfg), _plain(back)
     return [
-        f"model.{field.name} would be {there!r}, and is {here!r}"
+        f"model.{field.name} would be {getattr(there, field.name)!r}, and is {value!r}"
         for field in dataclasses.fields(cfg)
-        if (here := getattr(plain[0], field.name)) != (there := getattr(plain[1], field.name))
+        if (value := getattr(here, field.name)) != getattr(there, field.name)
     ]
 
 
-def _sizes(cfg: GPTConfig) -> dict[str, int]:
-    return {letter: cfg.sizes[letter] for letter in "KHF"}
+def are_alike(one: GPTConfig, other: GPTConfig) -> bool:
+    """Whether two architectures are the same: they may differ in what matters in training alone."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(cfg: GPTConfig) -> GPTConfig:
+    """The architecture with all sizes spelled out, and the defaults of what training reads."""
+    sizes: dict[str, Any] = {letter: cfg.sizes[letter] for letter in "KHF"}
+    return replace(cfg, **TRAINING, **sizes)
 
 
 def write(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import RopeScaling
+from jaxgpt.rotary import RopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,15 @@ class Fields:
             )
         return value
 
-    def rope(self, theta: float, layers: str = "") -> tuple[float, RopeScaling]:
+    def rope(self, theta: float, context: int, layers: str = "") -> tuple[float, RopeScaling]:
         """The base of the rotary wavelengths and their scaling.
 
         They are in `rope_parameters` (transformers 5, by kind of layer where `layers` names one),
-        or in `rope_theta` and `rope_scaling`.
+        or in `rope_theta` and `rope_scaling`. As in transformers, the context before scaling is
+        `max_position_embeddings`, by default `context`, where no field says otherwise.
         """
         self._read.update(("rope_theta", "rope_scaling", "rope_parameters"))
+        context = self.context("max_position_embeddings", context)
         table = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if isinstance(table, dict) and isinstance(table.get(layers), dict):
             table = table[layers]
@@ -145,22 +147,48 @@ class Fields:
         kind = inner.values.get("rope_type", inner.values.get("type", "default"))
         theta = inner("rope_theta", self("rope_theta", theta, kind=float), kind=float)
         inner.must("partial_rotary_factor", 1.0)
+        inner._read.update(("rope_type", "type"))
         if kind == "default":
-            return theta, RopeScaling()
-        if kind == "linear":
-            return theta, RopeScaling("linear", inner("factor", kind=float))
-        if kind == "llama3":
-            return theta, RopeScaling(
+            scaling = RopeScaling()
+        elif kind == "linear":
+            scaling = RopeScaling("linear", inner("factor", kind=float))
+        elif kind == "dynamic":
+            inner._read.add("original_max_position_embeddings")  # transformers ignores it
+            scaling = RopeScaling("dynamic", inner("factor", kind=float), T=context)
+        elif kind == "llama3":
+            scaling = RopeScaling(
                 "llama3",
                 inner("factor", kind=float),
                 inner("low_freq_factor", kind=float),
                 inner("high_freq_factor", kind=float),
                 inner("original_max_position_embeddings"),
             )
-        raise InputError(
-            f"{self.file}: rotary positions of type {kind!r:.40} are not supported, only default, "
-            "linear and llama3; use another model"
-        )
+        elif kind == "yarn":
+            before = inner("original_max_position_embeddings", context)
+            before = self("original_max_position_embeddings", before)
+            scaling = RopeScaling(
+                "yarn",
+                factor := inner("factor", context / before if before else 1.0, kind=float),
+                inner("beta_slow", 1.0, kind=float),
+                inner("beta_fast", 32.0, kind=float),
+                before,
+                inner("attention_factor", inner._mscale(factor), kind=float),
+                inner("truncate", True, kind=bool),
+            )
+        else:
+            raise InputError(
+                f"{self.file}: rotary positions of type {kind!r:.40} are not supported, only "
+                "default, linear, llama3, yarn and dynamic; use another model"
+            )
+        inner.rest()
+        return theta, scaling
+
+    def _mscale(self, factor: float) -> float:
+        """YaRN's attention factor by `mscale` and `mscale_all_dim`; 0.0 (the default) without."""
+        over, under = self("mscale", 0.0, kind=float), self("mscale_all_dim", 0.0, kind=float)
+        if not (over and under) or factor <= 1:
+            return 0.0
+        return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
 
     def windows(self, L: int, window: int, types: list[str]) -> tuple[int, int]:
         """`window` and `global_every` of a GPTConfig, from the type of attention in each layer."""
@@ -196,8 +224,8 @@ def layer_types(windows: list[int]) -> list[str]:
 def rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
     """The fields for `Fields.rope`, as transformers 4 wrote them and 5 reads them too."""
     table: dict[str, Any] | None = None
-    if scaling.kind == "linear":
-        table = {"rope_type": "linear", "factor": scaling.factor}
+    if scaling.kind in ("linear", "dynamic"):
+        table = {"rope_type": scaling.kind, "factor": scaling.factor}
     elif scaling.kind == "llama3":
         table = {
             "rope_type": "llama3",
@@ -206,4 +234,24 @@ def rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
             "high_freq_factor": scaling.high,
             "original_max_position_embeddings": scaling.T,
         }
+    elif scaling.kind == "yarn":
+        table = {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "beta_slow": scaling.low,
+            "beta_fast": scaling.high,
+            "original_max_position_embeddings": scaling.T,
+            "attention_factor": scaling.attention_factor or None,
+            "truncate": scaling.truncate,
+        }
     return {"rope_theta": theta, "rope_scaling": table}
+
+
+def stretched(T: int, scaling: RopeScaling) -> int:
+    """The context of a model with T for its `max_position_embeddings`.
+
+    YaRN and dynamic scaling are commonly added to a config whose `max_position_embeddings` is still
+    that before.
+    """
+    longer = scaling.kind in ("yarn", "dynamic")
+    return max(T, int(min(scaling.T * scaling.factor, LONGEST_CONTEXT))) if longer else T

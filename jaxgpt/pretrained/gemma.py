@@ -3,13 +3,13 @@
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPTConfig, RopeScaling
+from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.fields import Fields, layer_types, rope
 from jaxgpt.pretrained.llama import BLOCK, ENDS, fields_of, relatives
+from jaxgpt.rotary import RopeScaling
 
 MODEL_TYPES = ("gemma3_text",)
 PREFIX = "model."
-BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 ROWS = (
     *ENDS,
     *BLOCK,
@@ -37,11 +37,11 @@ def read(fields: Fields) -> GPTConfig:
         raise InputError(f"{fields.file}: sliding_window_pattern=0; set it to 1 or more")
     types = layer_types([(layer + 1) % pattern for layer in range(L)])
     window, every = fields.windows(L, fields("sliding_window", 4096), types)
-    theta, scaling = fields.rope(1e6, "full_attention")
+    theta, scaling = fields.rope(1e6, 131072, "full_attention")
     local = fields("rope_local_base_freq", 1e4, kind=float)
     if fields.values.get("rope_parameters"):
-        local, stretched = fields.rope(local, "sliding_attention")
-        if stretched != RopeScaling():
+        local, scaled = fields.rope(local, 131072, "sliding_attention")
+        if scaled != RopeScaling():
             raise InputError(f"{fields.file}: sliding_attention is scaled; use another model")
     return relatives(
         fields,

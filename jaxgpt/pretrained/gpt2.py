@@ -7,8 +7,6 @@ from jaxgpt.pretrained.fields import Fields
 
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
-# The causal masks of old files.
-BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
 
 ROWS = (
     ("wte", "wte.weight", "V,D"),

@@ -22,7 +22,9 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST
+from jaxgpt.pretrained.foreign import ADAPTER
 from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
+from jaxgpt.tokenizer.huggingface import CHAT_TEMPLATES
 
 CONFIG, FLAX = "config.json", "flax_model.msgpack"
 BESIDE_WEIGHTS = (
@@ -32,6 +34,7 @@ BESIDE_WEIGHTS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -155,6 +158,13 @@ class _Repository:
 
     def download(self, commit: str, files: Collection[str]) -> Snapshot:
         """Gets the weights last but for what the revision stands for, which is used offline."""
+        if CONFIG not in files and ADAPTER in files:
+            here = self.full_name.rpartition("/")[2]
+            raise InputError(
+                f"{self.url} is a LoRA adapter, which belongs to a model; run `hf download "
+                f"{self.full_name} --local-dir {here}`, and give the model with --adapter {here} "
+                f"beside it (in Python, load(MODEL, adapter={here!r}))"
+            )
         if not self.needs_weights:
             return self.download_tokenizer(commit, files)
         if CONFIG not in files:
@@ -166,6 +176,9 @@ class _Repository:
         for name in BESIDE_WEIGHTS:
             if name in files:
                 folder = self.get(name, commit).parent
+        for name in files:
+            if re.fullmatch(rf"{CHAT_TEMPLATES}/[\w.-]+\.jinja", name):
+                self.get(name, commit)
         self.get(weights, commit)
         if weights == INDEX:
             for name in _shards(folder):

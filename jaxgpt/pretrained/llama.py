@@ -3,12 +3,10 @@
 from typing import Any
 
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained.fields import Fields, rope
+from jaxgpt.pretrained.fields import Fields, rope, stretched
 
 MODEL_TYPES = ("llama",)
 PREFIX = "model."
-# Of old files: they follow from rope_theta.
-BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 BLOCK = tuple(
     (f"blocks/{{i}}/{leaf}/{kind}", f"layers.{{i}}.{name}.{field}", axes)
@@ -40,7 +38,7 @@ def read(fields: Fields) -> GPTConfig:
     """The architecture of a config.json."""
     fields.must("hidden_act", "silu")
     fields.must("mlp_bias", bias := fields("attention_bias", False, kind=bool))
-    return relatives(fields, T=2048, bias=bias, **rotary(fields))
+    return relatives(fields, T=2048, bias=bias, **rotary(fields, 2048))
 
 
 def write(cfg: GPTConfig) -> dict[str, Any]:
@@ -56,9 +54,9 @@ def write(cfg: GPTConfig) -> dict[str, Any]:
     }
 
 
-def rotary(fields: Fields) -> dict[str, Any]:
-    """The rotary options of a GPTConfig."""
-    theta, scaling = fields.rope(10000.0)
+def rotary(fields: Fields, T: int) -> dict[str, Any]:
+    """The rotary options of a GPTConfig; T is the family's default context."""
+    theta, scaling = fields.rope(10000.0, T)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -72,7 +70,7 @@ def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPT
         "K": fields.size("num_key_value_heads", N),
         "H": fields.size("head_dim", D // N),
         "F": fields.size("intermediate_size"),
-        "T": fields.context("max_position_embeddings", T),
+        "T": stretched(fields.context("max_position_embeddings", T), options["rope_scaling"]),
         "V": fields.size("vocab_size"),
         "position": "rotary",
         "norm": "rmsnorm",
@@ -88,6 +86,7 @@ def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPT
 def fields_of(cfg: GPTConfig) -> dict[str, Any]:
     """The inverse of `relatives`."""
     sizes = cfg.sizes
+    dynamic = cfg.rope_scaling.kind == "dynamic"
     return {
         "hidden_size": cfg.D,
         "num_hidden_layers": cfg.L,
@@ -95,7 +94,7 @@ def fields_of(cfg: GPTConfig) -> dict[str, Any]:
         "num_key_value_heads": sizes["K"],
         "head_dim": sizes["H"],
         "intermediate_size": sizes["F"],
-        "max_position_embeddings": cfg.T,
+        "max_position_embeddings": cfg.rope_scaling.T if dynamic else cfg.T,
         "vocab_size": cfg.V,
         "rms_norm_eps": cfg.norm_eps,
         "initializer_range": cfg.init_std,

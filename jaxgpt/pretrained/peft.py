@@ -1,19 +1,23 @@
 """LoRA adapters in and out, in the files of Hugging Face's PEFT.
 
     tree = peft.read(Path("adapter"), cfg)      # {"blocks": {"0": {"q": {"lora_a": ...}}}}
+    rows = peft.read_rows(Path("adapter"), cfg)    # {"wte": Rows(ids, values)}
     peft.write(Path("out"), cfg, params, base="Qwen/Qwen3-0.6B")
 
 A folder holds adapter_config.json and adapter_model.safetensors: for each adapted module A
 [R, inputs] and B [outputs, R], and alpha / R times B A is added to its weights (Hu et al. 2021).
 Here the factors lie beside a matrix `w`, as `lora_a` [inputs, R], `lora_b` [R, outputs] and
-`lora_scale`, with inputs and outputs in the letters of `w`. What these cannot say, such as DoRA, is
-refused by name, and nothing is unpickled.
+`lora_scale`, with inputs and outputs in the letters of `w`. Beside them there may be rows of the
+token embedding and the output layer: of some tokens (`trainable_token_indices`), or all rows
+(`modules_to_save`). What these cannot say, such as DoRA, is refused by name, and nothing is
+unpickled.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
@@ -27,7 +31,7 @@ from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
-from jaxgpt.pretrained.fields import Fields
+from jaxgpt.pretrained.fields import LARGEST_INT, Fields
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
 from jaxgpt.pretrained.weights import Row, check_finite, rows
 from jaxgpt.tune import LORA, flat, nested
@@ -39,15 +43,17 @@ MOST_STATES = 4096  # of the automaton of a pattern of modules
 # Of training, of the library, or where modules were looked for: the tensors say what was found.
 # Those of ways to initialise A and B matter no more, and `init_lora_weights` names the others.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
-    "use_rslora",
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
+SOME_ROWS, ALL_ROWS = ".token_adapter.trainable_tokens_delta", ".weight"
 
 
 class Factors(NamedTuple):
@@ -56,6 +62,15 @@ class Factors(NamedTuple):
     a: np.ndarray
     b: np.ndarray
     scale: np.float32
+
+
+class Rows(NamedTuple):
+    """Rows of the token embedding or the output layer that take the place of the model's."""
+
+    ids: np.ndarray
+    """The tokens, int32 [n]; those from the model's V on are new."""
+    values: np.ndarray
+    """Their rows, float32 [n, D]."""
 
 
 def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
@@ -68,7 +83,9 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
     fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
     _check_fields(fields)
     modules = _modules(cfg)
-    pairs = _pairs(_weights(folder), modules)
+    embeddings = {f"{PREFIX}{name}{end}" for name in _tables(cfg) for end in (SOME_ROWS, ALL_ROWS)}
+    weights = {name: one for name, one in _weights(folder).items() if name not in embeddings}
+    pairs = _pairs(weights, modules)
     scales = _ranks_and_scales(fields, list(pairs))
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for module, pair in pairs.items():
@@ -84,12 +101,95 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
     return nested(leaves)
 
 
-def write(folder: Path, cfg: GPTConfig, params: Any, base: str) -> list[Path]:
-    """Writes the adapter among the parameters of a model that `base` names; other leaves stay out.
+def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
+    """The rows that an adapter brings along, by leaf: "wte", and "head" if that is not tied.
+
+    Raises:
+        InputError: They are not of this model, or do not agree with adapter_config.json; or the
+            output layer of a tied model is not the embedding, with which it would be another model.
+    """
+    check_manifest(folder, (CONFIG, WEIGHTS))
+    fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
+    indices = fields.values.get("trainable_token_indices") or {}
+    tables = _tables(cfg)
+    ends = {name.rpartition(".")[2]: name for name in tables}
+    if not isinstance(indices, dict):
+        indices = {next(iter(ends)): indices}
+    whole = fields.values.get("modules_to_save") or []
+    for field, given in (("trainable_token_indices", [*indices]), ("modules_to_save", whole)):
+        if not isinstance(given, list) or not set(given) <= ends.keys():
+            raise InputError(
+                f"{fields.file}: {field}={fields.values[field]!r:.80} is not of "
+                f"{' and '.join(ends)}, whose rows alone are read; merge the adapter with PEFT"
+            )
+    tensors, found = _weights(folder), dict[str, Rows]()
+    for end, name in ends.items():
+        some, all_ = (tensors.get(f"{PREFIX}{name}{one}") for one in (SOME_ROWS, ALL_ROWS))
+        ids = indices.get(end)
+        if (some is None) != (ids is None) or (end in whole and all_ is None) or (some and all_):
+            field = "modules_to_save" if ids is None else "trainable_token_indices"
+            raise InputError(
+                f"{folder}: {field} of {CONFIG} and the rows of {name} in {WEIGHTS} do not agree; "
+                "save the adapter again with PEFT"
+            )
+        if (tensor := some or all_) is not None:
+            ids = range(max(cfg.V, tensor.shape[0])) if ids is None else ids
+            found[tables[name]] = _rows(tensor, ids, cfg, fields.file)
+    head = found.pop("head", None) if cfg.tied else None
+    wte = found.get("wte")
+    alike = wte and head and np.array_equal(wte.values, head.values)
+    if cfg.tied and (head or whole) and not alike:
+        raise InputError(
+            f"{folder} has an output layer of its own for a model in which that is the embedding; "
+            "merge the adapter with PEFT, and set tie_word_embeddings=False in its config"
+        )
+    return found
+
+
+def _rows(tensor: Stored, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
+    """The rows of a tensor; InputError unless they are those of the ids, and leave no gap."""
+    sizes = len(ids) if isinstance(ids, list | range) else 0, cfg.D
+    if not sizes[0] or any(type(i) is not int or not 0 <= i < LARGEST_INT for i in ids):
+        raise InputError(f"{file}: trainable_token_indices={ids!r:.80} are not token ids")
+    if tensor.shape != sizes or tensor.dtype not in DTYPES:
+        raise InputError(
+            f"{tensor.file}: the rows of {sizes[0]} tokens are {tensor.dtype}{list(tensor.shape)}, "
+            f"and in this model they are {list(sizes)}; use an adapter of this model"
+        )
+    if missing := set(range(cfg.V, max(ids) + 1)) - set(ids):
+        raise InputError(
+            f"{tensor.file} has rows of tokens up to {max(ids)}, the model has {cfg.V}, and there "
+            f"is none of token {min(missing)}; save the adapter again with PEFT"
+        )
+    values = tensor.rows(0, sizes[0]).astype(np.float32)
+    check_finite(values, tensor.file, "a row of the embeddings")
+    return Rows(np.asarray(ids, np.int32), values)
+
+
+def write(
+    folder: Path,
+    cfg: GPTConfig,
+    params: Any,
+    base: str,
+    revision: str | None = None,
+    base_V: int = 0,
+) -> list[Path]:
+    """Writes the adapter among the parameters of a model; other leaves stay out.
 
     Where a module holds queries, keys and values side by side (GPT-2), their factors become those
-    of one matrix, with the sum of their ranks unless they have one A. Raises InputError where there
-    is no adapter, or one of another model.
+    of one matrix, with the sum of their ranks unless they have one A.
+
+    Args:
+        folder: Where to.
+        cfg: The model's architecture.
+        params: Its parameters, in float32.
+        base: What PEFT loads the adapter's model from.
+        revision: Which commit of that.
+        base_V: How many tokens that has, if it has fewer than `cfg.V`. PEFT then gets the rows of
+            the others, of the embedding and of an output layer that is not tied to it.
+
+    Raises:
+        InputError: There is no adapter, or one of another model.
     """
     modules = _modules(cfg)
     found = _found(cfg, modules, params)
@@ -104,6 +204,7 @@ def write(folder: Path, cfg: GPTConfig, params: Any, base: str) -> list[Path]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -119,6 +220,12 @@ def write(folder: Path, cfg: GPTConfig, params: Any, base: str) -> list[Path]:
         for module, factors in adapters.items()
         for name in "ab"
     }
+    if 0 < base_V < cfg.V:
+        tables = {name: leaf for name, leaf in _tables(cfg).items() if leaf in params}
+        new = list(range(base_V, cfg.V))
+        values["trainable_token_indices"] = {name.rpartition(".")[2]: new for name in tables}
+        for name, leaf in tables.items():
+            tensors[f"{PREFIX}{name}{SOME_ROWS}"] = np.asarray(params[leaf], np.float32)[new]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     shapes = {name: Shape("F32", tensor.shape) for name, tensor in tensors.items()}
@@ -132,6 +239,13 @@ def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
         if row.path[0] == "blocks" and row.path[-1] == "w":
             modules.setdefault(row.name.removesuffix(".weight"), []).append(row)
     return modules
+
+
+def _tables(cfg: GPTConfig) -> dict[str, str]:
+    """The modules of the token embedding and the output layer, by name, each with its leaf."""
+    untied = replace(cfg, tied=False)
+    found = {row.path[0]: row.name for row in rows(family_of(cfg), untied) if len(row.path) == 1}
+    return {found[leaf].removesuffix(".weight"): leaf for leaf in ("wte", "head")}
 
 
 def _inputs(row: Row) -> str:

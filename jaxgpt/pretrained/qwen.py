@@ -9,7 +9,6 @@ from jaxgpt.pretrained.llama import fields_of, relatives, rotary
 
 MODEL_TYPES = ("qwen2", "qwen3")
 PREFIX = "model."
-BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 ROWS = (
     *LLAMA,
     ("blocks/{i}/q_norm/scale", "layers.{i}.self_attn.q_norm.weight", "H"),
@@ -33,7 +32,7 @@ def read(fields: Fields) -> GPTConfig:
     return relatives(
         fields,
         T=32768,
-        **rotary(fields),
+        **rotary(fields, 32768),
         qkv_bias=not third,
         qk_norm=third,
         window=window,

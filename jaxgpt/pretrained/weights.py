@@ -27,6 +27,12 @@ from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural, write_fold
 PIECE = 1 << 22  # bytes of a file in memory at once
 READERS = 2  # tensors read at a time
 TIED = "lm_head.weight"
+# What follows from the config, which older versions of libraries saved too: rotary frequencies,
+# causal masks and positions, in any module.
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\w*\.(\w*inv_freq|cos_cached|sin_cached)|rope\.freqs"
+    r"|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|causal_mask|position_ids)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
 def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Row]:
     """The rows for every leaf of a model.
 
-    Raises InputError if the family has no place for a leaf, or if there are more than `most`
+    Raises InputError if the family has no place for a leaf, or if there are many more than `most`
     tensors, before a row is made for each.
     """
     table = {row[0]: row[1:] for row in family.ROWS}
@@ -80,7 +86,7 @@ def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Ro
             raise InputError(f"{'/'.join(path)} has no place in {family.MODEL_TYPES[0]}")
         name, *rest = table[key]
         needed[name] = cfg.L if block else 1
-        if most is not None and sum(needed.values()) > most:
+        if most is not None and sum(needed.values()) > most + 1:  # a single one will be named
             raise InputError(
                 f"the weights have {most} tensors, too few for the {cfg.L} layers of config.json; "
                 "get both again"
@@ -111,7 +117,7 @@ def match(
     for row in rows(family, cfg, len(tensors)):
         name = row.name.removeprefix(family.PREFIX)
         if name not in bare:
-            raise InputError(f"{folder} has no tensor {row.name!r}; its config.json promises it")
+            raise InputError(_missing(family, folder, row.name, bare))
         tensor, shape = bare[name], row.shape(sizes)
         if tensor.dtype not in DTYPES:
             raise InputError(
@@ -128,12 +134,23 @@ def match(
     for name, tensor in sorted(bare.items()):
         if name == TIED and cfg.tied:
             _check_tied(tensor, bare[family.ROWS[0][1]])
-        elif name not in used and not re.fullmatch(family.BUFFERS, name):
+        elif name not in used and not BUFFERS.fullmatch(name):
             raise InputError(
                 f"{tensor.file}: {name!r} is not a parameter of this {family.MODEL_TYPES[0]} by "
                 "its config.json; get both again"
             )
     return found
+
+
+def _missing(family: ModuleType, folder: Path, name: str, bare: dict[str, Tensor]) -> str:
+    """Why a tensor may be missing, and what to do."""
+    head = name == TIED and family.ROWS[0][1] in bare
+    if head:
+        why = "if its output layer is the token embedding, set tie_word_embeddings to true there"
+    else:
+        why = f"it has, for example, {', '.join(map(repr, sorted(bare)[:2]))}: get both again, or "
+        why += "rename the tensors as transformers has them"
+    return f"{folder} has no tensor {name!r}, which its config.json promises; {why}"
 
 
 def _check_tied(head: Tensor, wte: Tensor) -> None:

@@ -8,8 +8,8 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
@@ -25,6 +25,8 @@ from pydantic import (
 from jaxgpt.chat import Template, render
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, choices, json_schema, regex
+from jaxgpt.pretrained.generation import end_ids
+from jaxgpt.pretrained.generation import sampling as sampling_defaults
 from jaxgpt.sampling import Sampling
 from jaxgpt.serve.constraints import Constraint
 from jaxgpt.serve.engine import Request
@@ -216,12 +218,16 @@ class Asked(Body):
             return None
         return Constraint(field, compile_, json.dumps(value), ends)
 
-    def sampling(self, choice: int) -> Sampling:
-        """How the tokens of one of the choices are drawn; each has a seed of its own."""
+    def sampling(self, choice: int, defaults: Mapping[str, Any]) -> Sampling:
+        """The sampling settings of one of the choices; each has a seed of its own.
+
+        `defaults` are the model's, for what the request does not say.
+        """
         given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
         given["seed"] = secrets.randbelow(SEEDS) if self.seed is None else self.seed + choice
         given["seed"] %= SEEDS
-        return Sampling(**{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        return Sampling(**{**defaults, **given})
 
 
 class CompletionBody(Asked):
@@ -329,13 +335,16 @@ class Served:
     """A prompt and its answer together have no more tokens."""
     template: Template | None
     """The format of its conversations; None: it has not been trained for any."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """The model's own: its end tokens end every text, and its sampling settings are those of a
+    request that does not give its own."""
 
     def completion(self, content: bytes) -> "Call":
         """A call of /v1/completions, with a request for each choice of each prompt, in order."""
         body = parse(CompletionBody, content)
         self.check_name(body.model)
         prompts = [self._ids(prompt) for prompt in body.prompt]
-        ends = [self.tokenizer.eot, self.tokenizer.eos]
+        ends = [self.tokenizer.eot, self.tokenizer.eos, *end_ids(self.generation_config)]
         # 16 is OpenAI's.
         return self._call(body, prompts, ends, "prompt", default=16)
 
@@ -359,7 +368,7 @@ class Served:
             prompt = render(self.template, self.tokenizer, messages, open=True).tokens
         except InputError as error:
             raise Refused(400, f"messages: {error}", param="messages") from None
-        ends = self.template.stops(self.tokenizer)
+        ends = [*self.template.stops(self.tokenizer), *end_ids(self.generation_config)]
         return self._call(body, [prompt], ends, "messages", default=self.context, continues=False)
 
     def check_name(self, model: str | None) -> None:
@@ -414,7 +423,7 @@ class Served:
         requests = []
         for prompt, tokens in zip(prompts, rooms, strict=True):
             for choice in range(body.choices):
-                sampling = body.sampling(choice)
+                sampling = body.sampling(choice, sampling_defaults(self.generation_config))
                 try:
                     sampling.check(self.tokenizer.vocab_size)
                 except InputError as error:

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -27,6 +26,9 @@ from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
+from jaxgpt.paths import expand
+from jaxgpt.pretrained import generation
+from jaxgpt.sampling import Sampling
 from jaxgpt.serve import ServeConfig, page
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
@@ -183,7 +185,7 @@ def _served(engine: Engine, name: str) -> Served:
         template = choose(tokenizer)
     except InputError:
         template = None
-    return Served(name, tokenizer, engine.context, template)
+    return Served(name, tokenizer, engine.context, template, engine.trained.generation_config)
 
 
 def _stopping() -> Refused:
@@ -296,11 +298,14 @@ def run(path: str, cfg: ServeConfig) -> None:
     raise_file_limit()
     with _bound(host, port) as sock:
         trained = load(path, dtype=cfg.dtype)
+        for line in generation.notes(trained.generation_config, Sampling()):
+            print(line, file=sys.stderr)
         engine = Engine(
             trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
         )
         engine.start()
-        its_own = trained.config.name if Path(path).exists() else path.partition("@")[0]
+        asked = path.partition("@")[0]
+        its_own = trained.config.name if expand(asked).exists() else asked
         name = cfg.name or its_own
         app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
         config = configured(app)

@@ -139,7 +139,7 @@ class Engine:
         Prompt and text of a request have to fit `context` tokens; 0: the model's. `cache` "int8"
         holds keys and values in a byte each.
         """
-        most = trained.config.model.T
+        most = trained.config.model.decode_T
         for name, value in (("slots", slots), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"{name}={value}; set it to 1 or more")

@@ -40,9 +40,11 @@ GPT2_MERGES = {
 _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 
 _FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
 )
+CHAT_TEMPLATES = "additional_chat_templates"
+"""A folder of templates with other names than "default"."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -302,9 +304,8 @@ def read(folder: Path) -> Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             table = read_text(folder, name)
             config |= {} if table is None else parse(table, str(folder / name))
-        # Newer folders have it in a file of its own.
-        if (template := read_text(folder, "chat_template.jinja")) is not None:
-            config.setdefault("chat_template", template)
+        if template := _chat_template(folder, config):
+            config["chat_template"] = template
         parsed = parse(text, str(folder / "tokenizer.json"))
         if gpt2 := _gpt2(parsed):
             return gpt2
@@ -335,15 +336,37 @@ def read(folder: Path) -> Tokenizer:
     )
 
 
-def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+    """The chat template of a folder, as the field of tokenizer_config.json has it.
+
+    As in transformers, chat_template.jinja and the templates beside it win over that field. That of
+    a processor, in chat_template.json, counts where there is no other.
+    """
+    templates: dict[str, Any] = {"default": read_text(folder, "chat_template.jinja")}
+    for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja")):
+        templates[path.stem] = read_text(folder, f"{CHAT_TEMPLATES}/{path.name}")
+    found = {name: text for name, text in templates.items() if text is not None}
+    if list(found) == ["default"]:
+        return found["default"]
+    if found:
+        return [{"name": name, "template": text} for name, text in found.items()]
+    table = read_text(folder, "chat_template.json")
+    if config.get("chat_template") or table is None:
+        return config.get("chat_template")
+    return parse(table, str(folder / "chat_template.json")).get("chat_template")
+
+
+def write(
+    tokenizer: Tokenizer, folder: Path, context: int, chat_template: str | None = None
+) -> None:
     """Writes the files with which transformers' AutoTokenizer gives text the same ids.
 
     They are tokenizer.json, tokenizer_config.json with `context` as its model_max_length, and
     special_tokens_map.json; for gpt2 vocab.json and merges.txt too, where no special token was
     added, which they could not tell. Where a text is encoded with special tokens, it begins with
     `<|endoftext|>`, as documents do here; not for gpt2, as published. A `HuggingFace` is written
-    as it was read, but for code that its config names. Raises InputError where the folder cannot
-    be written.
+    as it was read, but for code that its config names. `chat_template` is written where the
+    tokenizer brings none. Raises InputError where the folder cannot be written.
     """
     files: dict[str, str] = {}
     config: dict[str, Any] = {
@@ -364,6 +387,8 @@ def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         if tokenizer.kind == "gpt2" and len(tokenizer.specials) == 1:
             files["vocab.json"] = _dumped(exported["model"]["vocab"])
             files["merges.txt"] = "\n".join(["#version: 0.2", *exported["model"]["merges"], ""])
+    if chat_template and not config.get("chat_template"):
+        config["chat_template"] = chat_template
     files["tokenizer_config.json"] = _dumped(config)
     files["special_tokens_map.json"] = _dumped(
         {name: config[name] for name in _NAMED if config.get(name)}
