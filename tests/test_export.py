@@ -230,7 +230,7 @@ def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
 
 
 def test_the_command_line_says_once_which_settings_are_the_models(published, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
     (published / "generation_config.json").write_text(json.dumps({**PUBLISHED, "typical_p": 0.9}))
     _, how = cli.Options(top_k=0).load(str(published))
     assert "temperature" not in how and how["top_k"] == 0
