@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,8 +31,8 @@ from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.serve import answers, app, guard
-from jaxgpt.serve.api import ChatBody, CompletionBody
-from jaxgpt.serve.engine import Busy, Engine, Piece, Stopped, Token
+from jaxgpt.serve.bodies import ChatBody, CompletionBody
+from jaxgpt.serve.engine import Busy, Engine, Piece, Prompt, Stopped, Token
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.trained import Trained
 
@@ -56,19 +57,32 @@ class FakeStream:
         ids = tokenizer.encode(text)
         finish = "stop" if len(ids) <= request.tokens else "length"
         ids = ids[: request.tokens]
-        shown = ""
+        shown, read = "", self.read()
+        if not ids:
+            return self.listener(Piece("", (), finish, prompt=read))
         for position, id in enumerate(ids, 1):
             if self.cancelled.wait(self.engine.pause):
                 return self.listener(Piece("", (), "cancelled"))
             # Whole characters only, as the engine promises.
             text = tokenizer.decode_bytes(ids[:position]).decode(errors="ignore")
             top = tuple((id + i, -0.5 - i) for i in range(request.top_logprobs))
-            piece = Piece(text[len(shown) :], (Token(id, -0.5, top),), "")
+            piece = Piece(text[len(shown) :], (Token(id, -0.5, top),), "", prompt=read)
+            read = None
             if position == len(ids):
                 piece = piece._replace(finish=self.engine.finish or finish)
             shown = text
             self.listener(piece)
         self.engine.running -= 1
+
+    def read(self):
+        """What the engine computes of a prompt: its log-probabilities are -1, -2, ..."""
+        request, tokens = self.request, []
+        for position, id in enumerate(request.prompt[1:], 1):
+            top = tuple((id + i, -position - i) for i in range(request.top_logprobs))
+            tokens.append(Token(id, -position, top))
+        if request.embeds:
+            return Prompt((), np.asarray([3.0, 0, 0, 4]), np.asarray([0.0, 0, 2, 0]))
+        return Prompt(tuple(tokens)) if request.scores else None
 
     def cancel(self):
         self.cancelled.set()
@@ -78,7 +92,9 @@ class FakeEngine:
     """Has an engine's face, and writes what it is told to."""
 
     def __init__(self, tokenizer=CHAT, text=TEXT, pause=0.0, context=128, finish="", places=99):
-        self.trained = SimpleNamespace(tokenizer=tokenizer)
+        model = GPTConfig(D=4)
+        self.trained = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(model=model))
+        self.capacity = 99
         self.text = text if callable(text) else lambda request: text
         self.pause, self.context, self.finish, self.places = pause, context, finish, places
         self.alive, self.error = True, None
@@ -372,10 +388,15 @@ def test_guides_are_what_was_asked_for(shared, body, good, bad):
 
 LONG = "a" * 500
 BAD = [
-    ({"echo": True}, "echo"),
     ({"suffix": "x"}, "suffix"),
-    ({"best_of": 2}, "best_of"),
     ({"unheard_of": 1}, "unheard_of"),
+    ({"unheard_of": False}, "unheard_of"),
+    ({"min_tokens": 1}, "min_tokens"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"use_beam_search": 0}, "use_beam_search"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"store": "yes"}, "store"),
+    ({"service_tier": 1}, "service_tier"),
     ({"model": 3}, "model"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
@@ -399,18 +420,18 @@ BAD = [
     ({"logit_bias": []}, "logit_bias"),
     ({"logit_bias": {str(id): -100 for id in range(CHAT.vocab_size)}}, "logit_bias"),
     ({"logit_bias": {"1": -100}, "guided_choice": ["a"]}, "logit_bias"),
-    ({"n": 5}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": 10**30}, "n"),
     ({"n": 0}, "n"),
     ({"n": True}, "n"),
     ({"n": 1.0}, "n"),
     ({"seed": -1}, "seed"),
     ({"seed": 2**63}, "seed"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 128}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"stop": ""}, "stop[0]"),
-    ({"stop": []}, "stop"),
-    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ["a", 1]}, "stop[1]"),
     ({"stop": "a" * 257}, "stop[0]"),
     ({"stream": 1}, "stream"),
@@ -444,9 +465,15 @@ BAD_COMPLETION = [
     ({"prompt": [1.0]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [10**6]}, "prompt"),
-    ({"prompt": ["a"] * 17}, "prompt"),
+    ({"prompt": ["a"] * 100}, "prompt"),
+    ({"prompt": ["a"] * 10, "n": 10}, "prompt"),
+    ({"best_of": 17}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"echo": 1}, "echo"),
     ({"prompt": LONG}, "prompt"),
     ({"prompt": [0] * 128}, "prompt"),
+    ({"prompt": [0] * 129, "echo": True, "max_tokens": 0}, "prompt"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"messages": HELLO}, "messages"),
@@ -456,12 +483,10 @@ BAD_CHAT = [
     ({"messages": []}, "messages"),
     ({"messages": "Hello"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
-    ({"messages": [*HELLO, *HELLO]}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": "x", "audio": {"id": 1}}]}, "messages[0].audio"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "user", "content": LONG}]}, "messages"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
@@ -469,7 +494,13 @@ BAD_CHAT = [
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"tools": []}, "tools"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"tools": [1]}, "tools[0]"),
+    ({"tools": [{}], "tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"function_call": {"name": "f"}}, "function_call"),
     ({"prompt": "x"}, "prompt"),
 ]
 
@@ -727,7 +758,7 @@ def test_metrics_count_what_happened():
     parser = pytest.importorskip("prometheus_client.parser")
     with serving(FakeEngine(text="ab")) as port:
         call(port, "/v1/completions", {"prompt": "a", "n": 2})
-        call(port, "/v1/completions", {"prompt": "a", "n": 9})
+        call(port, "/v1/completions", {"prompt": "a", "n": 99})
         call(port, "/nothing/" + "x" * 100)
         _, headers, data = call(port, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -830,7 +861,7 @@ def test_openais_own_client_understands_it():
             text = client.completions.create(model="little", prompt=["a", "b"], max_tokens=99)
             assert [choice.text for choice in text.choices] == [TEXT] * 2
             with pytest.raises(openai.BadRequestError) as bad:
-                client.completions.create(model="little", prompt="a", n=9)
+                client.completions.create(model="little", prompt="a", n=99)
             assert bad.value.param == "n"
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="other", prompt="a")

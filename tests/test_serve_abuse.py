@@ -86,7 +86,7 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
-        monkeypatch.setattr("jaxgpt.serve.api.regex", self)
+        monkeypatch.setattr("jaxgpt.serve.bodies.regex", self)
 
     def __call__(self, tokenizer, pattern, **options):
         self.patterns.append(pattern)

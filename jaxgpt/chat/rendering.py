@@ -131,6 +131,19 @@ def render(
     return encoded(tokenizer, template.pieces(checked, open))
 
 
+def render_continuation(template: Template, tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The token ids of a conversation up to the end of its last message's text, for the model to
+    continue it: the message has no end of turn.
+
+    Raises InputError as `render` does.
+    """
+    template.check(tokenizer)
+    pieces = template.pieces(conversation(messages), False)
+    while not isinstance(pieces[-1], Content):
+        pieces.pop()
+    return encoded(tokenizer, pieces).tokens
+
+
 def encoded(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Rendered:
     """Pieces as ids and weights; only in markup are there special tokens."""
     special = special_pattern(tokenizer)

@@ -15,8 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -30,11 +31,12 @@ from starlette.exceptions import HTTPException
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.serve import ServeConfig
-from jaxgpt.serve import engine as engines
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
-from jaxgpt.serve.api import Asked, Call, Refused, Served
+from jaxgpt.serve.api import Call, EmbeddingCall, Served
+from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.connections import Connection, raise_file_limit
 from jaxgpt.serve.constraints import Compiler
+from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
 from jaxgpt.serve.metrics import Metrics
@@ -59,70 +61,68 @@ def create_app(
     api_key: str = "",
     local: bool = True,
     deadline: float = 300.0,
+    max_n: int = 16,
+    add_special_tokens: bool = True,
 ) -> FastAPI:
-    """The server of an engine's model, which is called `name`, as an ASGI application.
+    """The server of an engine's model as an ASGI application.
 
-    With `api_key` every call needs it, but for the page and /health. `local` refuses calls that
-    name another host than this machine. An answer takes at most `deadline` seconds.
+    Args:
+        engine: It has been started.
+        name: What the model is called.
+        api_key: What every call needs, but for the pages and /health; "": nothing.
+        local: Whether calls that name another host than this machine are refused.
+        deadline: Seconds that an answer takes, at most.
+        max_n: Texts that a call may ask for a prompt, at most.
+        add_special_tokens: Whether prompts of text begin as documents do.
     """
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.draining = False
-    served = _served(engine, name)
+    served = _served(engine, name, max_n, add_special_tokens)
     metrics = Metrics()
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
     created = int(time.time())
     page, policy = _page()
 
-    async def prepared(
-        parse: Callable[[bytes], Call], content: bytes, until: float
-    ) -> tuple[Asked, list[engines.Request]]:
-        """A call's body and requests, parsed, and with what their texts have to match."""
+    async def parsed(parse: Callable[[bytes], T], content: bytes, until: float) -> T:
+        """What `parse` returns, computed in a thread before the deadline."""
         async with asyncio.timeout(until - time.monotonic()):
             if len(content) > SMALL:
-                body, requests, constraint = await large.run(parse, content)
-            else:
-                body, requests, constraint = await asyncio.to_thread(parse, content)
-        if constraint is None:
-            return body, requests
+                return await large.run(parse, content)
+            return await asyncio.to_thread(parse, content)
+
+    async def prepared(parse: Callable[[bytes], Call], content: bytes, until: float) -> Call:
+        """A call that was parsed, whose requests have what their texts have to match."""
+        call = await parsed(parse, content, until)
+        if (constraint := call.constraint) is None:
+            return call
         try:
             guide = await compiler.compile(constraint, until)
         except InputError as error:
             field = constraint.field
             raise Refused(400, f"{field}: {error}", param=field) from None
-        return body, [replace(request, guide=guide) for request in requests]
+        return call._replace(requests=[replace(request, guide=guide) for request in call.requests])
+
+    async def started(request: Request) -> tuple[bytes, float]:
+        """A call's body, and when its answer has to be complete."""
+        if app.state.draining:
+            raise _stopping()
+        return await read(request), time.monotonic() + deadline
 
     async def answer(
         request: Request, parse: Callable[[bytes], Call], kind: type[Answer]
     ) -> Response:
-        if app.state.draining:
-            raise _stopping()
-        content = await read(request)
-        until = time.monotonic() + deadline
-        try:
-            body, requests = await unless_gone(request.receive, prepared(parse, content, until))
-            streams = Streams(engine, requests, until - time.monotonic(), metrics)
-        except InputError as error:
-            field = re.match(r"(\w+)[:=]", str(error))
-            raise Refused(400, str(error), param=field and field[1]) from None
-        except Busy as busy:
-            raise Refused(
-                429,
-                f"the server has too much to do: {busy}; ask again soon",
-                code="queue_full",
-                headers={"retry-after": "2"},
-            ) from None
-        except TimeoutError:
-            status, message, code = FAILURES["deadline"]
-            raise Refused(status, message, code=code) from None
-        except Stopped:
-            raise _stopping() from None
-        made = kind(body, served, requests)
-        if body.stream:
-            return Events(made.events(streams), streams)
+        content, until = await started(request)
+        with _refusing():
+            call = await unless_gone(request.receive, prepared(parse, content, until))
+            streams = Streams(engine, call.requests, until - time.monotonic(), metrics)
+        made = kind(call, served)
+        ignored = {"x-jaxgpt-ignored": names} if (names := ", ".join(call.body.ignored)) else {}
+        if call.body.stream:
+            return Events(made.events(streams), streams, ignored)
         try:
             content = await unless_gone(request.receive, made.whole(streams))
-            return Response(content, media_type="application/json")
+            return Response(content, media_type="application/json", headers=ignored)
         finally:
             streams.cancel()
 
@@ -133,6 +133,31 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await answer(request, served.chat, Chat)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        content, until = await started(request)
+
+        async def made() -> bytes:
+            call: EmbeddingCall = await parsed(served.embedding, content, until)
+            return await embed(call, served, engine, metrics, until)
+
+        with _refusing():
+            answered = await unless_gone(request.receive, made())
+        return Response(answered, media_type="application/json")
+
+    async def tokens(request: Request, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
+        content, until = await started(request)
+        with _refusing():
+            return await unless_gone(request.receive, parsed(parse, content, until))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await tokens(request, served.tokenize)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return await tokens(request, served.detokenize)
 
     model = {"id": name, "object": "model", "created": created, "owned_by": "jaxgpt"}
 
@@ -175,13 +200,38 @@ def create_app(
     return app
 
 
-def _served(engine: Engine, name: str) -> Served:
-    tokenizer = engine.trained.tokenizer
+def _served(engine: Engine, name: str, max_n: int, add_special_tokens: bool) -> Served:
+    tokenizer, width = engine.trained.tokenizer, engine.trained.config.model.D
     try:
         template = choose(tokenizer)
     except InputError:
         template = None
-    return Served(name, tokenizer, engine.context, template)
+    texts = engine.capacity
+    return Served(
+        name, tokenizer, engine.context, width, template, texts, max_n, add_special_tokens
+    )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns what keeps a call from being answered into Refused."""
+    try:
+        yield
+    except InputError as error:
+        field = re.match(r"(\w+)[:=]", str(error))
+        raise Refused(400, str(error), param=field and field[1]) from None
+    except Busy as busy:
+        raise Refused(
+            429,
+            f"the server has too much to do: {busy}; ask again soon",
+            code="queue_full",
+            headers={"retry-after": "2"},
+        ) from None
+    except TimeoutError:
+        status, message, code = FAILURES["deadline"]
+        raise Refused(status, message, code=code) from None
+    except Stopped:
+        raise _stopping() from None
 
 
 def _stopping() -> Refused:
@@ -212,8 +262,10 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Streams) -> None:
-        super().__init__()
+    def __init__(
+        self, events: AsyncIterator[bytes], streams: Streams, headers: dict[str, str]
+    ) -> None:
+        super().__init__(headers=headers)
         del self.headers["content-length"]
         self._events, self._streams = events, streams
 

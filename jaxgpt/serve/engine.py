@@ -258,6 +258,11 @@ class Engine:
         request.sampling.check(V)
 
     @property
+    def capacity(self) -> int:
+        """Texts that are generated or wait, at most."""
+        return self._slots + self._queue
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs, and has been seen to in the last seconds."""
         return self._runs and time.monotonic() - self.heartbeat < PULSE
@@ -484,8 +489,9 @@ def _prompt(request: Request, read: _Read) -> Prompt:
             strict=True,
         )
         tokens = [Token(id, p, tuple(zip(ids, ps, strict=True))) for id, p, ids, ps in rows]
-    mean, last = (read.mean_D, read.last_D) if request.embeds else (None, None)
-    return Prompt(tuple(tokens), mean, last)
+    if not request.embeds:
+        return Prompt(tuple(tokens))
+    return Prompt(tuple(tokens), np.asarray(read.mean_D), np.asarray(read.last_D))
 
 
 @partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 3))
