@@ -561,10 +561,13 @@ async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Serve
         )
     server = Server(process, log, started)
     try:
-        line = (await process.stdout.readline()).decode()
-        if not line:
-            raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
-        server.port = int(line.rsplit(":", 1)[1])
+        said = ""
+        while "is ready" not in said:
+            line = (await process.stdout.readline()).decode()
+            if not line:
+                raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
+            said += line
+        server.port = int(re.findall(r"http://[^/]*:(\d+)/", said)[0])
         connection = Connection(server.port)
         await connection.send(get("/health"))
         assert (await connection.head())[0] == 200

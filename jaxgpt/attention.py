@@ -254,8 +254,9 @@ def prompt_attention(
             distance_TS = start + jnp.arange(CHUNK)[:, None] - key - jnp.arange(S)[None]
             mask_BTS = ((distance_TS >= 0) & (distance_TS < (window or T)))[None]
             q_BtNH = jax.lax.dynamic_slice_in_dim(q_BTNH, start, CHUNK, 1)
-            seen = (jax.lax.dynamic_slice_in_dim(x, key, S, 1) for x in (k_BSKH, v_BSKH))
-            return _together(q_BtNH, *seen, mask_BTS)
+            k_BsKH = jax.lax.dynamic_slice_in_dim(k_BSKH, key, S, 1)
+            v_BsKH = jax.lax.dynamic_slice_in_dim(v_BSKH, key, S, 1)
+            return _together(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
 
         out_XBtNH = jax.lax.map(one, jnp.arange(first, last))
         outs.append(jnp.moveaxis(out_XBtNH, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:]))

@@ -108,15 +108,8 @@ class Trained(NamedTuple):
         """
         if dtype == "float32":
             return self
-        leaves = letters(self.model)
-
-        def smaller(params: Any) -> Any:
-            plain = merged(params)
-            if dtype == "int8":
-                return quantized(plain, leaves, tables=True)
-            return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
-
-        held = self._replace(params=jax.jit(smaller)(self.params))
+        params = jax.jit(partial(smaller, self.config, dtype))(self.params)
+        held = self._replace(params=params)
         _ = held.model  # which cannot run everywhere
         return held
 
@@ -190,6 +183,16 @@ class Trained(NamedTuple):
         return draft.model, draft.params
 
 
+def smaller(config: Config, dtype: Dtype, params: Any) -> Any:
+    """The parameters as `Trained.held_in` has them; a pure function, to jit or `eval_shape`."""
+    if dtype == "float32":
+        return params
+    plain = merged(params)
+    if dtype == "int8":
+        return quantized(plain, letters(config.objective.build(config.model, PLAIN)), tables=True)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from: all that is known of it before its parameters are read."""
@@ -207,6 +210,10 @@ class Source:
     """SHA-256 of what its files hold, to know it again."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
+
+    def load(self, dtype: Dtype = "float32") -> Trained:
+        """The model with its parameters, as `load` gives it."""
+        return Trained(self.config, self.params(), self.tokenizer).held_in(dtype)
 
     @property
     def note(self) -> str:
@@ -253,9 +260,7 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
     quarter, and both are faster where reading the matrices is what takes the time. Raises
     InputError where there is no model, or it is damaged.
     """
-    found = source(path, adapter)
-    trained = Trained(found.config, found.params(), found.tokenizer)
-    return trained.held_in(dtype)
+    return source(path, adapter).load(dtype)
 
 
 def source(path: str | Path, adapter: str | Path = "") -> Source:

@@ -30,7 +30,7 @@ from jaxgpt import chat, serve
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init
-from jaxgpt.serve import answers, app, guard
+from jaxgpt.serve import answers, app, guard, server
 from jaxgpt.serve.bodies import ChatBody, CompletionBody
 from jaxgpt.serve.engine import Busy, Engine, Piece, Prompt, Stopped, Token
 from jaxgpt.tokenizer import TokenizerConfig, build
@@ -132,17 +132,17 @@ class FakeEngine:
 def serving(engine, name="little", **options):
     """The port of a server of its own."""
     made = app.create_app(engine, name=name, **options)
-    server = uvicorn.Server(app.configured(made))
+    running = uvicorn.Server(server.configured(made))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # of its connections too
         sock.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread = threading.Thread(target=running.run, args=([sock],), daemon=True)
         thread.start()
-        until(lambda: server.started)
+        until(lambda: running.started)
         try:
             yield sock.getsockname()[1]
         finally:
-            server.should_exit = server.force_exit = True
+            running.should_exit = running.force_exit = True
             thread.join(10)
             engine.stop()
 
@@ -946,7 +946,7 @@ DRAINING = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_serve import FakeEngine
-from jaxgpt.serve import app
+from jaxgpt.serve import app, server
 
 class Telling(FakeEngine):
     def submit(self, *args, **rest):
@@ -955,10 +955,11 @@ class Telling(FakeEngine):
         return stream
 
 engine = Telling(pause=0.1)
-made = app.create_app(engine, name="little")
-sock = app._bound("127.0.0.1", 0)
+gate = server.Gate("", True)
+gate.open(app.create_app(engine, name="little"), engine)
+sock = server._bound("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
-app.Server(app.configured(made), made, engine).run([sock])
+server.Server(gate).run([sock])
 """
 
 
@@ -1001,7 +1002,7 @@ def test_other_machines_need_a_key(monkeypatch):
 
 
 def test_an_address_that_cannot_be_is_found_before_the_model_is_read(monkeypatch):
-    monkeypatch.setattr(app, "load", lambda path, dtype: pytest.fail("read"))
+    monkeypatch.setattr(server, "source", lambda path: pytest.fail("read"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match="port"):
             serve.run("nowhere", serve.ServeConfig(port=taken.getsockname()[1]))
@@ -1014,7 +1015,7 @@ def test_without_fastapi_it_says_what_to_install(monkeypatch):
     for name in list(sys.modules):
         if name.startswith("jaxgpt.serve."):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(serve, "app")
+    monkeypatch.delattr(serve, "server")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(InputError, match=re.escape("pip install 'jaxgpt[serve]'")):
         serve.run("nowhere")

@@ -1,4 +1,4 @@
-"""The server: its paths, and its life from a model's files to SIGTERM.
+"""The server's paths, as an ASGI application.
 
 A call is read and parsed into requests, the engine generates their texts, and an answer is made of
 those. The event loop only waits: bodies are parsed and tokenized in threads, large ones one at a
@@ -8,46 +8,33 @@ time in a thread of their own, and constraints are compiled in another.
 import asyncio
 import base64
 import hashlib
-import ipaddress
-import os
 import re
-import socket
-import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
-from jaxgpt.serve import ServeConfig
+from jaxgpt.serve import docs
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Call, EmbeddingCall, Served
 from jaxgpt.serve.bodies import Refused
-from jaxgpt.serve.connections import Connection, raise_file_limit
 from jaxgpt.serve.constraints import Compiler
 from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
 from jaxgpt.serve.metrics import Metrics
-from jaxgpt.trained import load
 
 T = TypeVar("T")
 
-DRAIN = 25.0
-"""Seconds that what is running has, after SIGTERM, to end."""
-CLOSE = 5
-"""Seconds more that connections have to take what is left."""
 SMALL = 1 << 14
 """Bytes of the largest body that is parsed beside others; larger ones are parsed one at a time."""
 LARGE = 16
@@ -75,7 +62,7 @@ def create_app(
         max_n: Texts that a call may ask for a prompt, at most.
         add_special_tokens: Whether prompts of text begin as documents do.
     """
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
     served = _served(engine, name, max_n, add_special_tokens)
     metrics = Metrics()
@@ -83,6 +70,7 @@ def create_app(
     large = OneByOne("large bodies", LARGE)
     created = int(time.time())
     page, policy = _page()
+    docs_page, docs_policy = docs.page()
 
     async def parsed(parse: Callable[[bytes], T], content: bytes, until: float) -> T:
         """What `parse` returns, computed in a thread before the deadline."""
@@ -187,6 +175,10 @@ def create_app(
     @app.get("/")
     async def chat_page() -> Response:
         return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    @app.get("/docs")
+    async def documentation() -> Response:
+        return HTMLResponse(docs_page, headers={"content-security-policy": docs_policy})
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
@@ -307,99 +299,3 @@ class OneByOne:
             return await asyncio.wrap_future(self._thread.submit(function, content))
         finally:
             self._jobs -= 1
-
-
-def configured(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn serves the application."""
-    return uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        proxy_headers=False,
-        server_header=False,
-        access_log=False,
-        log_config=None,  # it would close other libraries' handlers, and stderr with them
-        log_level="warning",
-        timeout_graceful_shutdown=CLOSE,
-    )
-
-
-class Server(uvicorn.Server):
-    """uvicorn, which on the first signal refuses new calls and lets the running ones end."""
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI, engine: Engine) -> None:
-        super().__init__(config)
-        self._app, self._engine = app, engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; the next ends at once."""
-        if self._app.state.draining:
-            self.should_exit = self.force_exit = True
-        else:
-            self._app.state.draining = True
-            print("ending what is running; once more to end at once", file=sys.stderr)
-            threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        self._engine.drain(DRAIN)
-        self.should_exit = True
-
-
-def run(path: str, cfg: ServeConfig) -> None:
-    """See `jaxgpt.serve.run`."""
-    host, port = cfg.host, cfg.port
-    api_key = cfg.api_key or os.environ.get("JAXGPT_API_KEY", "")
-    if not re.fullmatch(r"[!-~]*", api_key):
-        raise InputError("api_key has characters that no header can; use letters and digits")
-    local = _is_local(host)
-    if not (local or api_key):
-        raise InputError(
-            f"host={host} can be reached from other machines; set api_key, or $JAXGPT_API_KEY, to "
-            "a secret, or host to 127.0.0.1"
-        )
-    if not cfg.deadline > 0:
-        raise InputError(f"deadline={cfg.deadline}; set it to seconds above 0")
-    raise_file_limit()
-    with _bound(host, port) as sock:
-        trained = load(path, dtype=cfg.dtype)
-        engine = Engine(
-            trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
-        )
-        engine.start()
-        its_own = trained.config.name if Path(path).exists() else path.partition("@")[0]
-        name = cfg.name or its_own
-        app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
-        config = configured(app)
-        sock.listen(config.backlog)  # who reads where it is may call at once
-        print(
-            f"{name}: http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}",
-            flush=True,
-        )
-        try:
-            Server(config, app, engine).run([sock])
-        finally:
-            engine.stop()
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket of the address, not yet listening; InputError where there can be none."""
-    if not 0 <= port < 1 << 16:
-        raise InputError(f"port={port}; set it from 1 to 65535, or to 0 for a free one")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise InputError(
-            f"cannot serve at host={host} port={port}: {error.strerror}; set another"
-        ) from None
-    return sock

@@ -133,6 +133,11 @@ def _is_neutral(name: str, value: Any) -> bool:
     )
 
 
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
 Positive = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Id = Annotated[int, BeforeValidator(_id)]
@@ -141,7 +146,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Texts = Annotated[
     list[str | list[int]],
     PlainValidator(_texts),
-    WithJsonSchema({"type": "text, texts, token ids, or lists of token ids"}),
+    WithJsonSchema({"anyOf": [_STRING, _list(_STRING), _list(_INTEGER), _list(_list(_INTEGER))]}),
 ]
 
 

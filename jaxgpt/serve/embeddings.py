@@ -64,7 +64,7 @@ def _whole(call: EmbeddingCall, served: Served, prompts: list[Prompt]) -> bytes:
 def _vector(call: EmbeddingCall, prompt: Prompt) -> Any:
     """A text's embedding, in the encoding that was asked for."""
     vector_D = np.asarray(prompt.last if call.body.pooling == "last" else prompt.mean, np.float32)
-    vector_D /= max(float(np.linalg.norm(vector_D)), 1e-30)
+    vector_D = vector_D / max(float(np.linalg.norm(vector_D)), 1e-30)
     if call.body.encoding_format == "base64":
         return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
     return vector_D.tolist()

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 BYTES = 1 << 20
 """Of a body, at most."""
-OPEN = ("/", "/health")
+OPEN = ("/", "/health", "/docs")
 """What needs no key: nothing of the model is in it."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
