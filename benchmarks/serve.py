@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -549,10 +549,12 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Server]:
-    """A server that takes calls."""
+async def serving(
+    path: str, options: Options, log: Path, flags: Sequence[str] = ()
+) -> AsyncIterator[Server]:
+    """A server that takes calls, started with some more flags."""
     command = [sys.executable, "-m", "jaxgpt", "serve", path, "--port", "0"]
-    command += ["--slots", str(options.slots), "--queue", str(options.queue)]
+    command += ["--slots", str(options.slots), "--queue", str(options.queue), *flags]
     env = {**os.environ, "JAX_LOG_COMPILES": "1"}
     started = time.monotonic()
     with log.open("wb") as stderr:
@@ -562,7 +564,7 @@ async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Serve
     server = Server(process, log, started)
     try:
         said = ""
-        while "is ready" not in said:
+        while "is ready after" not in said:
             line = (await process.stdout.readline()).decode()
             if not line:
                 raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")

@@ -145,7 +145,7 @@ def run(path: str, cfg: ServeConfig) -> None:
         gate = Gate(api_key, local)
         server = Server(gate)
         address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-        print(f"loading {path}; {address}/health says when it is ready", flush=True)
+        print(f"loading {path}; until then {address}/health says so", flush=True)
         errors: list[BaseException] = []
 
         def load() -> None:
