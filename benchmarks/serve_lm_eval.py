@@ -35,8 +35,8 @@ CHATML = (
     "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
-SUBJECTS = "cat dog bird fish king queen river mountain city child".split()
-VERBS = "sees eats likes finds takes loses makes breaks".split()
+SUBJECTS = ["cat", "dog", "bird", "fish", "king", "queen", "river", "mountain", "city", "child"]
+VERBS = ["sees", "eats", "likes", "finds", "takes", "loses", "makes", "breaks"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,11 @@ def compare(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
                 worst = max(worst, abs(float(values[0][0]) - float(values[1][0])))
                 different += values[0][1] != values[1][1]
         metrics = [
-            {name: value for name, value in found["results"][task].items() if name.endswith(",none")}
+            {
+                name: value
+                for name, value in found["results"][task].items()
+                if name.endswith(",none")
+            }
             for found in (ours, theirs)
         ]
         same = all(

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxgpt.cache import CacheDtype
-from jaxgpt.decode import start
 from jaxgpt.errors import InputError
-from jaxgpt.serve.engine import CLASSES, SCORED, STATES
+from jaxgpt.model import empty_cache
+from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
 from jaxgpt.trained import Dtype, Source, Trained, smaller
 
 SLOTS = 8
@@ -53,9 +52,10 @@ class Plan(NamedTuple):
         return self.parameters + max(running, self.loading)
 
     def __str__(self) -> str:
-        free = "" if self.free is None else f" of {_gb(self.free)} that are free"
+        free = "" if self.free is None else f", of which {_gb(self.free)} are free"
+        slots = f"{self.slots} slot{'s' if self.slots > 1 else ''}"
         return (
-            f"{self.slots} slots of {self.context} tokens: {_gb(self.needed)} of memory{free} "
+            f"{slots} of {self.context} tokens need {_gb(self.needed)} of memory{free} "
             f"(parameters {_gb(self.parameters)}, KV cache {_gb(self.slots * self.slot)}, "
             f"workspace {_gb(self.workspace)})"
         )
@@ -68,7 +68,7 @@ class Needs:
         self._cache, self._free = cache, free
         params = jax.eval_shape(partial(smaller, found.config, dtype), found.abstract)
         trained = Trained(found.config, params, found.tokenizer)
-        self._model, self._params = trained.model, params
+        self._model = trained.model
         self._parameters = _bytes(params)
         self._loading = 0 if dtype == "float32" else _bytes(found.abstract)
         cpu = jax.default_backend() == "cpu"
@@ -82,11 +82,9 @@ class Needs:
         sizes = self._model.cfg.sizes
         D, F, V, N, K, H = (sizes[letter] for letter in "DFVNKH")
 
-        def empty(params: Any) -> Any:
-            tokens_1P, one_1 = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-            return start(self._model, params, tokens_1P, one_1, one_1, context, dtype=self._cache)
-
-        slot = _bytes(jax.eval_shape(empty, self._params)) + 8 * V + 4 * STATES * CLASSES
+        cache = partial(empty_cache, self._model, 1, context, dtype=self._cache)
+        # Beside its cache a slot has arrays over the vocabulary, a guide and some numbers.
+        slot = _bytes(jax.eval_shape(cache)) + 13 * V + 4 * STATES * CLASSES + 4 * (STOPS + 13)
         # A prompt is read into a cache of its own. Of a step, attention may copy a layer's cache.
         activations = 4 * context * (6 * D + 4 * F + 4 * (N + 2 * K) * H)
         scores = 4 * 3 * (CHUNK * N * context + min(SCORED, context) * V)
@@ -139,16 +137,23 @@ def choose(
         plan = plan or needs.best(slots or SLOTS, contexts, few)
     if plan is not None:
         return plan
-    asked = needs.plan(slots or 1, contexts[-1])
     advice = []
     if other := needs.best(max(slots, 1), shorter, max(slots, 1)):
         advice.append(f"--context {other.context}")
     if slots > 1 and (other := needs.best(slots, contexts, 1)):
         advice.append(f"--slots {other.slots}")
-    advice += ["--cache int8"] if cache == "same" else []
-    advice += ["--dtype int8"] if dtype != "int8" else []
+    few = slots or 1
+    smaller_ones: list[tuple[Dtype, CacheDtype]] = [
+        (dtype, "int8"),
+        ("int8", cache),
+        ("int8", "int8"),
+    ]
+    for in_bytes in smaller_ones:
+        if not advice and Needs(found, *in_bytes, free).best(few, shorter, few):
+            advice.append("--dtype {} --cache {} and a smaller --context".format(*in_bytes))
     raise InputError(
-        f"{asked}: too much, for at most {_gb(int(needs._budget))} are planned for; set "
+        f"{needs.plan(slots or 1, contexts[-1])}; that is too much: at most "
+        f"{_gb(int(needs._budget))} are planned for. Set "
         f"{' or '.join(advice) or 'another model, or serve it on a larger device'}"
     )
 
