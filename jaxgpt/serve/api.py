@@ -131,7 +131,7 @@ class Served:
         fields = "prompt", "content", "messages"
         given = [name for name in fields if getattr(body, name) is not None]
         if len(given) != 1:
-            raise Refused(400, f"give one of {', '.join(fields)}", param=(given or fields)[-1])
+            raise Refused(400, f"give one of {', '.join(fields)}", param=(given[1:] or fields)[0])
         if body.messages is not None:
             ids = self._rendered(body.messages)
         else:
