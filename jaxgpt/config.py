@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxgpt import strict_json
 from jaxgpt.checkpoint import CheckpointConfig
@@ -144,6 +144,9 @@ class Config:
 # What a run cannot change when it resumes: the parameters or the tokens would mean something else.
 FIXED = ("model", "tokenizer", "tune")
 
+FROM = "from"
+"""The name of the option `TokenizerConfig.source`; a field cannot have it, a keyword of Python."""
+
 # Of the architecture, what is its own business when a run starts from another model.
 OWN = ("dropout",)
 
@@ -179,7 +182,10 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
         for name in ("start", "adapter")
         if saved.get(name, "") != current[name]
     ]
-    then = {part: saved.get(part, to_dict(TuneConfig())) for part in FIXED}
+    # Options that were added after the run began have their defaults there.
+    then = {
+        part: to_dict(from_dict(type(getattr(now, part)), saved.get(part, {}))) for part in FIXED
+    }
     changes += [
         f"{part}.{name} was {then[part].get(name)}, is {value}"
         for part in FIXED
@@ -240,6 +246,8 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
             raise InputError(f"{path}type={name!r}; set it to one of {', '.join(classes)}")
         cls = classes[name]
     if dataclasses.is_dataclass(cls):
+        if cls is TokenizerConfig:
+            values = {"source" if name == FROM else name: v for name, v in values.items()}
         hints = typing.get_type_hints(cls)
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
@@ -359,6 +367,8 @@ def from_command_line(args: list[str], default: Path) -> Config:
     """
     import tyro
 
+    # For the option alone: the module of the tokenizers is also imported where there is no tyro.
+    TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
     base = read(args[0] if has_file else default)
     return tyro.cli(

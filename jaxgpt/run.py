@@ -18,7 +18,7 @@ from jaxgpt import checkpoint, config, data, model, optim, parallel, tokenizer, 
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Other
 from jaxgpt.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
-from jaxgpt.trained import Source, Trained, source, versions
+from jaxgpt.trained import Source, Trained, find_tokenizer, source, versions
 
 
 @dataclass(frozen=True)
@@ -260,13 +260,19 @@ def prepare_data(
     origin: Source | None = None
     if saved:
         text = tokenizer.from_json(saved["tokenizer"])
-        if cfg.start:
+        if cfg.start or cfg.tokenizer.source:
             then = config.from_dict(config.Config, saved["config"])
-            cfg = config.adopt(cfg, then.model, then.tokenizer)
+            if cfg.start:
+                cfg = config.adopt(cfg, then.model, then.tokenizer)
+            elif cfg.tokenizer.source == then.tokenizer.source:
+                cfg = replace(cfg, tokenizer=then.tokenizer)
     elif cfg.start:
         origin = source(cfg.start, cfg.adapter)
         text = origin.tokenizer
         cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
+    elif cfg.tokenizer.source:
+        text, options = find_tokenizer(cfg.tokenizer.source)
+        cfg = replace(cfg, tokenizer=replace(options, source=cfg.tokenizer.source))
     elif (path := cfg.objective.compares_with) not in ("", "reference"):
         teacher = source(path)
         text, cfg = teacher.tokenizer, replace(cfg, tokenizer=teacher.config.tokenizer)

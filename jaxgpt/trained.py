@@ -68,18 +68,23 @@ class Writing(Sampling):
                 f"beam={self.beam} takes the likeliest text as it is; leave out {', '.join(asked)}"
             )
 
-    def as_guide(self, tokenizer: Tokenizer, ends: Sequence[int]) -> guide.Guide | None:
-        """What `choices`, `regex` or `schema` leave; InputError for two of them."""
+    def as_guide(
+        self, tokenizer: Tokenizer, ends: Sequence[int], context: Sequence[int] | None = None
+    ) -> guide.Guide | None:
+        """What `choices`, `regex` or `schema` leave; InputError for two of them.
+
+        `context` are the ids before the text, see `guide.choices`.
+        """
         asked = {"choices": self.choices, "regex": self.regex, "schema": self.schema}
         given = [name for name, value in asked.items() if value not in ((), [], "", None)]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} at once; give one")
         if self.choices:
-            return guide.choices(tokenizer, self.choices, ends=ends)
+            return guide.choices(tokenizer, self.choices, ends=ends, context=context)
         if self.regex:
-            return guide.regex(tokenizer, self.regex, ends=ends)
+            return guide.regex(tokenizer, self.regex, ends=ends, context=context)
         if self.schema is not None:
-            return guide.json_schema(tokenizer, dict(self.schema), ends=ends)
+            return guide.json_schema(tokenizer, dict(self.schema), ends=ends, context=context)
         return None
 
 
@@ -125,7 +130,8 @@ class Trained(NamedTuple):
         option that cannot be.
         """
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
-        return self._write(ids, (self.tokenizer.eot, self.tokenizer.eos), tokens, options)
+        ends = (self.tokenizer.eot, self.tokenizer.eos)
+        return self._write(ids, ends, tokens, options, continues=True)
 
     def chat(self, messages: Messages, tokens: int = 200, **options: Any) -> str:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
@@ -139,10 +145,15 @@ class Trained(NamedTuple):
         """
         template = choose(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True).tokens
-        return self._write(ids, template.stops(self.tokenizer), tokens, options)
+        return self._write(ids, template.stops(self.tokenizer), tokens, options, continues=False)
 
     def _write(
-        self, ids: Sequence[int], ends: Sequence[int], tokens: int, options: dict[str, Any]
+        self,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        tokens: int,
+        options: dict[str, Any],
+        continues: bool,
     ) -> Iterator[str]:
         known = {f.name for f in fields(Writing)}
         if wrong := options.keys() - known:
@@ -154,7 +165,7 @@ class Trained(NamedTuple):
         if how.beam > 1:
             by: Any = partial(search, width=how.beam)
         else:
-            held = how.as_guide(self.tokenizer, ends)
+            held = how.as_guide(self.tokenizer, ends, ids if continues else ())
             draft = None if how.draft is None else self._drafted_by(how.draft)
             by = partial(write, sampling=how, guide=held, draft=draft)
         return by(
@@ -165,6 +176,7 @@ class Trained(NamedTuple):
             tokens,
             stops=(how.stop,) if isinstance(how.stop, str) else tuple(how.stop),
             stop_ids=tuple(dict.fromkeys(ends)),
+            continues=continues,
             cache=how.cache,
         )
 
@@ -267,6 +279,26 @@ def source(path: str | Path, adapter: str | Path = "") -> Source:
     """What `load` loads, with its parameters still in their files."""
     found = _source(path)
     return _with_adapter(found, Path(adapter)) if adapter else found
+
+
+def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
+    """The tokenizer of a model, and its options; the model's weights are not read.
+
+    `path` is as for `load`. Of a name on the hub the weights are not downloaded, and a folder need
+    not have any. Raises InputError where there is no tokenizer, or it is damaged.
+    """
+    from jaxgpt.pretrained import hub
+    from jaxgpt.tokenizer.huggingface import read
+
+    folder = Path(path).expanduser()
+    name, _, revision = path.partition("@")
+    if not folder.exists() and _is_name(name):
+        folder = hub.fetch(name, revision or "main", weights=False).folder
+    if any((folder / file).exists() for file in (*hub.TOKENIZERS, "tokenizer.model")):
+        tokenizer = read(folder)
+        return tokenizer, TokenizerConfig(kind=tokenizer.kind)
+    found = source(folder if folder.exists() else path)
+    return found.tokenizer, found.config.tokenizer
 
 
 def _with_adapter(found: Source, folder: Path) -> Source:

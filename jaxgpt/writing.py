@@ -6,7 +6,6 @@
 What cannot be is refused before the first piece is asked for.
 """
 
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from jaxgpt.guide import Guide, stacked
 from jaxgpt.model import GPT
 from jaxgpt.sampling import Sampling, settings
 from jaxgpt.speculative import speculative_steps
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import TextDecoder, Tokenizer
 
 CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
 AHEAD = 4  # tokens that a small model guesses at once
@@ -32,25 +31,30 @@ class Text:
     """The text of tokens that come a few at a time, shown as soon as it is certain.
 
     Held back is what may still change: half a character, and what a stop string may begin with.
-    What is shown in all is the text up to the first stop string.
+    What is shown in all is the text up to the first stop string. `context` are the ids before it,
+    see `Tokenizer.place`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        context: Sequence[int] | None = None,
+    ):
         if not all(stops):
             raise InputError("a stop string is empty; give it a character, or leave it out")
         self.stops = tuple(stops)
         self.stopped = False
-        self._bytes_of = tokenizer.decode_bytes
-        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._decoder = TextDecoder(tokenizer, context)
         self._held = ""
 
     def add(self, ids: Sequence[int]) -> str:
         """What can be shown now that these tokens have come; "" after a stop string."""
-        return self._show(self._decoder.decode(self._bytes_of(ids)))
+        return self._show(self._decoder.decode(ids))
 
     def end(self) -> str:
         """The rest, when no token will come."""
-        return self._show(self._decoder.decode(b"", final=True), over=True)
+        return self._show(self._decoder.decode((), final=True), over=True)
 
     def _show(self, fresh: str, over: bool = False) -> str:
         if self.stopped:
@@ -82,23 +86,25 @@ def write(
     *,
     stops: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
+    continues: bool = True,
     guide: Guide | None = None,
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
 ) -> Iterator[str]:
     """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
 
-    It ends before a stop string or a stop id. A text may be longer than the context: when that is
-    full, the model goes on from what fills half of it, the last that was written. `draft` is a
-    small model of the same vocabulary and its parameters, which guesses tokens without changing the
-    text; `cache` "int8" holds keys and values in a byte each. Raises InputError, before the first
-    piece is asked for, for a prompt that is empty, longer than the context, or has ids outside the
-    vocabulary, and for a setting that cannot be.
+    It ends before a stop string or a stop id. It `continues` the text of the prompt, or else begins
+    anew, as an answer in a chat does; some tokenizers spell the first word accordingly. A text may
+    be longer than the context: when that is full, the model goes on from what fills half of it, the
+    last that was written. `draft` is a small model of the same vocabulary and its parameters, which
+    guesses tokens without changing the text; `cache` "int8" holds keys and values in a byte each.
+    Raises InputError, before the first piece is asked for, for a prompt that is empty, longer than
+    the context, or has ids outside the vocabulary, and for a setting that cannot be.
     """
     cfg = model.cfg
     if tokens < 1:
         raise InputError(f"tokens={tokens}; set it to 1 or more")
-    text = Text(tokenizer, stops)
+    text = Text(tokenizer, stops, prompt if continues else ())
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
 
     def read(ids: list[int], sampling: Sampling) -> Any:
@@ -121,13 +127,15 @@ def search(
     *,
     stops: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
+    continues: bool = True,
     cache: CacheDtype = "same",
 ) -> Iterator[str]:
     """As `write`, but the likeliest text that a beam search of this width finds, in one piece.
 
     Prompt and text have to fit the context.
     """
-    text, T, length = Text(tokenizer, stops), model.cfg.T, len(prompt)
+    text = Text(tokenizer, stops, prompt if continues else ())
+    T, length = model.cfg.T, len(prompt)
     padded([prompt], model.cfg, T, "a prompt")  # for what it raises, which is not to come later
     room = T + 1 - length
     if not 1 <= tokens <= room:

@@ -13,15 +13,16 @@ from jaxgpt.chat import (
     QWEN2_5,
     ChatML,
     Gemma,
+    Jinja,
     Llama2,
     Llama3,
     Message,
     Qwen3,
     choose,
     conversation,
-    foreign,
     render,
 )
+from jaxgpt.chat.sandbox import jinja_of
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Bytes, HuggingFace
 
@@ -390,17 +391,28 @@ def test_an_answer_ends_at_the_end_of_turn_or_of_text(family, template, names):
     [
         ([], "0 messages without a user"),
         ([{"role": "system", "content": "x"}], "1 messages without a user"),
-        ([{"role": "tool", "content": "x"}], "message 0 has role 'tool'"),
-        ([{"role": None, "content": "x"}], "message 0 has role None"),
-        ([{"role": "user"}], r"message 0 has \['role'\]"),
-        ([{"role": "user", "content": "x", "name": "y"}], "message 0 has .*'name'"),
-        ([*says("x"), {"role": "assistant", "content": ""}], "message 1 has content ''"),
-        ([{"role": "user", "content": ["x"]}], r"message 0 has content \['x'\]"),
+        ([{"role": "narrator", "content": "x"}], "message 0 has role 'narrator'; set it to system"),
+        ([{"role": None, "content": "x"}], r"message 0 has .*; give it role and content"),
+        ([{"role": "user"}], r"message 0 has \['role'\]; give it role and content"),
+        ([{"role": "user", "content": None}], "message 0 has content None; give it text"),
+        ([{"role": "user", "content": ""}], "message 0 has content ''; give it text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"of parts \['image_url'\]"),
+        ([{"role": "user", "content": "x", "weight": -1}], "message 0 has weight -1; set it to a"),
+        ([{"role": "user", "content": "x", "weight": True}], "message 0 has weight True"),
+        ([{"role": "user", "content": "x", "train": "no"}], "message 0 has train 'no'; set it to"),
+        ([{"role": "user", "content": "x", "images": ["a"]}], "has images, which is not rendered"),
+        ([{"role": "user", "content": "x", "name": 3}], "message 0 has name 3; give it text"),
+        ([*says("x"), {"role": "assistant", "tool_calls": "f()"}], "message 1 has tool_calls 'f"),
+        (
+            [*says("x"), {"role": "assistant", "tool_calls": ["f()"]}],
+            "a tool call that is not JSON",
+        ),
+        (
+            [*says("x"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
+            r"message 1 has the arguments \[1\]; give it a table",
+        ),
+        ([{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}], "only the assistant"),
         ([Message("user", 3)], "message 0 has content 3"),
-        ([{"role": "assistant", "content": "x"}], "message 0 is of role assistant, but user is"),
-        ([*says("x"), *says("y")], "message 1 is of role user, but assistant is next"),
-        ([*says("x", "y"), {"role": "system", "content": "z"}], "message 2 is of role system"),
-        ([{"role": "system", "content": "z"}] * 2, "message 1 is of role system"),
         (["x"], "message 0 has str"),
         ("x", "message 0 has str"),
     ],
@@ -408,6 +420,32 @@ def test_an_answer_ends_at_the_end_of_turn_or_of_text(family, template, names):
 def test_a_bad_conversation_is_refused_with_its_position(messages, error):
     with pytest.raises(InputError, match=error):
         conversation(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        (says("x", "y")[1:] + says("x"), "message 0 is of role assistant, but user is next"),
+        ([*says("x"), *says("y")], "message 1 is of role user, but assistant is next"),
+        ([*says("x", "y"), {"role": "system", "content": "z"}], "message 2 is of role system"),
+        ([{"role": "system", "content": "z"}] * 2 + says("x"), "message 1 is of role system"),
+        ([*says("x"), {"role": "tool", "content": "z"}], "message 1 is about tools, which Gemma"),
+    ],
+)
+def test_a_format_refuses_what_it_has_no_form_for(messages, error):
+    with pytest.raises(InputError, match=error):
+        render(Gemma(), made("gemma"), messages)
+
+
+@pytest.mark.parametrize("name", ["llama3", "chatml"])
+def test_turns_may_have_any_order_where_the_published_template_has_none(name):
+    family, template, published, _ = FORMATS[name]
+    system = {"role": "system", "content": "Now."}
+    messages = [*says("a", "b")[1:], *says("c"), *says("d", "e"), system, *says("f")]
+    expected = theirs(family, published).apply_chat_template(
+        messages, tokenize=True, return_dict=False, add_generation_prompt=True
+    )
+    assert render(template, made(family), messages, open=True).tokens == expected
 
 
 def test_an_answer_can_only_follow_a_question():
@@ -452,92 +490,129 @@ def test_choose_takes_the_default_of_several_templates():
     assert choose(tokenizer) == Qwen3()
 
 
-@pytest.mark.parametrize(
-    ("family", "published"),
-    [
-        ("llama2", None),
-        ("llama2", "{{ messages[0].content }}</s>"),
-        ("chatml", TURNS.replace("m.content", "m.content | trim")),
-        ("chatml", "{{ bos_token }}" + TURNS),
-        ("qwen3", TURNS + "{{ '<think>\\n' }}"),
-        ("qwen3", QWEN3.replace("last_query_index", "last")),
-        ("qwen3", QWEN3 + "{% if enable_thinking %}{{ '<think>\\n' }}{% endif %}"),
-        ("gemma", TURNS),
-    ],
-)
-def test_choose_refuses_what_it_does_not_know(family, published):
-    with pytest.raises(
-        InputError, match=f"no chat format fits .*{SPECIALS[family][1]}".replace("|", r"\|")
-    ):
-        choose(made(family, published))
+UNLIKE = {
+    "other line break": ("chatml", TURNS.replace("\n' ", "\n\n' ")),
+    "no line break at the end": ("chatml", TURNS.replace("<|im_end|>\n", "<|im_end|>")),
+    "trimmed": ("chatml", TURNS.replace("m.content", "m.content | trim")),
+    "separator": ("chatml", TURNS.replace("m.role ~ '\n'", "m.role ~ '<|im_sep|>'")),
+    "role names": (
+        "chatml",
+        TURNS.replace("m.role", "{'user': 'human', 'assistant': 'bot'}.get(m.role, m.role)"),
+    ),
+    "begins": ("chatml", "{{ '<|endoftext|>' }}" + TURNS),
+    "ends": ("chatml", TURNS.replace("<|im_end|>\n", "<|im_end|><|endoftext|>")),
+    "another header": ("chatml", TURNS.replace("<|im_start|>assistant\n", "<|im_start|>AI\n")),
+    "thought in the header": ("qwen3", QWEN3.replace("assistant\n' }}", "assistant\n<think>' }}")),
+    "dates": ("llama3", LLAMA3.replace("date is defined", "true").replace("{{ date }}", "today")),
+    "no tags": ("llama2", EACH + "{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"),
+    "no line breaks": ("gemma", GEMMA.replace("\n'", "'")),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_template_like_a_published_one_is_rendered_as_it_is(name):
+    family, template = UNLIKE[name]
+    assert isinstance(found := choose(made(family, template)), Jinja)
+    for messages in CONVERSATIONS:
+        # White space at the beginning of an answer is kept apart from that of its header here.
+        messages = [{**message, "content": message["content"].lstrip()} for message in messages]
+        open = messages[-1]["role"] == "user"
+        expected = theirs(family, template).apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=open
+        )
+        assert render(found, made(family, template), messages, open=open).tokens == expected
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}"])
+def test_a_template_that_renders_nothing_is_refused(template):
+    with pytest.raises(InputError, match="the chat_template failed"):
+        choose(made("chatml", template))
+
+
+@pytest.mark.parametrize("specials", [["<s>", "</s>"], [*CHATML, "<|im_sep|>"]])
+def test_special_tokens_of_no_known_format_are_refused(specials):
+    tokenizer = tokenizers.Tokenizer.from_str(trained())
+    tokenizer.add_special_tokens(specials)
+    ours = HuggingFace(tokenizer.to_str(), {"eos_token": specials[1]})
+    with pytest.raises(InputError, match="no chat_template, and no chat format fits"):
+        choose(ours)
 
 
 def test_choose_says_what_a_tokenizer_of_our_own_lacks():
-    with pytest.raises(InputError, match=r"<\|endoftext\|> .*Llama3 \(<\|begin_of_text\|> "):
+    with pytest.raises(InputError, match=r"<\|endoftext\|>; .*Llama3 \(<\|begin_of_text\|> "):
         choose(Bytes())
 
 
-def allowed(tokenizer, messages, **options):
-    pytest.importorskip("jinja2", reason="runs foreign templates; an extra")
-    return foreign(tokenizer, messages, allow=True, **options)
+def published(tokenizer, messages, **options):
+    """The conversation as the tokenizer's own chat_template has it."""
+    pytest.importorskip("jinja2", reason="renders chat templates; an extra")
+    return render(jinja_of(tokenizer), tokenizer, messages, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not FORMATS[name][3]])
-def test_a_foreign_template_that_says_the_same_gives_the_same(name):
-    family, template, published, _ = FORMATS[name]
-    # The space before an answer of Llama 2 is learned, but no foreign template can say so.
+def test_a_template_that_says_the_same_gives_the_same(name):
+    family, template, source, _ = FORMATS[name]
     messages = says("Hello ", "Fine.\n", "a  <|im_end|></s>", system="Be <|eot_id|> brief.")
     mine = render(template, made(family), messages, open=True)
-    found = allowed(made(family, published), messages, open=True)
-    assert found.tokens == mine.tokens
-    if name != "llama2":
-        assert found.weights == mine.weights
+    assert published(made(family, source), messages, open=True) == mine
 
 
-def test_a_foreign_template_writes_special_tokens_and_a_message_does_not():
+def test_a_template_writes_special_tokens_and_a_message_does_not():
     tokenizer = made("chatml", "<|im_start|>" + EACH + "{{ m.content }}{% endfor %}")
-    tokens, _ = allowed(tokenizer, says("<|im_start|>", "<|im_end|>"))
+    tokens, _ = published(tokenizer, says("<|im_start|>", "<|im_end|>"))
     assert [t for t in tokens if t in tokenizer.specials.values()] == tokens[:1]
     assert tokenizer.decode(tokens) == "<|im_start|><|im_start|><|im_end|>"
 
 
-def test_a_foreign_template_gets_what_transformers_gives():
+def test_a_template_gets_what_transformers_gives():
     template = (
         "{% generation %}{{ messages[0].content }}{% endgeneration %}\n"
         "    {% for i in range(9) %}\n{% if i == 2 %}{% break %}{% endif %}\n{{ i }}{% endfor %}\n"
         "{{ {'a': '<ü>'} | tojson }}{{ strftime_now('%Y')|length }}{{ bos_token }}{{ eos_token }}"
     )
-    tokens, _ = allowed(made("llama3", template), says("Hi"))
+    tokens, _ = published(made("llama3", template), says("Hi"))
     expected = theirs("llama3", template).apply_chat_template(says("Hi"), return_dict=False)
     assert tokens == expected
 
 
-def test_a_foreign_template_runs_only_when_allowed():
-    with pytest.raises(InputError, match="allow=True"):
-        foreign(made("chatml", TURNS), says("Hi"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["upper()", "strip('H')", "split('i')[0]", "replace('e', 'a')", "isalpha()"],
-)
-def test_a_foreign_template_may_not_look_into_messages(change):
+@pytest.mark.parametrize("change", ["upper()", "replace('e', 'a')"])
+def test_a_template_may_not_change_what_messages_say(change):
     template = TURNS.replace("m.content", f"m.content.{change}")
-    with pytest.raises(InputError, match="changes or looks into"):
-        allowed(made("chatml", template), says("Hi there"))
+    with pytest.raises(InputError, match="leaves out, repeats or changes what message 0"):
+        published(made("chatml", template), says("Hi there"))
+
+
+LOOKS = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
+
+
+@pytest.mark.parametrize("header", ["", "<think>\n"])
+def test_a_template_that_looks_into_messages_is_rendered_as_transformers_does(header):
+    source = LOOKS.replace("<|im_start|>assistant\n", f"<|im_start|>assistant\n{header}")
+    messages = says("Hi", "<think>\nhm\n</think>Fine", "And?", "<think></think>Good")
+    found = published(made("chatml", source), messages)
+    expected = theirs("chatml", source).apply_chat_template(messages, return_dict=False)
+    assert found.tokens == expected
+    learned = [t for t, w in zip(*found, strict=True) if w]
+    assert made("chatml").decode(learned) == "Fine<|im_end|>Good<|im_end|>"
+
+
+def test_where_a_template_looks_into_messages_they_have_no_names_of_special_tokens():
+    messages = says("Hi", "<think>hm</think>Fine <|im_end|>")
+    with pytest.raises(InputError, match=r"<\|im_end\|> in it could not be told"):
+        published(made("chatml", LOOKS), messages)
 
 
 @pytest.mark.parametrize("template", ["<|im_start|>", "{{ messages[0].content * 2 }}"])
-def test_a_foreign_template_says_each_message_once(template):
+def test_a_template_says_each_message_once(template):
     with pytest.raises(InputError, match="leaves out, repeats"):
-        allowed(made("chatml", template), says("Hi"))
+        published(made("chatml", template), says("Hi"))
 
 
 @pytest.mark.parametrize(
     ("template", "error"),
     [
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-        ("{{ strftime_now.__self__.year }}", "SecurityError"),
+        ("{{ strftime_now.__globals__.sys }}", "SecurityError"),
         ("{{ raise_exception.__globals__.sys }}", "SecurityError"),
         ("{{ '{0.__class__.__mro__}'.format(1) }}", "SecurityError"),
         ("{% set ns = namespace(__html__=1) %}", "SecurityError"),
@@ -546,7 +621,7 @@ def test_a_foreign_template_says_each_message_once(template):
         ("{{ messages[0].update(role='x') }}", "SecurityError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
         ("{{ 'x' * (2 * 10 ** 9) }}", "MemoryError"),
-        ("{{ 'x' * 10 ** 7 }}", "more than 1000002 characters"),
+        ("{{ 'x' * 10 ** 7 }}", "more than 10000.. characters"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ raise_exception('no tools') }}", "no tools"),
         ("{% if %}", "TemplateSyntaxError"),
@@ -555,30 +630,27 @@ def test_a_foreign_template_says_each_message_once(template):
 )
 def test_the_sandbox_refuses(template, error):
     with pytest.raises(InputError, match=f"chat_template failed: .*{error}"):
-        allowed(made("chatml", template), says("Hi"))
+        published(made("chatml", template), says("Hi"))
+    assert published(made("chatml", TURNS), says("Hi")).tokens  # goes on
 
 
-def test_a_foreign_template_cannot_run_for_long(monkeypatch):
+def test_a_template_cannot_run_for_long(monkeypatch):
     monkeypatch.setattr(chat.sandbox, "SECONDS", 1.0)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match="took over 1 seconds"):
-        allowed(made("chatml", loops), says("Hi"))
+        published(made("chatml", loops), says("Hi"))
 
 
-def test_a_foreign_template_needs_jinja2_without_known_holes(monkeypatch):
-    tokenizer = made("chatml", TURNS)
+def test_a_template_needs_jinja2_without_known_holes(monkeypatch):
+    tokenizer = made("chatml", TURNS + "{# not recognised before #}")
+    chat.sandbox._process.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.1.4")
     with pytest.raises(InputError, match="jinja2 is 3.1.4; .* 3.1.6"):
-        allowed(tokenizer, says("Hi"))
+        choose(tokenizer)
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(InputError, match="pip install jinja2"):
-        allowed(tokenizer, says("Hi"))
-
-
-def test_a_foreign_template_must_exist():
-    with pytest.raises(InputError, match="no chat_template"):
-        allowed(made("chatml"), says("Hi"))
+        choose(tokenizer)

@@ -168,6 +168,16 @@ def test_the_command_line_overrides_the_file():
     }
 
 
+def test_the_source_of_a_tokenizer_is_called_from(capsys):
+    cfg = from_command_line(["--tokenizer.from", "runs/x"], DEFAULT)
+    assert cfg.tokenizer.source == "runs/x"
+    assert from_dict(Config, {"tokenizer": {"from": "runs/x"}}).tokenizer.source == "runs/x"
+    assert from_dict(Config, to_dict(cfg)) == cfg
+    with pytest.raises(SystemExit):
+        from_command_line(["--help"], DEFAULT)
+    assert "--tokenizer.from STR" in capsys.readouterr().out
+
+
 def test_without_a_file_the_default_is_taken():
     assert from_command_line([], DEFAULT) == read(DEFAULT)
     assert from_command_line(["--seed", "7"], DEFAULT) == replace(read(DEFAULT), seed=7)
@@ -196,6 +206,7 @@ def test_help_explains_every_field(capsys):
     assert not error.value.code
     text = re.sub(r"[^\w\s\-(.:;,'/]", " ", capsys.readouterr().out)
     for path in leaves(Config()):
+        path = path.replace("tokenizer.source", "tokenizer.from")
         found = re.search(rf"--{re.escape(path)} (.*?)\(default:", text, re.DOTALL)
         assert found, path
         words = re.findall(r"[A-Za-z]{2,}", found[1])

@@ -122,7 +122,7 @@ def walk(guide, tokenizer, seed, patience=20, matches=None):
     rng, distance = random.Random(seed), steps(guide)
     state, tokens = 0, []
     while True:
-        text = tokenizer.decode_bytes(tokens)
+        text = b"".join(tokenizer.spell(tokens, begins=False))
         if matches:
             try:
                 complete = matches(text.decode())

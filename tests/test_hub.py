@@ -143,6 +143,25 @@ def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
     assert snapshot.folder.is_relative_to(tmp_path / "home" / "hub")
 
 
+def test_a_tokenizer_comes_without_the_weights(server, monkeypatch):
+    server.add("owner/model", {**GPT2, "model.safetensors": b"weights"})
+    server.add("owner/tokenizer", {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ 1 }}"})
+    for name in ("owner/model", "owner/tokenizer"):
+        found = hub.fetch(name, weights=False)
+        assert "model.safetensors" not in contents(found)
+        assert contents(found)["tokenizer.json"] == b"{}"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.fetch("owner/tokenizer", weights=False) == found
+    with pytest.raises(InputError, match="owner/model at main is not whole in the cache"):
+        hub.fetch("owner/model")
+
+
+def test_a_repository_without_a_tokenizer_is_refused(server):
+    server.add("owner/model", {"config.json": b"{}", "model.safetensors": b"", "vocab.json": b"{}"})
+    with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.json with merges"):
+        hub.fetch("owner/model", weights=False)
+
+
 def test_the_second_time_nothing_is_downloaded(server):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
     snapshot = hub.fetch("me/mine")

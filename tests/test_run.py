@@ -19,6 +19,8 @@ from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
 from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.tokenizer.huggingface import write
+from jaxgpt.trained import find_tokenizer
 from jaxgpt.tune import TuneConfig
 
 MAKE_MESH = parallel.make_mesh
@@ -104,6 +106,35 @@ def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
     said = capsys.readouterr().out
     assert re.search(r"left out +classifier/w +\[2, 16\]", said)
     assert "made new" not in said
+
+
+def test_a_tokenizer_is_taken_from_a_run_without_its_weights(place):
+    source = TokenizerConfig("characters", vocab_size=999, source="runs/base")
+    fresh = replace(BASE, name="same-tokens", tokenizer=source)
+    assert run(fresh) == 0
+    trained, base = load("runs/same-tokens"), load("runs/base")
+    assert trained.tokenizer.fingerprint == base.tokenizer.fingerprint
+    assert trained.config.tokenizer == replace(base.config.tokenizer, source="runs/base")
+    assert base.tokenizer.vocab_size == trained.config.model.V
+    assert same(arrays("same-tokens", 4), arrays("base", 4))  # as with a tokenizer built anew
+    assert run(fresh) == 0  # is finished
+    with pytest.raises(InputError, match="tokenizer.source was runs/base, is gpt2"):
+        run(replace(fresh, tokenizer=TokenizerConfig(source="gpt2")))
+
+
+def test_a_folder_with_a_tokenizer_alone_has_a_tokenizer(place):
+    base = load("runs/base").tokenizer
+    write(base, Path("only-tokenizer"), 48)
+    found, options = find_tokenizer("only-tokenizer")
+    assert [found.encode(word) for word in WORDS] == [base.encode(word) for word in WORDS]
+    assert options == TokenizerConfig("huggingface")
+    with pytest.raises(InputError, match="no checkpoint|nowhere"):
+        find_tokenizer("nowhere")
+
+
+def test_a_tokenizer_cannot_be_taken_from_elsewhere_than_the_start(place):
+    with pytest.raises(InputError, match="brings its own: tokenizer.source='runs/base'"):
+        run(replace(ASKED, name="two", tokenizer=TokenizerConfig(source="runs/base")))
 
 
 def test_new_special_tokens_get_rows_of_the_mean(place, capsys):

@@ -5,21 +5,21 @@
     prompt = render(template, tokenizer, messages, open=True).tokens
 
 What it promises: the ids are those of the published formats; a message is plain text, whatever it
-says, so it never yields a special token; and the weights are 1 on all that the assistant writes,
-its end of turn included, and 0 elsewhere. Tools are no part of it.
+says, so it never yields a special token; and the weights are a message's own (1 by default) on all
+that the assistant writes, its end of turn included, and 0 elsewhere.
 """
 
-from jaxgpt.chat.rendering import (
-    Content,
-    Markup,
+from jaxgpt.chat.conversations import (
+    Conversation,
     Message,
     Messages,
-    Rendered,
-    Template,
-    conversation,
-    render,
+    read_conversation,
+    read_messages,
+    read_preference,
+    read_request,
 )
-from jaxgpt.chat.sandbox import foreign
+from jaxgpt.chat.rendering import Content, Markup, Rendered, Template, conversation, render
+from jaxgpt.chat.sandbox import Jinja
 from jaxgpt.chat.templates import (
     QWEN2,
     QWEN2_5,
@@ -37,7 +37,9 @@ __all__ = [
     "QWEN2_5",
     "ChatML",
     "Content",
+    "Conversation",
     "Gemma",
+    "Jinja",
     "Llama2",
     "Llama3",
     "Markup",
@@ -49,6 +51,9 @@ __all__ = [
     "choose",
     "conversation",
     "equipped",
-    "foreign",
+    "read_conversation",
+    "read_messages",
+    "read_preference",
+    "read_request",
     "render",
 ]

@@ -1,26 +1,27 @@
-"""The published chat formats, and which of them a tokenizer is meant for."""
+"""The published chat formats, written out, and which format a tokenizer is meant for."""
 
+import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from jaxgpt.chat.conversations import Message, Tools
 from jaxgpt.chat.rendering import (
     Content,
     Markup,
-    Message,
     Piece,
-    Role,
     Template,
     chat_template,
     special_names,
 )
+from jaxgpt.chat.sandbox import Jinja, jinja_of
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 
 
-def _turn(header: str, content: str, end: str, after: str, role: Role) -> list[Piece]:
-    weight = float(role == "assistant")
-    return [Markup(header), Content(content, weight), Markup(end, weight), Markup(after)]
+def _turn(header: str, message: Message, end: str, after: str) -> list[Piece]:
+    weight = message.weight if message.role == "assistant" else None
+    return [Markup(header), Content(message.content, weight), Markup(end, weight), Markup(after)]
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,16 @@ class Llama3(Template):
     cutoff: str = "December 2023"
     """What they say their knowledge ends with; said only with a date."""
 
-    def pieces(self, messages: Sequence[Message], open: bool) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """One turn each; with a date there always is a system turn."""
-        turns = [(message.role, message.content.strip()) for message in messages]
+        turns = [replace(message, content=message.content.strip()) for message in messages]
         if self.date is not None:
-            said = turns.pop(0)[1] if turns[0][0] == "system" else ""
+            said = turns.pop(0).content if turns[0].role == "system" else ""
             dates = f"Cutting Knowledge Date: {self.cutoff}\nToday Date: {self.date}\n\n"
-            turns.insert(0, ("system", dates + said))
+            turns.insert(0, Message("system", dates + said))
         pieces: list[Piece] = [Markup("<|begin_of_text|>")]
-        for role, content in turns:
-            pieces += _turn(self._HEADER.format(role), content, "<|eot_id|>", "", role)
+        for turn in turns:
+            pieces += _turn(self._HEADER.format(turn.role), turn, "<|eot_id|>", "")
         return [*pieces, Markup(self._HEADER.format("assistant"))] if open else pieces
 
 
@@ -60,13 +61,15 @@ class Llama2(Template):
 
     specials = ("<s>", "</s>")
     ends = ("</s>",)
+    alternates = True
     _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-    def pieces(self, messages: Sequence[Message], open: bool) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """The same open or not: what asks for an answer ends a question."""
         pieces: list[Piece] = []
         system = ""
-        for position, (role, content) in enumerate((m.role, m.content) for m in messages):
+        for position, message in enumerate(messages):
+            role, content = message.role, message.content
             if tag := next((tag for tag in self._TAGS if tag in content), None):
                 raise InputError(
                     f"message {position} contains {tag}, by which Llama 2 knows whose turn it is; "
@@ -78,7 +81,8 @@ class Llama2(Template):
                 pieces += [Markup("<s>"), Content(f"[INST] {(system + content).strip()} [/INST]")]
                 system = ""
             else:
-                pieces += [Content(f" {content.strip()} ", 1.0), Markup("</s>", 1.0)]
+                weight = message.weight
+                pieces += [Content(f" {content.strip()} ", weight), Markup("</s>", weight)]
         return pieces
 
 
@@ -92,13 +96,13 @@ class ChatML(Template):
     system: str | None = None
     """The system turn of a conversation without one."""
 
-    def pieces(self, messages: Sequence[Message], open: bool) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """One turn each, and a line break after it."""
         if self.system and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         pieces: list[Piece] = []
-        for role, content in ((message.role, message.content) for message in messages):
-            pieces += _turn(f"<|im_start|>{role}\n", content, "<|im_end|>", "\n", role)
+        for message in messages:
+            pieces += _turn(f"<|im_start|>{message.role}\n", message, "<|im_end|>", "\n")
         return [*pieces, Markup("<|im_start|>assistant\n")] if open else pieces
 
 
@@ -114,10 +118,12 @@ class Qwen3(ChatML):
     only what follows its last `</think>`.
     """
 
+    alternates = True
+
     thinking: bool = True
     """False: an empty thought is part of an answer's header, and so is not learned."""
 
-    def pieces(self, messages: Sequence[Message], open: bool) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """One turn each, and a line break after it."""
         *earlier, last = messages
         if last.role != "assistant":
@@ -126,13 +132,13 @@ class Qwen3(ChatML):
             return [*pieces, Markup("<think>\n\n</think>\n\n")] if empty else pieces
         thought, closed, _ = last.content.partition("</think>")
         thought = thought.rpartition("<think>")[2].strip("\n") if closed else ""
-        weight = float(self.thinking or thought != "")
+        weight = last.weight if self.thinking or thought else None
         return [
             *super().pieces([_spoken(m) for m in earlier], True),
             *(Markup("<think>\n", weight), Content(thought, weight)),
             Markup("\n</think>\n\n", weight),
-            Content(_spoken(last).content.lstrip("\n"), 1.0),
-            *(Markup("<|im_end|>", 1.0), Markup("\n")),
+            Content(_spoken(last).content.lstrip("\n"), last.weight),
+            *(Markup("<|im_end|>", last.weight), Markup("\n")),
         ]
 
 
@@ -140,7 +146,7 @@ def _spoken(message: Message) -> Message:
     """The message without its thought."""
     _, closed, answer = message.content.rpartition("</think>")
     thinks = closed and message.role == "assistant"
-    return Message("assistant", answer.lstrip("\n")) if thinks else message
+    return replace(message, content=answer.lstrip("\n")) if thinks else message
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,9 @@ class Gemma(Template):
 
     specials = ("<bos>", "<start_of_turn>", "<end_of_turn>")
     ends = ("<end_of_turn>", "<eos>")
+    alternates = True
 
-    def pieces(self, messages: Sequence[Message], open: bool) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """One turn each but the system's, and a line break after it."""
         pieces: list[Piece] = [Markup("<bos>")]
         system = ""
@@ -162,38 +169,78 @@ class Gemma(Template):
                 system = message.content + "\n\n"
                 continue
             header = f"<start_of_turn>{'user' if message.role == 'user' else 'model'}\n"
-            content = system + message.content.strip()
-            pieces += _turn(header, content, "<end_of_turn>", "\n", message.role)
+            turn = replace(message, content=system + message.content.strip())
+            pieces += _turn(header, turn, "<end_of_turn>", "\n")
             system = ""
         return [*pieces, Markup("<start_of_turn>model\n")] if open else pieces
 
 
-def choose(tokenizer: Tokenizer) -> Template:
-    """The template for the special tokens and the published chat template of a tokenizer.
+_FORMATS: tuple[type[Template], ...] = (Llama3, Gemma, Qwen3, ChatML, Llama2)
 
-    Llama 3.1 and later: without the dates, see `Llama3.date`. InputError where none fits.
+_QUESTION, _ANSWER = Message("user", " \n What is it? \n"), Message("assistant", "\n It is so. \n")
+_THOUGHT = Message("assistant", "<think>\nhm\n</think>\n\nIt is not so.")
+_SYSTEM = Message("system", " Be brief.\n")
+_PROBES = (
+    ([_QUESTION], True),
+    ([_QUESTION, _ANSWER], False),
+    ([_QUESTION, _ANSWER, _QUESTION], True),
+    ([_SYSTEM, _QUESTION, _ANSWER, _QUESTION, _ANSWER], False),
+    ([_SYSTEM, _QUESTION, _THOUGHT, _QUESTION], True),
+    ([_SYSTEM, _QUESTION, _THOUGHT, _QUESTION, _THOUGHT], False),
+)
+"""Conversations, and whether an answer is asked for, in which the published formats differ."""
+
+
+def choose(tokenizer: Tokenizer) -> Template:
+    """The chat format of a tokenizer.
+
+    If the tokenizer has a chat_template, that is rendered (by jinja2, in a sandbox). A format of
+    this module is used in its place only if it renders every probe as the chat_template does. A
+    tokenizer without one gets the format whose special tokens it has.
+
+    Raises:
+        InputError: There is no chat_template and no format fits the special tokens; or the
+            chat_template cannot be run, or fails, or jinja2 is missing.
     """
-    published = chat_template(tokenizer)
-    kinds: tuple[type[Template], ...] = (Llama3, Gemma, ChatML, Llama2)
-    for kind in kinds:
-        # Many tokenizers have <s> and </s>; only the published template tells Llama 2.
-        mark = "<<SYS>>" if kind is Llama2 else kind.specials[1] if published else ""
-        if set(kind.specials) <= tokenizer.specials.keys() and mark in published:
-            template = _chatml(published, tokenizer) if kind is ChatML else kind()
-            if template:
-                return template
-    formats = ", ".join(f"{kind.__name__} ({' '.join(kind.specials)})" for kind in kinds)
-    raise InputError(
-        f"no chat format fits the special tokens {special_names(tokenizer)} and the tokenizer's "
-        f"chat_template{'' if published else ', which it lacks'}; there are {formats}; give render "
-        "one of them yourself, or see foreign"
-    )
+    published = jinja_of(tokenizer)
+    if published is None:
+        for kind in (Llama3, Gemma, ChatML):
+            # Others than ChatML are written with <|im_sep|>; <s> and </s> alone tell nothing.
+            fits = set(kind.specials) <= tokenizer.specials.keys()
+            if fits and (kind is not ChatML or "<|im_sep|>" not in tokenizer.specials):
+                return kind()
+        formats = ", ".join(f"{kind.__name__} ({' '.join(kind.specials)})" for kind in _FORMATS)
+        raise InputError(
+            f"the tokenizer has no chat_template, and no chat format fits its special tokens "
+            f"{special_names(tokenizer)}; there are {formats}; give render one of them yourself"
+        )
+    return _recognised(published)
+
+
+@functools.lru_cache(maxsize=16)
+def _recognised(published: Jinja) -> Template:
+    """The format that renders every probe as the chat_template does, or the chat_template."""
+    texts = published.texts(_PROBES)
+    if isinstance(texts[0], InputError) and not any(isinstance(text, str) for text in texts):
+        raise texts[0]
+    default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", str(texts[0]), re.DOTALL)
+    system = default[1] if default else None
+    for kind in _FORMATS:
+        if set(kind.specials) <= set(published.names):
+            format = kind(system) if issubclass(kind, ChatML) else kind()
+            written = [
+                "".join(piece.text for piece in format.pieces(messages, open))
+                for messages, open in _PROBES
+            ]
+            if written == texts:
+                return replace(format, published=published)
+    return published
 
 
 def equipped(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the special tokens of ChatML, unless a published format fits it already.
+    """The tokenizer with the special tokens of ChatML, unless it has a chat format already.
 
-    InputError where it has a published chat template that is none of ours.
+    InputError where it has a chat_template that cannot be rendered.
     """
     try:
         choose(tokenizer)
@@ -202,19 +249,3 @@ def equipped(tokenizer: Tokenizer) -> Tokenizer:
             raise
         return tokenizer.extended(ChatML.specials)
     return tokenizer
-
-
-def _chatml(published: str, tokenizer: Tokenizer) -> ChatML | None:
-    """Which of the many formats of these special tokens it is; None: not one of ours."""
-    thinks = "think>" in published
-    unlike = r"\|\s*trim|bos_token"
-    # Qwen3 leaves it to the model to begin a thought; later formats do so in the header.
-    unlike += r"|<think>(?:\\n|\n)'\s*\}" if thinks else r"|strip\("
-    known = not thinks or ("enable_thinking" in published and "last_query_index" in published)
-    default = re.search(r"<\|im_start\|>system(?:\\n|\n)(?!['\"])([^{}<]+)<\|im_end\|>", published)
-    system = default[1] if default else None
-    if not known or "<|im_sep|>" in tokenizer.specials or re.search(unlike, published):
-        return None
-    if system and "\\" in system:  # a text we would have to unescape
-        return None
-    return Qwen3(system) if thinks else ChatML(system)

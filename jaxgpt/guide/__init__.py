@@ -25,7 +25,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.guide.expressions import Expressions, check_length, interruptible, short
 from jaxgpt.guide.pattern import Pattern
 from jaxgpt.guide.schema import Schema, parse
-from jaxgpt.guide.tables import LIMIT, Guide, guide_of, pieces_of, spells, stacked
+from jaxgpt.guide.tables import LIMIT, Guide, guide_of, pieces_of, stacked
 from jaxgpt.tokenizer.base import Tokenizer
 
 __all__ = ["Guide", "choices", "interruptible", "json_schema", "regex", "stacked"]
@@ -37,8 +37,12 @@ def choices(
     *,
     ends: Sequence[int] | None = None,
     limit: int = LIMIT,
+    context: Sequence[int] | None = None,
 ) -> Guide:
     """One of some texts. `ends` are the ids that end it: if None, the tokenizer's eot and eos.
+
+    `context` are the ids before it, by which some tokenizers spell its first token: () where it
+    begins a text, None where it continues some text, as after a prompt.
 
     Raises InputError for no choices, an empty one, one given twice, one that the tokenizer has no
     tokens for, and more than `limit` states, about one for each character.
@@ -54,10 +58,10 @@ def choices(
         seen.add(option)
     check_length("the choices have", sum(map(len, options)))
     graph = Expressions()
-    guide = guide_of(graph, graph.alt(map(graph.text, options)), tokenizer, ends, limit)
-    pieces = pieces_of(guide, tokenizer)
+    guide = guide_of(graph, graph.alt(map(graph.text, options)), tokenizer, ends, limit, context)
+    pieces = pieces_of(guide, tokenizer, context)
     for option in options:
-        if not spells(pieces, option.encode()):
+        if not pieces.spell(option.encode()):
             raise InputError(f"the tokenizer has no tokens for {short(option)}; leave it out")
     return guide
 
@@ -68,20 +72,21 @@ def regex(
     *,
     ends: Sequence[int] | None = None,
     limit: int = LIMIT,
+    context: Sequence[int] | None = None,
 ) -> Guide:
     r"""Text that a regular expression matches as a whole: `re.fullmatch(pattern, text)`.
 
-    `ends` as in `choices`. No finite automaton follows references to groups, and none here what
-    looks ahead or behind, `\b`, atomic groups and possessive repetitions, flags but (?s) and (?x),
-    and ^ and $ inside of the pattern. Raises InputError for these, for what is no pattern, for one
-    that the tokenizer can write no match of, and for more than `limit` states.
+    `ends` and `context` as in `choices`. No finite automaton follows references to groups, and none
+    here what looks ahead or behind, `\b`, atomic groups and possessive repetitions, flags but (?s)
+    and (?x), and ^ and $ inside of the pattern. Raises InputError for these, for what is no
+    pattern, for one that the tokenizer can write no match of, and for more than `limit` states.
     """
     if not isinstance(pattern, str):
         raise InputError(f"pattern={pattern!r}; give the text of a regular expression")
     check_length("the pattern has", len(pattern))
     graph = Expressions()
     with _bounded_depth("the pattern"):
-        return guide_of(graph, Pattern(graph).read(pattern), tokenizer, ends, limit)
+        return guide_of(graph, Pattern(graph).read(pattern), tokenizer, ends, limit, context)
 
 
 def json_schema(
@@ -90,9 +95,11 @@ def json_schema(
     *,
     ends: Sequence[int] | None = None,
     limit: int = LIMIT,
+    context: Sequence[int] | None = None,
 ) -> Guide:
-    r"""JSON that a schema (draft 2020-12), or the text of one, allows. `ends` as in `choices`.
+    r"""JSON that a schema (draft 2020-12), or the text of one, allows.
 
+    `ends` and `context` are as in `choices`.
     Of the many ways to write a value few are left to the model: after a colon or a comma a space or
     none, and no other white space; properties in the schema's order, those not required or left
     out, and no others where it names some; in strings every character as it is, but for the escapes
@@ -109,7 +116,9 @@ def json_schema(
     with _bounded_depth("the schema"):
         graph = Expressions()
         parsed = parse(schema)
-        return guide_of(graph, Schema(graph, parsed).value(parsed, "#"), tokenizer, ends, limit)
+        return guide_of(
+            graph, Schema(graph, parsed).value(parsed, "#"), tokenizer, ends, limit, context
+        )
 
 
 @contextmanager

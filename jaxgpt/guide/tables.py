@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,14 +42,28 @@ class Guide:
 
 
 def guide_of(
-    graph: Expressions, root: int, tokenizer: Tokenizer, ends: Sequence[int] | None, limit: int
+    graph: Expressions,
+    root: int,
+    tokenizer: Tokenizer,
+    ends: Sequence[int] | None,
+    limit: int,
+    context: Sequence[int] | None = None,
 ) -> Guide:
-    """The tables of an expression, for the tokens that there are."""
+    """The tables of an expression, for the tokens that there are and the ids of the text before."""
     if not 2 <= limit <= LARGEST_LIMIT:
         raise InputError(f"limit={limit}; set it from 2 to {LARGEST_LIMIT}")
     end_ids = _end_ids(tokenizer, ends)
     next_SB, complete_S = graph.automaton(root, limit)
+    begins, space = tokenizer.place(context)
+    if tokenizer.spaced:
+        next_SB, complete_S = _with_spaces_within(next_SB, complete_S)
+    if space or (begins and tokenizer.first_pieces):
+        next_SB, complete_S = _with_own_start(next_SB, complete_S, space)
     tokens, functions_FS, function_of = _token_functions(tokenizer, end_ids, next_SB)
+    if begins and tokenizer.first_pieces:
+        functions_FS, function_of = _spelled_first(
+            tokenizer, next_SB, tokens, functions_FS, function_of
+        )
 
     # Keep the states from which tokens lead to a complete one, and that tokens lead to.
     S = len(next_SB)
@@ -78,6 +93,81 @@ def guide_of(
     next_SC[:final, _END] = np.where(complete_S[kept], final, -1)
     next_SC[final, _END] = final
     return Guide(classes_V, next_SC)
+
+
+_SPACE, _SPACE_WITHIN = ord(" "), 0xFF
+"""A space, and the byte in its place, none of UTF-8's, at the end of `Tokenizer.spaced` pieces."""
+
+
+def _with_spaces_within(
+    next_SB: np.ndarray, complete_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The automaton with spaces that are not there if the text ends after them.
+
+    Such a space leads where a space does; and from a complete state to one like that, but complete.
+    """
+    complete = np.flatnonzero(complete_S)
+    after_S = next_SB[:, _SPACE].copy()
+    next_SB = np.concatenate(
+        [next_SB, np.where((after_S >= 0)[:, None], next_SB[after_S], -1)[complete]]
+    )
+    after_S[complete] = len(complete_S) + np.arange(len(complete))
+    before = next_SB[: len(complete_S), _SPACE][complete]
+    within = np.concatenate([after_S, np.where(before >= 0, after_S[before], -1)])
+    next_SB[:, _SPACE_WITHIN] = within
+    return next_SB, np.concatenate([complete_S, np.ones(len(complete), bool)])
+
+
+def _with_own_start(
+    next_SB: np.ndarray, complete_S: np.ndarray, space: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The automaton with a start that no token leads to; with `space`, one comes first."""
+    start = int(next_SB[0, _SPACE_WITHIN]) if space else 0
+    if start < 0:
+        raise InputError(
+            "no text can be written: the tokenizer puts a space after the prompt, and none matches "
+            "that begins with one; begin the text with a space"
+        )
+    moved_SB = np.where(next_SB >= 0, next_SB + 1, -1)
+    return (
+        np.concatenate([moved_SB[start : start + 1], moved_SB]),
+        np.concatenate([complete_S[start : start + 1], complete_S]),
+    )
+
+
+def _spelled_first(
+    tokenizer: Tokenizer,
+    next_SB: np.ndarray,
+    tokens: np.ndarray,
+    functions_FS: np.ndarray,
+    function_of: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What tokens do, as `_token_functions` tells, with their first pieces in the start state."""
+    S = len(next_SB)
+    functions = list(functions_FS)
+    numbers: dict[tuple[int, int], int] = {}
+    function_of = function_of.copy()
+    for i, token in enumerate(tokens.tolist()):
+        if (piece := tokenizer.first_pieces.get(token)) is None:
+            continue
+        # A piece of nothing leaves the start too: the token after it is not the first.
+        state = 0 if piece else 1
+        for byte in _within(piece, token in tokenizer.spaced):
+            if (state := int(next_SB[state, byte])) < 0:
+                break
+        key = int(function_of[i]), state if state >= 0 else S
+        if key not in numbers:
+            numbers[key] = len(functions)
+            function = functions[key[0]].copy()
+            function[0] = key[1]
+            functions.append(function)
+            _check_size(S, len(functions))
+        function_of[i] = numbers[key]
+    return np.array(functions), function_of
+
+
+def _within(piece: bytes, spaced: bool) -> bytes:
+    return piece[:-1] + bytes([_SPACE_WITHIN]) if spaced else piece
 
 
 def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +221,9 @@ def _token_functions(
     step_KS, kind_B = _distinct(np.where(next_SB < 0, S, next_SB).T)
     step_KS = np.pad(step_KS, ((0, 0), (0, 1)), constant_values=S)
     tokens = _text_tokens(tokenizer, ends)
-    pieces = [tokenizer.pieces[token] for token in tokens]
+    pieces = [
+        _within(tokenizer.pieces[token], token in tokenizer.spaced) for token in tokens.tolist()
+    ]
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     starts = np.cumsum(lengths) - lengths
     kinds = kind_B[np.frombuffer(b"".join(pieces), np.uint8)]
@@ -198,18 +290,42 @@ def _reached(leads_SS: np.ndarray, start_S: np.ndarray) -> np.ndarray:
     return reached_S
 
 
-def pieces_of(guide: Guide, tokenizer: Tokenizer) -> set[bytes]:
+class Pieces(NamedTuple):
+    """What tokens stand for, by where they are in a text."""
+
+    first: set[bytes]
+    middle: set[bytes]
+    last: set[bytes]
+    only: set[bytes]
+
+    def spell(self, text: bytes) -> bool:
+        """Whether some of the pieces in a row are the text."""
+        single = all(text[i : i + 1] in self.middle for i in range(1, len(text) - 1))
+        if single and len(text) > 1 and text[:1] in self.first and text[-1:] in self.last:
+            return True
+        longest = max(map(len, self.first | self.middle | self.last | self.only), default=0)
+        reached = [True] + [False] * len(text)
+        for end in range(1, len(text)):
+            for start in range(max(end - longest, 0), end):
+                pieces = self.middle if start else self.first
+                reached[end] |= reached[start] and text[start:end] in pieces
+        return any(
+            reached[start] and text[start:] in (self.last if start else self.only)
+            for start in range(max(len(text) - longest, 0), len(text))
+        )
+
+
+def pieces_of(guide: Guide, tokenizer: Tokenizer, context: Sequence[int] | None) -> Pieces:
     """What the tokens stand for that a guide allows anywhere."""
-    return {tokenizer.pieces[token] for token in np.flatnonzero(guide.classes_V > _END).tolist()}
+    tokens = np.flatnonzero(guide.classes_V > _END).tolist()
+    begins, space = tokenizer.place(context)
+    middle = {token: tokenizer.pieces[token] for token in tokens}
+    first = {
+        token: b" " * space + (tokenizer.first_pieces.get(token, piece) if begins else piece)
+        for token, piece in middle.items()
+    }
 
+    def ended(pieces: dict[int, bytes]) -> set[bytes]:
+        return {p[:-1] if token in tokenizer.spaced else p for token, p in pieces.items()}
 
-def spells(pieces: set[bytes], text: bytes) -> bool:
-    """Whether some of the pieces in a row are the text."""
-    if all(text[i : i + 1] in pieces for i in range(len(text))):
-        return True
-    longest = max(map(len, pieces), default=0)
-    ends = [True] + [False] * len(text)
-    for end in range(1, len(ends)):
-        starts = range(max(end - longest, 0), end)
-        ends[end] = any(ends[start] and text[start:end] in pieces for start in starts)
-    return ends[-1]
+    return Pieces({*first.values()}, {*middle.values()}, ended(middle), ended(first))

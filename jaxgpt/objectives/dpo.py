@@ -12,7 +12,7 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
-from jaxgpt.objectives.instruct import rendered
+from jaxgpt.objectives.instruct import located, rendered
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -22,7 +22,8 @@ class DPO(Objective):
 
     With h = log p(chosen)/p_reference(chosen) - log p(rejected)/p_reference(rejected), summed over
     the answers' tokens, the loss of a pair is -log sigmoid(beta h), or (h - 1/(2 beta))^2 for IPO.
-    A record is `prompt`, `chosen`, `rejected`; the prompt may be a list of messages.
+    A record is `prompt`, `chosen`, `rejected`, each of them text or a list of messages; the prompt
+    may be in both lists instead, see `chat.read_preference`.
     """
 
     reads_records: ClassVar[bool] = True
@@ -67,18 +68,13 @@ class DPO(Objective):
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens, targets, weights [T], each for `chosen_` and `rejected_`."""
-        messages = record.values.get("prompt")
-        if not isinstance(messages, list):
-            messages = [{"role": "user", "content": record.text("prompt")}]
-        if record.text("chosen") == record.text("rejected"):
-            raise InputError(
-                f"{record.where}: chosen and rejected are equal, so neither is better; leave it out"
-            )
         pair: dict[str, np.ndarray] = {}
-        for side in ("chosen", "rejected"):
-            answer = {"role": "assistant", "content": record.text(side)}
-            arrays = rendered(record, [*messages, answer], tokenizer, "last")
-            pair |= {f"{side}_{name}": array for name, array in arrays.items()}
+        with located(record):
+            asked, *answers = chat.read_preference(record.values)
+            for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+                whole = chat.Conversation([*asked.messages, *answer], asked.tools)
+                arrays = rendered(whole, tokenizer)
+                pair |= {f"{side}_{name}": array for name, array in arrays.items()}
         return pair
 
     def __call__(

@@ -15,6 +15,7 @@ from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.objectives.instruct import located
 from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer
 
@@ -33,7 +34,8 @@ class GRPO(Objective):
     annotates: ClassVar[bool] = True
 
     prompt: str = "instruction"
-    """The field of the problem."""
+    """The field of the problem: text, or a list of messages. `input`, `system` and `history` belong
+    to it, as in `chat.read_request`."""
     answer: str = "output"
     """The field of what is right."""
     reward: Literal["exact", "number"] = "exact"
@@ -93,8 +95,10 @@ class GRPO(Objective):
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
-        messages = [{"role": "user", "content": record.text(self.prompt)}]
-        tokens = chat.render(chat.choose(tokenizer), tokenizer, messages, open=True).tokens
+        with located(record):
+            messages, tools = chat.read_request(record.values, self.prompt)
+            template = chat.choose(tokenizer)
+            tokens = chat.render(template, tokenizer, messages, open=True, tools=tools).tokens
         right = np.frombuffer(record.text(self.answer).encode(), np.uint8)
         return {
             "tokens": np.asarray(tokens, np.int32),
@@ -212,9 +216,9 @@ class GRPO(Objective):
         """Greedy answers to the first held-out problems."""
         lines = []
         for record in records[:5]:
-            messages = [{"role": "user", "content": record.text(self.prompt)}]
+            messages = chat.read_request(record.values, self.prompt).messages
             given = trained.chat(messages, self.tokens, temperature=0)
-            lines.append(f"{messages[0]['content']} {given}  (right: {record.text(self.answer)})")
+            lines.append(f"{messages[-1].content} {given}  (right: {record.text(self.answer)})")
         return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Instructions and chat: next-token prediction of what the assistant says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +18,9 @@ from jaxgpt.tokenizer import Tokenizer
 class Instruct(NextToken):
     """Cross-entropy of the assistant's tokens in conversations.
 
-    A record is a conversation, `messages` with `role` and `content`, or a request and its answer:
-    `instruction`, maybe with an `input`, and `output` (Taori et al. 2023, Alpaca).
+    A record is a conversation (`messages`), or a request and its answer (`instruction`, maybe with
+    an `input`, and `output`; Taori et al. 2023, Alpaca); `chat.read_conversation` has all layouts.
+    A message's `weight` multiplies its loss.
     """
 
     reads_records: ClassVar[bool] = True
@@ -38,66 +40,53 @@ class Instruct(NextToken):
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """tokens, targets, weights [T] of a conversation, one after the other."""
-        messages = conversation(record)
-        arrays = rendered(record, messages, tokenizer, self.learn)
-        if messages[-1]["role"] != "assistant":
-            raise InputError(
-                f"{record.where}: the last turn is not the assistant's; add its answer"
-            )
-        return arrays
+        with located(record):
+            conversation = chat.read_conversation(record.values)
+            last = conversation.messages[-1]
+            if last.role != "assistant":
+                raise InputError("the last turn is not the assistant's; add its answer")
+            return rendered(conversation, tokenizer, float(self.learn == "all"))
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The answers to the first three held-out requests, beside what the records say."""
         if not records:
             return trained.chat([{"role": "user", "content": prompt}], tokens)
         said = []
-        for *asked, answer in (conversation(record) for record in records[:3]):
+        for record in records[:3]:
+            *asked, answer = chat.read_conversation(record.values).messages
             given = trained.chat(asked, tokens, temperature=0)
-            said.append(f"{asked[-1]['content']}\n  there: {answer['content']}\n  here:  {given}")
+            said.append(f"{asked[-1].content}\n  there: {answer.content}\n  here:  {given}")
         return "\n\n".join(said)
 
 
-def conversation(record: Record) -> list[dict[str, str]]:
-    """The messages of a record; InputError for one that is neither of the two kinds."""
-    values = record.values
-    if "messages" in values:
-        if not isinstance(values["messages"], list | tuple) or not values["messages"]:
-            raise InputError(f"{record.where}: messages is {values['messages']!r}; give it a list")
-        return list(values["messages"])
-    if "instruction" not in values or "output" not in values:
-        raise InputError(
-            f"{record.where} has {', '.join(values)}; give it messages, or instruction and output"
-        )
-    request = record.text("instruction")
-    if values.get("input"):
-        request = f"{request}\n\n{record.text('input')}"
-    return [
-        {"role": "user", "content": request},
-        {"role": "assistant", "content": record.text("output")},
-    ]
+@contextmanager
+def located(record: Record) -> Iterator[None]:
+    """Puts the place of the record before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{record.where}: {error}") from None
 
 
 def rendered(
-    record: Record,
-    messages: list[dict[str, str]],
-    tokenizer: Tokenizer,
-    learn: Literal["assistant", "last", "all"] = "assistant",
+    conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """tokens, targets, weights [T] of messages in the tokenizer's chat format.
+    """tokens, targets, weights [T] of a conversation in the tokenizer's chat format.
 
-    The weights are 1 on what the assistant says, on its last turn alone, or on everything.
+    `others` is the weight of what the assistant does not say. Raises InputError where there is
+    nothing to learn.
     """
-    try:
-        template = chat.choose(tokenizer)
-        tokens, weights = chat.render(template, tokenizer, messages)
-        if learn == "last":
-            asked = chat.render(template, tokenizer, messages[:-1], open=True).tokens
-            weights = [0.0] * len(asked) + weights[len(asked) :]
-    except InputError as error:
-        raise InputError(f"{record.where}: {error}") from None
-    learned = np.ones(len(tokens)) if learn == "all" else weights
+    messages, tools = conversation
+    for position, message in enumerate(messages):
+        says_nothing = message.role == "assistant" and not (message.content or message.tool_calls)
+        if says_nothing and message.weight:
+            raise InputError(f"message {position} has content ''; give it text, or weight 0")
+    template = chat.choose(tokenizer)
+    tokens, weights = chat.render(template, tokenizer, messages, tools=tools, others=others)
+    if not any(weights[1:]):
+        raise InputError("every answer has weight 0, so there is nothing to learn; leave it out")
     return {
         "tokens": np.asarray(tokens[:-1], np.int32),
         "targets": np.asarray(tokens[1:], np.int32),
-        "weights": np.asarray(learned[1:], np.float32),
+        "weights": np.asarray(weights[1:], np.float32),
     }

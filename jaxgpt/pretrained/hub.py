@@ -37,6 +37,8 @@ BESIDE_WEIGHTS = (
     "tokenizer.model",
     MANIFEST,
 )
+TOKENIZERS = ("tokenizer.json", "vocab.json")
+"""Files one of which every tokenizer has that can be loaded."""
 NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 """Weights that are pickles, or may hold code in another way."""
 
@@ -74,9 +76,10 @@ def looks_like_name(text: str) -> bool:
     )
 
 
-def fetch(name: str, revision: str = "main") -> Snapshot:
+def fetch(name: str, revision: str = "main", weights: bool = True) -> Snapshot:
     """The files of a model on the hub that are needed to load it, downloaded where they are not.
 
+    Without `weights` only its tokenizer can be loaded, and small files are all that is fetched.
     `revision` is a branch, a tag or a commit. The weights are safetensors, or flax_model.msgpack
     where there are none. As in huggingface_hub, $HF_HOME or $HF_HUB_CACHE is where the cache is,
     $HF_TOKEN opens gated and private models, $HF_ENDPOINT is another hub, and with $HF_HUB_OFFLINE,
@@ -94,11 +97,11 @@ def fetch(name: str, revision: str = "main") -> Snapshot:
         raise InputError(
             f"revision={revision!r} cannot be one; set it to a branch, a tag or a commit hash"
         )
-    return _Repository(name, SHORT.get(name, name), revision).fetch()
+    return _Repository(name, SHORT.get(name, name), revision, weights).fetch()
 
 
 class _Repository:
-    def __init__(self, name: str, full_name: str, revision: str) -> None:
+    def __init__(self, name: str, full_name: str, revision: str, weights: bool) -> None:
         from huggingface_hub import constants
 
         # The library reads these when it is imported, which may be before they are set.
@@ -114,6 +117,7 @@ class _Repository:
         )
         self.endpoint = (environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.name, self.full_name, self.revision = name, full_name, revision
+        self.needs_weights = weights
         self.url = f"{self.endpoint}/{full_name}"
 
     def fetch(self) -> Snapshot:
@@ -151,6 +155,8 @@ class _Repository:
 
     def download(self, commit: str, files: Collection[str]) -> Snapshot:
         """Gets the weights last but for what the revision stands for, which is used offline."""
+        if not self.needs_weights:
+            return self.download_tokenizer(commit, files)
         if CONFIG not in files:
             raise InputError(
                 f"{self.url} has no {CONFIG}, without which the model of its weights is unknown; "
@@ -168,6 +174,20 @@ class _Repository:
                 self.get(name, commit)
         if self.revision != commit and self.lookup(self.full_name) != folder:
             self.get(CONFIG, self.revision)
+        return Snapshot(folder, self.full_name, commit)
+
+    def download_tokenizer(self, commit: str, files: Collection[str]) -> Snapshot:
+        """Gets what is beside the weights, the file that is looked for offline last."""
+        if not _has_tokenizer(files):
+            raise InputError(
+                f"{self.url} has neither tokenizer.json nor vocab.json with merges.txt; give the "
+                "name of a repository with a tokenizer"
+            )
+        for name in BESIDE_WEIGHTS:
+            if name in files:
+                folder = self.get(name, commit).parent
+        if self.revision != commit and self.lookup(self.full_name) != folder:
+            self.get(next(name for name in TOKENIZERS if name in files), self.revision)
         return Snapshot(folder, self.full_name, commit)
 
     def weights(self, files: Collection[str]) -> str:
@@ -203,17 +223,20 @@ class _Repository:
             )
 
     def lookup(self, name: str) -> Path | None:
-        """The cache's folder for the revision, if it has its config.json."""
+        """The cache's folder for the revision, if it has the file that is downloaded last."""
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(name, CONFIG, cache_dir=self.cache, revision=self.revision)
-        return Path(config).parent if isinstance(config, str) else None
+        for file in [CONFIG] if self.needs_weights else TOKENIZERS:
+            found = try_to_load_from_cache(name, file, cache_dir=self.cache, revision=self.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+        return None
 
     def cached(self, why: str) -> Snapshot:
         """The cache's snapshot of the revision; InputError where it is not there, or not whole."""
         for name in (self.full_name, self.name):  # transformers caches under the short one
             folder = self.lookup(name)
-            if folder and _is_whole(folder):
+            if folder and _is_whole(folder, self.needs_weights):
                 if not self.offline:
                     print(f"{why}; uses {folder} of the cache", file=sys.stderr)
                 return Snapshot(folder, self.full_name, folder.name)
@@ -321,8 +344,14 @@ def _shards(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _is_whole(folder: Path) -> bool:
+def _has_tokenizer(files: Collection[str]) -> bool:
+    return TOKENIZERS[0] in files or {"vocab.json", "merges.txt"}.issubset(files)
+
+
+def _is_whole(folder: Path, with_weights: bool) -> bool:
     here = {path.name for path in folder.iterdir() if path.exists()}
+    if not with_weights:
+        return _has_tokenizer(here)
     if INDEX in here:
         return here.issuperset(_shards(folder))
     return SINGLE in here or FLAX in here

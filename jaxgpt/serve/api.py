@@ -53,6 +53,12 @@ class EmbeddingCall(NamedTuple):
     requests: list[Request]
 
 
+def _continues(messages: Sequence[Message]) -> bool:
+    """Whether the last message is text of the assistant's, which is to be continued."""
+    last = messages[-1]
+    return last.role == "assistant" and bool(last.content or last.tool_calls)
+
+
 @dataclass(frozen=True)
 class Served:
     """The model that is asked, and what may be asked of it."""
@@ -99,7 +105,8 @@ class Served:
         self.check_name(body.model)
         prompt = self._rendered(body.messages)
         ends = self._template().stops(self.tokenizer)
-        return self._call(body, [prompt], ends, "messages", default=self.context)
+        continues = _continues(body.messages)
+        return self._call(body, [prompt], ends, "messages", self.context, continues)
 
     def embedding(self, content: bytes) -> EmbeddingCall:
         """A call of /v1/embeddings, with a request for each input."""
@@ -180,13 +187,11 @@ class Served:
         """A conversation up to where an answer begins, or up to the end of what it continues."""
         template = self._template()
         messages = [message.rendered() for message in given]
-        continues = messages[-1]["role"] == "assistant"
-        if continues and not (messages[-1]["content"] or "tool_calls" in messages[-1]):
-            messages.pop()
-            continues = False
         try:
-            if continues:
+            if _continues(given):
                 return render_continuation(template, self.tokenizer, messages)
+            if messages[-1]["role"] == "assistant":  # an empty answer, which is yet to come
+                messages.pop()
             return render(template, self.tokenizer, messages, open=True).tokens
         except InputError as error:
             raise Refused(400, f"messages: {error}", param="messages") from None
@@ -226,11 +231,14 @@ class Served:
         ends: Sequence[int],
         param: str,
         default: int,
+        continues: bool = True,
     ) -> Call:
         self._check_texts(body, len(prompts), param)
         rooms = [self._tokens(body, len(prompt), param, default) for prompt in prompts]
         stop_ids = tuple(dict.fromkeys(ends))
         constraint = body.constraint(stop_ids)
+        if constraint and not continues:
+            constraint = constraint._replace(context=())
         never = [id for id, bias in (body.logit_bias or {}).items() if bias <= -100]
         if never and (constraint or len(never) >= self.tokenizer.vocab_size):
             raise Refused(
@@ -253,6 +261,7 @@ class Served:
                         sampling,
                         tuple(body.stop or ()),
                         stop_ids,
+                        continues=continues,
                         top_logprobs=body.top or 0,
                     )
                 )

@@ -39,6 +39,8 @@ class Constraint(NamedTuple):
     """The argument of `compile`, as JSON."""
     ends: tuple[int, ...]
     """The token ids that end a text."""
+    context: tuple[int, ...] | None = None
+    """The ids before the text, see `jaxgpt.guide.choices`."""
 
 
 class Compiler:
@@ -69,7 +71,7 @@ class Compiler:
             TimeoutError: It is not compiled at the deadline.
         """
         digest = hashlib.sha256(constraint.value.encode()).digest()
-        key = constraint.compile, digest, constraint.ends
+        key = constraint.compile, digest, constraint.ends, constraint.context
         if (message := self._refusals.get(key)) is not None:
             raise InputError(message)
         if (guide := self._guides.get(key)) is not None:
@@ -112,7 +114,13 @@ class _Job:
         """Compiles it, in the compiler's thread."""
         with interruptible(self._check):
             value = json.loads(constraint.value)
-            return constraint.compile(tokenizer, value, ends=constraint.ends, limit=STATES)
+            return constraint.compile(
+                tokenizer,
+                value,
+                ends=constraint.ends,
+                limit=STATES,
+                context=constraint.context,
+            )
 
     def _check(self) -> None:
         if self.abandoned.is_set():

@@ -56,6 +56,8 @@ class Request:
     """Strings that end the text, and are no part of it."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end it, and are no part of its text."""
+    continues: bool = True
+    """Whether the text continues that of the prompt, or begins anew, as an answer does."""
     guide: Guide | None = None
     """What the text may be."""
     top_logprobs: int = 0
@@ -211,7 +213,8 @@ class Engine:
         """
         self.check(request)
         until = float("inf") if deadline is None else time.monotonic() + deadline
-        text = Text(self.trained.tokenizer, request.stops)
+        context = request.prompt if request.continues else ()
+        text = Text(self.trained.tokenizer, request.stops, context)
         stream = Stream(request, text, listener, until)
         with self._change:
             if self._closing or not self._runs:

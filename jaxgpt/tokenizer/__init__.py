@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from jaxgpt.errors import InputError
-from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, check_not_empty, encoded, field
+from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, train
 from jaxgpt.tokenizer.huggingface import HuggingFace
 from jaxgpt.tokenizer.plain import Bytes, Characters
@@ -35,6 +35,7 @@ __all__ = [
     "File",
     "HuggingFace",
     "Kind",
+    "TextDecoder",
     "Tokenizer",
     "TokenizerConfig",
     "build",
@@ -54,6 +55,10 @@ class TokenizerConfig:
     """Of bpe: bytes, merges and <|endoftext|> together; the other kinds bring their own."""
     sample_bytes: int = 64_000_000
     """Of bpe: text to train on, at most; a larger corpus is sampled evenly."""
+    source: str = ""
+    """Where to take the tokenizer from, without the weights beside it, instead of building one:
+    a run or a checkpoint, a folder of Hugging Face's layout, or a name there (Qwen/Qwen3-0.6B). The
+    other fields are then what it says. On the command line and in JSON: tokenizer.from."""
 
     def check(self) -> None:
         """Raises InputError where a field cannot be."""
@@ -91,8 +96,9 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
         return train(documents, cfg.vocab_size, cfg.sample_bytes)
     if cfg.kind == "huggingface":
         raise InputError(
-            "tokenizer.kind=huggingface comes with a model and is not built; set start to the "
-            "model's folder, or set tokenizer.kind to bpe"
+            "tokenizer.kind=huggingface comes with a model and is not built; set start, or "
+            "tokenizer.from for its tokenizer alone, to the model's folder or name; or set "
+            "tokenizer.kind to bpe"
         )
     return published_bpe(cfg.kind)
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +26,15 @@ class Tokenizer(ABC):
     eot: int
     """The id of `<|endoftext|>`, or of what a model from elsewhere has in its place."""
     pieces: Sequence[bytes]
-    """The bytes each id stands for; an id of no token stands for U+FFFD."""
+    """The bytes each id stands for in a text; an id of no token stands for U+FFFD."""
+    first_pieces: Mapping[int, bytes] = MappingProxyType({})
+    """The bytes of the ids that are spelled in another way at the beginning of a text."""
+    single_words: frozenset[str] = frozenset()
+    """The special tokens whose names count only where no letter or digit is beside them."""
+    spaced: frozenset[int] = frozenset()
+    """The ids whose bytes end in a space that is not written at the end of a text."""
+    single_bytes: frozenset[int] = frozenset()
+    """The ids of single bytes: where some in a row are not UTF-8, `decode` has U+FFFD for each."""
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
@@ -57,6 +68,11 @@ class Tokenizer(ABC):
         """The special tokens: names, and the ids that no text gets."""
         return {EOT: self.eot}
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Any special token's name, the longest first."""
+        return any_of(self.specials)
+
     @property
     def eos(self) -> int:
         """The id that ends what a model writes: `eot` where no other does."""
@@ -76,9 +92,50 @@ class Tokenizer(ABC):
         """The ids of `text`, none of them special; InputError if it has no UTF-8."""
         return self.encode_array(text).tolist()
 
+    def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
+        """The ids of text that stands between two special tokens of a longer text.
+
+        `before` and `after` are their names; None where the text is the first or the last there
+        is, and "" where other text is beside it.
+        """
+        return self.encode(text) if text else []
+
+    def spell(
+        self, tokens: Sequence[int] | np.ndarray, begins: bool = True, space: bool = False
+    ) -> list[bytes]:
+        """The bytes of each id of a text; InputError for ids that are none.
+
+        `begins` and `space` are what `place` gives for the ids before.
+        """
+        spelled = []
+        for token in self._checked(tokens):
+            piece = self.pieces[token]
+            if begins:
+                piece = self.first_pieces.get(token, piece)
+            piece = b" " + piece if space else piece
+            begins, space = False, token in self.spaced
+            spelled.append(piece[:-1] if space else piece)
+        return spelled
+
+    def place(self, context: Sequence[int] | None) -> tuple[bool, bool]:
+        """Whether a text begins after some ids, and whether a space is between it and the last.
+
+        Special tokens are no text; None stands for text that is not known. There is a space if the
+        last id is in `spaced`.
+        """
+        if context is None:
+            return False, False
+        return self._special_ids.issuperset(context), len(context) > 0 and context[
+            -1
+        ] in self.spaced
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.specials.values())
+
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for, special ones written out; InputError for other ids."""
-        return b"".join(map(self.pieces.__getitem__, self._checked(tokens)))
+        return b"".join(self.spell(tokens))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text that ids stand for; U+FFFD in place of bytes that are not UTF-8."""
@@ -120,6 +177,40 @@ class Tokenizer(ABC):
         return ids.tolist()
 
 
+class TextDecoder:
+    """The text of ids that come a few at a time.
+
+    What it gives in all is what `decode` gives for all of them: half a character is held back,
+    and so are single bytes of which more may come. `context` are the ids before, see
+    `Tokenizer.place`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | None = ()) -> None:
+        self._tokenizer = tokenizer
+        self._place = tokenizer.place(context)
+        self._run: list[tuple[int, bytes]] = []  # ids of single bytes, and these as spelled
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def decode(self, tokens: Sequence[int], final: bool = False) -> str:
+        """The text that is certain with these ids, the rest of it if they are the final ones."""
+        text, tokenizer = "", self._tokenizer
+        for token, piece in zip(tokens, tokenizer.spell(tokens, *self._place), strict=True):
+            if token in tokenizer.single_bytes:
+                self._run.append((token, piece))
+            else:
+                text += self._end_run() + self._decoder.decode(piece)
+            self._place = False, token in tokenizer.spaced
+        return text + self._end_run() + self._decoder.decode(b"", True) if final else text
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, []
+        try:
+            b"".join(self._tokenizer.pieces[token] for token, _ in run).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+        return b"".join(piece for _, piece in run).decode()
+
+
 def encoded(text: str, codec: str = "utf-8") -> bytes:
     """The bytes of `text`; InputError with the position of half a surrogate pair."""
     try:
@@ -129,6 +220,12 @@ def encoded(text: str, codec: str = "utf-8") -> bytes:
             f"U+{ord(text[error.start]):04X} at position {error.start} is half a surrogate pair, "
             "not a character; remove it"
         ) from None
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of some texts, the longest first; nothing where there are none."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def code_points(text: str) -> np.ndarray:

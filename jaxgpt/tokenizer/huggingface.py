@@ -9,8 +9,10 @@ They are run by the `tokenizers` library, from JSON alone: no code of the folder
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
-from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, encoded
+from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
 from jaxgpt.tokenizer.plain import Bytes, Characters
+from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
 
 LARGEST_FILE = 1 << 26  # bytes; the largest in use, Gemma 3's tokenizer.json, has 33 million
 MOST_GROWTH = 1024  # times that a normalizer or decoder may make a text longer
@@ -33,15 +36,7 @@ GPT2_MERGES = {
 }
 """SHA-256 of the lines of GPT-2's merges: as OpenAI published them, and as `write` does."""
 
-# GPT-2's own code gives every byte a letter: itself where it can be seen, else one from U+0100 on.
-_SEEN = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
-LETTERS = {byte: chr(byte) for byte in _SEEN} | {
-    byte: chr(256 + i) for i, byte in enumerate(_UNSEEN)
-}
-_BYTES = {letter: byte for byte, letter in LETTERS.items()}
 _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _SPECIAL = {
@@ -76,6 +71,11 @@ _CUTTABLE = {
 }
 
 
+_Flags = tuple[bool, bool, bool]
+_BESIDE_TEXT: _Flags = (True, False, False)
+"""Flags of a token after which text goes on: a normalizer puts no space before what follows."""
+
+
 class HuggingFace(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library.
 
@@ -100,17 +100,8 @@ class HuggingFace(Tokenizer):
             self._set_up(text, config, parsed)
 
     def _set_up(self, text: str, config: dict[str, Any], parsed: dict[str, Any]) -> None:
-        import tokenizers
-
-        with _library("tokenizer.json is none that the tokenizers library can run"):
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = _open(text)
         model = parsed["model"]
-        if model.get("dropout"):
-            self._tokenizer.model.dropout = None
-
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         size = 1 + max(vocabulary.values(), default=-1)
         if size > len(vocabulary) + (1 << 16):
@@ -125,41 +116,105 @@ class HuggingFace(Tokenizer):
                     f"{added['id']}, but the tokenizers library {given}; "
                     "number them as the vocabulary does, or from its end on without gaps"
                 )
-        self.pieces = ["\ufffd".encode()] * size
-        spell = _spelling(parsed)
-        for name, token in vocabulary.items():
-            self.pieces[token] = spell(name)
+        spelled = spelling(_parts(parsed.get("decoder")), vocabulary)
+        self.pieces, self.first_pieces = spelled.pieces, spelled.first
+        self.spaced, self.single_bytes = spelled.spaced, spelled.single_bytes
         _check_takes_all_text(parsed, vocabulary)
 
         begin = _begin(config, vocabulary)
         names = [begin, token_name(config, "eos_token"), _unknown(model)]
-        added_tokens = self._tokenizer.get_added_tokens_decoder().values()
-        names += [added.content for added in added_tokens if added.special]
-        self.specials = {name: vocabulary[name] for name in names if name in vocabulary}
+        # Read before they are added again below, which the library does without their flags.
+        self._added = {a.content: a for a in self._tokenizer.get_added_tokens_decoder().values()}
+        names += [added.content for added in self._added.values() if added.special]
+        self.single_words = frozenset(n for n, added in self._added.items() if added.single_word)
+        self.specials = {name: vocabulary[name] for name in names if name and name in vocabulary}
         self._tokenizer.add_special_tokens(list(self.specials))
         self.eot = self.specials[begin]
         self._special = np.zeros(size, bool)
         self._special[list(self.specials.values())] = True
         self._cuttable = _is_cuttable(parsed)
         self.prefix = self._prefix()
+        self._vocabulary = vocabulary
+        self._check_spelling()
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, uint32[T]; InputError for text the tokenizer has no token for."""
         if not text.isascii():
             encoded(text)
+        return self._ids(self._encoding(self._tokenizer, text), text)
+
+    def _encoding(self, library: Any, text: str) -> Any:
         with _library("the tokenizers library cannot encode the text"):
             # `encode` would hold the interpreter lock, for a second and more if the text is long.
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        ids = np.asarray(encoding.ids, np.uint32)
+            (encoding,) = library.encode_batch([text], add_special_tokens=False)
+        return encoding
+
+    def _ids(self, encoding: Any, text: str, part: slice = slice(None)) -> np.ndarray:
+        """A part of the ids of an encoding of `text`; InputError where one of them is special."""
+        ids = np.asarray(encoding.ids[part], np.uint32)
         special = self._special[ids]
         if special.any():
             token = int(special.argmax())
-            start, end = encoding.offsets[token]
+            start, end = encoding.offsets[part][token]
             raise InputError(
                 f"{text[start:end]!r} at position {start} would become the special token "
-                f"{encoding.tokens[token]}: the tokenizer has no other for it; leave it out"
+                f"{encoding.tokens[part][token]}: the tokenizer has no other for it; leave it out"
             )
         return ids
+
+    def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
+        """See `Tokenizer`; as the library encodes a text in which these special tokens stand.
+
+        A space may be put only before the first text, and a special token may take the spaces
+        beside it. The library would read special tokens in `text` too, so that others stand in for
+        those beside it, which no text contains.
+        """
+        library, stand_ins = self._stand_ins
+        left, right = (
+            "" if name is None else stand_ins[self._flags(name) if name else _BESIDE_TEXT]
+            for name in (before, after or None)
+        )
+        if not (left or text or right):
+            return []
+        encoded(text)
+        encoding = self._encoding(library, left + text + right)
+        tokens = [token.strip() for token in encoding.tokens]  # of white space that it took
+        if any(word and word not in tokens for word in (left, right)):
+            raise InputError(
+                f"the tokenizers library does not find {before or after!r} beside {text[:40]!r}, "
+                "because of the normalizer; use a tokenizer whose special tokens are not normalized"
+            )
+        first = tokens.index(left) + 1 if left else 0
+        last = len(tokens) - (tokens[::-1].index(right) + 1 if right else 0)
+        return self._ids(encoding, left + text + right, slice(first, last)).tolist()
+
+    def _flags(self, name: str) -> _Flags:
+        """Whether a special token is found in normalized text, and what it strips beside it."""
+        added = self._added.get(name)
+        return (added.normalized, added.lstrip, added.rstrip) if added else (False, False, False)
+
+    @cached_property
+    def _stand_ins(self) -> tuple[Any, dict[_Flags, str]]:
+        """The library's tokenizer with a token for each kind of special token, and their names.
+
+        They are not special, so that the library finds them where it takes special tokens for text.
+        """
+        import tokenizers
+
+        kinds = {_BESIDE_TEXT, *map(self._flags, self.specials)}
+        names = {flags: f"standin{secrets.token_hex(16)}" for flags in kinds}
+        library = self._tokenizer
+        if len(self._vocabulary) < self.vocab_size:  # a new token would get an id that is in use
+            library = _open(self.json, self.specials)
+        library.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    name, normalized=flags[0], lstrip=flags[1], rstrip=flags[2], special=False
+                )
+                for flags, name in names.items()
+            ]
+        )
+        return library, names
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text that the library makes of ids, special ones written out."""
@@ -186,7 +241,7 @@ class HuggingFace(Tokenizer):
     def _with_specials(self, names: list[str]) -> "HuggingFace":
         parsed, config = parse(self.json, "tokenizer.json"), self.config
         added = {token["content"]: token for token in parsed.get("added_tokens") or []}
-        vocabulary, size = self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size
+        vocabulary, size = self._vocabulary, self.vocab_size
         for name in names:
             if name in added:
                 added[name]["special"] = True
@@ -204,6 +259,17 @@ class HuggingFace(Tokenizer):
             config = {**config, "bos_token": begin}
         return HuggingFace(_dumped(parsed), config)
 
+    def _check_spelling(self) -> None:
+        """Raises InputError where the library writes some tokens in a row in another way."""
+        known = np.fromiter(self._vocabulary.values(), np.int64)
+        for ids in np.random.default_rng(0).choice(known, (16, 12)):
+            ours, theirs = TextDecoder(self).decode(ids.tolist(), final=True), self.decode(ids)
+            if ours != theirs:
+                raise InputError(
+                    f"the decoder of tokenizer.json writes {theirs!r} where its steps say "
+                    f"{ours!r}; use another tokenizer"
+                )
+
     def _prefix(self) -> list[int]:
         """What the post-processor adds in front of text, apart from what it adds after it."""
         ordinary = (token for token in range(self.vocab_size) if not self._special[token])
@@ -216,6 +282,21 @@ class HuggingFace(Tokenizer):
             if 0 in encoding.special_tokens_mask:
                 return encoding.ids[: encoding.special_tokens_mask.index(0)]
         raise InputError("tokenizer.json has no token that is text")
+
+
+def _open(text: str, specials: Iterable[str] = ()) -> Any:
+    """The library's tokenizer of a tokenizer.json; it takes special tokens in text for text."""
+    import tokenizers
+
+    with _library("tokenizer.json is none that the tokenizers library can run"):
+        library = tokenizers.Tokenizer.from_str(text)
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True
+    if getattr(library.model, "dropout", None):
+        library.model.dropout = None
+    library.add_special_tokens(list(specials))
+    return library
 
 
 def read(folder: Path) -> Tokenizer:
@@ -396,25 +477,6 @@ def _parts(step: Any) -> list[dict[str, Any]]:
     return [step]
 
 
-def _spelling(parsed: dict[str, Any]) -> Any:
-    """The function from a token's name to its bytes."""
-    decoders = _parts(parsed.get("decoder"))
-    types = {part.get("type") for part in decoders}
-    metaspace = "Metaspace" in types or any(
-        part.get("type") == "Replace" and part.get("pattern") == {"String": "\u2581"}
-        for part in decoders
-    )
-
-    def spell(name: str) -> bytes:
-        if "ByteLevel" in types and all(letter in _BYTES for letter in name):
-            return bytes(map(_BYTES.__getitem__, name))
-        if "ByteFallback" in types and (byte := _BYTE_TOKEN.fullmatch(name)):
-            return bytes([int(byte[1], 16)])
-        return (name.replace("\u2581", " ") if metaspace else name).encode()
-
-    return spell
-
-
 def _unknown(model: dict[str, Any]) -> str | None:
     """The token that the model gives to text it has none for."""
     if isinstance(number := model.get("unk_id"), int):
@@ -527,11 +589,11 @@ def _gpt2_of(vocabulary: Any, merges: Any) -> BPE | None:
         return None
     if hashlib.sha256("\n".join(pairs).encode(errors="replace")).hexdigest() not in GPT2_MERGES:
         return None
-    letters = [LETTERS[byte] for byte in (*_SEEN, *_UNSEEN)]
+    letters = list(LETTERS.values())
     names = [*letters, *dict.fromkeys(pair.replace(" ", "") for pair in pairs)]
     if vocabulary != {name: i for i, name in enumerate([*names, EOT])}:
         return None
-    ranks = [bytes(map(_BYTES.__getitem__, name)) for name in names]
+    ranks = [bytes(map(BYTES.__getitem__, name)) for name in names]
     return BPE("gpt2", ranks, openai_public.r50k_pat_str, {EOT: len(ranks)})
 
 
