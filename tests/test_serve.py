@@ -584,6 +584,18 @@ def test_an_empty_answer_that_is_sent_back_is_taken(shared):
     assert turns[0] == turns[1] and turns[0].count(end) == 3
 
 
+def test_turns_come_in_any_order(shared):
+    port, engine = shared
+    roles = ["assistant", "user", "user", "system", "user", "developer", "assistant", "user"]
+    messages = [{"role": role, "content": role} for role in roles]
+    assert call(port, "/v1/chat/completions", {"messages": messages})[0] == 200
+    said = CHAT.decode(engine.requests[-1].prompt).replace("\n", " ")
+    assert re.findall(r"<\|im_start\|>(\w+) (\w*)", said) == [
+        *(("system", "developer") if role == "developer" else (role, role) for role in roles),
+        ("assistant", ""),
+    ]
+
+
 def test_a_last_message_of_the_assistant_is_continued(shared):
     port, engine = shared
     messages = [*HELLO, {"role": "assistant", "content": "The answer is"}]

@@ -1,7 +1,6 @@
 """Pieces of text from the engine's thread to OpenAI's answers, whole or as events."""
 
 import asyncio
-import codecs
 import contextlib
 import json
 import secrets
@@ -14,6 +13,7 @@ from jaxgpt.serve.api import Call, Served
 from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.engine import Engine, Piece, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
+from jaxgpt.tokenizer.base import TextDecoder
 
 PING = 15.0
 """Seconds without a piece after which a reader is told that somebody is still there."""
@@ -221,10 +221,12 @@ class Completion(Answer):
 
     def __init__(self, call: Call, served: Served) -> None:
         super().__init__(call, served)
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = [decoder("replace") for _ in call.requests]
-        self._offsets = [0] * len(call.requests)
         self._echoes = call.echoes
+        before = [request.prompt for request in call.requests]
+        for number, echo in enumerate(call.echoes):
+            before[number] = before[number][: echo.hidden]
+        self._decoders = [TextDecoder(served.tokenizer, context) for context in before]
+        self._offsets = [0] * len(call.requests)
 
     def opening(self) -> list[dict[str, Any]]:
         """With `echo` the prompts, unless their log-probabilities come with them later."""
@@ -262,7 +264,7 @@ class Completion(Answer):
         offsets = []
         for id in ids:
             offsets.append(self._offsets[choice])
-            self._offsets[choice] += len(self._decoders[choice].decode(self._pieces[id]))
+            self._offsets[choice] += len(self._decoders[choice].decode([id]))
         return {
             "tokens": [self._name(id) for id in ids],
             "token_logprobs": [token and _number(token.logprob) for token in tokens],
