@@ -586,14 +586,12 @@ def test_an_empty_answer_that_is_sent_back_is_taken(shared):
 
 def test_turns_come_in_any_order(shared):
     port, engine = shared
-    roles = ["assistant", "user", "user", "system", "user", "developer", "assistant", "user"]
-    messages = [{"role": role, "content": role} for role in roles]
+    roles = ["assistant", "user", "user", "developer"]
+    messages = [{"role": role, "content": role[0]} for role in roles]
     assert call(port, "/v1/chat/completions", {"messages": messages})[0] == 200
-    said = CHAT.decode(engine.requests[-1].prompt).replace("\n", " ")
-    assert re.findall(r"<\|im_start\|>(\w+) (\w*)", said) == [
-        *(("system", "developer") if role == "developer" else (role, role) for role in roles),
-        ("assistant", ""),
-    ]
+    said = CHAT.decode(engine.requests[-1].prompt)
+    turns = [("assistant", "a"), ("user", "u"), ("user", "u"), ("system", "d"), ("assistant", "")]
+    assert re.findall(r"<\|im_start\|>(\w+)\n(\w*)", said) == turns
 
 
 def test_a_last_message_of_the_assistant_is_continued(shared):

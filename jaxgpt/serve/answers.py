@@ -13,7 +13,7 @@ from jaxgpt.serve.api import Call, Served
 from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.engine import Engine, Piece, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
-from jaxgpt.tokenizer.base import TextDecoder
+from jaxgpt.tokenizer import TextDecoder
 
 PING = 15.0
 """Seconds without a piece after which a reader is told that somebody is still there."""
