@@ -190,7 +190,7 @@ def mistakes(context: int, vocabulary: int) -> list[Mistake]:
         "no JSON": b'{"prompt": ',
         "no object": [],
         "no prompt": {"max_tokens": 4},
-        "a field that is not known": {**fine, "tools": []},
+        "a field that is not known": {**fine, "tools": [1]},
         "a field of another type": {**fine, "max_tokens": "4"},
         "a field out of range": {**fine, "temperature": -1},
         "fields that exclude each other": {**fine, "guided_regex": "a", "guided_choice": ["a"]},
@@ -203,7 +203,7 @@ def mistakes(context: int, vocabulary: int) -> list[Mistake]:
     return [
         *(Mistake(name, post(path, body), 400) for name, body in bodies.items()),
         Mistake("another model", post(path, {**fine, "model": "another"}), 404),
-        Mistake("another path", post("/v1/embeddings", fine), 404),
+        Mistake("another path", post("/v1/images", fine), 404),
         Mistake("another method", get(path), 405),
         Mistake("another host", post(path, fine, host="example.org"), 403),
         Mistake("another kind of body", post(path, fine, kind="text/plain"), 415),

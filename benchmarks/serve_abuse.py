@@ -168,6 +168,20 @@ class Attack:
         content = post("/v1/chat/completions", {"messages": messages})
         await self.many(lambda rng: content)
 
+    async def long_lists_to_embed(self) -> None:
+        """Calls of 2,048 texts each."""
+        texts = [f"text {number}" for number in range(2048)]
+        content = post("/v1/embeddings", {"input": texts})
+        await self.many(lambda rng: content)
+
+    async def prompts_to_score(self) -> None:
+        """Prompts as long as the context, with the log-probabilities of all their tokens."""
+        content = post(
+            "/v1/completions",
+            {"prompt": [0] * 255, "max_tokens": 0, "echo": True, "logprobs": 5},
+        )
+        await self.many(lambda rng: content)
+
     async def readers_that_never_read(self) -> None:
         """Pipelined calls whose answers nobody reads."""
         content = get("/") * 200
@@ -251,6 +265,8 @@ KINDS = (
     "tiny_chunks",
     "large_prompts",
     "many_messages",
+    "long_lists_to_embed",
+    "prompts_to_score",
     "readers_that_never_read",
     "garbage",
 )

@@ -13,8 +13,6 @@ from jaxgpt.serve.api import EmbeddingCall, Served
 from jaxgpt.serve.engine import Busy, Engine, Prompt
 from jaxgpt.serve.metrics import Metrics
 
-TOGETHER = 8
-"""Texts of one call that wait for the engine at once; the others wait for those."""
 PAUSE = 0.05
 """Seconds until a call that has begun asks a full engine again."""
 
@@ -24,27 +22,26 @@ async def embed(
 ) -> bytes:
     """The embeddings of a call's texts as JSON.
 
-    Raises Busy if the engine has no place for the first texts, and Refused if the answer is not
+    Raises Busy if the engine has no place for the first text, and Refused if the answer is not
     complete at `until`, in seconds of `time.monotonic`.
     """
     prompts: list[Prompt] = []
+    # One after the other: a long list takes a single place in the engine's queue.
     while len(prompts) < len(call.requests):
-        some = call.requests[len(prompts) : len(prompts) + TOGETHER]
         try:
-            streams = Streams(engine, some, until - time.monotonic(), metrics)
+            request = call.requests[len(prompts)]
+            streams = Streams(engine, [request], until - time.monotonic(), metrics)
         except Busy:
             if not prompts or time.monotonic() > until:
                 raise
             await asyncio.sleep(PAUSE)
             continue
-        found: dict[int, Prompt] = {}
         try:
             async for written in streams:
                 if written and written.piece.prompt:
-                    found[written.choice] = written.piece.prompt
+                    prompts.append(written.piece.prompt)
         finally:
             streams.cancel()
-        prompts += [found[number] for number in range(len(some))]
     return await asyncio.to_thread(_whole, call, served, prompts)
 
 
