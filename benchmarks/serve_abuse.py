@@ -174,14 +174,6 @@ class Attack:
         content = post("/v1/embeddings", {"input": texts})
         await self.many(lambda rng: content)
 
-    async def prompts_to_score(self) -> None:
-        """Prompts as long as the context, with the log-probabilities of all their tokens."""
-        content = post(
-            "/v1/completions",
-            {"prompt": [0] * 255, "max_tokens": 0, "echo": True, "logprobs": 5},
-        )
-        await self.many(lambda rng: content)
-
     async def readers_that_never_read(self) -> None:
         """Pipelined calls whose answers nobody reads."""
         content = get("/") * 200
@@ -266,7 +258,6 @@ KINDS = (
     "large_prompts",
     "many_messages",
     "long_lists_to_embed",
-    "prompts_to_score",
     "readers_that_never_read",
     "garbage",
 )

@@ -60,6 +60,8 @@ class FakeStream:
         ids = ids[: request.tokens]
         shown, read = "", self.read()
         if not ids:
+            self.cancelled.wait(self.engine.pause)
+            self.engine.running -= 1
             return self.listener(Piece("", (), finish, prompt=read))
         for position, id in enumerate(ids, 1):
             if self.cancelled.wait(self.engine.pause):

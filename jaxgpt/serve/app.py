@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 SMALL = 1 << 14
 """Bytes of the largest body that is parsed beside others; larger ones are parsed one at a time."""
+EMBEDDING = 4
+"""Calls of /v1/embeddings that take a place in the engine's queue at once; the others wait."""
 LARGE = 16
 """Large bodies that wait while one is parsed, at most."""
 
@@ -68,6 +70,7 @@ def create_app(
     metrics = Metrics()
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
+    embedding = asyncio.Semaphore(EMBEDDING)
     created = int(time.time())
     page, policy = _page()
     docs_page, docs_policy = docs.page()
@@ -128,7 +131,8 @@ def create_app(
 
         async def made() -> bytes:
             call: EmbeddingCall = await parsed(served.embedding, content, until)
-            return await embed(call, served, engine, metrics, until)
+            async with asyncio.timeout(until - time.monotonic()), embedding:
+                return await embed(call, served, engine, metrics, until)
 
         with _refusing():
             answered = await unless_gone(request.receive, made())
