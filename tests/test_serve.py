@@ -911,7 +911,7 @@ def test_every_response_has_the_headers_of_safety(shared):
 
 
 NAMES = st.sampled_from(
-    sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "echo", "tools"})
+    sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "input", "min_tokens"})
 )
 JSON = st.recursive(
     st.none()
@@ -1069,6 +1069,22 @@ def test_openais_own_client_understands_it():
         with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
+
+
+def test_langchain_understands_it():
+    langchain = pytest.importorskip(
+        "langchain_openai", reason="compares with LangChain: pip install langchain-openai"
+    )
+    with serving(FakeEngine()) as port:
+        where = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "x", "model": "little"}
+        llm = langchain.ChatOpenAI(**where, max_retries=0)
+        assert llm.invoke("Hello").content == TEXT
+        assert "".join(chunk.content for chunk in llm.stream("Hello")) == TEXT
+        assert [answer.content for answer in llm.batch(["a", "b"])] == [TEXT] * 2
+        # By itself it would cut texts with OpenAI's tokenizer, which it downloads.
+        embeddings = langchain.OpenAIEmbeddings(**where, check_embedding_ctx_length=False)
+        for vector in embeddings.embed_documents(["a", "b"]):
+            assert vector == pytest.approx([0.6, 0, 0, 0.8])
 
 
 @pytest.fixture(scope="module")
@@ -1267,7 +1283,8 @@ def test_the_start_says_what_was_chosen_where_it_is_and_how_to_stop(monkeypatch,
     engine = FakeEngine()
     engine.start = lambda: None
     plan = memory.Plan(3, 640, 10**9, 10**8, 10**7, 0, 2 * 10**9)
-    loads = SimpleNamespace(config=SimpleNamespace(name="little"), load=lambda dtype: "model")
+    config = SimpleNamespace(name="little")
+    loads = SimpleNamespace(config=config, lineage={}, load=lambda dtype: "model")
     made = []
     monkeypatch.setattr(server, "source", lambda path: loads)
     monkeypatch.setattr(server.memory, "choose", lambda *_: plan)

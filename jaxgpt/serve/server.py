@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import MutableMapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -189,9 +188,8 @@ def _load(path: str, cfg: ServeConfig, gate: Gate, api_key: str, local: bool, ad
             f"the device's memory does not suffice for {plan}; set a smaller --slots or --context, "
             "--cache int8 or --dtype int8"
         ) from None
-    name = cfg.name or (
-        found.config.name if Path(path).expanduser().exists() else path.partition("@")[0]
-    )
+    is_from_hub = "revision" in found.lineage
+    name = cfg.name or (path.partition("@")[0] if is_from_hub else found.config.name)
     app = create_app(
         engine,
         name=name,
