@@ -1090,7 +1090,8 @@ def test_langchain_understands_it():
 @pytest.fixture(scope="module")
 def real():
     """A server of a small random model, its engine, and the model."""
-    cfg = GPTConfig(L=1, D=32, N=2, T=64, V=CHAT.vocab_size)
+    # As published models do, it has rows for more tokens than there are.
+    cfg = GPTConfig(L=1, D=32, N=2, T=64, V=CHAT.vocab_size + 60)
     params = jax.jit(init, static_argnums=0)(cfg.build(ComputeConfig()), jax.random.key(1))
     params = jax.tree.map(lambda leaf: 3 * leaf, params)
     trained = Trained(Config(name="tiny", model=cfg), params, CHAT)
@@ -1110,6 +1111,15 @@ def test_a_real_model_says_what_it_does_without_a_server(real):
         *chunks, _ = events(port, "/v1/chat/completions", body)
         said = join(map(json.loads, chunks), "content")
         assert said == trained.chat(HELLO, 20, **drawn)
+
+
+def test_log_probabilities_name_only_tokens_that_there_are(real):
+    port, _, _ = real
+    body = {"prompt": "abcdefgh", "max_tokens": 9, "echo": True, "logprobs": 5, "seed": 0}
+    status, _, answer = call(port, "/v1/completions", body)
+    assert status == 200
+    tops = answer["choices"][0]["logprobs"]["top_logprobs"][1:]
+    assert all(1 <= len(top) <= 6 for top in tops) and min(map(len, tops)) < 5
 
 
 def test_best_of_answers_with_the_texts_that_are_likeliest_by_token(real):

@@ -196,6 +196,7 @@ class Engine:
         for top in (0, TOP):
             self._state, _ = self._step(top)
         self._keep()
+        jax.block_until_ready(self._state)  # or the first request would wait for all of it
         self.heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -351,10 +352,32 @@ class Engine:
         request = stream.request
         read = self._admit(slot, request)
         if request.scores or request.embeds:
-            stream._prompt = _prompt(request, jax.device_get(read))
+            stream._prompt = self._prompt(request, jax.device_get(read))
         if request.tokens == 0:
             del self._running[slot]
             stream._listener(Piece("", (), stream._why_not() or "length", prompt=stream._prompt))
+
+    def _prompt(self, request: Request, read: "_Read") -> Prompt:
+        """What a request asked for of what was computed of its prompt."""
+        tokens: list[Token] = []
+        if request.scores:
+            before, top = len(request.prompt) - 1, request.top_logprobs
+            rows = zip(
+                request.prompt[1:],
+                read.logprobs_P[:before].tolist(),
+                read.top_ids_PA[:before, :top].tolist(),
+                read.top_logprobs_PA[:before, :top].tolist(),
+                strict=True,
+            )
+            tokens = [Token(id, p, self._likeliest(ids, ps)) for id, p, ids, ps in rows]
+        if not request.embeds:
+            return Prompt(tuple(tokens))
+        return Prompt(tuple(tokens), np.asarray(read.mean_D), np.asarray(read.last_D))
+
+    def _likeliest(self, ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+        """Ids and log-probabilities, without ids that the model has and the tokenizer lacks."""
+        size = self.trained.tokenizer.vocab_size
+        return tuple(pair for pair in zip(ids, logprobs, strict=True) if pair[0] < size)
 
     def _hand_out(self, written: Written, top: int) -> None:
         """Gives each text its new tokens, and frees the slots of those that have ended."""
@@ -368,13 +391,12 @@ class Engine:
             end: Token | None = None
             shown, finish = "", stream._why_not()
             for i, token in enumerate(ids):
-                likeliest = zip(
+                likeliest = self._likeliest(
                     written.top_ids_BnA[slot, i, : request.top_logprobs].tolist(),
                     written.top_logprobs_BnA[slot, i, : request.top_logprobs].tolist(),
-                    strict=True,
                 )
                 logprob = float(written.logprobs_Bn[slot, i])
-                told = Token(token, logprob, tuple(likeliest) if top else ())
+                told = Token(token, logprob, likeliest if top else ())
                 if token in request.stop_ids:
                     end, finish = told, "stop"
                     break
@@ -477,24 +499,6 @@ class _Read(NamedTuple):
     top_logprobs_PA: jax.Array
     mean_D: jax.Array
     last_D: jax.Array
-
-
-def _prompt(request: Request, read: _Read) -> Prompt:
-    """What a request asked for of what was computed of its prompt."""
-    tokens: list[Token] = []
-    if request.scores:
-        before, top = len(request.prompt) - 1, request.top_logprobs
-        rows = zip(
-            request.prompt[1:],
-            read.logprobs_P[:before].tolist(),
-            read.top_ids_PA[:before, :top].tolist(),
-            read.top_logprobs_PA[:before, :top].tolist(),
-            strict=True,
-        )
-        tokens = [Token(id, p, tuple(zip(ids, ps, strict=True))) for id, p, ids, ps in rows]
-    if not request.embeds:
-        return Prompt(tuple(tokens))
-    return Prompt(tuple(tokens), np.asarray(read.mean_D), np.asarray(read.last_D))
 
 
 @partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 3))
