@@ -30,7 +30,9 @@ from jaxgpt.writing import Text
 
 TOP = 20  # of the likeliest tokens that can be told beside each
 STOPS = 8  # ids that end a text, at most
-PULSE = 10.0  # seconds without a heartbeat after which the engine is taken for dead
+PULSE = (
+    10.0  # seconds without a heartbeat, beside reading prompts, after which it is taken for dead
+)
 STATES, CLASSES = 1024, 512  # of a guide, at most
 SCORED = 64  # prompt positions whose logits over the vocabulary are in memory at once
 
@@ -172,6 +174,7 @@ class Engine:
         self.trained = trained
         self.context = context or most
         self.heartbeat = time.monotonic()
+        self._pulse = PULSE
         self._slots = slots
         self._queue = queue
         self._chunk = chunk
@@ -192,7 +195,12 @@ class Engine:
         """Compiles all there is, then takes requests."""
         self._state, self._at = self._empty(self._slots)
         for length in self._lengths():
-            self._admit(0, Request((0,) * length, 1))
+            self._admit(0, Request((0,) * length, 1))  # returns when it is compiled
+            began = time.monotonic()
+            jax.block_until_ready(self._state)
+            longest = time.monotonic() - began
+        # Between two heartbeats there may be as many of the longest prompts as there are slots.
+        self._pulse = PULSE + 2 * self._slots * longest
         for top in (0, TOP):
             self._state, _ = self._step(top)
         self._keep()
@@ -268,8 +276,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs, and has been seen to in the last seconds."""
-        return self._runs and time.monotonic() - self.heartbeat < PULSE
+        """Whether the thread runs, and was seen to within the time that its prompts may take."""
+        return self._runs and time.monotonic() - self.heartbeat < self._pulse
 
     @property
     def _runs(self) -> bool:
