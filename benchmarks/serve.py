@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -190,7 +190,7 @@ def mistakes(context: int, vocabulary: int) -> list[Mistake]:
         "no JSON": b'{"prompt": ',
         "no object": [],
         "no prompt": {"max_tokens": 4},
-        "a field that is not known": {**fine, "tools": []},
+        "a field that is not known": {**fine, "tools": [1]},
         "a field of another type": {**fine, "max_tokens": "4"},
         "a field out of range": {**fine, "temperature": -1},
         "fields that exclude each other": {**fine, "guided_regex": "a", "guided_choice": ["a"]},
@@ -203,7 +203,7 @@ def mistakes(context: int, vocabulary: int) -> list[Mistake]:
     return [
         *(Mistake(name, post(path, body), 400) for name, body in bodies.items()),
         Mistake("another model", post(path, {**fine, "model": "another"}), 404),
-        Mistake("another path", post("/v1/embeddings", fine), 404),
+        Mistake("another path", post("/v1/images", fine), 404),
         Mistake("another method", get(path), 405),
         Mistake("another host", post(path, fine, host="example.org"), 403),
         Mistake("another kind of body", post(path, fine, kind="text/plain"), 415),
@@ -549,10 +549,12 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Server]:
-    """A server that takes calls."""
+async def serving(
+    path: str, options: Options, log: Path, flags: Sequence[str] = ()
+) -> AsyncIterator[Server]:
+    """A server that takes calls, started with some more flags."""
     command = [sys.executable, "-m", "jaxgpt", "serve", path, "--port", "0"]
-    command += ["--slots", str(options.slots), "--queue", str(options.queue)]
+    command += ["--slots", str(options.slots), "--queue", str(options.queue), *flags]
     env = {**os.environ, "JAX_LOG_COMPILES": "1"}
     started = time.monotonic()
     with log.open("wb") as stderr:
@@ -561,10 +563,13 @@ async def serving(path: str, options: Options, log: Path) -> AsyncIterator[Serve
         )
     server = Server(process, log, started)
     try:
-        line = (await process.stdout.readline()).decode()
-        if not line:
-            raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
-        server.port = int(line.rsplit(":", 1)[1])
+        said = ""
+        while "is ready after" not in said:
+            line = (await process.stdout.readline()).decode()
+            if not line:
+                raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
+            said += line
+        server.port = int(re.findall(r"http://[^/]*:(\d+)/", said)[0])
         connection = Connection(server.port)
         await connection.send(get("/health"))
         assert (await connection.head())[0] == 200

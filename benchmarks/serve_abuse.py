@@ -168,6 +168,12 @@ class Attack:
         content = post("/v1/chat/completions", {"messages": messages})
         await self.many(lambda rng: content)
 
+    async def long_lists_to_embed(self) -> None:
+        """Calls of 2,048 texts each."""
+        texts = [f"text {number}" for number in range(2048)]
+        content = post("/v1/embeddings", {"input": texts})
+        await self.many(lambda rng: content)
+
     async def readers_that_never_read(self) -> None:
         """Pipelined calls whose answers nobody reads."""
         content = get("/") * 200
@@ -251,6 +257,7 @@ KINDS = (
     "tiny_chunks",
     "large_prompts",
     "many_messages",
+    "long_lists_to_embed",
     "readers_that_never_read",
     "garbage",
 )

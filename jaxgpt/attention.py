@@ -5,6 +5,7 @@ only the keys they can see (on a CPU that is 2.2 to 2.5 times faster); `cudnn` i
 attention, `splash` the Pallas kernel for TPU. `choose` says which one runs, and why.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.parallel import spec
 
 CHUNK = 64
+UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops
+LOOPS = 8
 LONGEST_IN_BYTES = 1 << 17  # of a cache: a sum of more products of bytes may be beyond int32
 FEW = 16  # products that a CPU does faster apart than as a batch
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
@@ -223,6 +226,41 @@ def _chunked(q_BTNH, k_BTKH, v_BTKH, chunk, window, segments_BT, drop):
         q_BtNH = q_BTNH[:, start:stop]
         outs.append(attend(q_BtNH, k_BSKH[:, seen], v_BSKH[:, seen], mask_BTS, drop))
     return jnp.concatenate(outs, axis=1)
+
+
+def prompt_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int = 0
+) -> jax.Array:
+    """Causal `attention` by the chunked implementation, for prompts of any length, forward only.
+
+    A long prompt's chunks are computed one after the other in a loop: unrolled, their scores would
+    all be in memory at once, T^2 / 2 for each head, and the program would be as long.
+    """
+    T = q_BTNH.shape[1]
+    if T <= UNROLLED * CHUNK:
+        return _chunked(q_BTNH, k_BTKH, v_BTKH, CHUNK, window, None, None)
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0)))
+    k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
+    outs = []
+    chunks = q_BTNH.shape[1] // CHUNK
+    # A loop's chunks have as many keys each. Several loops spare most of those of the future.
+    bounds = [0, chunks] if window else [chunks * part // LOOPS for part in range(LOOPS + 1)]
+    for first, last in itertools.pairwise(bounds):
+        S = min(last * CHUNK, T, CHUNK + window - 1 if window else T)
+
+        def one(chunk: jax.Array, S: int = S, most: int = min(last * CHUNK, T)) -> jax.Array:
+            start = chunk * CHUNK
+            key = jnp.clip(start + CHUNK - S, 0, most - S)
+            distance_TS = start + jnp.arange(CHUNK)[:, None] - key - jnp.arange(S)[None]
+            mask_BTS = ((distance_TS >= 0) & (distance_TS < (window or T)))[None]
+            q_BtNH = jax.lax.dynamic_slice_in_dim(q_BTNH, start, CHUNK, 1)
+            k_BsKH = jax.lax.dynamic_slice_in_dim(k_BSKH, key, S, 1)
+            v_BsKH = jax.lax.dynamic_slice_in_dim(v_BSKH, key, S, 1)
+            return _together(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
+
+        out_XBtNH = jax.lax.map(one, jnp.arange(first, last))
+        outs.append(jnp.moveaxis(out_XBtNH, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:]))
+    return jnp.concatenate(outs, axis=1)[:, :T]
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):

@@ -74,19 +74,38 @@ def start(
     `new_B` more may follow each, in a cache of S positions; `source` is what an `EncoderDecoder`
     reads, `ahead` and `dtype` are those of the cache.
     """
+    return prefill(
+        model, params, prompts_BP, lengths_B, new_B, S, source, ahead=ahead, dtype=dtype
+    )[0]
+
+
+def prefill(
+    model: GPT,
+    params: Any,
+    prompts_BP: Any,
+    lengths_B: Any,
+    new_B: Any,
+    S: int,
+    source: Rows | None = None,
+    *,
+    ahead: int = 1,
+    dtype: CacheDtype = "same",
+) -> tuple[State, jax.Array]:
+    """The state of `start`, and the prompts' last hidden states, [B, P, D] in the compute dtype."""
     B, P = prompts_BP.shape
     cache, hidden_BPD = _read(model, params, prompts_BP, lengths_B, S, source, ahead, dtype)
-    del hidden_BPD  # the last token is read again when the next is drawn
     rows_B1 = jnp.arange(B)[:, None]
     given_BV = jnp.zeros((B, model.cfg.sizes["V"]), bool)
     given_BV = given_BV.at[rows_B1, prompts_BP].max(jnp.arange(P)[None] < lengths_B[:, None])
-    return State(
+    state = State(
         cache=cache,
+        # The last token is read again when the next one is sampled.
         token_B=prompts_BP[jnp.arange(B), lengths_B - 1].astype(jnp.int32),
         position_B=lengths_B - 1,
         left_B=new_B,
         memory=Memory(jnp.zeros(given_BV.shape, jnp.int32), given_BV, jnp.zeros(B, jnp.int32)),
     )
+    return state, hidden_BPD
 
 
 @partial(jax.jit, static_argnames=("model", "n", "top", "tempered"), donate_argnames=("state",))

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.attention import attention, choose
+from jaxgpt.attention import attention, choose, prompt_attention
 from jaxgpt.cache import Cache, CacheDtype, Floats, Kept, empty, seen
 from jaxgpt.errors import InputError
 from jaxgpt.matmul import matmul, rounded_matmul
@@ -390,13 +390,14 @@ class Block(nn.Module):
         if kept is not None and context.lengths_B is None:
             T, S = q_BTNH.shape[1], kept.own.k_BKSH.shape[2]
             out_BTNH = kept.own.attend(q_BTNH, seen(context.start_B, T, S, self.window))
+        elif kept is not None:
+            out_BTNH = prompt_attention(q_BTNH, k_BTKH, v_BTKH, self.window)
         else:
             out_BTNH = attention(
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,
-                # Prompts are of any length, and kernels for training are not.
-                implementation=self.compute.attention if kept is None else "chunked",
+                implementation=self.compute.attention,
                 causal=self.causal,
                 window=self.window,
                 segments_BT=context.segments_BT,

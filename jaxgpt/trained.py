@@ -166,15 +166,8 @@ class Trained:
         """
         if dtype == "float32":
             return self
-        leaves = letters(self.model)
-
-        def smaller(params: Any) -> Any:
-            plain = merged(params)
-            if dtype == "int8":
-                return quantized(plain, leaves, tables=True)
-            return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
-
-        held = replace(self, params=jax.jit(smaller)(self.params))
+        params = jax.jit(partial(smaller, self.config, dtype))(self.params)
+        held = replace(self, params=params)
         _ = held.model  # which cannot run everywhere
         return held
 
@@ -292,6 +285,16 @@ class Trained:
         return draft.model, draft.params
 
 
+def smaller(config: Config, dtype: Dtype, params: Any) -> Any:
+    """The parameters as `Trained.held_in` has them; a pure function, to jit or `eval_shape`."""
+    if dtype == "float32":
+        return params
+    plain = merged(params)
+    if dtype == "int8":
+        return quantized(plain, letters(config.objective.build(config.model, PLAIN)), tables=True)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from: all that is known of it before its parameters are read."""
@@ -313,6 +316,11 @@ class Source:
     """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
     better: str = ""
     """For a run whose newest step is not its best: which one is, and how to take it."""
+
+    def load(self, dtype: Dtype = "float32") -> Trained:
+        """The model with its parameters, as `load` gives it."""
+        trained = Trained(self.config, self.params(), self.tokenizer, self.generation_config)
+        return trained.held_in(dtype)
 
     @property
     def note(self) -> str:
@@ -361,9 +369,7 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
     "int8" a quarter, and both are faster where reading the matrices is what takes the time. Raises
     InputError where there is no model, it is damaged, or it is in another program's format.
     """
-    found = source(path, adapter)
-    trained = Trained(found.config, found.params(), found.tokenizer, found.generation_config)
-    return trained.held_in(dtype)
+    return source(path, adapter).load(dtype)
 
 
 def source(path: str | Path, adapter: str | Path = "") -> Source:

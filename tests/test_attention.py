@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt import attention as attentions
 from jaxgpt.attention import (
     CHUNK,
     _to_bytes,
@@ -14,6 +15,7 @@ from jaxgpt.attention import (
     attention,
     choose,
     obstacle,
+    prompt_attention,
 )
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
@@ -104,6 +106,22 @@ def numpy_attend(q, k, v, mask):
     k, v = (np.repeat(x, q.shape[2] // x.shape[2], 2).astype(np.float64) for x in (k, v))
     weights = np.exp(np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[3])) * mask[:, None]
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(("T", "window"), [(700, 0), (640, 100), (700, 65), (700, 1), (700, 699)])
+def test_a_long_prompts_attention_in_loops_equals_the_unrolled(monkeypatch, T, window):
+    q, k, v = inputs(T, B=1)
+    unrolled = jax.jit(partial(attention, window=window))(q, k, v)
+    monkeypatch.setattr(attentions, "UNROLLED", 2)
+    looped = jax.jit(partial(prompt_attention, window=window))
+    np.testing.assert_allclose(looped(q, k, v), unrolled, atol=1e-5)
+
+
+def test_attention_of_long_prompts_takes_memory_linear_in_their_length():
+    shapes = [jax.ShapeDtypeStruct((1, 4096, heads, 8), np.float32) for heads in (4, 2, 2)]
+    compiled = jax.jit(prompt_attention).lower(*shapes).compile()
+    # All scores would be 4 heads of 4096 x 4096 / 2 floats, 134 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e7
 
 
 def test_attend_sees_what_the_mask_shows():

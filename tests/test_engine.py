@@ -16,6 +16,7 @@ from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.sampling import Sampling
+from jaxgpt.serve import engine as engines
 from jaxgpt.serve.engine import Busy, Engine, Request, Stopped
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.trained import Trained
@@ -50,7 +51,9 @@ def trained():
 @pytest.fixture(scope="module")
 def engine(trained):
     made = Engine(trained, slots=3, queue=40, chunk=4)
-    made.start()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(engines, "SCORED", 24)  # several blocks, the last of them not whole
+        made.start()
     yield made
     made.stop()
 
@@ -114,6 +117,10 @@ def test_nothing_is_compiled_once_it_has_started(engine, compiled):
             (40, 3, None),
         )
     ]
+    requests += [
+        Request(prompt(n), n % 2, scores=True, embeds=True) for n in (1, 9, 33, 63, 64)[:-1]
+    ]
+    requests.append(Request(prompt(64), 0, scores=True))
     for stream in [engine.submit(request) for request in requests]:
         assert list(stream)[-1].finish
     assert compiled == []
@@ -150,6 +157,40 @@ def test_the_likeliest_are_told_where_they_are_asked_for(engine, trained):
         assert sorted(token.top, key=lambda pair: -pair[1]) == list(token.top)
     for other in others:
         assert all(token.top == () for piece in other for token in piece.tokens)
+
+
+@pytest.mark.parametrize("length", [1, 2, 24, 33, 50, 64])
+def test_a_prompt_is_scored_and_embedded_as_a_forward_pass_has_it(engine, trained, length):
+    ids = prompt(length)
+    request = Request(ids, 0, top_logprobs=2, scores=True, embeds=True)
+    (piece,) = engine.submit(request)
+    apply = partial(trained.model.apply, {"params": trained.params}, np.asarray([ids]))
+    hidden_TD, logits_TV = apply(method="hidden")[0], apply()[0]
+    logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+    scored = piece.prompt.tokens
+    assert (piece.finish, piece.text, piece.tokens) == ("length", "", ())
+    assert [token.id for token in scored] == list(ids[1:])
+    expected = logprobs_TV[np.arange(length - 1), ids[1:]]
+    np.testing.assert_allclose([token.logprob for token in scored], expected, atol=1e-4)
+    for token, row in zip(scored, logprobs_TV, strict=False):
+        assert [id for id, _ in token.top] == np.argsort(-row)[:2].tolist()
+    np.testing.assert_allclose(piece.prompt.mean, hidden_TD.mean(0), atol=1e-5)
+    np.testing.assert_allclose(piece.prompt.last, hidden_TD[-1], atol=1e-5)
+
+
+def test_a_text_follows_a_prompt_that_was_scored_as_any_other(engine, trained):
+    plain = Request(prompt(9), 6, Sampling(temperature=0))
+    pieces = list(engine.submit(replace(plain, scores=True)))
+    assert [bool(piece.prompt) for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert ids_of(pieces) == alone(trained, plain)[0]
+
+
+def test_the_token_that_ends_a_text_is_told_and_is_no_part_of_it(engine, trained):
+    asked = Request(prompt(6), 9, Sampling(temperature=0))
+    ids, logprobs = alone(trained, asked)
+    last = list(engine.submit(replace(asked, stop_ids=(ids[0],))))[-1]
+    assert (last.finish, last.text, last.tokens, last.end.id) == ("stop", "", (), ids[0])
+    assert last.end.logprob == pytest.approx(logprobs[0], abs=1e-4)
 
 
 def test_a_stop_string_ends_a_text_and_is_not_shown(engine, trained):
@@ -299,7 +340,8 @@ def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
         (Request((1, 999), 3), "prompt: it has ids outside"),
         (Request((1,) * 64, 3), "64 tokens, and the context is 64"),
         (Request((1,) * 60, 5), "max_tokens=5 .*set max_tokens to 4 at most"),
-        (Request((1,), 0), "max_tokens=0"),
+        (Request((1,) * 65, 0), "65 tokens, and the context is 64"),
+        (Request((1,), -1), "max_tokens=-1"),
         (Request((1,), 3, top_logprobs=21), "top_logprobs=21"),
         (Request((1,), 3, stops=("",)), "stop: a string is empty"),
         (Request((1,), 3, stop_ids=tuple(range(9))), "9 ids"),

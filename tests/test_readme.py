@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,12 +16,12 @@ import pytest
 import train
 from jaxgpt import cli, config, parallel
 from jaxgpt.data import made, sources
-from jaxgpt.serve import app
+from jaxgpt.serve import server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-BOUND = app._bound
+BOUND = server._bound
 MAKE_MESH = parallel.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
@@ -44,8 +45,10 @@ def small(args, default):
     return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
 
 
-def assert_alive(engine):
-    assert engine.alive
+def wait_until_ready(running, _):
+    while running._gate.engine is None and not running.should_exit:
+        time.sleep(0.05)
+    assert running.should_exit or running._gate.engine.alive
 
 
 @pytest.fixture
@@ -66,8 +69,8 @@ def newcomer(tmp_path, monkeypatch):
     made._docstrings.cache_clear()
     # Nobody types, and nobody calls the server; it is loaded and started.
     monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
-    monkeypatch.setattr(app, "_bound", lambda host, _: BOUND(host, 0))
-    monkeypatch.setattr(app.Server, "run", lambda self, _: assert_alive(self._engine))
+    monkeypatch.setattr(server, "_bound", lambda host, _: BOUND(host, 0))
+    monkeypatch.setattr(server.Server, "run", wait_until_ready)
     assert train.main([]) == 0
     yield
     made._docstrings.cache_clear()

@@ -3,6 +3,7 @@
 The engine is a fake one, which writes a given text; the server is a real one, on this machine.
 """
 
+import base64
 import contextlib
 import json
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,9 +31,9 @@ from jaxgpt import chat, serve
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init
-from jaxgpt.serve import answers, app, guard, page
-from jaxgpt.serve.api import ChatBody, CompletionBody
-from jaxgpt.serve.engine import Busy, Engine, Piece, Stopped, Token
+from jaxgpt.serve import answers, app, guard, memory, page, server
+from jaxgpt.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, TokenizeBody
+from jaxgpt.serve.engine import Busy, Engine, Piece, Prompt, Stopped, Token
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.trained import Trained
 
@@ -56,19 +58,34 @@ class FakeStream:
         ids = tokenizer.encode(text)
         finish = "stop" if len(ids) <= request.tokens else "length"
         ids = ids[: request.tokens]
-        shown = ""
+        shown, read = "", self.read()
+        if not ids:
+            self.cancelled.wait(self.engine.pause)
+            self.engine.running -= 1
+            return self.listener(Piece("", (), finish, prompt=read))
         for position, id in enumerate(ids, 1):
             if self.cancelled.wait(self.engine.pause):
                 return self.listener(Piece("", (), "cancelled"))
             # Whole characters only, as the engine promises.
             text = tokenizer.decode_bytes(ids[:position]).decode(errors="ignore")
             top = tuple((id + i, -0.5 - i) for i in range(request.top_logprobs))
-            piece = Piece(text[len(shown) :], (Token(id, -0.5, top),), "")
+            piece = Piece(text[len(shown) :], (Token(id, -0.5, top),), "", prompt=read)
+            read = None
             if position == len(ids):
                 piece = piece._replace(finish=self.engine.finish or finish)
             shown = text
             self.listener(piece)
         self.engine.running -= 1
+
+    def read(self):
+        """What the engine computes of a prompt: its log-probabilities are -1, -2, ..."""
+        request, tokens = self.request, []
+        for position, id in enumerate(request.prompt[1:], 1):
+            top = tuple((id + i, -position - i) for i in range(request.top_logprobs))
+            tokens.append(Token(id, -position, top))
+        if request.embeds:
+            return Prompt((), np.asarray([3.0, 0, 0, 4]), np.asarray([0.0, 0, 2, 0]))
+        return Prompt(tuple(tokens)) if request.scores else None
 
     def cancel(self):
         self.cancelled.set()
@@ -78,7 +95,11 @@ class FakeEngine:
     """Has an engine's face, and writes what it is told to."""
 
     def __init__(self, tokenizer=CHAT, text=TEXT, pause=0.0, context=128, finish="", places=99):
-        self.trained = SimpleNamespace(tokenizer=tokenizer, generation_config={})
+        model = GPTConfig(D=4)
+        self.trained = SimpleNamespace(
+            tokenizer=tokenizer, config=SimpleNamespace(model=model), generation_config={}
+        )
+        self.capacity = 99
         self.text = text if callable(text) else lambda request: text
         self.pause, self.context, self.finish, self.places = pause, context, finish, places
         self.alive, self.error = True, None
@@ -116,17 +137,17 @@ class FakeEngine:
 def serving(engine, name="little", **options):
     """The port of a server of its own."""
     made = app.create_app(engine, name=name, **options)
-    server = uvicorn.Server(app.configured(made))
+    running = uvicorn.Server(server.configured(made))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # of its connections too
         sock.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread = threading.Thread(target=running.run, args=([sock],), daemon=True)
         thread.start()
-        until(lambda: server.started)
+        until(lambda: running.started)
         try:
             yield sock.getsockname()[1]
         finally:
-            server.should_exit = server.force_exit = True
+            running.should_exit = running.force_exit = True
             thread.join(10)
             engine.stop()
 
@@ -372,10 +393,15 @@ def test_guides_are_what_was_asked_for(shared, body, good, bad):
 
 LONG = "a" * 500
 BAD = [
-    ({"echo": True}, "echo"),
     ({"suffix": "x"}, "suffix"),
-    ({"best_of": 2}, "best_of"),
     ({"unheard_of": 1}, "unheard_of"),
+    ({"unheard_of": False}, "unheard_of"),
+    ({"min_tokens": 1}, "min_tokens"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"use_beam_search": 0}, "use_beam_search"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"store": "yes"}, "store"),
+    ({"service_tier": 1}, "service_tier"),
     ({"model": 3}, "model"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
@@ -399,18 +425,18 @@ BAD = [
     ({"logit_bias": []}, "logit_bias"),
     ({"logit_bias": {str(id): -100 for id in range(CHAT.vocab_size)}}, "logit_bias"),
     ({"logit_bias": {"1": -100}, "guided_choice": ["a"]}, "logit_bias"),
-    ({"n": 5}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": 10**30}, "n"),
     ({"n": 0}, "n"),
     ({"n": True}, "n"),
     ({"n": 1.0}, "n"),
     ({"seed": -1}, "seed"),
     ({"seed": 2**63}, "seed"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 128}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"stop": ""}, "stop[0]"),
-    ({"stop": []}, "stop"),
-    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ["a", 1]}, "stop[1]"),
     ({"stop": "a" * 257}, "stop[0]"),
     ({"stream": 1}, "stream"),
@@ -444,9 +470,15 @@ BAD_COMPLETION = [
     ({"prompt": [1.0]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [10**6]}, "prompt"),
-    ({"prompt": ["a"] * 17}, "prompt"),
+    ({"prompt": ["a"] * 100}, "prompt"),
+    ({"prompt": ["a"] * 10, "n": 10}, "prompt"),
+    ({"best_of": 17}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"echo": 1}, "echo"),
     ({"prompt": LONG}, "prompt"),
     ({"prompt": [0] * 128}, "prompt"),
+    ({"prompt": [0] * 129, "echo": True, "max_tokens": 0}, "prompt"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"messages": HELLO}, "messages"),
@@ -456,11 +488,10 @@ BAD_CHAT = [
     ({"messages": []}, "messages"),
     ({"messages": "Hello"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": "x", "audio": {"id": 1}}]}, "messages[0].audio"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "user", "content": LONG}]}, "messages"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
@@ -468,7 +499,13 @@ BAD_CHAT = [
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"tools": []}, "tools"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"tools": [1]}, "tools[0]"),
+    ({"tools": [{}], "tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"function_call": {"name": "f"}}, "function_call"),
     ({"prompt": "x"}, "prompt"),
 ]
 
@@ -514,6 +551,67 @@ def test_what_is_not_json_is_refused(shared, content):
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
 
 
+def test_fields_that_ask_for_nothing_are_taken(shared):
+    port, _ = shared
+    both = {"best_of": 1, "metadata": {"a": "b"}, "store": True, "user": "me", "unheard_of": None}
+    both |= {"logit_bias": {}, "stop": [], "other": [], "another": {}, "min_tokens": 0}
+    both |= {"use_beam_search": False, "length_penalty": 1.0, "n": 1, "service_tier": "auto"}
+    chats = {"tools": [], "tool_choice": "auto", "functions": None, "parallel_tool_calls": True}
+    chats |= {"modalities": ["text"], "echo": False, "messages": [{**HELLO[0], "extra": None}]}
+    for path, own in (
+        ("/v1/completions", {"prompt": "a", "suffix": "", "echo": False, "logprobs": None}),
+        ("/v1/chat/completions", chats),
+    ):
+        status, _, answer = call(port, path, {**both, **own})
+        assert (status, answer.get("service_tier")) == (200, "default"), answer
+
+
+def test_tools_that_need_not_be_called_are_ignored_and_the_answer_says_so(shared):
+    port, engine = shared
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    prompts = []
+    for body in ({}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none", "stream": True}):
+        status, headers, _ = call(port, "/v1/chat/completions", {"messages": HELLO, **body})
+        prompts.append(engine.requests[-1].prompt)
+        assert (status, headers.get("x-jaxgpt-ignored")) == (200, "tools" if body else None)
+    assert len(set(prompts)) == 1
+
+
+def test_an_empty_answer_that_is_sent_back_is_taken(shared):
+    port, engine = shared
+    end, turns = CHAT.specials["<|im_end|>"], []
+    for content in ("", None):
+        messages = [*HELLO, {"role": "assistant", "content": content}, *HELLO]
+        status, _, answer = call(port, "/v1/chat/completions", {"messages": messages})
+        assert status == 200, answer
+        turns.append(engine.requests[-1].prompt)
+    assert turns[0] == turns[1] and turns[0].count(end) == 3
+
+
+def test_turns_come_in_any_order(shared):
+    port, engine = shared
+    roles = ["assistant", "user", "user", "developer"]
+    messages = [{"role": role, "content": role[0]} for role in roles]
+    assert call(port, "/v1/chat/completions", {"messages": messages})[0] == 200
+    said = CHAT.decode(engine.requests[-1].prompt)
+    turns = [("assistant", "a"), ("user", "u"), ("user", "u"), ("system", "d"), ("assistant", "")]
+    assert re.findall(r"<\|im_start\|>(\w+)\n(\w*)", said) == turns
+
+
+def test_a_last_message_of_the_assistant_is_continued(shared):
+    port, engine = shared
+    messages = [*HELLO, {"role": "assistant", "content": "The answer is"}]
+    assert call(port, "/v1/chat/completions", {"messages": messages})[0] == 200
+    closed = chat.render(chat.choose(CHAT), CHAT, messages).tokens
+    end = len(closed) - closed[::-1].index(CHAT.specials["<|im_end|>"]) - 1
+    assert list(engine.requests[-1].prompt) == closed[:end]
+    # An empty one asks for an answer as if it were not there.
+    messages[-1] = {"role": "assistant", "content": ""}
+    assert call(port, "/v1/chat/completions", {"messages": messages})[0] == 200
+    opened = chat.render(chat.choose(CHAT), CHAT, HELLO, open=True).tokens
+    assert list(engine.requests[-1].prompt) == opened
+
+
 def test_another_model_is_not_found(shared):
     port, _ = shared
     status, _, answer = call(port, "/v1/completions", {"prompt": "a", "model": "gpt-4"})
@@ -552,6 +650,54 @@ def test_log_probabilities_of_a_completion():
     streamed = [json.loads(chunk)["choices"][0]["logprobs"] for chunk in chunks]
     for field in ("tokens", "text_offset"):
         assert [value for each in streamed for value in each[field]] == found[field]
+
+
+ECHO = {"echo": True, "logprobs": 1, "max_tokens": 2, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "prompt_logprobs"),
+    [
+        # The id before a text's own is not shown; the first that is shown has null all the same.
+        ("aé", "a", [None, -2, -3]),
+        ([97, 0xC3, 0xA9], "a", [None, -1, -2]),
+    ],
+)
+def test_an_echo_has_the_prompts_log_probabilities_as_openai_has_them(
+    prompt, first, prompt_logprobs
+):
+    engine = FakeEngine(BASE, "xyz")
+    with serving(engine) as port:
+        _, _, answer = call(port, "/v1/completions", {"prompt": prompt, **ECHO})
+        *chunks, _ = events(port, "/v1/completions", {"prompt": prompt, **ECHO})
+        plain = {"prompt": prompt, "echo": True, "max_tokens": 0}
+        _, _, unscored = call(port, "/v1/completions", plain)
+        _, _, bare = call(port, "/v1/completions", {**plain, "add_special_tokens": False})
+    found = answer["choices"][1]["logprobs"]
+    assert answer["choices"][1]["text"] == "aéxy"
+    assert found["tokens"] == [first, "bytes:\\xc3", "bytes:\\xa9", "x", "y"]
+    assert found["token_logprobs"] == [*prompt_logprobs, -0.5, -0.5]
+    assert found["text_offset"] == [0, 1, 1, 2, 3]
+    assert found["top_logprobs"][0] is None
+    assert found["top_logprobs"][1] == {"bytes:\\xc3": prompt_logprobs[1]}
+    choices = [choice for chunk in map(json.loads, chunks) for choice in chunk["choices"]]
+    streamed = [choice for choice in choices if choice["index"] == 1]
+    assert "".join(choice["text"] for choice in streamed) == "aéxy"
+    for field in found:
+        told = [choice["logprobs"][field] for choice in streamed]
+        assert [value for each in told for value in each] == found[field]
+    assert unscored["choices"][0] == {
+        "index": 0,
+        "text": "aé",
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    assert bare["usage"]["prompt_tokens"] == 3
+
+
+def test_a_stream_with_echo_begins_with_the_prompt(shared):
+    *chunks, _ = events(shared[0], "/v1/completions", {"prompt": "Grüß", "echo": True, "n": 2})
+    assert join(map(json.loads, chunks), "text").startswith("Grüß" + TEXT[:8])
 
 
 def test_log_probabilities_of_a_chat(shared):
@@ -726,7 +872,7 @@ def test_metrics_count_what_happened():
     parser = pytest.importorskip("prometheus_client.parser")
     with serving(FakeEngine(text="ab")) as port:
         call(port, "/v1/completions", {"prompt": "a", "n": 2})
-        call(port, "/v1/completions", {"prompt": "a", "n": 9})
+        call(port, "/v1/completions", {"prompt": "a", "n": 99})
         call(port, "/nothing/" + "x" * 100)
         _, headers, data = call(port, "/metrics")
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -769,7 +915,7 @@ def test_every_response_has_the_headers_of_safety(shared):
 
 
 NAMES = st.sampled_from(
-    sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "echo", "tools"})
+    sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "input", "min_tokens"})
 )
 JSON = st.recursive(
     st.none()
@@ -796,6 +942,83 @@ def test_no_body_is_the_servers_fault(shared, chats, body):
     status, _, answer = call(port, path, body)
     assert status in (200, 400, 404)
     assert status == 200 or answer["error"]["message"]
+
+
+def test_embeddings_are_hidden_states_of_length_1(shared):
+    port, engine = shared
+    texts = [f"text {number}" for number in range(20)]
+    status, _, answer = call(port, "/v1/embeddings", {"input": texts, "model": "little"})
+    assert status == 200 and answer["object"] == "list" and answer["model"] == "little"
+    assert [each["index"] for each in answer["data"]] == list(range(20))
+    assert all(each["embedding"] == pytest.approx([0.6, 0, 0, 0.8]) for each in answer["data"])
+    asked = [CHAT.decode(request.prompt[1:]) for request in engine.requests[-20:]]
+    assert sorted(asked) == sorted(texts)
+    tokens = sum(len(CHAT.encode(text)) + 1 for text in texts)
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    body = {"input": [[1, 2], [3]], "pooling": "last", "encoding_format": "base64"}
+    _, _, answer = call(port, "/v1/embeddings", body)
+    for each in answer["data"]:
+        vector = np.frombuffer(base64.b64decode(each["embedding"]), "<f4")
+        np.testing.assert_allclose(vector, [0, 0, 1, 0])
+    assert [engine.requests[-2].prompt, engine.requests[-1].prompt] == [(1, 2), (3,)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": ["a", 1]}, "input"),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, "input"),
+        ("/v1/embeddings", {"input": "a" * 5000}, "input"),
+        ("/v1/embeddings", {"input": [10**6]}, "input"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "pooling": "cls"}, "pooling"),
+        ("/v1/embeddings", {"input": "a", "stream": True}, "stream"),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "content": "b"}, "content"),
+        ("/tokenize", {"prompt": 1}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)
+def test_what_cannot_be_embedded_or_tokenized_is_refused_by_name(shared, path, body, param):
+    status, _, answer = call(shared[0], path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_tokens_of_a_text_and_their_text(shared):
+    port, _ = shared
+    ids = CHAT.encode(TEXT)
+    for body, tokens in (
+        ({"prompt": TEXT}, [CHAT.eot, *ids]),
+        ({"prompt": TEXT, "add_special_tokens": False}, ids),
+        ({"content": TEXT}, ids),
+        ({"content": TEXT, "add_special": True}, [CHAT.eot, *ids]),
+        ({"content": ""}, []),
+        ({"messages": HELLO}, chat.render(chat.choose(CHAT), CHAT, HELLO, open=True).tokens),
+    ):
+        _, _, answer = call(port, "/tokenize", body)
+        assert (answer["tokens"], answer["count"]) == (tokens, len(tokens))
+        assert answer["max_model_len"] == 128
+    _, _, answer = call(port, "/tokenize", {"content": "ab", "with_pieces": True})
+    assert answer["tokens"] == [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]
+    _, _, answer = call(port, "/tokenize", {"prompt": "ab", "return_token_strs": True})
+    assert answer["token_strs"] == ["<|endoftext|>", "a", "b"]
+    _, _, answer = call(port, "/detokenize", {"tokens": ids})
+    assert answer == {"prompt": TEXT, "content": TEXT}
+
+
+def test_the_docs_have_every_field_and_nothing_from_elsewhere():
+    with serving(FakeEngine(), api_key="secret") as port:
+        status, headers, data = call(port, "/docs")
+    page, policy = data.decode(), headers["content-security-policy"]
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    assert set(re.findall(r"https?://[^/' ]*", page)) == {"http://127.0.0.1:8000"}
+    assert "<script" not in page and "unsafe" not in policy and "default-src 'none'" in policy
+    for body in (ChatBody, CompletionBody, EmbeddingBody, TokenizeBody):
+        assert {f"<code>{name}</code>" in page for name in body.model_fields} == {True}
 
 
 def test_openais_own_client_understands_it():
@@ -828,10 +1051,16 @@ def test_openais_own_client_understands_it():
                 chunks = list(stream)
             assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == TEXT
             assert chunks[-1].usage.completion_tokens == len(CHAT.encode(TEXT))
+            vectors = client.embeddings.create(model="little", input=["a", "b"])
+            assert [each.embedding[3] for each in vectors.data] == pytest.approx([0.8] * 2)
+            text = client.completions.create(
+                model="little", prompt="ab", max_tokens=1, echo=True, logprobs=0
+            )
+            assert text.choices[0].logprobs.token_logprobs == [None, -2, -0.5]
             text = client.completions.create(model="little", prompt=["a", "b"], max_tokens=99)
             assert [choice.text for choice in text.choices] == [TEXT] * 2
             with pytest.raises(openai.BadRequestError) as bad:
-                client.completions.create(model="little", prompt="a", n=9)
+                client.completions.create(model="little", prompt="a", n=99)
             assert bad.value.param == "n"
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="other", prompt="a")
@@ -846,10 +1075,27 @@ def test_openais_own_client_understands_it():
                 client.models.list()
 
 
+def test_langchain_understands_it():
+    langchain = pytest.importorskip(
+        "langchain_openai", reason="compares with LangChain: pip install langchain-openai"
+    )
+    with serving(FakeEngine()) as port:
+        where = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "x", "model": "little"}
+        llm = langchain.ChatOpenAI(**where, max_retries=0)
+        assert llm.invoke("Hello").content == TEXT
+        assert "".join(chunk.content for chunk in llm.stream("Hello")) == TEXT
+        assert [answer.content for answer in llm.batch(["a", "b"])] == [TEXT] * 2
+        # By itself it would cut texts with OpenAI's tokenizer, which it downloads.
+        embeddings = langchain.OpenAIEmbeddings(**where, check_embedding_ctx_length=False)
+        for vector in embeddings.embed_documents(["a", "b"]):
+            assert vector == pytest.approx([0.6, 0, 0, 0.8])
+
+
 @pytest.fixture(scope="module")
 def real():
     """A server of a small random model, its engine, and the model."""
-    cfg = GPTConfig(L=1, D=32, N=2, T=64, V=CHAT.vocab_size)
+    # As published models do, it has rows for more tokens than there are.
+    cfg = GPTConfig(L=1, D=32, N=2, T=64, V=CHAT.vocab_size + 60)
     params = jax.jit(init, static_argnums=0)(cfg.build(ComputeConfig()), jax.random.key(1))
     params = jax.tree.map(lambda leaf: 3 * leaf, params)
     trained = Trained(Config(name="tiny", model=cfg), params, CHAT)
@@ -869,6 +1115,30 @@ def test_a_real_model_says_what_it_does_without_a_server(real):
         *chunks, _ = events(port, "/v1/chat/completions", body)
         said = join(map(json.loads, chunks), "content")
         assert said == trained.chat(HELLO, 20, **drawn)
+
+
+def test_log_probabilities_name_only_tokens_that_there_are(real):
+    port, _, _ = real
+    body = {"prompt": "abcdefgh", "max_tokens": 9, "echo": True, "logprobs": 5, "seed": 0}
+    status, _, answer = call(port, "/v1/completions", body)
+    assert status == 200
+    tops = answer["choices"][0]["logprobs"]["top_logprobs"][1:]
+    assert all(1 <= len(top) <= 6 for top in tops) and min(map(len, tops)) < 5
+
+
+def test_best_of_answers_with_the_texts_that_are_likeliest_by_token(real):
+    port, _, _ = real
+    body = {"prompt": "ab", "max_tokens": 6, "seed": 4, "logprobs": 0}
+    _, _, every = call(port, "/v1/completions", {**body, "n": 5})
+    _, _, best = call(port, "/v1/completions", {**body, "n": 2, "best_of": 5})
+
+    def mean(choice):
+        return np.mean(choice["logprobs"]["token_logprobs"])
+
+    ranked = sorted(every["choices"], key=mean, reverse=True)[:2]
+    assert [choice["text"] for choice in best["choices"]] == [choice["text"] for choice in ranked]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"] == every["usage"]
 
 
 def test_a_real_models_json_is_what_was_asked_for(real):
@@ -916,7 +1186,7 @@ DRAINING = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_serve import FakeEngine
-from jaxgpt.serve import app
+from jaxgpt.serve import app, server
 
 class Telling(FakeEngine):
     def submit(self, *args, **rest):
@@ -925,10 +1195,11 @@ class Telling(FakeEngine):
         return stream
 
 engine = Telling(pause=0.1)
-made = app.create_app(engine, name="little")
-sock = app._bound("127.0.0.1", 0)
+gate = server.Gate("", True)
+gate.open(app.create_app(engine, name="little"), engine)
+sock = server._bound("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
-app.Server(app.configured(made), made, engine).run([sock])
+server.Server(gate).run([sock])
 """
 
 
@@ -963,6 +1234,85 @@ def test_sigterm_lets_what_is_running_end_and_takes_nothing_new():
     assert done == "[DONE]" and join(map(json.loads, chunks), "content") == TEXT
 
 
+def test_until_the_model_is_loaded_everything_is_told_to_come_again():
+    gate = server.Gate("secret", local=True)
+    running = uvicorn.Server(server.configured(gate))
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        thread = threading.Thread(target=running.run, args=([sock],), daemon=True)
+        thread.start()
+        until(lambda: running.started)
+        key = {"authorization": "Bearer secret"}
+        status, headers, answer = call(port, "/health")
+        assert (status, answer, headers["retry-after"]) == (503, {"status": "loading"}, "5")
+        status, headers, data = call(port, "/")
+        assert status == 503 and b"loading" in data and "frame-ancestors" in str(headers)
+        for path, body in (("/v1/models", None), ("/v1/completions", {"prompt": "a"})):
+            status, headers, answer = call(port, path, body, headers=key)
+            assert (status, answer["error"]["code"]) == (503, "loading") and headers["retry-after"]
+        assert call(port, "/v1/models")[0] == 401
+        assert call(port, "/health", headers={"host": "evil.example"})[0] == 403
+        engine = FakeEngine()
+        gate.open(app.create_app(engine, name="little", api_key="secret"), engine)
+        assert call(port, "/health")[0] == 200
+        assert call(port, "/v1/completions", {"prompt": "a"}, headers=key)[0] == 200
+        running.should_exit = True
+        thread.join(10)
+
+
+LOADING = """
+import time
+from jaxgpt import serve
+from jaxgpt.serve import server
+
+server.source = lambda path: time.sleep(100)
+serve.run("nowhere", serve.ServeConfig(port=0))
+"""
+
+
+def test_ctrl_c_while_the_model_is_loading_ends_the_server():
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r":(\d+)/health", process.stdout.readline())[1])
+            until(lambda: call(port, "/health")[2] == {"status": "loading"})
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_what_keeps_a_model_from_loading_ends_the_server_with_its_error(monkeypatch, capsys):
+    def fail(path):
+        raise InputError("there is no model")
+
+    monkeypatch.setattr(server, "source", fail)
+    with pytest.raises(InputError, match="there is no model"):
+        serve.run("nowhere", serve.ServeConfig(port=0))
+    assert re.fullmatch(r"loading nowhere; .*/health says so\n", capsys.readouterr().out)
+
+
+def test_the_start_says_what_was_chosen_where_it_is_and_how_to_stop(monkeypatch, capsys):
+    engine = FakeEngine()
+    engine.start = lambda: None
+    plan = memory.Plan(3, 640, 10**9, 10**8, 10**7, 0, 2 * 10**9)
+    config = SimpleNamespace(name="little")
+    loads = SimpleNamespace(config=config, lineage={}, load=lambda dtype: "model")
+    made = []
+    monkeypatch.setattr(server, "source", lambda path: loads)
+    monkeypatch.setattr(server.memory, "choose", lambda *_: plan)
+    monkeypatch.setattr(server, "Engine", lambda *args, **given: made.append(given) or engine)
+    monkeypatch.setattr(server.Server, "run", lambda self, _: until(lambda: self._gate.engine))
+    said = []
+    serve.run(".", serve.ServeConfig(port=0))
+    until(lambda: "stop" in (said.append(capsys.readouterr().out) or "".join(said)), 10)
+    assert made == [{"slots": 3, "context": 640, "queue": 64, "cache": "same"}]
+    assert "3 slots of 640 tokens need 1.3 GB of memory, of which 2.0 GB are free" in "".join(said)
+    for part in ("little is ready", "/v1, described at http://127.0.0.1:", "Ctrl-C"):
+        assert part in "".join(said)
+
+
 def test_other_machines_need_a_key(monkeypatch):
     monkeypatch.delenv("JAXGPT_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
@@ -971,7 +1321,7 @@ def test_other_machines_need_a_key(monkeypatch):
 
 
 def test_an_address_that_cannot_be_is_found_before_the_model_is_read(monkeypatch):
-    monkeypatch.setattr(app, "load", lambda path, dtype: pytest.fail("read"))
+    monkeypatch.setattr(server, "source", lambda path: pytest.fail("read"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match="port"):
             serve.run("nowhere", serve.ServeConfig(port=taken.getsockname()[1]))
@@ -984,7 +1334,7 @@ def test_without_fastapi_it_says_what_to_install(monkeypatch):
     for name in list(sys.modules):
         if name.startswith("jaxgpt.serve."):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(serve, "app")
+    monkeypatch.delattr(serve, "server")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(InputError, match=re.escape("pip install 'jaxgpt[serve]'")):
         serve.run("nowhere")

@@ -86,7 +86,7 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
-        monkeypatch.setattr("jaxgpt.serve.api.regex", self)
+        monkeypatch.setattr("jaxgpt.serve.bodies.regex", self)
 
     def __call__(self, tokenizer, pattern, **options):
         self.patterns.append(pattern)
@@ -471,3 +471,11 @@ def test_numbers_and_nesting_beyond_all_bounds_are_a_bad_request(shared, field):
     status, _, answer = call(shared, "/v1/completions", content)
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
     assert time.monotonic() - start < 5
+
+
+def test_lists_to_embed_leave_places_in_the_queue_to_others():
+    engine = FakeEngine(text="x", pause=0.02, places=app.EMBEDDING + 1)
+    content = post("/v1/embeddings", json.dumps({"input": [[1], [2]] * 500}).encode())
+    with serving(engine) as port, clients(port, 3 * app.EMBEDDING, content):
+        until(lambda: engine.running == app.EMBEDDING)
+        check_answers(port)

@@ -154,6 +154,20 @@ def render(
     return encoded(tokenizer, template.pieces(checked, open, tools), others)
 
 
+def render_continuation(template: Template, tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The token ids of a conversation up to the end of its last message's text, for the model to
+    continue it: the message has no end of turn.
+
+    Raises InputError as `render` does.
+    """
+    template.check(tokenizer)
+    checked = conversation(messages)
+    pieces = template.for_conversation(checked, ()).pieces(checked, False)
+    while not isinstance(pieces[-1], Content):
+        pieces.pop()
+    return encoded(tokenizer, pieces).tokens
+
+
 def encoded(tokenizer: Tokenizer, pieces: Sequence[Piece], others: float = 0.0) -> Rendered:
     """Pieces as ids and weights; only in markup are there special tokens."""
     whole, end = "".join(piece.text for piece in pieces), 0

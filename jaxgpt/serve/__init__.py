@@ -27,12 +27,18 @@ class ServeConfig:
     """What callers have to know; better in $JAXGPT_API_KEY, where nobody sees it."""
     name: str = ""
     """What the model is called; by default after its run."""
-    slots: int = 8
-    """How many texts are written at once."""
+    slots: int = 0
+    """How many texts are generated at once; 0: up to 8, as many as fit into the memory."""
     queue: int = 64
     """How many requests wait for a slot before others are turned away."""
     context: int = 0
-    """Tokens of a prompt and its answer, at most; 0: the model's."""
+    """Tokens of a prompt and its answer, at most; 0: the model's context, or half of it, a quarter
+    and so on, if no more fits into the memory."""
+    max_n: int = 16
+    """Texts that a request may ask for a prompt (`n`, `best_of`), at most."""
+    add_special_tokens: bool = True
+    """Whether a prompt of text begins with the token with which the tokenizer begins documents, as
+    in training; a request's own add_special_tokens overrides it."""
     deadline: float = 300.0
     """Seconds from a request's arrival to the end of its answer, at most, with all waiting."""
     dtype: Dtype = "float32"
@@ -49,11 +55,11 @@ def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
     is read.
     """
     try:
-        from jaxgpt.serve import app
+        from jaxgpt.serve import server
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise InputError(
             f"the server needs {error.name}, which is not installed; pip install 'jaxgpt[serve]'"
         ) from None
-    app.run(path, cfg)
+    server.run(path, cfg)

@@ -1,18 +1,19 @@
 """Pieces of text from the engine's thread to OpenAI's answers, whole or as events."""
 
 import asyncio
-import codecs
 import contextlib
 import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from jaxgpt.serve.api import Asked, Refused, Served
+from jaxgpt.serve.api import Call, Served
+from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.engine import Engine, Piece, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
+from jaxgpt.tokenizer import TextDecoder
 
 Place = tuple[bool, bool]
 """What `Tokenizer.place` gives."""
@@ -104,41 +105,61 @@ class Answer(ABC):
     event_kind: ClassVar[str]
     """The `object` of its events."""
 
-    def __init__(self, body: Asked, served: Served, requests: Sequence[Request]) -> None:
+    def __init__(self, call: Call, served: Served) -> None:
+        body, requests = call.body, call.requests
         self._body = body
         self._tokenizer = served.tokenizer
-        # How the next token of each choice is spelled, see `Tokenizer.spell`.
-        self._places = [
-            served.tokenizer.place(request.prompt if request.continues else ())
-            for request in requests
-        ]
-        self._choices = len(requests)
-        self._prompt_tokens = sum(len(request.prompt) for request in requests[:: body.choices])
+        self._requests = requests
+        self._before = [request.prompt if request.continues else () for request in requests]
+        for number, echo in enumerate(call.echoes):
+            self._before[number] = requests[number].prompt[: echo.hidden]
+        # How the next token of each text is spelled, see `Tokenizer.spell`.
+        self._places = [served.tokenizer.place(before) for before in self._before]
+        self._prompt_tokens = sum(len(request.prompt) for request in requests[:: body.texts])
         self._tokens = 0
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": served.name,
+            **({"service_tier": "default"} if body.service_tier is not None else {}),
         }
 
     async def whole(self, streams: Streams) -> bytes:
         """The whole answer as JSON, once it is finished."""
-        pieces: list[list[Piece]] = [[] for _ in range(self._choices)]
+        pieces: list[list[Piece]] = [[] for _ in self._requests]
         async for written in streams:
             if written:
                 pieces[written.choice].append(written.piece)
         return await asyncio.to_thread(self._whole, pieces)  # megabytes, with log probabilities
 
     def _whole(self, pieces: list[list[Piece]]) -> bytes:
-        choices = []
-        for choice, some in enumerate(pieces):
+        texts = []
+        for text, some in enumerate(pieces):
             tokens = tuple(token for piece in some for token in piece.tokens)
             self._tokens += len(tokens)
-            piece = Piece("".join(piece.text for piece in some), tokens, some[-1].finish)
-            choices.append(self._choice(choice, piece, self.said(piece.text)))
+            first, last = some[0], some[-1]
+            shown = "".join(piece.text for piece in some)
+            texts.append((text, Piece(shown, tokens, last.finish, last.end, first.prompt)))
+        choices: list[dict[str, Any]] = []
+        for start in range(0, len(texts), self._body.texts):
+            for text, piece in self._best(texts[start : start + self._body.texts]):
+                choices.append(
+                    {**self._choice(text, piece, self.said(text, piece)), "index": len(choices)}
+                )
         return _json(
             {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
         )
+
+    def _best(self, texts: list[tuple[int, Piece]]) -> list[tuple[int, Piece]]:
+        """Of one prompt's texts those that are answered: the likeliest by token, if not all."""
+        if len(texts) == self._body.choices:
+            return texts
+
+        def mean(text: tuple[int, Piece]) -> float:
+            tokens = [*text[1].tokens, *([text[1].end] if text[1].end else [])]
+            return sum(token.logprob for token in tokens) / max(len(tokens), 1)
+
+        return sorted(texts, key=mean, reverse=True)[: self._body.choices]
 
     async def events(self, streams: Streams) -> AsyncIterator[bytes]:
         """All of it as server-sent events; where it fails, the last of them says why."""
@@ -155,8 +176,9 @@ class Answer(ABC):
                 choice, piece = written
                 self._tokens += len(piece.tokens)
                 # Text may be held back where a stop string may be beginning.
-                if piece.text or piece.finish or (piece.tokens and self._body.top is not None):
-                    said = self._choice(choice, piece, self.added(piece.text))
+                told = (piece.tokens or piece.prompt) and self._body.top is not None
+                if piece.text or piece.finish or told:
+                    said = self._choice(choice, piece, self.added(choice, piece))
                     yield _event({**head, "choices": [said], **usage})
         except Refused as refused:
             yield _event(refused.body)
@@ -170,31 +192,31 @@ class Answer(ABC):
         return []
 
     @abstractmethod
-    def said(self, text: str) -> dict[str, Any]:
+    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
         """A whole choice's own field."""
 
     @abstractmethod
-    def added(self, text: str) -> dict[str, Any]:
+    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
         """The same of an event's choice."""
 
     @abstractmethod
-    def logprobs(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Log probabilities of tokens, the next ones of a choice."""
+    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """Log probabilities of a piece's tokens, the next ones of a choice."""
 
     def _choice(self, choice: int, piece: Piece, said: dict[str, Any]) -> dict[str, Any]:
         asked = self._body.top is not None
         return {
             "index": choice,
             **said,
-            "logprobs": self.logprobs(choice, piece.tokens) if asked else None,
+            "logprobs": self.logprobs(choice, piece) if asked else None,
             "finish_reason": piece.finish or None,
         }
 
-    def _placed(self, choice: int, tokens: Sequence[Token]) -> Iterator[tuple[Token, Place]]:
-        """The next tokens of a choice, each with the place by which it is spelled."""
-        for token in tokens:
-            yield token, self._places[choice]
-            self._places[choice] = False, token.id in self._tokenizer.spaced
+    def _place(self, choice: int, id: int) -> Place:
+        """How the next token of a text is spelled; `id` is that token."""
+        place = self._places[choice]
+        self._places[choice] = False, id in self._tokenizer.spaced
+        return place
 
     def _piece(self, id: int, place: Place) -> bytes:
         return self._tokenizer.spell([id], *place)[0]
@@ -213,33 +235,65 @@ class Completion(Answer):
     prefix = "cmpl"
     kind = event_kind = "text_completion"
 
-    def __init__(self, body: Asked, served: Served, requests: Sequence[Request]) -> None:
-        super().__init__(body, served, requests)
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = [decoder("replace") for _ in requests]
-        self._offsets = [0] * len(requests)
+    def __init__(self, call: Call, served: Served) -> None:
+        super().__init__(call, served)
+        self._echoes = call.echoes
+        self._decoders = [TextDecoder(served.tokenizer, before) for before in self._before]
+        self._offsets = [0] * len(call.requests)
 
-    def said(self, text: str) -> dict[str, Any]:
-        """See `Answer`."""
-        return {"text": text}
+    def opening(self) -> list[dict[str, Any]]:
+        """With `echo` the prompts, unless their log-probabilities come with them later."""
+        if not self._echoes or self._body.top is not None:
+            return []
+        return [
+            self._choice(choice, Piece(""), {"text": echo.text})
+            for choice, echo in enumerate(self._echoes)
+        ]
 
-    added = said
+    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """See `Answer`; with `echo` the prompt comes first."""
+        before = self._echoes[choice].text if self._echoes else ""
+        return {"text": before + piece.text}
 
-    def logprobs(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """See `Answer`; `text_offset` counts the characters before a token in the choice's text."""
-        offsets, names, top = [], [], []
-        for token, place in self._placed(choice, tokens):
+    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """See `Answer`; the prompt comes with its log-probabilities, or else in `opening`."""
+        return self.said(choice, piece) if piece.prompt else {"text": piece.text}
+
+    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
+        """See `Answer`; in OpenAI's layout.
+
+        `text_offset` counts the characters before a token in the choice's text. With `echo` the
+        prompt's tokens are the first, of which the first of all has null. The token that ended the
+        text is the last, though it is no part of the text.
+        """
+        tokens: list[Token | None] = [*piece.tokens, *([piece.end] if piece.end else [])]
+        ids = [token.id for token in tokens if token]
+        if piece.prompt and self._echoes:
+            hidden = self._echoes[choice].hidden
+            ids = [*self._requests[choice].prompt[hidden:], *ids]
+            # The first that is shown has null also where a hidden one precedes it, as OpenAI's.
+            echoed = [None, *piece.prompt.tokens][hidden:]
+            tokens = [*([None] if echoed else []), *echoed[1:], *tokens]
+        offsets, names, likeliest = [], [], []
+        for id, token in zip(ids, tokens, strict=True):
             offsets.append(self._offsets[choice])
-            piece = self._piece(token.id, place)
-            self._offsets[choice] += len(self._decoders[choice].decode(piece))
-            names.append(_name(piece))
-            top.append({_name(self._piece(id, place)): _number(p) for id, p in token.top})
+            self._offsets[choice] += len(self._decoders[choice].decode([id]))
+            place = self._place(choice, id)
+            names.append(_name(self._piece(id, place)))
+            likeliest.append(token and self._likeliest(token, place))
         return {
             "tokens": names,
-            "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": top,
+            "token_logprobs": [token and _number(token.logprob) for token in tokens],
+            "top_logprobs": likeliest,
             "text_offset": offsets,
         }
+
+    def _likeliest(self, token: Token, place: Place) -> dict[str, float]:
+        """The likeliest tokens' texts with their log-probabilities, and the token itself."""
+        found: dict[str, float] = {}
+        for id, logprob in (*token.top, (token.id, token.logprob)):
+            found.setdefault(_name(self._piece(id, place)), _number(logprob))
+        return found
 
 
 class Chat(Answer):
@@ -252,25 +306,23 @@ class Chat(Answer):
     def opening(self) -> list[dict[str, Any]]:
         """Who speaks."""
         delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._choice(choice, Piece("", (), ""), delta) for choice in range(self._choices)]
+        return [self._choice(choice, Piece(""), delta) for choice in range(len(self._requests))]
 
-    def said(self, text: str) -> dict[str, Any]:
+    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
         """See `Answer`."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
 
-    def added(self, text: str) -> dict[str, Any]:
+    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
         """See `Answer`."""
-        return {"delta": {"content": text} if text else {}}
+        return {"delta": {"content": piece.text} if piece.text else {}}
 
-    def logprobs(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
         """See `Answer`."""
-        content = [
-            {
-                **self._token(token.id, token.logprob, place),
-                "top_logprobs": [self._token(id, logprob, place) for id, logprob in token.top],
-            }
-            for token, place in self._placed(choice, tokens)
-        ]
+        content = []
+        for token in piece.tokens:
+            place = self._place(choice, token.id)
+            top = [self._token(id, logprob, place) for id, logprob in token.top]
+            content.append({**self._token(token.id, token.logprob, place), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _token(self, id: int, logprob: float, place: Place) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The server: its paths, and its life from a model's files to SIGTERM.
+"""The server's paths, as an ASGI application.
 
 A call is read and parsed into requests, the engine generates their texts, and an answer is made of
 those. The event loop only waits: bodies are parsed and tokenized in threads, large ones one at a
@@ -6,48 +6,36 @@ time in a thread of their own, and constraints are compiled in another.
 """
 
 import asyncio
-import ipaddress
-import os
 import re
-import socket
-import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
-from jaxgpt.paths import expand
-from jaxgpt.pretrained import generation
-from jaxgpt.sampling import Sampling
-from jaxgpt.serve import ServeConfig, page
-from jaxgpt.serve import engine as engines
+from jaxgpt.serve import docs, page
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
-from jaxgpt.serve.api import Asked, Call, Refused, Served
-from jaxgpt.serve.connections import Connection, raise_file_limit
+from jaxgpt.serve.api import Call, EmbeddingCall, Served
+from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.constraints import Compiler
+from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
 from jaxgpt.serve.metrics import Metrics
-from jaxgpt.trained import load
 
 T = TypeVar("T")
 
-DRAIN = 25.0
-"""Seconds that what is running has, after SIGTERM, to end."""
-CLOSE = 5
-"""Seconds more that connections have to take what is left."""
 SMALL = 1 << 14
 """Bytes of the largest body that is parsed beside others; larger ones are parsed one at a time."""
+EMBEDDING = 4
+"""Calls of /v1/embeddings that take a place in the engine's queue at once; the others wait."""
 LARGE = 16
 """Large bodies that wait while one is parsed, at most."""
 
@@ -59,70 +47,70 @@ def create_app(
     api_key: str = "",
     local: bool = True,
     deadline: float = 300.0,
+    max_n: int = 16,
+    add_special_tokens: bool = True,
 ) -> FastAPI:
-    """The server of an engine's model, which is called `name`, as an ASGI application.
+    """The server of an engine's model as an ASGI application.
 
-    With `api_key` every call needs it, but for the page and /health. `local` refuses calls that
-    name another host than this machine. An answer takes at most `deadline` seconds.
+    Args:
+        engine: It has been started.
+        name: What the model is called.
+        api_key: What every call needs, but for the pages and /health; "": nothing.
+        local: Whether calls that name another host than this machine are refused.
+        deadline: Seconds that an answer takes, at most.
+        max_n: Texts that a call may ask for a prompt, at most.
+        add_special_tokens: Whether prompts of text begin as documents do.
     """
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
-    served = _served(engine, name)
+    served = _served(engine, name, max_n, add_special_tokens)
     metrics = Metrics()
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
+    embedding = asyncio.Semaphore(EMBEDDING)
     created = int(time.time())
     page_files = page.read_files()
+    docs_page, docs_policy = docs.page()
 
-    async def prepared(
-        parse: Callable[[bytes], Call], content: bytes, until: float
-    ) -> tuple[Asked, list[engines.Request]]:
-        """A call's body and requests, parsed, and with what their texts have to match."""
+    async def parsed(parse: Callable[[bytes], T], content: bytes, until: float) -> T:
+        """What `parse` returns, computed in a thread before the deadline."""
         async with asyncio.timeout(until - time.monotonic()):
             if len(content) > SMALL:
-                body, requests, constraint = await large.run(parse, content)
-            else:
-                body, requests, constraint = await asyncio.to_thread(parse, content)
-        if constraint is None:
-            return body, requests
+                return await large.run(parse, content)
+            return await asyncio.to_thread(parse, content)
+
+    async def prepared(parse: Callable[[bytes], Call], content: bytes, until: float) -> Call:
+        """A call that was parsed, whose requests have what their texts have to match."""
+        call = await parsed(parse, content, until)
+        if (constraint := call.constraint) is None:
+            return call
         try:
             guide = await compiler.compile(constraint, until)
         except InputError as error:
             field = constraint.field
             raise Refused(400, f"{field}: {error}", param=field) from None
-        return body, [replace(request, guide=guide) for request in requests]
+        return call._replace(requests=[replace(request, guide=guide) for request in call.requests])
+
+    async def started(request: Request) -> tuple[bytes, float]:
+        """A call's body, and when its answer has to be complete."""
+        if app.state.draining:
+            raise _stopping()
+        return await read(request), time.monotonic() + deadline
 
     async def answer(
         request: Request, parse: Callable[[bytes], Call], kind: type[Answer]
     ) -> Response:
-        if app.state.draining:
-            raise _stopping()
-        content = await read(request)
-        until = time.monotonic() + deadline
-        try:
-            body, requests = await unless_gone(request.receive, prepared(parse, content, until))
-            streams = Streams(engine, requests, until - time.monotonic(), metrics)
-        except InputError as error:
-            field = re.match(r"(\w+)[:=]", str(error))
-            raise Refused(400, str(error), param=field and field[1]) from None
-        except Busy as busy:
-            raise Refused(
-                429,
-                f"the server has too much to do: {busy}; ask again soon",
-                code="queue_full",
-                headers={"retry-after": "2"},
-            ) from None
-        except TimeoutError:
-            status, message, code = FAILURES["deadline"]
-            raise Refused(status, message, code=code) from None
-        except Stopped:
-            raise _stopping() from None
-        made = kind(body, served, requests)
-        if body.stream:
-            return Events(made.events(streams), streams)
+        content, until = await started(request)
+        with _refusing():
+            call = await unless_gone(request.receive, prepared(parse, content, until))
+            streams = Streams(engine, call.requests, until - time.monotonic(), metrics)
+        made = kind(call, served)
+        ignored = {"x-jaxgpt-ignored": names} if (names := ", ".join(call.body.ignored)) else {}
+        if call.body.stream:
+            return Events(made.events(streams), streams, ignored)
         try:
             content = await unless_gone(request.receive, made.whole(streams))
-            return Response(content, media_type="application/json")
+            return Response(content, media_type="application/json", headers=ignored)
         finally:
             streams.cancel()
 
@@ -133,6 +121,32 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await answer(request, served.chat, Chat)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        content, until = await started(request)
+
+        async def made() -> bytes:
+            call: EmbeddingCall = await parsed(served.embedding, content, until)
+            async with asyncio.timeout(until - time.monotonic()), embedding:
+                return await embed(call, served, engine, metrics, until)
+
+        with _refusing():
+            answered = await unless_gone(request.receive, made())
+        return Response(answered, media_type="application/json")
+
+    async def tokens(request: Request, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
+        content, until = await started(request)
+        with _refusing():
+            return await unless_gone(request.receive, parsed(parse, content, until))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await tokens(request, served.tokenize)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return await tokens(request, served.detokenize)
 
     model = {"id": name, "object": "model", "created": created, "owned_by": "jaxgpt"}
 
@@ -167,6 +181,10 @@ def create_app(
     for path in page_files:
         app.add_api_route(path, page_file, include_in_schema=False)
 
+    @app.get("/docs")
+    async def documentation() -> Response:
+        return HTMLResponse(docs_page, headers={"content-security-policy": docs_policy})
+
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         known = {404: "there is nothing at this path", 405: "this path takes another method"}
@@ -179,13 +197,45 @@ def create_app(
     return app
 
 
-def _served(engine: Engine, name: str) -> Served:
-    tokenizer = engine.trained.tokenizer
+def _served(engine: Engine, name: str, max_n: int, add_special_tokens: bool) -> Served:
+    tokenizer, width = engine.trained.tokenizer, engine.trained.config.model.D
     try:
         template = choose(tokenizer)
     except InputError:
         template = None
-    return Served(name, tokenizer, engine.context, template, engine.trained.generation_config)
+    return Served(
+        name,
+        tokenizer,
+        engine.context,
+        width,
+        template,
+        texts=engine.capacity,
+        max_n=max_n,
+        add_special_tokens=add_special_tokens,
+        generation_config=engine.trained.generation_config,
+    )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns what keeps a call from being answered into Refused."""
+    try:
+        yield
+    except InputError as error:
+        field = re.match(r"(\w+)[:=]", str(error))
+        raise Refused(400, str(error), param=field and field[1]) from None
+    except Busy as busy:
+        raise Refused(
+            429,
+            f"the server has too much to do: {busy}; ask again soon",
+            code="queue_full",
+            headers={"retry-after": "2"},
+        ) from None
+    except TimeoutError:
+        status, message, code = FAILURES["deadline"]
+        raise Refused(status, message, code=code) from None
+    except Stopped:
+        raise _stopping() from None
 
 
 def _stopping() -> Refused:
@@ -199,8 +249,10 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Streams) -> None:
-        super().__init__()
+    def __init__(
+        self, events: AsyncIterator[bytes], streams: Streams, headers: dict[str, str]
+    ) -> None:
+        super().__init__(headers=headers)
         del self.headers["content-length"]
         self._events, self._streams = events, streams
 
@@ -242,102 +294,3 @@ class OneByOne:
             return await asyncio.wrap_future(self._thread.submit(function, content))
         finally:
             self._jobs -= 1
-
-
-def configured(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn serves the application."""
-    return uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        proxy_headers=False,
-        server_header=False,
-        access_log=False,
-        log_config=None,  # it would close other libraries' handlers, and stderr with them
-        log_level="warning",
-        timeout_graceful_shutdown=CLOSE,
-    )
-
-
-class Server(uvicorn.Server):
-    """uvicorn, which on the first signal refuses new calls and lets the running ones end."""
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI, engine: Engine) -> None:
-        super().__init__(config)
-        self._app, self._engine = app, engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; the next ends at once."""
-        if self._app.state.draining:
-            self.should_exit = self.force_exit = True
-        else:
-            self._app.state.draining = True
-            print("ending what is running; once more to end at once", file=sys.stderr)
-            threading.Thread(target=self._drain, daemon=True).start()
-
-    def _drain(self) -> None:
-        self._engine.drain(DRAIN)
-        self.should_exit = True
-
-
-def run(path: str, cfg: ServeConfig) -> None:
-    """See `jaxgpt.serve.run`."""
-    host, port = cfg.host, cfg.port
-    api_key = cfg.api_key or os.environ.get("JAXGPT_API_KEY", "")
-    if not re.fullmatch(r"[!-~]*", api_key):
-        raise InputError("api_key has characters that no header can; use letters and digits")
-    local = _is_local(host)
-    if not (local or api_key):
-        raise InputError(
-            f"host={host} can be reached from other machines; set api_key, or $JAXGPT_API_KEY, to "
-            "a secret, or host to 127.0.0.1"
-        )
-    if not cfg.deadline > 0:
-        raise InputError(f"deadline={cfg.deadline}; set it to seconds above 0")
-    raise_file_limit()
-    with _bound(host, port) as sock:
-        trained = load(path, dtype=cfg.dtype)
-        for line in generation.notes(trained.generation_config, Sampling()):
-            print(line, file=sys.stderr)
-        engine = Engine(
-            trained, slots=cfg.slots, queue=cfg.queue, context=cfg.context, cache=cfg.cache
-        )
-        engine.start()
-        asked = path.partition("@")[0]
-        its_own = trained.config.name if expand(asked).exists() else asked
-        name = cfg.name or its_own
-        app = create_app(engine, name=name, api_key=api_key, local=local, deadline=cfg.deadline)
-        config = configured(app)
-        sock.listen(config.backlog)  # who reads where it is may call at once
-        print(
-            f"{name}: http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}",
-            flush=True,
-        )
-        try:
-            Server(config, app, engine).run([sock])
-        finally:
-            engine.stop()
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket of the address, not yet listening; InputError where there can be none."""
-    if not 0 <= port < 1 << 16:
-        raise InputError(f"port={port}; set it from 1 to 65535, or to 0 for a free one")
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise InputError(
-            f"cannot serve at host={host} port={port}: {error.strerror}; set another"
-        ) from None
-    return sock

@@ -20,17 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.cache import CacheDtype
-from jaxgpt.decode import SHORTEST, Written, padded, start, steps, stops_of
+from jaxgpt.decode import SHORTEST, Written, padded, prefill, start, steps, stops_of
 from jaxgpt.errors import InputError
 from jaxgpt.guide import Guide, stacked
+from jaxgpt.model import GPTConfig, next_logits
 from jaxgpt.sampling import Sampling, settings
 from jaxgpt.trained import Trained
 from jaxgpt.writing import Text
 
 TOP = 20  # of the likeliest tokens that can be told beside each
 STOPS = 8  # ids that end a text, at most
-PULSE = 10.0  # seconds without a heartbeat after which the engine is taken for dead
+PULSE = (
+    10.0  # seconds without a heartbeat, beside reading prompts, after which it is taken for dead
+)
 STATES, CLASSES = 1024, 512  # of a guide, at most
+SCORED = 64  # prompt positions whose logits over the vocabulary are in memory at once
 
 
 class Busy(Exception):
@@ -48,7 +52,7 @@ class Request:
     prompt: tuple[int, ...]
     """Token ids."""
     tokens: int
-    """How many new ones, at most."""
+    """How many new ones, at most; 0: the prompt is only read, for `scores` or `embeds`."""
     sampling: Sampling = Sampling()  # noqa: RUF009
     stops: tuple[str, ...] = ()
     """Strings that end the text, and are no part of it."""
@@ -60,16 +64,31 @@ class Request:
     """What the text may be."""
     top_logprobs: int = 0
     """How many of the likeliest tokens are told beside each, 0 to 20."""
+    scores: bool = False
+    """Whether the log-probabilities of the prompt's own tokens are computed."""
+    embeds: bool = False
+    """Whether embeddings of the prompt are computed."""
 
 
 class Token(NamedTuple):
-    """A token that was written."""
+    """A token of a text or a prompt."""
 
     id: int
     logprob: float
     """The model's own, before temperature and what else the request asks for."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest ids with theirs, most likely first."""
+
+
+class Prompt(NamedTuple):
+    """What the model computed while it read a prompt."""
+
+    tokens: tuple[Token, ...] = ()
+    """All but the first, which nothing precedes; empty unless `Request.scores`."""
+    mean: np.ndarray | None = None
+    """The mean of the last hidden states, float32 [D]; None unless `Request.embeds`."""
+    last: np.ndarray | None = None
+    """The last hidden state of the last token, float32 [D]; None unless `Request.embeds`."""
 
 
 class Piece(NamedTuple):
@@ -79,6 +98,10 @@ class Piece(NamedTuple):
     tokens: tuple[Token, ...] = ()
     finish: str = ""
     """Why it ended: stop, length, deadline, cancelled, error; "" while it goes on."""
+    end: Token | None = None
+    """The token of `Request.stop_ids` that ended the text; it is no part of it."""
+    prompt: Prompt | None = None
+    """What was computed of the prompt; it comes once, with the first piece."""
 
 
 class Stream:
@@ -98,6 +121,7 @@ class Stream:
         self._cancelled = threading.Event()
         self._text = text
         self._left = request.tokens
+        self._prompt: Prompt | None = None
 
     def get(self, timeout: float | None = None) -> Piece:
         """The next piece; queue.Empty where none comes in so many seconds."""
@@ -150,6 +174,7 @@ class Engine:
         self.trained = trained
         self.context = context or most
         self.heartbeat = time.monotonic()
+        self._pulse = PULSE
         self._slots = slots
         self._queue = queue
         self._chunk = chunk
@@ -170,10 +195,16 @@ class Engine:
         """Compiles all there is, then takes requests."""
         self._state, self._at = self._empty(self._slots)
         for length in self._lengths():
-            self._admit(0, Request((0,) * length, 1))
+            self._admit(0, Request((0,) * length, 1))  # returns when it is compiled
+            began = time.monotonic()
+            jax.block_until_ready(self._state)
+            longest = time.monotonic() - began
+        # Between two heartbeats there may be as many of the longest prompts as there are slots.
+        self._pulse = PULSE + 2 * self._slots * longest
         for top in (0, TOP):
             self._state, _ = self._step(top)
         self._keep()
+        jax.block_until_ready(self._state)  # or the first request would wait for all of it
         self.heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -211,10 +242,10 @@ class Engine:
             raise InputError("prompt: it has no tokens; give a tuple of at least one")
         if not all(0 <= token < V for token in request.prompt):
             raise InputError(f"prompt: it has ids outside the vocabulary of {V}")
-        if request.tokens < 1:
-            raise InputError(f"max_tokens={request.tokens}; set it to 1 or more")
+        if request.tokens < 0:
+            raise InputError(f"max_tokens={request.tokens}; set it to 0 or more")
         length = len(request.prompt)
-        if length >= self.context:
+        if length > self.context:
             raise InputError(
                 f"prompt: it has {length} tokens, and the context is {self.context}; shorten it"
             )
@@ -239,9 +270,14 @@ class Engine:
         request.sampling.check(V)
 
     @property
+    def capacity(self) -> int:
+        """Texts that are generated or wait, at most."""
+        return self._slots + self._queue
+
+    @property
     def alive(self) -> bool:
-        """Whether the thread runs, and has been seen to in the last seconds."""
-        return self._runs and time.monotonic() - self.heartbeat < PULSE
+        """Whether the thread runs, and was seen to within the time that its prompts may take."""
+        return self._runs and time.monotonic() - self.heartbeat < self._pulse
 
     @property
     def _runs(self) -> bool:
@@ -286,7 +322,7 @@ class Engine:
                         self._change.wait(timeout=1.0)
                     new = self._seat()
                 for slot, stream in new:
-                    self._admit(slot, stream.request)
+                    self._start(slot, stream)
                     self.heartbeat = time.monotonic()
                 if self._running:
                     top = TOP if any(s.request.top_logprobs for s in self._running.values()) else 0
@@ -319,6 +355,38 @@ class Engine:
             seated.append((slot, stream))
         return seated
 
+    def _start(self, slot: int, stream: Stream) -> None:
+        """Reads a request's prompt; its text ends here if no token shall follow."""
+        request = stream.request
+        read = self._admit(slot, request)
+        if request.scores or request.embeds:
+            stream._prompt = self._prompt(request, jax.device_get(read))
+        if request.tokens == 0:
+            del self._running[slot]
+            stream._listener(Piece("", (), stream._why_not() or "length", prompt=stream._prompt))
+
+    def _prompt(self, request: Request, read: "_Read") -> Prompt:
+        """What a request asked for of what was computed of its prompt."""
+        tokens: list[Token] = []
+        if request.scores:
+            before, top = len(request.prompt) - 1, request.top_logprobs
+            rows = zip(
+                request.prompt[1:],
+                read.logprobs_P[:before].tolist(),
+                read.top_ids_PA[:before, :top].tolist(),
+                read.top_logprobs_PA[:before, :top].tolist(),
+                strict=True,
+            )
+            tokens = [Token(id, p, self._likeliest(ids, ps)) for id, p, ids, ps in rows]
+        if not request.embeds:
+            return Prompt(tuple(tokens))
+        return Prompt(tuple(tokens), np.asarray(read.mean_D), np.asarray(read.last_D))
+
+    def _likeliest(self, ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+        """Ids and log-probabilities, without ids that the model has and the tokenizer lacks."""
+        size = self.trained.tokenizer.vocab_size
+        return tuple(pair for pair in zip(ids, logprobs, strict=True) if pair[0] < size)
+
     def _hand_out(self, written: Written, top: int) -> None:
         """Gives each text its new tokens, and frees the slots of those that have ended."""
         over = False
@@ -328,18 +396,19 @@ class Engine:
             stream._left -= len(ids)
             self._counts["tokens"] += len(ids)
             said: list[Token] = []
+            end: Token | None = None
             shown, finish = "", stream._why_not()
             for i, token in enumerate(ids):
-                if token in request.stop_ids:
-                    finish = "stop"
-                    break
-                likeliest = zip(
+                likeliest = self._likeliest(
                     written.top_ids_BnA[slot, i, : request.top_logprobs].tolist(),
                     written.top_logprobs_BnA[slot, i, : request.top_logprobs].tolist(),
-                    strict=True,
                 )
                 logprob = float(written.logprobs_Bn[slot, i])
-                said.append(Token(token, logprob, tuple(likeliest) if top else ()))
+                told = Token(token, logprob, likeliest if top else ())
+                if token in request.stop_ids:
+                    end, finish = told, "stop"
+                    break
+                said.append(told)
                 shown += text.add([token])
                 if text.stopped:
                     finish = "stop"
@@ -353,7 +422,8 @@ class Engine:
                 over = True
                 del self._running[slot]
             if shown or said or finish:
-                stream._listener(Piece(shown, tuple(said), finish))
+                stream._listener(Piece(shown, tuple(said), finish, end, stream._prompt))
+                stream._prompt = None
         if over:
             self._keep()
 
@@ -361,7 +431,7 @@ class Engine:
 
     def _lengths(self) -> list[int]:
         """The lengths prompts are padded to."""
-        most, length, lengths = self.context - 1, min(SHORTEST, self.context - 1), []
+        most, length, lengths = self.context, min(SHORTEST, self.context), []
         while length < most:
             lengths.append(length)
             length *= 2
@@ -395,13 +465,13 @@ class Engine:
         samplings = [request.sampling for request in requests]
         return settings(samplings, vocabulary, self._V, (few_BV, next_BSC))
 
-    def _admit(self, slot: int, request: Request) -> None:
-        """Reads a prompt into a slot."""
+    def _admit(self, slot: int, request: Request) -> "_Read":
+        """Reads a prompt into a slot; what is computed of the prompt stays on the device."""
         prompts_1P, length_1 = padded(
-            [request.prompt], self.trained.config.model, self.context - 1, "a prompt"
+            [request.prompt], self.trained.config.model, self.context, "a prompt"
         )
         stops_1E = stops_of([[*request.stop_ids, *[-1] * (STOPS - len(request.stop_ids))]])
-        self._state, self._at = _admit(
+        self._state, self._at, read = _admit(
             self._model,
             self.trained.params,
             self._state,
@@ -412,7 +482,9 @@ class Engine:
             np.asarray([request.tokens], np.int32),
             (self._settings([request]), stops_1E),
             self._cache,
+            np.bool_(request.scores),
         )
+        return read
 
     def _keep(self) -> None:
         """Ends what is written in slots where no text is."""
@@ -426,17 +498,65 @@ class Engine:
         )
 
 
+class _Read(NamedTuple):
+    """What is computed of a prompt, on the device."""
+
+    logprobs_P: jax.Array
+    """Of the token after each position; 0 unless they were asked for, as the next two."""
+    top_ids_PA: jax.Array
+    top_logprobs_PA: jax.Array
+    mean_D: jax.Array
+    last_D: jax.Array
+
+
 @partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 3))
-def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, cache):
-    """The state and settings with those of one more text in a slot."""
-    alone = start(model, params, prompts_1P, length_1, new_1, prompts_1P.shape[1], dtype=cache)
+def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, cache, scores):
+    """The state and settings with those of one more text in a slot, and its prompt's `_Read`."""
+    P = prompts_1P.shape[1]
+    alone, hidden_1PD = prefill(model, params, prompts_1P, length_1, new_1, P, dtype=cache)
 
     def put(all_, one):
         return jax.lax.dynamic_update_slice(
             all_, one.astype(all_.dtype), (slot, *[0] * (one.ndim - 1))
         )
 
-    return jax.tree.map(put, (state, at), (alone, at_1))
+    length = length_1[0]
+    hidden_PD = hidden_1PD[0].astype(jnp.float32)
+    is_token_P1 = (jnp.arange(P) < length)[:, None]
+    read = _Read(
+        *_score(model.cfg, params, prompts_1P[0], jnp.where(scores, length - 1, 0), hidden_1PD),
+        mean_D=jnp.where(is_token_P1, hidden_PD, 0).sum(0) / length,
+        last_D=hidden_PD[length - 1],
+    )
+    return *jax.tree.map(put, (state, at), (alone, at_1)), read
+
+
+def _score(
+    cfg: GPTConfig, params: Any, prompt_P: jax.Array, n: jax.Array, hidden_1PD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the tokens after the first n positions, and the `TOP` likeliest there.
+
+    The logits of all positions would not fit into memory: they are computed for a block at a time.
+    """
+    P = len(prompt_P)
+    size = min(SCORED, P)
+    next_P = jnp.roll(prompt_P, -1)
+
+    def block(i: jax.Array, out: Any) -> Any:
+        start = jnp.minimum(i * size, P - size)
+        hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, start, size, 1)
+        next_X = jax.lax.dynamic_slice_in_dim(next_P, start, size)
+        logprobs_XV = jax.nn.log_softmax(next_logits(cfg, params, hidden_1XD)[0])
+        logprobs_X = jnp.take_along_axis(logprobs_XV, next_X[:, None], 1)[:, 0]
+        top_logprobs_XA, top_ids_XA = jax.lax.top_k(logprobs_XV, TOP)
+        new = logprobs_X, top_ids_XA, top_logprobs_XA
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_, one, start, 0)
+            for all_, one in zip(out, new, strict=True)
+        )
+
+    out = jnp.zeros(P), jnp.zeros((P, TOP), jnp.int32), jnp.zeros((P, TOP))
+    return jax.lax.fori_loop(0, (n + size - 1) // size, block, out)
 
 
 @partial(jax.jit, donate_argnums=0)

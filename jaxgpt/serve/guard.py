@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from jaxgpt.serve import page
-from jaxgpt.serve.api import Refused
+from jaxgpt.serve.bodies import Refused
 from jaxgpt.serve.connections import FULL, SECONDS
 from jaxgpt.serve.metrics import Metrics
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 BYTES = 1 << 20
 """Of a body, at most."""
-OPEN = ("/health", *page.FILES)
+OPEN = ("/health", "/docs", *page.FILES)
 """Paths that need no key: nothing of the model is in them."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",

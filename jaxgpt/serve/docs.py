@@ -1,0 +1,134 @@
+"""/docs: the server's paths and the fields of their bodies, as one page without a script.
+
+It is made of the same pydantic models that validate the bodies.
+"""
+
+import base64
+import hashlib
+from html import escape
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from jaxgpt.serve.bodies import (
+    NEUTRAL,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
+
+
+class Route(NamedTuple):
+    """A path, and what it is for."""
+
+    method: str
+    path: str
+    about: str
+    body: type[BaseModel] | None = None
+    example: str = ""
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        "Answers a conversation, as OpenAI's API does. If the last message is the assistant's, its "
+        "text is continued. Tools are accepted and not shown to the model: it answers in text, and "
+        "the header x-jaxgpt-ignored says so; a required call is refused.",
+        ChatBody,
+        '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}',
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        "Continues text, as OpenAI's older API does. With echo, logprobs and max_tokens 0 it "
+        "scores the prompt. A prompt of text begins with the tokenizer's first token, which echo "
+        "does not show (add_special_tokens); token ids are taken as they are.",
+        CompletionBody,
+        '{"prompt": "Once upon", "max_tokens": 0, "echo": true, "logprobs": 1}',
+    ),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        "Vectors of length 1 from the model's last hidden states.",
+        EmbeddingBody,
+        '{"input": ["a text", "another"]}',
+    ),
+    Route("POST", "/tokenize", "Token ids of a text or a conversation.", TokenizeBody),
+    Route("POST", "/detokenize", "The text of token ids.", DetokenizeBody),
+    Route("GET", "/v1/models", "The model's name."),
+    Route("GET", "/info", "The model's name, whether it can chat, and its context in tokens."),
+    Route("GET", "/health", "loading, ok, draining or stalled; only ok has the status 200."),
+    Route("GET", "/metrics", "Counters and times, in the format of Prometheus."),
+    Route("GET", "/", "The chat page."),
+)
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; width: 100% }
+td { border-top: 1px solid #8886; padding: .3rem .6rem .3rem 0; vertical-align: top }
+pre { overflow-x: auto; padding: .6rem; background: #8882 }
+"""
+
+
+def page() -> tuple[str, str]:
+    """Returns the page, and a content security policy that allows its style and nothing else."""
+    neutral = ", ".join(
+        f"{name}: {' or '.join(map(str, values))}".lower() for name, values in NEUTRAL.items()
+    )
+    content = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>jaxgpt: API</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{STYLE}</style><h1>The server's API</h1>"
+        "<p>Bodies are JSON objects. A field that is null is as one left out; an unknown field is "
+        "refused, unless it is null, [] or {}, or asks for what happens anyway: "
+        f"{escape(neutral)}. Errors have OpenAI's form and name the field. While the model is "
+        "loading, everything is answered with status 503.</p>"
+        + "".join(map(_section, ROUTES))
+        + "</html>"
+    )
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return content, f"default-src 'none'; style-src 'sha256-{digest}'; frame-ancestors 'none'"
+
+
+def _section(route: Route) -> str:
+    shown = f"<h2>{route.method} {route.path}</h2><p>{escape(route.about)}</p>"
+    if route.example:
+        command = (
+            f"curl http://127.0.0.1:8000{route.path} -H 'content-type: application/json' "
+            f"-d '{route.example}'"
+        )
+        shown += f"<pre>{escape(command)}</pre>"
+    if route.body is None:
+        return shown
+    schema = route.body.model_json_schema()
+    required = schema.get("required", ())
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code><td>{escape(_type(field, schema))}"
+        f"{', required' if name in required else ''}<td>{escape(field.get('description', ''))}"
+        for name, field in schema["properties"].items()
+    )
+    return f"{shown}<table>{rows}</table>"
+
+
+def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """A field's type in words."""
+    if "$ref" in field:
+        inner = schema["$defs"][field["$ref"].rpartition("/")[2]]
+        return f"object of {', '.join(inner['properties'])}"
+    if "anyOf" in field:
+        kinds = [_type(each, schema) for each in field["anyOf"] if each.get("type") != "null"]
+        return " or ".join(kinds)
+    if "enum" in field or "const" in field:
+        return " or ".join(map(repr, field.get("enum", [field.get("const")])))
+    if field.get("type") == "array":
+        most = f"up to {field['maxItems']} of " if "maxItems" in field else ""
+        return f"list of {most}{_type(field['items'], schema)}"
+    low = field.get("minimum", field.get("exclusiveMinimum"))
+    high = field.get("maximum", field.get("exclusiveMaximum"))
+    limits = "" if low is None and high is None else f" from {low}" if high is None else ""
+    limits = limits or ("" if high is None else f" {low} to {high}")
+    name = {"string": "text", "boolean": "true or false"}
+    return name.get(field.get("type", "any"), field.get("type", "any")) + limits
