@@ -219,7 +219,8 @@ def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(publi
 
 
 def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
-    served = Served("m", PLAIN_TEXT, 64, None, jaxgpt.load(published).generation_config)
+    config = jaxgpt.load(published).generation_config
+    served = Served("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
     body = {"prompt": "a", "temperature": 1}
     for field in ({}, {"top_k": 5}):
         (request,) = served.completion(json.dumps(body | field).encode()).requests

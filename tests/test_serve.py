@@ -1298,7 +1298,9 @@ def test_the_start_says_what_was_chosen_where_it_is_and_how_to_stop(monkeypatch,
     engine.start = lambda: None
     plan = memory.Plan(3, 640, 10**9, 10**8, 10**7, 0, 2 * 10**9)
     config = SimpleNamespace(name="little")
-    loads = SimpleNamespace(config=config, lineage={}, load=lambda dtype: "model")
+    loads = SimpleNamespace(
+        config=config, lineage={}, generation_config={}, load=lambda dtype: "model"
+    )
     made = []
     monkeypatch.setattr(server, "source", lambda path: loads)
     monkeypatch.setattr(server.memory, "choose", lambda *_: plan)
