@@ -80,6 +80,7 @@ def ids_of(pieces):
     return [token.id for piece in pieces for token in piece.tokens]
 
 
+@pytest.mark.slow
 def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, trained):
     requests = [
         Request(

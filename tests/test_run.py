@@ -147,6 +147,7 @@ def test_new_special_tokens_get_rows_of_the_mean(place, capsys):
     assert load("runs/grown").tokenizer.vocab_size == 386
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tune"),
     [
@@ -179,6 +180,7 @@ def test_what_is_not_trained_stays_and_a_resumed_run_is_the_same(place, name, tu
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # the reference is the start
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_and_learned_from_and_a_resumed_run_is_the_same(place):
     cfg = replace(
         ASKED,
@@ -193,6 +195,7 @@ def test_answers_are_drawn_and_learned_from_and_a_resumed_run_is_the_same(place)
     assert {"val_reward", "reward", "kl"} <= {key for m in metrics("reward") for key in m}
 
 
+@pytest.mark.slow
 def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
     cfg = replace(BASE, name="student", model=replace(BASE.model, D=8))
     cfg = replace(cfg, objective=Distill(teacher="runs/teacher"))

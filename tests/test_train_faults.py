@@ -103,6 +103,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_and_harms_nothing(here, monkeypatch, capsys):
     more = ("--train.steps", "30")
     first = spawn(*more, name="a", program=("-c", SLOW))
@@ -253,6 +254,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(here, monkeypatch, ca
     assert error.splitlines()[-1].startswith("error: the checkpoint of step 3 was not saved")
 
 
+@pytest.mark.slow
 def test_a_folder_that_disappears_and_comes_back_is_waited_for(here, capfd):
     process = spawn("--train.steps", "100000", "--checkpoint.every", "20", name="a")
     wait_for_step("a", 21)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.manifest import check_manifest
+from jaxgpt.manifest import MANIFEST, check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
@@ -50,7 +50,8 @@ class Pretrained:
 def is_here(folder: Path) -> bool:
     """Whether a folder holds a model of this layout."""
     weights = any((folder / name).exists() for name in (SINGLE, INDEX, FLAX))
-    return weights and (folder / CONFIG).exists()
+    # A manifest says that its config is missing, which is damage.
+    return weights and any((folder / name).exists() for name in (CONFIG, MANIFEST))
 
 
 def read(folder: Path) -> Pretrained:
