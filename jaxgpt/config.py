@@ -170,7 +170,10 @@ def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Confi
         if (value := getattr(fields, f.name)) not in (f.default, getattr(there[part], f.name))
     ]
     if wrong:
-        raise InputError(f"start={config.start} brings its own: {'; '.join(wrong)}; leave that out")
+        raise InputError(
+            f"start={config.start} brings its own: {'; '.join(wrong)}; leave that out, or use a "
+            "config that does not set it, such as configs/finetune.py"
+        )
     config = dataclasses.replace(config, **there)
     dataclasses.replace(config, start="", adapter="").check()
     return config
@@ -329,15 +332,16 @@ def save(config: Config, path: Path) -> None:
         ) from None
 
 
-def read(path: str | Path) -> Config:
+def read(path: str | Path, beside: Path = Path("configs")) -> Config:
     """The config of a Python file that assigns `config`, or of a JSON file written by `save`.
 
+    If there is no such file, a similar name in its own folder or in `beside` is suggested.
     Raises InputError where there is no such file, no `config` in it, or a field is ill-typed. A
     config without a name gets the file's.
     """
     path = Path(path)
     if not path.is_file():
-        folders = [path.parent, Path("configs")]
+        folders = [path.parent, beside]
         known = {p.stem: p for folder in folders if folder.is_dir() for p in folder.glob("*.py")}
         near = difflib.get_close_matches(path.stem, known, 1, 0.5)
         hint = f"; did you mean {known[near[0]]}?" if near else ""
@@ -392,7 +396,7 @@ def from_command_line(args: list[str], default: Path) -> Config:
     # For the option alone: the module of the tokenizers is also imported where there is no tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
-    base = read(expand(args[0]) if has_file else default)
+    base = read(expand(args[0]) if has_file else default, beside=default.parent)
     with synonyms.suggest(args, synonyms.TRAINING):
         return tyro.cli(
             Config,
