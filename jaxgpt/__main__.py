@@ -10,7 +10,9 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from jaxgpt.cli import main
     from jaxgpt.signals import end_if_abandoned
+    from jaxgpt.terminal import open_missing_streams
 
+    open_missing_streams()
     signal.signal(signal.SIGINT, handler)
     status = main(sys.argv[1:])
     end_if_abandoned(status)

@@ -326,8 +326,13 @@ def main(args: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Who was reading has left, as `| head` does: nothing is left to say, nor at the end.
+    except OSError as error:
+        if error.filename is not None:  # of another file than the output
+            raise
+        # Nothing more can be written, also when Python flushes the output at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):  # the reader has left, as `| head` does
+            return 128 + signal.SIGPIPE
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return status or 0

@@ -90,11 +90,19 @@ class _Lossy(io.FileIO):
             return memoryview(data).nbytes
 
 
+def open_missing_streams() -> None:
+    """Opens stdout and stderr, whose text is then lost, if they were closed, as by `>&-`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
+
+
 def survive_closed_output() -> None:
     """Lets this process go on if its output cannot be written, such as after `| head`.
 
     From then on, what it prints is lost. Training must not end because a terminal did.
     """
+    open_missing_streams()
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         raw = _Lossy(stream.fileno(), "w", closefd=False)

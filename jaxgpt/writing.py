@@ -110,15 +110,30 @@ def write(
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
 ) -> Pieces:
-    """The text of up to `tokens` tokens after a prompt of ids, in pieces, as it is written.
+    """Generates the text of up to `tokens` tokens after a prompt of ids, in pieces as they come.
 
-    It ends before a stop string or a stop id. It `continues` the text of the prompt, or else begins
-    anew, as an answer in a chat does; some tokenizers spell the first word accordingly. A text may
-    be longer than the context: when that is full, the model goes on from what fills half of it, the
-    last that was written. `draft` is a small model of the same vocabulary and its parameters, which
-    guesses tokens without changing the text; `cache` "int8" holds keys and values in a byte each.
-    Raises InputError, before the first piece is asked for, for a prompt that is empty, longer than
-    the context, or has ids outside the vocabulary, and for a setting that cannot be.
+    A text may be longer than the context: when the context is full, generation continues from the
+    newest half of it.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        tokenizer: Turns tokens into text.
+        prompt: The ids of the prompt.
+        tokens: The most tokens of the text.
+        sampling: How tokens are sampled.
+        stops: Strings before which the text ends.
+        stop_ids: Tokens before which it ends.
+        continues: Whether the text continues the prompt's, or begins anew, as an answer in a chat
+            does; some tokenizers spell the first word accordingly.
+        guide: What the text must match.
+        draft: A small model of the same vocabulary and its parameters, for speculative decoding;
+            the text stays the same.
+        cache: "int8" stores keys and values in one byte each.
+
+    Raises:
+        InputError: The prompt is empty, longer than the context, or has ids outside the vocabulary,
+            or a setting is invalid; raised before the first piece is asked for.
     """
     cfg = model.cfg
     if tokens < 1:

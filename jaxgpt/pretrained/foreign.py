@@ -178,7 +178,7 @@ def _litgpt(file: Path) -> str:
     litgpt convert_from_litgpt {folder} {quote(out)}
     cp {folder}/*.json {folder}/tokenizer* {quote(out)}
     python -c "import torch; from transformers import AutoConfig, AutoModelForCausalLM as M; \
-w = torch.load('{out}/model.pth', map_location='cpu'); \
+w = torch.load('{out}/model.pth', map_location='cpu', weights_only=True); \
 m = M.from_config(AutoConfig.from_pretrained('{out}')); \
 print(m.load_state_dict(w, strict=False)); m.tie_weights(); m.save_pretrained('{out}')"
 
