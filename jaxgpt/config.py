@@ -35,6 +35,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Updates of the parameters, in total."""
+    epochs: float = 0.0
+    """Passes over the training set, instead of `steps`, which is then computed; 0: as many steps as
+    `steps` says. It suits fine-tuning, where the size of the data is what matters."""
     batch: int = 32
     """Rows of tokens in a step, over all devices and processes."""
     context: int = 0
@@ -57,7 +60,7 @@ class TrainConfig:
         for name in ("steps", "batch", "micro", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
-        for name in ("context", "eval_every", "eval_batches", "sample_tokens"):
+        for name in ("context", "epochs", "eval_every", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 0 or more")
 

@@ -365,6 +365,10 @@ class Training:
             rows = [f"  {name:<{width}} {value:>9.4f}" for name, value in values.items()]
             print("\n".join(["", "on the test set", *rows]))
             print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
+            sets = self.run.dataset.records
+            some = [sets.get(name, []) for name in ("train", "test")]
+            if said := self.attempt("the baseline", lambda: cfg.objective.compare(*some)):
+                print(f"\n{said}")
         self.draw_loss()
         print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
         if cfg.train.sample_tokens:

@@ -138,6 +138,10 @@ class Objective(ABC):
         """What the sums over the test set say, to read; pictures go to the run's folder."""
         return ""
 
+    def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
+        """What a simple method reaches on the test set, to read beside the model's result."""
+        return ""
+
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """What is measured by using the model on held-out records: nothing.
 
