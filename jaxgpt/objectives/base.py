@@ -151,7 +151,7 @@ class Objective(ABC):
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
         """A text to give `command` as an example, such as a held-out one; "" if it takes none."""
-        return prompt
+        return prompt if self.command == "generate" else ""
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """What the trained model does, to read: here, going on from a prompt."""
