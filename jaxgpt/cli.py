@@ -230,15 +230,20 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
 
 def tokenize(
     paths: tyro.conf.Positional[tuple[str, ...]] = ("python",),
+    fields: tuple[str, ...] = (),
+    encoding: str = "utf-8",
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = TokenizerConfig(),  # noqa: B008
 ) -> None:
     """Report how small and how fast a tokenizer makes a text.
 
     Args:
         paths: Files, folders, globs, 'tfds:NAME', or 'python' for the standard library.
+        fields: text=COLUMN, where the text of JSON lines, parquet or CSV is (data.fields).
+        encoding: The encoding of files without a byte order mark (data.encoding).
         tokenizer: The tokenizer to report on.
     """
-    cfg = DataConfig(paths=paths)
+    cfg = DataConfig(paths=paths, fields=fields, encoding=encoding)
+    cfg.check()
     print(report(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 

@@ -35,6 +35,10 @@ class TrainConfig:
 
     steps: int = 1000
     """Updates of the parameters, in total."""
+    epochs: float = 0.0
+    """Passes over the training set: if it is more than 0, `steps` is computed from it. It suits
+    fine-tuning, where the size of the data is what matters. On the command line, steps given alone
+    count instead."""
     batch: int = 32
     """Rows of tokens in a step, over all devices and processes."""
     context: int = 0
@@ -57,7 +61,7 @@ class TrainConfig:
         for name in ("steps", "batch", "micro", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
-        for name in ("context", "eval_every", "eval_batches", "sample_tokens"):
+        for name in ("context", "epochs", "eval_every", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 0 or more")
 
@@ -397,13 +401,17 @@ def from_command_line(args: list[str], default: Path) -> Config:
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
     base = read(expand(args[0]) if has_file else default, beside=default.parent)
+    options = args[1:] if has_file else args
+    given = {each.split("=")[0] for each in options}
+    if "--train.steps" in given and "--train.epochs" not in given:
+        base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
     with synonyms.suggest(args, synonyms.TRAINING):
         return tyro.cli(
             Config,
             prog="train.py [configs/FILE.py]",
             description="Trains a GPT: a config file, then any field of it as --a.b value.",
             default=base,
-            args=args[1:] if has_file else args,
+            args=options,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )

@@ -63,7 +63,8 @@ def run(cfg: config.Config, signals: Signals) -> int:
         records = read_metrics(prepared.cfg.folder / "metrics.jsonl")
         if start >= steps and any(r.get("finished") == start for r in records):
             if jax.process_index() == 0:
-                print(f"{cfg.folder} has all its {start} steps; raise train.steps or set name")
+                longer = "train.epochs" if cfg.train.epochs else "train.steps"
+                print(f"{cfg.folder} has all its {start} steps; raise {longer} or set name")
             return 0
         training = Training(prepared, lock, clock, signals)
         status = training.take_all_steps()
@@ -365,6 +366,10 @@ class Training:
             rows = [f"  {name:<{width}} {value:>9.4f}" for name, value in values.items()]
             print("\n".join(["", "on the test set", *rows]))
             print(self.attempt("the report", lambda: cfg.objective.show(sums, folder)) or "")
+            sets = self.run.dataset.records
+            some = [sets.get(name, []) for name in ("train", "test")]
+            if said := self.attempt("the baseline", lambda: cfg.objective.compare(*some)):
+                print(f"\n{said}")
         self.draw_loss()
         print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
         if cfg.train.sample_tokens:

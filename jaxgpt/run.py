@@ -128,6 +128,9 @@ def prepare(cfg: config.Config) -> Run:
     start, saved, goes_back = find_start(checkpoints, cfg.resume)
 
     cfg, text, dataset, origin = prepare_data(cfg, saved)
+    if cfg.train.epochs:
+        steps = math.ceil(cfg.train.epochs * dataset.rows / cfg.train.batch)
+        cfg = replace(cfg, train=replace(cfg.train, steps=steps))
     if jax.process_index() == 0:
         config.save(cfg, cfg.folder / "config.json")
 

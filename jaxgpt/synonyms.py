@@ -20,6 +20,7 @@ TRAINING = {
     "optim.name": "optimizer",
     "train.batch": "batch_size per_device_train_batch_size",
     "train.steps": "steps max_steps num_steps max_iters",
+    "train.epochs": "epochs num_epochs num_train_epochs",
     "train.micro": "grad_accum gradient_accumulation_steps",
     "train.eval_every": "eval_interval eval_steps",
     "checkpoint.every": "save_steps save_every",

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt import __version__, checkpoint, guide, pretrained
 from jaxgpt.cache import CacheDtype
-from jaxgpt.chat import Messages, choose, render
+from jaxgpt.chat import Messages, Tools, choose, render
 from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
@@ -220,14 +220,27 @@ class Trained:
         """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
         return "".join(self.stream_chat(messages, tokens, **options))
 
-    def stream_chat(self, messages: Messages, tokens: int = 200, **options: Any) -> Pieces:
+    def stream_chat(
+        self, messages: Messages, tokens: int = 200, *, tools: Tools = (), **options: Any
+    ) -> Pieces:
         """The assistant's answer, of at most so many tokens, in pieces; options as for `stream`.
 
-        `messages` are mappings of `role` and `content`, the last one the user's. Raises InputError
-        for a conversation that cannot be, and a tokenizer without a chat format.
+        Args:
+            messages: Mappings of `role` and `content`, the last one the user's or a tool's.
+            tokens: The most tokens of the answer.
+            tools: The functions that the assistant may call, as JSON schemas, for models whose
+                chat template lists them; a call is part of the answer's text.
+            options: As for `stream`.
+
+        Raises:
+            InputError: The conversation or an option is invalid, or the tokenizer has no chat
+                format.
         """
+        for name, value in {"messages": messages, "tools": tools}.items():
+            if not isinstance(value, list | tuple):
+                raise InputError(f"{name}={value!r:.80} is not right; give a list")
         template = choose(self.tokenizer)
-        ids = render(template, self.tokenizer, messages, open=True).tokens
+        ids = render(template, self.tokenizer, messages, open=True, tools=tools).tokens
         return self._write(ids, template.stops(self.tokenizer), tokens, options, continues=False)
 
     def _write(

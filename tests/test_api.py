@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxgpt
-from jaxgpt import loop, model
+from jaxgpt import cli, loop, model
 from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
@@ -182,3 +182,18 @@ def test_output_that_cannot_be_written_ends_no_command_in_a_traceback(
     if program.startswith("train.py"):  # training goes on, and what is printed is lost
         says, statuses = "", (0,)
     assert done.stderr == says and done.returncode in statuses
+
+
+@pytest.mark.parametrize("options", [{"messages": 3}, {"messages": "Hello"}, {"tools": "f"}])
+def test_what_is_no_conversation_is_refused(gpt, options):
+    given = {"messages": [{"role": "user", "content": "Hello"}], **options}
+    with pytest.raises(jaxgpt.InputError, match=f"{next(iter(options))}=.* give a list"):
+        gpt.chat(**given)
+
+
+def test_the_report_on_a_tokenizer_reads_a_named_column_in_any_encoding(here, capsys):
+    Path("texts.csv").write_bytes("id,body\n1,über alles\n2,schön\n".encode("latin-1"))
+    options = ["texts.csv", "--kind", "bytes", "--fields", "text=body"]
+    assert cli.main(["tokenize", *options]) == 2
+    assert "--data.encoding latin-1" in capsys.readouterr().err
+    assert cli.main(["tokenize", *options, "--encoding", "latin-1"]) == 0

@@ -325,3 +325,25 @@ def test_a_sample_is_what_held_out_texts_are_taken_for():
     p = log_probabilities()["last"][2][1]
     assert said.split()[:2] == [LABELS[p.argmax()], f"{p.max():.2f}"]
     assert "(there: good)" in said and TEXTS[2] in said
+
+
+def test_the_baseline_is_scikit_learns_with_the_weights_of_the_classes():
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    words = np.array(["sun", "rain", "snow", "warm", "cold", "wind"])
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(80)]
+    labels = ["bad" if "cold" in each or "snow" in each else "good" for each in texts]
+    train, test = (
+        [record(*pair) for pair in list(zip(texts, labels, strict=True))[part]]
+        for part in (slice(60), slice(60, None))
+    )
+    weighed = replace(Classify(balanced=True), labels=()).fit(train)
+    vectors = text.TfidfVectorizer(ngram_range=(1, 2))
+    model = linear_model.LogisticRegression(C=100, class_weight="balanced", max_iter=1000)
+    model.fit(vectors.fit_transform(texts[:60]), labels[:60])
+    accuracy = model.score(vectors.transform(texts[60:]), labels[60:])
+    assert f"accuracy {accuracy:.4f}" in weighed.compare(train, test)
+    assert "for comparison" in Classify().fit(train).compare(train, test)
+    assert replace(weighed, baseline=False).compare(train, test) == ""
+    assert weighed.compare(train, []) == ""

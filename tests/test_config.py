@@ -11,7 +11,7 @@ import pytest
 
 import train
 from jaxgpt import cli, config, model, synonyms
-from jaxgpt.config import Config, from_command_line, from_dict, read, to_dict
+from jaxgpt.config import Config, TrainConfig, from_command_line, from_dict, read, to_dict
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Classify
@@ -92,7 +92,7 @@ def test_a_config_shows_on_a_terminal_what_differs_from_the_defaults():
         ({"train": {"stepz": 3}}, "train.stepz is not an option; did you mean steps?"),
         (
             {"train": {"qqq": 3}},
-            "train.qqq is not an option; there are steps, batch, context, micro",
+            "train.qqq is not an option; there are steps, epochs, batch, context, micro",
         ),
         ({"train": 3}, "train=3 is not a table of fields"),
         ([], "config=[] is not a table of fields"),
@@ -186,6 +186,25 @@ def test_the_command_line_overrides_the_file():
         "data.paths": ("a.txt", "b.txt"),
         "optim.learning_rate": 1e-4,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [
+        ([], 7, 2.0),
+        (["--train.steps", "60"], 60, 0.0),
+        (["--train.steps=60"], 60, 0.0),
+        (["--train.epochs", "3"], 7, 3.0),
+        (["--train.epochs", "3", "--train.steps", "60"], 60, 3.0),
+    ],
+)
+def test_steps_on_the_command_line_count_instead_of_the_epochs_of_a_config(
+    options, steps, epochs, tmp_path
+):
+    train = TrainConfig(steps=7, epochs=2)
+    config.save(Config(name="x", train=train), tmp_path / "config.json")
+    got = from_command_line([str(tmp_path / "config.json"), *options], DEFAULT).train
+    assert (got.steps, got.epochs) == (steps, epochs)
 
 
 def test_the_source_of_a_tokenizer_is_called_from(capsys):

@@ -290,3 +290,18 @@ def test_an_objective_of_ones_own_trains_resumes_and_loads(place):
     saved["objective"] = {"type": "Unknown", "field": 3}
     with pytest.raises(InputError, match="Unknown is not one of jaxgpt's"):
         config.from_dict(Config, saved).check()
+
+
+@pytest.mark.parametrize("cfg", [BASE, LABELS], ids=["text", "records"])
+def test_epochs_are_passes_over_the_training_rows(place, cfg):
+    batch = 8
+    prepared = loop.prepare(
+        replace(cfg, name="epochs", train=replace(cfg.train, epochs=2.5, batch=batch))
+    )
+    rows, steps = prepared.dataset.rows, prepared.cfg.train.steps
+    assert rows > 1 and steps == -(-2.5 * rows // batch)
+    seen = [
+        row.tobytes() for step in range(2 * rows) for row in prepared.dataset.batch(step)["tokens"]
+    ]
+    epoch = seen[:rows]  # every row once
+    assert sorted(seen[rows : 2 * rows]) == sorted(epoch)

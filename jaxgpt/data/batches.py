@@ -80,6 +80,7 @@ def streams(
         },
         batches.fingerprint,
         f"{len(corpus.train):,} tokens to train on, {len(val):,} to validate on",
+        rows=batches.windows,
         bytes_per_token={
             name: part.bytes / (len(part) - 1) for name, part in sets.items() if len(part) > 1
         },

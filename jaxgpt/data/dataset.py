@@ -24,6 +24,8 @@ class Dataset:
     """All that decides the batches, in JSON values."""
     note: str
     """How much there is, on a terminal."""
+    rows: int = 0
+    """Rows of the training set, each of which is in one batch of an epoch."""
     records: dict[str, Sequence[Record]] = field(default_factory=dict)
     """The records of each set, `train` too, where they are records."""
     bytes_per_token: dict[str, float] = field(default_factory=dict)

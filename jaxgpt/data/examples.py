@@ -124,6 +124,7 @@ def examples(
             "seed": seed,
         },
         _note(splits, rows),
+        rows=len(rows["train"]),
         records=dict(splits),
     )
 

@@ -138,6 +138,10 @@ class Objective(ABC):
         """What the sums over the test set say, to read; pictures go to the run's folder."""
         return ""
 
+    def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
+        """What a simple method reaches on the test set, to read beside the model's result."""
+        return ""
+
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """What is measured by using the model on held-out records: nothing.
 
@@ -147,7 +151,7 @@ class Objective(ABC):
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
         """A text to give `command` as an example, such as a held-out one; "" if it takes none."""
-        return prompt
+        return prompt if self.command == "generate" else ""
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """What the trained model does, to read: here, going on from a prompt."""

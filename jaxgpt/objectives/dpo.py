@@ -1,6 +1,5 @@
 """Preferences: make the better of two answers likelier than the worse, compared with the start."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -87,10 +86,6 @@ class DPO(Objective):
                 arrays = rendered(whole, tokenizer)
                 pair |= {f"{side}_{name}": array for name, array in arrays.items()}
         return pair
-
-    def argument(self, records: Sequence[Record], prompt: str) -> str:
-        """Nothing: what to say is typed in the chat."""
-        return ""
 
     def __call__(
         self,

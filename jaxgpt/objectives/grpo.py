@@ -227,10 +227,6 @@ class GRPO(Objective):
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
-    def argument(self, records: Sequence[Record], prompt: str) -> str:
-        """Nothing: what to say is typed in the chat."""
-        return ""
-
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Greedy answers to the first held-out problems."""
         lines = []

@@ -57,10 +57,6 @@ class Instruct(NextToken):
                 raise InputError("the last turn is not the assistant's; add its answer")
             return rendered(conversation, tokenizer, float(self.learn == "all"))
 
-    def argument(self, records: Sequence[Record], prompt: str) -> str:
-        """Nothing: what to say is typed in the chat."""
-        return ""
-
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The answers to the first three held-out requests, beside what the records say."""
         if not records:
