@@ -1271,14 +1271,15 @@ serve.run("nowhere", serve.ServeConfig(port=0))
 """
 
 
-def test_ctrl_c_while_the_model_is_loading_ends_the_server():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_loading_ends_the_server(number):
     command = [sys.executable, "-c", LOADING]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(re.search(r":(\d+)/health", process.stdout.readline())[1])
             until(lambda: call(port, "/health")[2] == {"status": "loading"})
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 128 + signal.SIGINT
+            process.send_signal(number)
+            assert process.wait(10) == 128 + number
         finally:
             process.kill()
 
