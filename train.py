@@ -5,7 +5,7 @@
     python train.py configs/shakespeare_cpu.py --help        # every option
 
 Running the same command again resumes from the last checkpoint, exactly. The training loop itself
-is in `jaxgpt/loop.py`.
+is in `jaxgpt/training/loop.py`.
 """
 
 import signal
@@ -17,12 +17,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 from pathlib import Path
 
-from jaxgpt import config, loop, parallel
+from jaxgpt import config, sharding
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.paths import keep_compiled_programs
-from jaxgpt.run import check_models
 from jaxgpt.signals import Signals, end_if_abandoned
 from jaxgpt.terminal import survive_closed_output
+from jaxgpt.training import loop
+from jaxgpt.training.setup import check_models
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
 
@@ -35,7 +36,7 @@ def main(args: list[str]) -> int:
         check_models(cfg)
         cfg.check()
         keep_compiled_programs()
-        parallel.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
+        sharding.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
         with signals:
             return loop.run(cfg, signals)
     except InputError as error:

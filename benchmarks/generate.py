@@ -58,9 +58,9 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
     import jax
 
     from jaxgpt import model as gpt
-    from jaxgpt.decode import generate, positions, stops_of
-    from jaxgpt.sampling import Sampling, settings
-    from jaxgpt.tune import quantized
+    from jaxgpt.generation.decode import generate, positions, stops_of
+    from jaxgpt.generation.sampling import Sampling, settings
+    from jaxgpt.training.finetune import quantized
 
     cfg = gpt.GPTConfig(
         L=options.layers,

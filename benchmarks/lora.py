@@ -50,8 +50,8 @@ def measure(options: Options) -> dict[str, float]:
 
     from jaxgpt.model import ComputeConfig, GPTConfig
     from jaxgpt.objectives import NextToken
-    from jaxgpt.step import init_state, train_step
-    from jaxgpt.tune import Tree, TuneConfig, join
+    from jaxgpt.training.finetune import Tree, TuneConfig, join
+    from jaxgpt.training.step import init_state, train_step
 
     cfg = GPTConfig(
         L=options.layers,

@@ -224,7 +224,7 @@ async def run(options: Options, folder: Path) -> bool:
     """All cases; whether all agree."""
     model = folder / NAME
     if options.run:
-        from jaxgpt.export import to_hf
+        from jaxgpt.pretrained.export import to_hf
 
         to_hf(options.run, model)
     else:

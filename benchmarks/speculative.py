@@ -71,9 +71,9 @@ def measure(
     """Prints a line for each temperature."""
     import jax
 
-    from jaxgpt.decode import generate, padded, positions, start, stops_of
-    from jaxgpt.sampling import Sampling, settings
-    from jaxgpt.speculative import speculative_steps
+    from jaxgpt.generation.decode import generate, padded, positions, start, stops_of
+    from jaxgpt.generation.sampling import Sampling, settings
+    from jaxgpt.generation.speculative import speculative_steps
 
     cfg = large[0].cfg
     S = positions(64 + options.new, cfg) + options.ahead

@@ -37,14 +37,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from jaxgpt import config, model, optim, parallel
-from jaxgpt.step import TrainState, init_state, train_step
+from jaxgpt import config, model, sharding
+from jaxgpt.training import optim
+from jaxgpt.training.step import TrainState, init_state, train_step
 
 FLOPS, BYTES = 197e12, 819e9  # a v5e chip's peaks per second, in bfloat16 and from its memory
 VOCABULARY = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 LAYOUTS = {
-    "data": parallel.ParallelConfig(),
-    "fsdp": parallel.ParallelConfig(data=1, fsdp=-1),
+    "data": sharding.ParallelConfig(),
+    "fsdp": sharding.ParallelConfig(data=1, fsdp=-1),
 }
 
 
@@ -106,7 +107,7 @@ def compiled(path: str, layout_name: str, options: Options) -> Program:
     """The training step of a config, compiled for the chips of a topology."""
     cfg = config.read(path)
     chips = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
-    mesh = parallel.make_mesh(LAYOUTS[layout_name], list(chips))
+    mesh = sharding.make_mesh(LAYOUTS[layout_name], list(chips))
     V = VOCABULARY.get(cfg.tokenizer.kind, cfg.tokenizer.vocab_size)
     gpt_cfg = replace(cfg.model, V=V, L=options.layers or cfg.model.L)
     objective = replace(cfg.objective, chunk=options.chunk or cfg.objective.chunk)
@@ -114,7 +115,7 @@ def compiled(path: str, layout_name: str, options: Options) -> Program:
 
     gpt = gpt_cfg.build(compute)
     letters = model.letters(gpt)
-    layout = parallel.Layout("jit", mesh, letters)
+    layout = sharding.Layout("jit", mesh, letters)
     tx = optim.build(cfg.optim, letters, cfg.train.steps)
 
     def new_state() -> TrainState:
@@ -122,7 +123,7 @@ def compiled(path: str, layout_name: str, options: Options) -> Program:
         return init_state(model.init(gpt, key), tx, key, ema=cfg.optim.ema > 0)
 
     state = layout.abstract(new_state)
-    by_rows = NamedSharding(mesh, parallel.spec("BT"))
+    by_rows = NamedSharding(mesh, sharding.spec("BT"))
     shape = (options.rows * len(chips), gpt_cfg.T)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows)

@@ -3,8 +3,8 @@
     pip install libtpu==VERSION         # the one that `pip show jax` names in its tpu extra
     python benchmarks/tpu_decode.py
 
-`jaxgpt.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve` run it with
-`--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256 positions. For each
+`jaxgpt.generation.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve`
+run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256 positions. For each
 batch the table shows the loops in a step, of which there should be none but those of drawing; the
 milliseconds in which its memory gives up the weights and the cache at its peak; and those that the
 compiler expects of a step but for the drawing, by the cycles for which it chose its programs, at
@@ -27,10 +27,10 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxgpt import model
-from jaxgpt.decode import start, steps
+from jaxgpt.generation.decode import start, steps
+from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.sampling import Sampling, settings
-from jaxgpt.tune import quantized
+from jaxgpt.training.finetune import quantized
 
 HERTZ = 1.5e9  # 197 TFLOP/s over four units of 128 x 128 multiplications and additions a cycle
 

@@ -77,9 +77,9 @@ def jaxgpt(options: Options) -> Side:
     import jax
 
     from jaxgpt import model as gpt
-    from jaxgpt import optim
     from jaxgpt.objectives import NextToken
-    from jaxgpt.step import init_state, train_step
+    from jaxgpt.training import optim
+    from jaxgpt.training.step import init_state, train_step
 
     device = jax.devices()[0]
     cfg = gpt.GPTConfig(

@@ -8,13 +8,13 @@ Expect:    a validation loss of 0.2 to 0.6 and a quarter to three quarters of gr
            right, by the seed
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Instruct
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     model=GPTConfig(

@@ -12,11 +12,11 @@ Time:      39 s on two cores of an Intel Xeon
 Expect:    a test accuracy of about 0.79 among eight packages
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.objectives import Classify
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/default",

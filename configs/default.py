@@ -9,12 +9,12 @@ Expect:    a validation loss of 3.5 to 3.9, by library and seed, which is 1.49 t
            byte, and a sample with the look of Python and little of its sense
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     model=GPTConfig(

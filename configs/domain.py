@@ -9,10 +9,10 @@ Expect:    a table of the losses on both, before and after: with `jaxgpt python`
            the new and 3.51 to 3.60 on the old
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/default",

@@ -8,11 +8,11 @@ Time:      runs/default on `jaxgpt tests`: 47 s on two cores of an Intel Xeon; g
 Expect:    there, a validation loss of 4.21, from 4.69 before the first step
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/default",

@@ -8,13 +8,13 @@ Expect:    not run; nanoGPT reports a validation loss of about 2.85 on OpenWebTe
            steps, and GPT-2's own weights 3.11 there
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     model=GPTConfig(L=12, N=12, D=768, T=1024),

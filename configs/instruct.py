@@ -11,11 +11,11 @@ Expect:    a validation loss of 3.91, from 5.41 before the first step; answers o
            and little sense
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.objectives import Instruct
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/default",

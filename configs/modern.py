@@ -13,7 +13,7 @@ from gpt2_124m import config as base
 
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = replace(
     base,

@@ -11,11 +11,11 @@ Expect:    a validation loss of 0.62, from log 2 before the first step, and seve
            right way round
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.objectives import DPO
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/instruct",

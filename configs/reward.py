@@ -9,11 +9,11 @@ Expect:    a share of right greedy answers that rises: here from 0.66 to 0.71; i
            three other starts, from 0.27 to 0.40, 0.65 to 0.76 and 0.69 to 0.71
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.objectives import GRPO
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/arithmetic",

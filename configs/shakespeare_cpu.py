@@ -11,8 +11,8 @@ Expect:    a validation loss of 1.780; with nanoGPT's own learning rate, 1e-3, 1
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     model=GPTConfig(L=4, N=4, D=128, T=64, bias=False),

@@ -15,13 +15,13 @@ Expect:    a test BLEU of 56; on Multi30k's test_2016_flickr 40.5 to German, and
            (`--objective.target fr`)
 """
 
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import RecordsConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Translate
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     model=GPTConfig(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgpt import config
     from jaxgpt.config import Config
-    from jaxgpt.decode import generate
     from jaxgpt.errors import InputError, TrainingError
-    from jaxgpt.loop import train
-    from jaxgpt.trained import Trained, load
+    from jaxgpt.generation.decode import generate
+    from jaxgpt.pretrained.load import Trained, load
+    from jaxgpt.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,11 @@ __all__ = [
 _MODULES = {
     "Config": "config",
     "InputError": "errors",
-    "Trained": "trained",
+    "Trained": "pretrained.load",
     "TrainingError": "errors",
-    "generate": "decode",
-    "load": "trained",
-    "train": "loop",
+    "generate": "generation.decode",
+    "load": "pretrained.load",
+    "train": "training.loop",
 }
 
 

@@ -10,21 +10,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt import runs, strict_json, synonyms, terminal
-from jaxgpt.cache import CacheDtype
+from jaxgpt import strict_json, synonyms, terminal
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
-from jaxgpt.export import to_hf, to_peft
+from jaxgpt.model.cache import CacheDtype
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
+from jaxgpt.pretrained.export import to_hf, to_peft
+from jaxgpt.pretrained.load import Dtype, Trained, Writing, check_exists, load
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers
 from jaxgpt.tokenizer import TokenizerConfig, build, report
-from jaxgpt.trained import Dtype, Trained, Writing, check_exists, load
+from jaxgpt.training import runs
 
 
 @dataclass(frozen=True)

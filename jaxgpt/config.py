@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jaxgpt import strict_json, synonyms
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Elsewhere, NextToken, Objective
-from jaxgpt.optim import OptimConfig
-from jaxgpt.parallel import ParallelConfig
 from jaxgpt.paths import expand
-from jaxgpt.telemetry import TelemetryConfig
+from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
-from jaxgpt.tune import TuneConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.finetune import TuneConfig
+from jaxgpt.training.optim import OptimConfig
+from jaxgpt.training.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True)

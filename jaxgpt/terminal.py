@@ -21,10 +21,10 @@ from rich.text import Text
 
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
-from jaxgpt.sampling import Sampling
+from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.stream import Pieces
+from jaxgpt.pretrained.load import Trained, Writing
 from jaxgpt.signals import Interrupted, Signals, end_process
-from jaxgpt.trained import Trained, Writing
-from jaxgpt.writing import Pieces
 
 MOMENT = 0.5  # seconds
 

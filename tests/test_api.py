@@ -15,15 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxgpt
-from jaxgpt import cli, loop, model
-from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt import cli, model
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.pretrained.load import Trained, Writing
 from jaxgpt.signals import Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.tokenizer import Bytes, TokenizerConfig
-from jaxgpt.trained import Trained, Writing
+from jaxgpt.training import loop
+from jaxgpt.training.checkpoint import CheckpointConfig
 
 CFG = GPTConfig(L=1, D=16, N=2, T=16, V=257)
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def gpt():
 def test_dir_shows_the_public_names_and_all_of_them_exist():
     assert {"Config", "InputError", "load", "generate", "train"} < set(dir(jaxgpt))
     assert all(getattr(jaxgpt, name) is not None for name in dir(jaxgpt))
-    assert jaxgpt.train.__module__ == "jaxgpt.loop"
+    assert jaxgpt.train.__module__ == "jaxgpt.training.loop"
 
 
 def test_a_trained_model_is_shown_in_one_short_line(gpt):

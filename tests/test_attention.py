@@ -5,8 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import attention as attentions
-from jaxgpt.attention import (
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import attention as attentions
+from jaxgpt.model.attention import (
     CHUNK,
     _to_bytes,
     _to_floats,
@@ -17,8 +19,6 @@ from jaxgpt.attention import (
     obstacle,
     prompt_attention,
 )
-from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
 
 FACTS = {"dtype": "bfloat16", "H": 64, "T": 1024, "dropout": 0.0, "segments": False}
 

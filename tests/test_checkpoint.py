@@ -19,9 +19,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import checkpoint, manifest
-from jaxgpt.checkpoint import CheckpointConfig, Checkpoints, writer
+from jaxgpt import manifest
 from jaxgpt.errors import InputError, TrainingError
+from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint import CheckpointConfig, Checkpoints, writer
 
 
 class Train(NamedTuple):
@@ -523,7 +524,7 @@ def test_a_step_before_the_newest_is_not_saved(folder):
 
 def test_importing_touches_no_device():
     code = """
-        import jaxgpt.checkpoint
+        import jaxgpt.training.checkpoint
         from jax._src import xla_bridge
         assert not xla_bridge._backends
     """
@@ -534,7 +535,7 @@ def test_importing_touches_no_device():
 WORKER = """
     import resource, signal, sys
     import jax.numpy as jnp, numpy as np
-    from jaxgpt.checkpoint import Checkpoints, CheckpointConfig
+    from jaxgpt.training.checkpoint import Checkpoints, CheckpointConfig
     from jaxgpt.errors import TrainingError
 
     noise = np.random.default_rng(0).random((256, 1024), np.float32)

@@ -14,8 +14,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Classify
 from jaxgpt.objectives.classify import draw, scores
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import Bytes
-from jaxgpt.trained import Trained
 
 LABELS = ("bad", "fair", "good")
 CLASS_WEIGHTS = (0.5, 1.0, 3.0)

@@ -14,8 +14,8 @@ import pytest
 from jaxgpt import data
 from jaxgpt.data import batches as batches_module
 from jaxgpt.data import textfile, tokens
-from jaxgpt.data.ahead import map_ahead
 from jaxgpt.data.corpus import Corpus
+from jaxgpt.data.prefetch import map_ahead
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import TokenizerConfig, build

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.cache import _selected, _updated, empty
-from jaxgpt.decode import beam_search, decode, generate, stops_of
-from jaxgpt.decode import start as read_prompts
 from jaxgpt.errors import InputError
+from jaxgpt.generation.decode import beam_search, decode, generate, stops_of
+from jaxgpt.generation.decode import start as read_prompts
+from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
-from jaxgpt.rotary import RopeScaling
-from jaxgpt.sampling import Sampling, settings
+from jaxgpt.model.cache import _selected, _updated, empty
+from jaxgpt.model.rotary import RopeScaling
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 GPT2 = GPTConfig(L=2, D=16, N=4, T=24, V=50, tied=False)

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import guide, model
+from jaxgpt import model
 from jaxgpt.config import Config
-from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
+from jaxgpt.generation import constrained
+from jaxgpt.generation.decode import decode
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPTConfig
-from jaxgpt.sampling import Sampling
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.engine import Busy, Engine, Request, Stopped
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.trained import Trained
 
 CFG = GPTConfig(
     L=2,
@@ -105,7 +106,7 @@ def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, t
 
 
 def test_nothing_is_compiled_once_it_has_started(engine, compiled):
-    choice = guide.choices(engine.trained.tokenizer, ["yes", "no"])
+    choice = constrained.choices(engine.trained.tokenizer, ["yes", "no"])
     requests = [
         Request(prompt(n), t, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)
         for n, t, g in (
@@ -131,7 +132,7 @@ def test_nothing_is_compiled_once_it_has_started(engine, compiled):
 
 def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
     options = ["blue", "green", "greenish"]
-    held = guide.choices(trained.tokenizer, options, ends=[trained.tokenizer.eot])
+    held = constrained.choices(trained.tokenizer, options, ends=[trained.tokenizer.eot])
     end = (trained.tokenizer.eot,)
     free = Request(prompt(5), 20, Sampling(seed=1), stop_ids=end)
     texts = [

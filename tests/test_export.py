@@ -11,19 +11,19 @@ import optax
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, export, pretrained, trained
+from jaxgpt import cli, pretrained
 from jaxgpt.chat import ChatML, Gemma, Llama3, choose, render
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init, letters
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
-from jaxgpt.pretrained import peft
+from jaxgpt.pretrained import export, load, peft
+from jaxgpt.pretrained.load import Source, Trained
 from jaxgpt.serve.api import Served
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read as read_tokenizer
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
-from jaxgpt.trained import Source, Trained
-from jaxgpt.tune import TuneConfig, flat, join, nested
+from jaxgpt.training.finetune import TuneConfig, flat, join, nested
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WORDS = ("alpha", "bravo", "carrot", "delta")
@@ -199,7 +199,7 @@ def test_the_settings_of_a_published_model_are_exported_as_they_were(
 def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_its_ends(
     chat_model, published, tmp_path, monkeypatch
 ):
-    settings = trained.source(published).generation_config
+    settings = load.source(published).generation_config
     as_run(*chat_model, CHAT, monkeypatch, Instruct(), generation_config=settings)
     export.to_hf("runs/run", tmp_path / "out")
     after = json.loads((tmp_path / "out/generation_config.json").read_text())
@@ -209,7 +209,7 @@ def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_i
 
 def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(published, monkeypatch):
     gpt, asked = jaxgpt.load(published), []
-    monkeypatch.setattr(trained, "write", lambda *_, **how: asked.append(how) or iter(()))
+    monkeypatch.setattr(load, "write", lambda *_, **how: asked.append(how) or iter(()))
     gpt("a")
     gpt("a", temperature=0, top_k=3)
     assert all(how["stop_ids"] == (EOT, 7) for how in asked)

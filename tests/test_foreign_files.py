@@ -29,15 +29,15 @@ from jaxgpt.data import formats, records, textfile
 from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
-from jaxgpt.export import new_folder
-from jaxgpt.guide import choices, json_schema, regex
+from jaxgpt.generation.constrained import choices, json_schema, regex
 from jaxgpt.model import ComputeConfig, GPTConfig, letters
 from jaxgpt.paths import regular_file
 from jaxgpt.pretrained import peft
+from jaxgpt.pretrained.export import new_folder
 from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
-from jaxgpt.tune import flat, nested
+from jaxgpt.training.finetune import flat, nested
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too

@@ -6,12 +6,12 @@ import zipfile
 import pytest
 
 import jaxgpt
-from jaxgpt import checkpoint
 from jaxgpt.cli import main
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import write_manifest
 from jaxgpt.pretrained import hub
-from jaxgpt.trained import check_exists
+from jaxgpt.pretrained.load import check_exists
+from jaxgpt.training import checkpoint
 
 
 def torch_file(*names):

@@ -14,8 +14,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init, logits
 from jaxgpt.objectives import GRPO, Other, grpo
 from jaxgpt.objectives.chunks import log_probs
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import EOT, Characters, TokenizerConfig, build
-from jaxgpt.trained import Trained
 
 V = 50  # so that the vocabulary is padded
 CFG = GPTConfig(L=1, D=8, N=2, T=9, V=V)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide import choices, json_schema, regex, stacked
+from jaxgpt.generation.constrained import choices, json_schema, regex, stacked
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, Characters, HuggingFace
 
 jsonschema = pytest.importorskip("jsonschema")

@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from jaxgpt.errors import InputError, TrainingError
-from jaxgpt.lock import RunLock
+from jaxgpt.training.lock import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from jaxgpt.lock import RunLock
+from jaxgpt.training.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

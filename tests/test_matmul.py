@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxgpt.matmul import matmul, rounded_matmul
+from jaxgpt.model.matmul import matmul, rounded_matmul
 
 EQUATIONS = {
     "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.errors import TrainingError
-from jaxgpt.metrics import MetricsFile, mark_finished, read_metrics
+from jaxgpt.training.metrics import MetricsFile, mark_finished, read_metrics
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import model, optim
+from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.step import init_state, train_step
+from jaxgpt.training import optim
+from jaxgpt.training.step import init_state, train_step
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 GPT2 = GPTConfig(L=2, D=16, N=4, T=12, V=50)

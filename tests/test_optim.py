@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import model, optim
+from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.optim import OptimConfig, schedule
+from jaxgpt.training import optim
+from jaxgpt.training.optim import OptimConfig, schedule
 
 CFG = GPTConfig(
     L=2, D=8, N=2, K=1, H=6, F=12, T=4, V=20, position="rotary", tied=False, qk_norm=True

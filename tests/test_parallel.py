@@ -11,12 +11,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import model, optim
+from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.parallel import Layout, ParallelConfig, check_splits, make_mesh, spec
-from jaxgpt.step import eval_step, init_state, train_step
+from jaxgpt.sharding import Layout, ParallelConfig, check_splits, make_mesh, spec
+from jaxgpt.training import optim
+from jaxgpt.training.step import eval_step, init_state, train_step
 
 SIZES = GPTConfig(D=16, N=4, K=2, F=32, T=8, V=100)
 TIED = replace(SIZES, L=1).build(ComputeConfig("float32", "unrolled", "none", "plain"))

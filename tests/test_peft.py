@@ -15,7 +15,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model import letters as letters_of
 from jaxgpt.pretrained import peft
-from jaxgpt.tune import TuneConfig, flat, nested
+from jaxgpt.training.finetune import TuneConfig, flat, nested
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

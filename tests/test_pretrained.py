@@ -11,12 +11,12 @@ import pytest
 
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
-from jaxgpt.decode import beam_search, decode
+from jaxgpt.generation.decode import beam_search, decode
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of
-from jaxgpt.parallel import Layout, ParallelConfig, make_mesh
-from jaxgpt.rotary import RopeScaling
-from jaxgpt.sampling import Sampling
+from jaxgpt.model.rotary import RopeScaling
+from jaxgpt.sharding import Layout, ParallelConfig, make_mesh
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 NONE = RopeScaling()

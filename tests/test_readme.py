@@ -14,7 +14,7 @@ import jax
 import pytest
 
 import train
-from jaxgpt import cli, config, parallel
+from jaxgpt import cli, config, sharding
 from jaxgpt.data import made, sources
 from jaxgpt.serve import server
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 BOUND = server._bound
-MAKE_MESH = parallel.make_mesh
+MAKE_MESH = sharding.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
 
@@ -58,7 +58,7 @@ def newcomer(tmp_path, monkeypatch):
         if not path.name.startswith(".") and path.name != "runs":
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
     monkeypatch.setattr(config, "from_command_line", small)
     root, files = sources.standard_library()
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")
@@ -107,7 +107,7 @@ def test_every_option_and_file_the_readme_names_exists():
     for path in re.findall(r"`((?:configs|notebooks|benchmarks|jaxgpt)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
         known.add(path)
-    assert "jaxgpt/model.py" in known
+    assert "jaxgpt/model/gpt.py" in known
     for command in re.findall(r"`(?:\.venv/bin/)?python (train\.py[^`]*)`", README):
         with pytest.raises(SystemExit) as done:
             train.config.from_command_line([*shlex.split(command)[1:], "--help"], train.DEFAULT)

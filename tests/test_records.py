@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from jaxgpt import objectives
 from jaxgpt.data import made as made_module
-from jaxgpt.data.made import MADE, REQUEST
 from jaxgpt.data.records import (
     Reader,
     Record,
@@ -26,6 +25,7 @@ from jaxgpt.data.records import (
     read_splits,
     strings,
 )
+from jaxgpt.data.synthetic import MADE, REQUEST
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
 

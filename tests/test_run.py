@@ -12,19 +12,20 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, config, load, loop, parallel
+from jaxgpt import config, load, sharding
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
-from jaxgpt.optim import OptimConfig
+from jaxgpt.pretrained.load import find_tokenizer
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.tokenizer.huggingface import write
-from jaxgpt.trained import find_tokenizer
-from jaxgpt.tune import TuneConfig
+from jaxgpt.training import checkpoint, loop
+from jaxgpt.training.finetune import TuneConfig
+from jaxgpt.training.optim import OptimConfig
 
-MAKE_MESH = parallel.make_mesh
+MAKE_MESH = sharding.make_mesh
 WORDS = ["".join(np.random.default_rng(n).choice([*"abcdefghij"], 4)) for n in range(200)]
 
 
@@ -47,7 +48,7 @@ def place(tmp_path_factory):
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
         assert run(BASE) == 0
         yield root
 

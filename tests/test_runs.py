@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from test_train import here, run, runs, spawn, trained, wait_for_step
 
-from jaxgpt import checkpoint, config, data
+from jaxgpt import config, data
 from jaxgpt.cli import main
-from jaxgpt.lock import RunLock
-from jaxgpt.runs import list_runs, size_of, verify
+from jaxgpt.training import checkpoint
+from jaxgpt.training.lock import RunLock
+from jaxgpt.training.runs import list_runs, size_of, verify
 
 __all__ = ["here", "run", "runs", "spawn", "trained", "wait_for_step"]  # fixtures
 

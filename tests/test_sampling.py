@@ -9,9 +9,9 @@ from hypothesis import assume, example, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from jaxgpt import guide
 from jaxgpt.errors import InputError
-from jaxgpt.sampling import Memory, Sampling, draw, settings
+from jaxgpt.generation import constrained
+from jaxgpt.generation.sampling import Memory, Sampling, draw, settings
 from jaxgpt.tokenizer import Bytes
 
 V = 8
@@ -256,8 +256,8 @@ def test_what_is_drawn_is_remembered():
 
 def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
     tokenizer, size = Bytes(), 384
-    held = guide.choices(tokenizer, ["ab", "ac", "b"])
-    at = settings([Sampling(seed=5)] * 2, 257, size, guide.stacked([held, None], size))
+    held = constrained.choices(tokenizer, ["ab", "ac", "b"])
+    at = settings([Sampling(seed=5)] * 2, 257, size, constrained.stacked([held, None], size))
     zeros = jnp.zeros((2, size))
     one_draw, free, texts = jax.jit(draw), set(), set()
     for start in range(0, 60, 3):
@@ -273,7 +273,7 @@ def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
 
 def test_what_a_guide_asks_for_is_drawn_even_if_it_is_banned():
     tokenizer, size = Bytes(), 384
-    tables = guide.stacked([guide.choices(tokenizer, ["a"])], size)
+    tables = constrained.stacked([constrained.choices(tokenizer, ["a"])], size)
     at = settings([Sampling(logit_bias={97: -100.0})], 257, size, tables)
     zeros = jnp.zeros((1, size))
     past = Memory(zeros.astype(int), zeros > 0, jnp.zeros(1, int))

@@ -31,11 +31,11 @@ from jaxgpt import chat, serve
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.serve import answers, app, guard, memory, page, server
 from jaxgpt.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, TokenizeBody
 from jaxgpt.serve.engine import Busy, Engine, Piece, Prompt, Stopped, Token
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.trained import Trained
 
 TEXT = "Grüße, wörld! This is 日本語, and so on."
 BASE = build(TokenizerConfig("bytes"), ())

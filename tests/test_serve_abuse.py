@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 from test_serve import BASE, CHAT, FakeEngine, call, post, serving, until
 
-from jaxgpt import guide
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import Expressions
+from jaxgpt.generation import constrained
+from jaxgpt.generation.constrained.expressions import Expressions
 from jaxgpt.serve import app, connections, constraints, guard
 
 PLAIN = {"prompt": "a", "max_tokens": 2}
@@ -82,7 +82,7 @@ def status_of(client):
 
 
 class Slow:
-    """Stands in for `jaxgpt.guide.regex`: compiles until it is let go, as often as it is asked."""
+    """A stand-in for `constrained.regex` that compiles until it is released."""
 
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
@@ -98,7 +98,7 @@ class Slow:
             self.ended += 1
         if pattern == "bad":
             raise InputError("this pattern is bad")
-        return guide.regex(tokenizer, pattern, **options)
+        return constrained.regex(tokenizer, pattern, **options)
 
 
 @pytest.fixture
@@ -168,11 +168,11 @@ def test_real_compiling_is_interruptible():
             raise TimeoutError
 
     schema = json.loads(expensive(0))["response_format"]["json_schema"]["schema"]
-    with guide.interruptible(check), pytest.raises(TimeoutError):
-        guide.json_schema(BASE, schema)
-    with guide.interruptible(check):
+    with constrained.interruptible(check), pytest.raises(TimeoutError):
+        constrained.json_schema(BASE, schema)
+    with constrained.interruptible(check):
         pass
-    assert guide.regex(BASE, "a").allowed(0).sum() == 1
+    assert constrained.regex(BASE, "a").allowed(0).sum() == 1
 
 
 def test_the_same_constraint_is_compiled_once_for_all_who_wait_and_for_who_comes_later(slow):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.decode import generate, positions, start, stops_of
+from jaxgpt.generation.decode import generate, positions, start, stops_of
+from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.sampling import Sampling, settings
-from jaxgpt.speculative import speculative_steps
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 LARGE = GPTConfig(

@@ -11,10 +11,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from jaxgpt import guide
 from jaxgpt.errors import InputError
+from jaxgpt.generation import constrained
+from jaxgpt.generation.stream import Text
 from jaxgpt.tokenizer import HuggingFace
-from jaxgpt.writing import Text
 
 SPECIAL = {
     **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
@@ -147,8 +147,8 @@ def test_a_guide_allows_what_is_spelled_as_the_text_and_nothing_else(name, begin
     tokens = [ids(token) for token in names]
     assert library(name, [*before, *tokens]) == "hello" * (not begins) + text
     for found in (
-        guide.choices(tokenizer, [text, text + " a a"], ends=[1], context=before),
-        guide.regex(tokenizer, f"({re.escape(text)})( a)*", ends=[1], context=before),
+        constrained.choices(tokenizer, [text, text + " a a"], ends=[1], context=before),
+        constrained.regex(tokenizer, f"({re.escape(text)})( a)*", ends=[1], context=before),
     ):
         state = 0
         for token in tokens:
@@ -165,18 +165,18 @@ def test_after_a_word_with_a_suffix_text_begins_with_a_space():
     tokenizer = TOKENIZERS["suffix"]
     ids = tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id
     before = [ids("go</w>")]
-    found = guide.choices(tokenizer, [" a", " go"], ends=[1], context=before)
+    found = constrained.choices(tokenizer, [" a", " go"], ends=[1], context=before)
     assert found.allowed(0)[[ids("a"), ids("a</w>"), ids("go")]].all()
     assert library("suffix", [*before, ids("a</w>")]) == "go a"
     with pytest.raises(InputError, match="the tokenizer puts a space after the prompt"):
-        guide.choices(tokenizer, ["a"], ends=[1], context=before)
+        constrained.choices(tokenizer, ["a"], ends=[1], context=before)
 
 
 def test_a_choice_without_tokens_at_its_place_is_refused():
     with pytest.raises(InputError, match="no tokens for 'hello'|no text can be written"):
-        guide.choices(TOKENIZERS["none"], ["hello", " a"], ends=[1], context=[3])
+        constrained.choices(TOKENIZERS["none"], ["hello", " a"], ends=[1], context=[3])
     with pytest.raises(InputError, match="no tokens for ' a'|no text can be written"):
-        guide.choices(TOKENIZERS["none"], ["hello", " a"], ends=[1], context=[])
+        constrained.choices(TOKENIZERS["none"], ["hello", " a"], ends=[1], context=[])
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt import model, optim
+from jaxgpt import model
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Mean
-from jaxgpt.step import (
+from jaxgpt.training import optim
+from jaxgpt.training.step import (
     eval_step,
     from_saved,
     highest_plausible_loss,

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import telemetry
 from jaxgpt.errors import TrainingError
-from jaxgpt.telemetry import Goodput, Telemetry, TelemetryConfig
+from jaxgpt.training import telemetry
+from jaxgpt.training.telemetry import Goodput, Telemetry, TelemetryConfig
 
 
 class Now:
@@ -505,7 +505,7 @@ def test_drawing_leaves_pyplot_alone(folder):
     code = f"""
         import sys
         from pathlib import Path
-        from jaxgpt import telemetry
+        from jaxgpt.training import telemetry
         folder = Path({str(folder)!r})
         folder.mkdir()
         (folder / "metrics.jsonl").write_text('{{"step": 1, "loss": 2.0}}\\n')

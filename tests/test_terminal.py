@@ -23,12 +23,12 @@ from jaxgpt import cli, model, paths, pretrained, terminal
 from jaxgpt.chat import equipped
 from jaxgpt.cli import main
 from jaxgpt.data.records import open_records
+from jaxgpt.generation.stream import CHUNK
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.terminal import printable
 from jaxgpt.tokenizer import BPE, EOT, PATTERN
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
-from jaxgpt.writing import CHUNK
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It
 # knows which byte comes after which, so none is in it twice; the next best is a line break.
@@ -93,16 +93,17 @@ def goes_on(folders):
 
 PROGRAM = """
 import fcntl, os, signal, sys, termios
-from jaxgpt import cli, signals, writing
+from jaxgpt import cli, signals
+from jaxgpt.generation import stream
 
-steps = writing.steps
+steps = stream.steps
 
 def gated(*args, **rest):
     os.read(gate, 1)
     return steps(*args, **rest)
 
 gate = int(sys.argv[1])
-writing.steps = gated
+stream.steps = gated
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 status = cli.main(sys.argv[2:])

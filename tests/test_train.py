@@ -19,21 +19,22 @@ import pytest
 
 import jaxgpt
 import train
-from jaxgpt import checkpoint, loop, parallel
+from jaxgpt import sharding
 from jaxgpt.cli import main as command
 from jaxgpt.objectives import NextToken
+from jaxgpt.training import checkpoint, loop
 
-MAKE_MESH = parallel.make_mesh
+MAKE_MESH = sharding.make_mesh
 ROOT = Path(train.__file__).parent
 WORDS = ("the quick brown fox jumps over a lazy dog", "while wizards hex bold jackals")
 
 # A run of seconds, with all that is random in it: dropout, shuffling, an average of parameters.
 TINY = """
-from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
-from jaxgpt.optim import OptimConfig
+from jaxgpt.training.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
 
 config = Config(
@@ -149,7 +150,7 @@ def test_resume_is_bit_exact(trained):
 
 KILLED = """
 import os, signal, sys, train
-from jaxgpt import loop
+from jaxgpt.training import loop
 log = loop.telemetry.Telemetry.log
 def killed(self, step, values):
     log(self, step, values)

@@ -29,9 +29,9 @@ from test_train import (
 )
 
 import train
-from jaxgpt import checkpoint, loop, metrics, telemetry
 from jaxgpt.cli import main as command
-from jaxgpt.run import Run
+from jaxgpt.training import checkpoint, loop, metrics, telemetry
+from jaxgpt.training.setup import Run
 
 __all__ = ["here", "runs", "trained"]  # fixtures
 CHECKPOINTS = Path("runs/a/checkpoints")
@@ -96,7 +96,7 @@ def test_stray_files_in_checkpoints_change_nothing(trained):
 
 SLOW = """
 import sys, time, train
-from jaxgpt import loop
+from jaxgpt.training import loop
 log = loop.telemetry.Telemetry.log
 loop.telemetry.Telemetry.log = lambda *args: (time.sleep(0.1), log(*args))
 sys.exit(train.main(sys.argv[1:]))

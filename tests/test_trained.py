@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import checkpoint, parallel, pretrained
-from jaxgpt.decode import decode
+from jaxgpt import pretrained, sharding
 from jaxgpt.errors import InputError
-from jaxgpt.export import to_hf
+from jaxgpt.generation.decode import decode
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.manifest import add_to_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, init
-from jaxgpt.sampling import Sampling
-from jaxgpt.telemetry import read_metrics
+from jaxgpt.pretrained.export import to_hf
+from jaxgpt.pretrained.load import source
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
-from jaxgpt.trained import source
+from jaxgpt.training import checkpoint
+from jaxgpt.training.telemetry import read_metrics
 from train import main
 
-MAKE_MESH = parallel.make_mesh
+MAKE_MESH = sharding.make_mesh
 QWEN = GPTConfig(
     L=2,
     D=32,
@@ -61,7 +62,7 @@ def settle(place, monkeypatch):
     """Works in a folder with a text, on one device."""
     monkeypatch.chdir(place)
     Path("text.txt").write_text(TEXT)
-    monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
 
 @pytest.mark.parametrize("options", [("--compute.layers", "scan"), ("--parallel.fsdp", "2")])
 def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, options):
-    monkeypatch.setattr(parallel, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:2]))
+    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:2]))
     assert tune(folder, "--name", "other", *options) == 0
     np.testing.assert_allclose(losses("finetune"), losses("other"), rtol=1e-5)
 
@@ -298,6 +299,8 @@ def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):
 
 
 def test_a_run_of_another_version_is_refused(tuned, monkeypatch):
-    monkeypatch.setattr("jaxgpt.trained.letters", lambda model: {("wte",): (("D", "V"), (3, 5))})
+    monkeypatch.setattr(
+        "jaxgpt.pretrained.load.letters", lambda model: {("wte",): (("D", "V"), (3, 5))}
+    )
     with pytest.raises(InputError, match=r"wte is \[\d+, \d+\], and \[3, 5\] .*, or train again"):
         jaxgpt.load("runs/finetune")

@@ -15,9 +15,9 @@ from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Translate, translate
-from jaxgpt.step import init_state, train_step
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import Bytes
-from jaxgpt.trained import Trained
+from jaxgpt.training.step import init_state, train_step
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 GPT2 = GPTConfig(L=2, D=16, N=4, T=20, V=257)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import model, optim, tune
+from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
-from jaxgpt.step import from_saved, init_state, to_saved, train_step
-from jaxgpt.tune import (
+from jaxgpt.training import finetune, optim
+from jaxgpt.training.finetune import (
     Tree,
     TuneConfig,
     adapted,
@@ -25,6 +25,7 @@ from jaxgpt.tune import (
     quantized,
     split,
 )
+from jaxgpt.training.step import from_saved, init_state, to_saved, train_step
 
 CFG = GPTConfig(
     L=2, D=8, N=2, K=1, H=6, F=12, T=6, V=50,
@@ -250,7 +251,7 @@ def test_a_tree_is_created_from_what_is_given_and_new_leaves(held):
 
 def test_what_is_missing_of_the_model_is_new(monkeypatch):
     new = filled(base(), 2)
-    monkeypatch.setattr(tune, "init", lambda model, key: new)
+    monkeypatch.setattr(finetune, "init", lambda model, key: new)
     given = {k: v for k, v in base().items() if k != "wte"}
     whole, rest = Tree(gpt(), {}, TuneConfig()).create(jax.random.key(0), given)
     assert rest is None

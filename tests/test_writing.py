@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from jaxgpt import model
 from jaxgpt.config import Config
-from jaxgpt.decode import beam_search, steps
 from jaxgpt.errors import InputError
+from jaxgpt.generation.decode import beam_search, steps
+from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.stream import Text, write
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.sampling import Sampling
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, HuggingFace, TokenizerConfig
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
-from jaxgpt.trained import Trained
-from jaxgpt.writing import Text, write
 
 GREEDY = Sampling(temperature=0)
 # Tokens that end inside of a character, begin in one, or hold several.
@@ -335,7 +335,7 @@ def test_it_ends_before_a_stop_string(at):
 
 def test_after_a_stop_string_nothing_more_is_computed(monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxgpt.writing.steps", lambda *a: calls.append(1) or steps(*a))
+    monkeypatch.setattr("jaxgpt.generation.stream.steps", lambda *a: calls.append(1) or steps(*a))
     text = decoded(greedy(PROMPT, 100))
     pieces_of(PROMPT, 100, stops=[text[20:24]])
     assert len(calls) < 100 // 16
@@ -343,7 +343,7 @@ def test_after_a_stop_string_nothing_more_is_computed(monkeypatch):
 
 def test_a_piece_is_given_before_the_next_is_computed(monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxgpt.writing.steps", lambda *a: calls.append(1) or steps(*a))
+    monkeypatch.setattr("jaxgpt.generation.stream.steps", lambda *a: calls.append(1) or steps(*a))
     gpt = trained()
     pieces = write(gpt.model, gpt.params, gpt.tokenizer, PROMPT, 100, GREEDY)
     assert next(pieces) and len(calls) == 1

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
 
 from .processes import has_option
 from .runs import Bench, Row

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import config
-from jaxgpt.checkpoint import CheckpointConfig
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, Translate
-from jaxgpt.optim import OptimConfig
 from jaxgpt.tokenizer import TokenizerConfig
-from jaxgpt.tune import TuneConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.finetune import TuneConfig
+from jaxgpt.training.optim import OptimConfig
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 24

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 import jaxgpt
-from jaxgpt import checkpoint, config, data, tokenizer
+from jaxgpt import config, data, tokenizer
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
-from jaxgpt.export import to_hf
 from jaxgpt.objectives import Classify
+from jaxgpt.pretrained.export import to_hf
+from jaxgpt.training import checkpoint
 
 SECONDS = 20  # for a file of a few kilobytes
 

@@ -7,7 +7,6 @@ for batch in prefetch(batches.batch, start=step): ...
 for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
 """
 
-from jaxgpt.data.ahead import prefetch
 from jaxgpt.data.batches import Batches, eval_batches, streams
 from jaxgpt.data.corpus import (
     Corpus,
@@ -19,6 +18,7 @@ from jaxgpt.data.corpus import (
 )
 from jaxgpt.data.dataset import Dataset
 from jaxgpt.data.examples import examples
+from jaxgpt.data.prefetch import prefetch
 from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 

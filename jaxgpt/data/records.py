@@ -177,7 +177,7 @@ def open_records(
 def _open_records(
     path: str, reader: Reader, cfg: RecordsConfig, say: Callable[[str], None]
 ) -> list[Record]:
-    from jaxgpt.data.made import MADE
+    from jaxgpt.data.synthetic import MADE
 
     names = (*reader.fields, *reader.optional_fields)
     given = parse_fields(cfg.fields, names)

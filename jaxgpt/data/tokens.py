@@ -31,8 +31,8 @@ from typing import IO, Any, get_args
 
 import numpy as np
 
-from jaxgpt.data.ahead import map_ahead
 from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.data.prefetch import map_ahead
 from jaxgpt.data.records import say
 from jaxgpt.data.split import Split
 from jaxgpt.data.textfile import reading

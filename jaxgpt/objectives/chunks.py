@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.model import logits, output_weights
-from jaxgpt.parallel import constrain
+from jaxgpt.sharding import constrain
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ from jaxgpt.model import logits, output_weights
 from jaxgpt.objectives.base import Batch, Other, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
-from jaxgpt.parallel import constrain
+from jaxgpt.sharding import constrain
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 
 from jaxgpt import chat
 from jaxgpt.data.records import Record
-from jaxgpt.decode import decode
 from jaxgpt.errors import InputError
+from jaxgpt.generation.decode import decode
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.objectives.base import Batch, Objective, Other, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
 from jaxgpt.objectives.instruct import located
-from jaxgpt.sampling import Sampling
 from jaxgpt.tokenizer import Tokenizer
 
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxgpt.data.records import Record
-from jaxgpt.decode import beam_search
 from jaxgpt.errors import InputError
+from jaxgpt.generation.decode import beam_search
 from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
 from jaxgpt.objectives.base import Batch, Other, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.rotary import RopeScaling
+from jaxgpt.model.rotary import RopeScaling
 
 logger = logging.getLogger(__name__)
 

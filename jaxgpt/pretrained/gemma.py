@@ -4,9 +4,9 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
+from jaxgpt.model.rotary import RopeScaling
 from jaxgpt.pretrained.fields import Fields, layer_types, rope
 from jaxgpt.pretrained.llama import BLOCK, ENDS, fields_of, relatives
-from jaxgpt.rotary import RopeScaling
 
 MODEL_TYPES = ("gemma3_text",)
 PREFIX = "model."

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.pretrained.tensors import read_json
-from jaxgpt.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import Expressions, check_length
-from jaxgpt.guide.pattern import Pattern
+from jaxgpt.generation.constrained.expressions import Expressions, check_length
+from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.paths import inside
@@ -34,7 +34,7 @@ from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
 from jaxgpt.pretrained.weights import Row, check_finite, rows
-from jaxgpt.tune import LORA, flat, nested
+from jaxgpt.training.finetune import LORA, flat, nested
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -10,9 +10,9 @@ FastAPI, uvicorn and pydantic come with `pip install 'jaxgpt[serve]'`; nothing e
 
 from dataclasses import dataclass
 
-from jaxgpt.cache import CacheDtype
 from jaxgpt.errors import InputError
-from jaxgpt.trained import Dtype
+from jaxgpt.model.cache import CacheDtype
+from jaxgpt.pretrained.load import Dtype
 
 
 @dataclass(frozen=True)

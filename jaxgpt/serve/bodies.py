@@ -26,8 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from jaxgpt.guide import Guide, choices, json_schema, regex
-from jaxgpt.sampling import Sampling
+from jaxgpt.generation.constrained import Guide, choices, json_schema, regex
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.serve.constraints import Constraint
 
 SEEDS = 1 << 63
@@ -184,7 +184,7 @@ class JSONSchema(Body):
 
 
 class ResponseFormat(Body):
-    """Text, a JSON object, or JSON that fits a schema; of an object see `jaxgpt.guide.DEPTH`."""
+    """Text, a JSON object (nested up to `constrained.DEPTH`), or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide import Guide, interruptible
+from jaxgpt.generation.constrained import Guide, interruptible
 from jaxgpt.serve.engine import STATES, Busy
 from jaxgpt.tokenizer import Tokenizer
 
@@ -34,13 +34,13 @@ class Constraint(NamedTuple):
     field: str
     """The request's field that has it."""
     compile: Callable[..., Guide]
-    """`choices`, `regex` or `json_schema` of `jaxgpt.guide`."""
+    """`choices`, `regex` or `json_schema` of `jaxgpt.generation.constrained`."""
     value: str
     """The argument of `compile`, as JSON."""
     ends: tuple[int, ...]
     """The token ids that end a text."""
     context: tuple[int, ...] | None = None
-    """The ids before the text, see `jaxgpt.guide.choices`."""
+    """The ids before the text, see `jaxgpt.generation.constrained.choices`."""
 
 
 class Compiler:

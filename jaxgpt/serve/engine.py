@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.cache import CacheDtype
-from jaxgpt.decode import SHORTEST, Written, padded, prefill, start, steps, stops_of
 from jaxgpt.errors import InputError
-from jaxgpt.guide import Guide, stacked
+from jaxgpt.generation.constrained import Guide, stacked
+from jaxgpt.generation.decode import SHORTEST, Written, padded, prefill, start, steps, stops_of
+from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.stream import Text
 from jaxgpt.model import GPTConfig, next_logits
-from jaxgpt.sampling import Sampling, settings
-from jaxgpt.trained import Trained
-from jaxgpt.writing import Text
+from jaxgpt.model.cache import CacheDtype
+from jaxgpt.pretrained.load import Trained
 
 TOP = 20  # of the likeliest tokens that can be told beside each
 STOPS = 8  # ids that end a text, at most

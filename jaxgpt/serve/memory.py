@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxgpt.cache import CacheDtype
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
+from jaxgpt.model.cache import CacheDtype
+from jaxgpt.pretrained.load import Dtype, Source, Trained, smaller
 from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
-from jaxgpt.trained import Dtype, Source, Trained, smaller
 
 SLOTS = 8
 """Slots by default, at most."""

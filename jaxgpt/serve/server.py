@@ -20,8 +20,9 @@ import uvicorn
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from jaxgpt.errors import InputError
+from jaxgpt.generation.sampling import Sampling
 from jaxgpt.pretrained import generation
-from jaxgpt.sampling import Sampling
+from jaxgpt.pretrained.load import source
 from jaxgpt.serve import ServeConfig, memory
 from jaxgpt.serve.app import create_app
 from jaxgpt.serve.bodies import Refused
@@ -30,7 +31,6 @@ from jaxgpt.serve.engine import Engine
 from jaxgpt.serve.guard import App, Guard, Receive, Send, refusal
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.signals import end_process
-from jaxgpt.trained import source
 
 DRAIN = 25.0
 """Seconds that what is running has, after SIGTERM, to end."""

@@ -20,8 +20,8 @@ from typing import Any, get_args
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, train
+from jaxgpt.tokenizer.byte_char import Bytes, Characters
 from jaxgpt.tokenizer.huggingface import HuggingFace
-from jaxgpt.tokenizer.plain import Bytes, Characters
 from jaxgpt.tokenizer.published import PUBLISHED, File, published_bpe
 
 __all__ = [

@@ -11,7 +11,7 @@ import tiktoken
 
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, check_not_empty, encoded
-from jaxgpt.tokenizer.plain import Bytes
+from jaxgpt.tokenizer.byte_char import Bytes
 
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"

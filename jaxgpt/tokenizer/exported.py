@@ -7,7 +7,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer.base import EOT, Tokenizer
 from jaxgpt.tokenizer.bpe import BPE
-from jaxgpt.tokenizer.plain import Bytes, Characters
+from jaxgpt.tokenizer.byte_char import Bytes, Characters
 from jaxgpt.tokenizer.spelling import LETTERS
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

@@ -32,16 +32,18 @@ import numpy as np
 
 import jaxgpt
 import train
-from jaxgpt import checkpoint, config, export, parallel
-from jaxgpt.checkpoint import CheckpointConfig
+from jaxgpt import config, sharding
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, Classify, Translate
-from jaxgpt.optim import OptimConfig
+from jaxgpt.pretrained import export
+from jaxgpt.pretrained.load import versions
 from jaxgpt.tokenizer import TokenizerConfig
-from jaxgpt.trained import versions
-from jaxgpt.tune import TuneConfig
+from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.finetune import TuneConfig
+from jaxgpt.training.optim import OptimConfig
 
 STEPS, MORE = 4, 7  # steps of the golden runs, and after they were resumed
 TOKENS = np.arange(2 * 6).reshape(2, 6)
@@ -128,11 +130,11 @@ def write_data(rng: random.Random) -> None:
 
 def on_one_device(monkeypatch: Any = None) -> None:
     """Lets runs take one device, however many there are."""
-    one = partial(parallel.make_mesh, devices=jax.devices()[:1])
+    one = partial(sharding.make_mesh, devices=jax.devices()[:1])
     if monkeypatch is None:
-        parallel.make_mesh = one
+        sharding.make_mesh = one
     else:
-        monkeypatch.setattr(parallel, "make_mesh", one)
+        monkeypatch.setattr(sharding, "make_mesh", one)
 
 
 def losses(name: str) -> dict[str, float]:

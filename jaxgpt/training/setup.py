@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import checkpoint, config, data, model, optim, parallel, tokenizer, tune
+from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Other
-from jaxgpt.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
-from jaxgpt.trained import Source, Trained, check_exists, find_tokenizer, source, versions
+from jaxgpt.pretrained.load import Source, Trained, check_exists, find_tokenizer, source, versions
+from jaxgpt.training import checkpoint, finetune, optim
+from jaxgpt.training.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     describe: dict[str, Any]
     dataset: data.Dataset
-    layout: parallel.Layout
+    layout: sharding.Layout
     loss_fn: Callable[..., Any]
     take_step: Callable[..., Any]
     start: int
@@ -58,7 +59,7 @@ class Run:
     def trained(self, state: TrainState) -> Trained:
         """The model as it is now, to use; the running average where there is one."""
         params = state.params if state.ema is None else state.ema
-        params = tune.join(params, (state.frozen or {}).get("rest"))
+        params = finetune.join(params, (state.frozen or {}).get("rest"))
         if self.cfg.compute.layers == "scan":
             params = model.unstack(params, self.cfg.model.L)
         return Trained(self.cfg, params, self.tokenizer, self.describe["generation_config"])
@@ -134,19 +135,19 @@ def prepare(cfg: config.Config) -> Run:
     if jax.process_index() == 0:
         config.save(cfg, cfg.folder / "config.json")
 
-    mesh = parallel.make_mesh(cfg.parallel)
+    mesh = sharding.make_mesh(cfg.parallel)
     if cfg.objective.annotates and jax.process_count() > 1:
         raise InputError(
             f"{type(cfg.objective).__name__} acts with the model in one process, and there are "
-            f"{jax.process_count()}; set parallel.processes=1"
+            f"{jax.process_count()}; set sharding.processes=1"
         )
-    parallel.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
+    sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
     masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
     platform = mesh.devices.flat[0].platform
     compute, chosen = cfg.compute.resolve(cfg.model, platform, masked, cfg.context)
     scanned = compute.layers == "scan"
     gpt = cfg.objective.build(cfg.model, compute)
-    tree = tune.Tree(gpt, cfg.objective.leaves(cfg.model), cfg.tune)
+    tree = finetune.Tree(gpt, cfg.objective.leaves(cfg.model), cfg.tune)
     # What is saved has every layer's leaves apart.
     apart = replace(tree, model=gpt.clone(compute=replace(compute, layers="unrolled")))
     diff = origin.compare(apart.leaves) if origin else None
@@ -157,7 +158,7 @@ def prepare(cfg: config.Config) -> Run:
         )
         teacher_model = teacher.config.objective.build(teacher.config.model, its[0])
         other = {("teacher", *path): leaf for path, leaf in model.letters(teacher_model).items()}
-    layout = parallel.Layout(cfg.parallel.mode, mesh, tree.leaves | other)
+    layout = sharding.Layout(cfg.parallel.mode, mesh, tree.leaves | other)
     layout_apart = replace(layout, letters=apart.leaves | other)
     updates = cfg.train.steps * cfg.objective.updates_per_batch
     tx = optim.build(cfg.optim, tree.trained_leaves, updates)
@@ -192,10 +193,10 @@ def prepare(cfg: config.Config) -> Run:
         frozen = frozen or {}
         rest, other = frozen.get("rest"), None
         if "reference" in frozen:
-            other = Other(gpt, tune.join(frozen["reference"], rest))
+            other = Other(gpt, finetune.join(frozen["reference"], rest))
         elif "teacher" in frozen:
             other = Other(teacher_model, frozen["teacher"])
-        return cfg.objective(gpt, tune.join(params, rest), batch, key, other)
+        return cfg.objective(gpt, finetune.join(params, rest), batch, key, other)
 
     if jax.process_index() == 0:
         devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.cache import CacheDtype
-from jaxgpt.decode import beam_search, padded, positions, start, steps, stops_of
 from jaxgpt.errors import InputError
-from jaxgpt.guide import Guide, stacked
+from jaxgpt.generation.constrained import Guide, stacked
+from jaxgpt.generation.decode import beam_search, padded, positions, start, steps, stops_of
+from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import GPT
-from jaxgpt.sampling import Sampling, settings
-from jaxgpt.speculative import speculative_steps
+from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import TextDecoder, Tokenizer
 
 CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import checkpoint, config, data
+from jaxgpt import config, data
 from jaxgpt.errors import InputError
-from jaxgpt.lock import find_holder
 from jaxgpt.manifest import MANIFEST, find_damage
-from jaxgpt.metrics import find_bad_lines, read_metrics
 from jaxgpt.tokenizer import from_json
+from jaxgpt.training import checkpoint
+from jaxgpt.training.lock import find_holder
+from jaxgpt.training.metrics import find_bad_lines, read_metrics
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.attention import attend, attend_to_bytes
+from jaxgpt.model.attention import attend, attend_to_bytes
 
 CacheDtype = Literal["same", "int8"]
 

@@ -22,7 +22,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt.checkpoint.arrays import (
+from jaxgpt.errors import InputError, TrainingError
+from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
+from jaxgpt.training.checkpoint.arrays import (
     as_numbers,
     flatten_leaves,
     format_spec,
@@ -30,7 +32,7 @@ from jaxgpt.checkpoint.arrays import (
     nest_leaves,
     restore_items,
 )
-from jaxgpt.checkpoint.reader import (
+from jaxgpt.training.checkpoint.reader import (
     EVALUATION,
     FORMAT,
     best_step,
@@ -40,9 +42,7 @@ from jaxgpt.checkpoint.reader import (
     step_folders,
     steps_in,
 )
-from jaxgpt.errors import InputError, TrainingError
-from jaxgpt.lock import flock
-from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
+from jaxgpt.training.lock import flock
 
 RESERVED = {"format", "metrics", "leaves", "evaluation"}
 UNFINISHED = re.compile(r"\d+(\.saving|(\.saving)?\.orbax-checkpoint-tmp.*)")

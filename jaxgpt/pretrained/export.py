@@ -21,9 +21,9 @@ from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
+from jaxgpt.pretrained.load import Source, Writing, source, versions
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write
-from jaxgpt.trained import Source, Writing, source, versions
-from jaxgpt.tune import LORA, adapted, flat, merged
+from jaxgpt.training.finetune import LORA, adapted, flat, merged
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 

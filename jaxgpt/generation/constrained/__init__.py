@@ -22,10 +22,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import Expressions, check_length, interruptible, short
-from jaxgpt.guide.pattern import Pattern
-from jaxgpt.guide.schema import Schema, parse
-from jaxgpt.guide.tables import LIMIT, Guide, guide_of, pieces_of, stacked
+from jaxgpt.generation.constrained.expressions import (
+    Expressions,
+    check_length,
+    interruptible,
+    short,
+)
+from jaxgpt.generation.constrained.pattern import Pattern
+from jaxgpt.generation.constrained.schema import Schema, parse
+from jaxgpt.generation.constrained.tables import LIMIT, Guide, guide_of, pieces_of, stacked
 from jaxgpt.tokenizer.base import Tokenizer
 
 __all__ = ["Guide", "choices", "interruptible", "json_schema", "regex", "stacked"]

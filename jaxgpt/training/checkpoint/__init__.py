@@ -17,8 +17,8 @@ is never deleted: it is renamed to `500.damaged`, and training resumes from the 
 `500.abandoned` is a checkpoint that training went back from.
 """
 
-from jaxgpt.checkpoint.arrays import as_abstract
-from jaxgpt.checkpoint.reader import (
+from jaxgpt.training.checkpoint.arrays import as_abstract
+from jaxgpt.training.checkpoint.reader import (
     OpenCheckpoint,
     best_step,
     find_step,
@@ -29,7 +29,7 @@ from jaxgpt.checkpoint.reader import (
     step_folders,
     steps_in,
 )
-from jaxgpt.checkpoint.writer import CheckpointConfig, Checkpoints
+from jaxgpt.training.checkpoint.writer import CheckpointConfig, Checkpoints
 
 __all__ = [
     "CheckpointConfig",

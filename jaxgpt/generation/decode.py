@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.cache import Cache, CacheDtype, Kept
 from jaxgpt.errors import InputError
+from jaxgpt.generation.sampling import Memory, Sampling, Settings, draw, settings
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
-from jaxgpt.sampling import Memory, Sampling, Settings, draw, settings
+from jaxgpt.model.cache import Cache, CacheDtype, Kept
 
 SHORTEST = 32  # prompts are padded to at least so many tokens
 

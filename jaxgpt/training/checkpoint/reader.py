@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.checkpoint.arrays import as_abstract, list_some, restore_items
 from jaxgpt.errors import InputError
-from jaxgpt.lock import flock
 from jaxgpt.manifest import MANIFEST, find_damage, read_manifest
+from jaxgpt.training.checkpoint.arrays import as_abstract, list_some, restore_items
+from jaxgpt.training.lock import flock
 
 FORMAT = 2  # of a checkpoint's layout; 1 had no format.json and no evaluation.json
 EVALUATION = "evaluation.json"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.parallel import spec
+from jaxgpt.sharding import spec
 
 CHUNK = 64
 UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from jaxgpt import strict_json
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import (
+from jaxgpt.generation.constrained.expressions import (
     ANY,
     EMPTY,
     NOTHING,
@@ -20,8 +20,8 @@ from jaxgpt.guide.expressions import (
     others,
     short,
 )
-from jaxgpt.guide.numbers import integers, reals, tightest
-from jaxgpt.guide.pattern import Pattern
+from jaxgpt.generation.constrained.numbers import integers, reals, tightest
+from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.tokenizer.base import encoded
 
 DEPTH = 3

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.cache import Cache
-from jaxgpt.decode import State, Written, extend
+from jaxgpt.generation.decode import State, Written, extend
+from jaxgpt.generation.sampling import Memory, Settings, draw
 from jaxgpt.model import GPT, next_logits
-from jaxgpt.sampling import Memory, Settings, draw
+from jaxgpt.model.cache import Cache
 
 
 @partial(

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.attention import attention, choose, prompt_attention
-from jaxgpt.cache import Cache, CacheDtype, Floats, Kept, empty, seen
 from jaxgpt.errors import InputError
-from jaxgpt.matmul import matmul, rounded_matmul
-from jaxgpt.parallel import constrain
-from jaxgpt.rotary import RopeScaling, rotary_frequencies, rotary_tables, rotate
+from jaxgpt.model.attention import attention, choose, prompt_attention
+from jaxgpt.model.cache import Cache, CacheDtype, Floats, Kept, empty, seen
+from jaxgpt.model.matmul import matmul, rounded_matmul
+from jaxgpt.model.rotary import RopeScaling, rotary_frequencies, rotary_tables, rotate
+from jaxgpt.sharding import constrain
 
 VOCABULARY_MULTIPLE = 128
 GATED = ("swiglu", "geglu")  # MLPs with a third matrix

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 
 from jaxgpt.errors import TrainingError
-from jaxgpt.metrics import MetricsFile, read_metrics
+from jaxgpt.training.metrics import MetricsFile, read_metrics
 
 BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import (
+from jaxgpt.generation.constrained.expressions import (
     ANY,
     EMPTY,
     Expressions,

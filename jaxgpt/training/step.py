@@ -10,7 +10,7 @@ import optax
 
 from jaxgpt.model import stack, unstack
 from jaxgpt.objectives import Mean
-from jaxgpt.tune import join, split
+from jaxgpt.training.finetune import join, split
 
 HISTORY = 128  # steps whose losses and gradient norms tell an ordinary step from a spike
 

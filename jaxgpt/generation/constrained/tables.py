@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.guide.expressions import Expressions
+from jaxgpt.generation.constrained.expressions import Expressions
 from jaxgpt.tokenizer.base import Tokenizer
 
 LIMIT = 4096

@@ -9,15 +9,16 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxgpt import config, data, parallel, telemetry
+from jaxgpt import config, data, sharding
 from jaxgpt.errors import Diverged, InputError, TrainingError
-from jaxgpt.lock import RunLock
-from jaxgpt.metrics import mark_finished, read_metrics
-from jaxgpt.run import Run, check_models, prepare
+from jaxgpt.pretrained.load import Trained, load
 from jaxgpt.signals import Interrupted, Signals
-from jaxgpt.step import highest_plausible_loss
 from jaxgpt.terminal import shell_quoted
-from jaxgpt.trained import Trained, load
+from jaxgpt.training import telemetry
+from jaxgpt.training.lock import RunLock
+from jaxgpt.training.metrics import mark_finished, read_metrics
+from jaxgpt.training.setup import Run, check_models, prepare
+from jaxgpt.training.step import highest_plausible_loss
 
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
 RETRY_SECONDS = 10.0  # between tries to save when the disk is full
@@ -56,7 +57,7 @@ def train(cfg: config.Config) -> Trained:
 def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
-    with parallel.on_first_process(RunLock(cfg.folder)) as lock:
+    with sharding.on_first_process(RunLock(cfg.folder)) as lock:
         with clock("init"):
             prepared = prepare(cfg)
         start, steps = prepared.start, prepared.cfg.train.steps
@@ -153,7 +154,7 @@ class Training:
 
             logs = due(step, train.log_every)
             if logs or jax.process_count() == 1:  # several processes ask each other
-                self.stopped = parallel.largest(self.signals.received)
+                self.stopped = sharding.largest(self.signals.received)
             last = step == train.steps or self.stopped > 0
             evals = step == train.steps or due(step, train.eval_every)
             saves = last or due(step, self.cfg.checkpoint.every)
@@ -320,10 +321,10 @@ class Training:
             traceback.print_exception(error)
         steps = self.run.checkpoints.steps()
         left = f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
-        parallel.leave(
+        sharding.leave(
             f"step {self.step} failed, maybe because another process has ended: "
             f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
-            "one without parallel.processes"
+            "one without sharding.processes"
         )
 
     def rescue(self) -> None:

@@ -15,19 +15,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import __version__, checkpoint, guide, pretrained
-from jaxgpt.cache import CacheDtype
+from jaxgpt import __version__, pretrained
 from jaxgpt.chat import Messages, Tools, choose, render
 from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
+from jaxgpt.generation import constrained
+from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.stream import Pieces, search, write
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
-from jaxgpt.parallel import Layout
+from jaxgpt.model.cache import CacheDtype
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import foreign, generation
-from jaxgpt.sampling import Sampling
+from jaxgpt.sharding import Layout
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
-from jaxgpt.tune import LORA, Diff, adapted, compare, flat, join, merged, nested, quantized, split
-from jaxgpt.writing import Pieces, search, write
+from jaxgpt.training import checkpoint
+from jaxgpt.training.finetune import (
+    LORA,
+    Diff,
+    adapted,
+    compare,
+    flat,
+    join,
+    merged,
+    nested,
+    quantized,
+    split,
+)
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -76,21 +89,21 @@ class Writing(Sampling):
 
     def as_guide(
         self, tokenizer: Tokenizer, ends: Sequence[int], context: Sequence[int] | None = None
-    ) -> guide.Guide | None:
+    ) -> constrained.Guide | None:
         """What `choices`, `regex` or `schema` leave; InputError for two of them.
 
-        `context` are the ids before the text, see `guide.choices`.
+        `context` are the ids before the text, see `constrained.choices`.
         """
         asked = {"choices": self.choices, "regex": self.regex, "schema": self.schema}
         given = [name for name, value in asked.items() if value not in ((), [], "", None)]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} at once; give one")
         if self.choices:
-            return guide.choices(tokenizer, self.choices, ends=ends, context=context)
+            return constrained.choices(tokenizer, self.choices, ends=ends, context=context)
         if self.regex:
-            return guide.regex(tokenizer, self.regex, ends=ends, context=context)
+            return constrained.regex(tokenizer, self.regex, ends=ends, context=context)
         if self.schema is not None:
-            return guide.json_schema(tokenizer, dict(self.schema), ends=ends, context=context)
+            return constrained.json_schema(tokenizer, dict(self.schema), ends=ends, context=context)
         return None
 
 

@@ -1,0 +1,1 @@
+"""Text generation: sampling, decoding with a KV cache, constraints, streaming text."""
