@@ -4,7 +4,8 @@
     python benchmarks/tpu_decode.py
 
 `jaxgpt.generation.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve`
-run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256 positions. For each
+run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256
+positions. For each
 batch the table shows the loops in a step, of which there should be none but those of drawing; the
 milliseconds in which its memory gives up the weights and the cache at its peak; and those that the
 compiler expects of a step but for the drawing, by the cycles for which it chose its programs, at
