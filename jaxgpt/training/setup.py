@@ -139,7 +139,7 @@ def prepare(cfg: config.Config) -> Run:
     if cfg.objective.annotates and jax.process_count() > 1:
         raise InputError(
             f"{type(cfg.objective).__name__} acts with the model in one process, and there are "
-            f"{jax.process_count()}; set sharding.processes=1"
+            f"{jax.process_count()}; set parallel.processes=1"
         )
     sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
     masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
