@@ -60,7 +60,7 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
     from jaxgpt import model as gpt
     from jaxgpt.generation.decode import generate, positions, stops_of
     from jaxgpt.generation.sampling import Sampling, settings
-    from jaxgpt.training.finetune import quantized
+    from jaxgpt.model.quantize import quantize_params
 
     cfg = gpt.GPTConfig(
         L=options.layers,
@@ -73,7 +73,9 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
     model = cfg.build(compute)
     params = jax.jit(partial(gpt.init, model))(jax.random.key(0))
     if dtype.startswith("int8"):
-        params = jax.jit(partial(quantized, leaves=gpt.letters(model), tables=True))(params)
+        params = jax.jit(partial(quantize_params, leaves=gpt.letters(model), embeddings=True))(
+            params
+        )
     if dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     S = positions(options.prompt + options.new, cfg)

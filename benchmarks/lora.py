@@ -49,8 +49,9 @@ def measure(options: Options) -> dict[str, float]:
     import optax
 
     from jaxgpt.model import ComputeConfig, GPTConfig
+    from jaxgpt.model.params import merge
     from jaxgpt.objectives import NextToken
-    from jaxgpt.training.finetune import Tree, TuneConfig, join
+    from jaxgpt.training.finetune import Tree, TuneConfig
     from jaxgpt.training.step import init_state, train_step
 
     cfg = GPTConfig(
@@ -73,7 +74,7 @@ def measure(options: Options) -> dict[str, float]:
         return init_state(params, tx, jax.random.key(1), frozen={"rest": rest} if rest else None)
 
     def loss_fn(params, batch, key, frozen=None):
-        return NextToken()(model, join(params, (frozen or {}).get("rest")), batch, key)
+        return NextToken()(model, merge(params, (frozen or {}).get("rest")), batch, key)
 
     state = jax.jit(make)()
     held = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))

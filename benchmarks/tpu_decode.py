@@ -31,7 +31,7 @@ from jaxgpt import model
 from jaxgpt.generation.decode import start, steps
 from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.training.finetune import quantized
+from jaxgpt.model.quantize import quantize_params
 
 HERTZ = 1.5e9  # 197 TFLOP/s over four units of 128 x 128 multiplications and additions a cycle
 
@@ -81,7 +81,9 @@ def compiled(dtype: str, B: int, options: Options) -> Program:
     gpt = cfg.build(ComputeConfig("bfloat16", attention="plain"))
     params = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
     if dtype == "int8":
-        params = jax.eval_shape(partial(quantized, leaves=model.letters(gpt), tables=True), params)
+        params = jax.eval_shape(
+            partial(quantize_params, leaves=model.letters(gpt), embeddings=True), params
+        )
     else:
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     half = np.full(B, options.positions // 2, np.int32)

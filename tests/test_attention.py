@@ -10,10 +10,10 @@ from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model import attention as attentions
 from jaxgpt.model.attention import (
     CHUNK,
-    _to_bytes,
-    _to_floats,
+    _attend_dequantized,
+    _attend_int8,
     attend,
-    attend_to_bytes,
+    attend_int8,
     attention,
     choose,
     obstacle,
@@ -253,7 +253,7 @@ def test_cudnn_equals_plain(window):
 
 
 @pytest.mark.parametrize(("T", "N", "K", "S"), [(1, 3, 3, 40), (1, 6, 2, 256), (5, 4, 1, 70)])
-@pytest.mark.parametrize("run", [attend_to_bytes, _to_bytes, _to_floats])
+@pytest.mark.parametrize("run", [attend_int8, _attend_int8, _attend_dequantized])
 def test_attention_to_bytes_is_that_to_what_they_stand_for(run, T, N, K, S):
     B, H = 3, 8
     rng = np.random.default_rng(S)
@@ -279,5 +279,5 @@ def test_attention_to_bytes_forgets_no_small_weights():
     scale = np.full((1, 1, S), 1 / 127, np.float32)
     q = np.zeros((1, 1, 1, H), np.float32)
     q[..., 0] = math.sqrt(H) * math.log(50)
-    out = _to_bytes(q, (k, scale), (v, scale), np.ones((1, 1, S), bool))
+    out = _attend_int8(q, (k, scale), (v, scale), np.ones((1, 1, S), bool))
     assert out[0, 0, 0, 1] == pytest.approx((S - 1) / (S - 1 + 50), rel=1e-3)

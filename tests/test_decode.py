@@ -14,7 +14,7 @@ from jaxgpt.generation.decode import beam_search, decode, generate, stops_of
 from jaxgpt.generation.decode import start as read_prompts
 from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
-from jaxgpt.model.cache import _selected, _updated, empty
+from jaxgpt.model.cache import _put_by_mask, _put_by_update, empty
 from jaxgpt.model.rotary import RopeScaling
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -366,7 +366,7 @@ def test_a_slot_is_written_alike_on_every_platform(B, H):
     exact = old.copy()
     for row, slot in enumerate(slots):
         exact[row, :, slot] = new[row, :, 0]
-    for write in (_selected, _updated):
+    for write in (_put_by_mask, _put_by_update):
         np.testing.assert_array_equal(jax.jit(write)(old, new, slots), exact)
 
 

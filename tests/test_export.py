@@ -16,6 +16,7 @@ from jaxgpt.chat import ChatML, Gemma, Llama3, choose, render
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init, letters
+from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
 from jaxgpt.pretrained.load import Source, Trained
@@ -23,7 +24,7 @@ from jaxgpt.serve.api import Served
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read as read_tokenizer
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
-from jaxgpt.training.finetune import TuneConfig, flat, join, nested
+from jaxgpt.training.finetune import TuneConfig
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WORDS = ("alpha", "bravo", "carrot", "delta")
@@ -280,7 +281,7 @@ def adapted(published, chat_model, monkeypatch, request):
     factors = {
         p: jnp.float32(noise.normal(size=s) * 0.1 if s else 2) for p, (_, s) in factors.items()
     }
-    params = join(nested(leaves), nested(factors))
+    params = merge(nested(leaves), nested(factors))
     found = as_run(grown, params, CHAT, monkeypatch, Instruct())
     found.metadata["lineage"]["started_from"] = {"path": str(published), "dtype": "float32"}
     return found

@@ -31,13 +31,13 @@ from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import choices, json_schema, regex
 from jaxgpt.model import ComputeConfig, GPTConfig, letters
+from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import regular_file
 from jaxgpt.pretrained import peft
 from jaxgpt.pretrained.export import new_folder
 from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
-from jaxgpt.training.finetune import flat, nested
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxgpt.model.matmul import matmul, rounded_matmul
+from jaxgpt.model.matmul import matmul
+from jaxgpt.model.quantize import int8_matmul
 
 EQUATIONS = {
     "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),
@@ -78,8 +79,8 @@ def test_a_rounded_product_is_that_of_whole_numbers_times_each_token_s_scale(sha
     x, w = x.astype(np.float32), rng.integers(-127, 128, (10, 3, 8)).astype(np.int8)
     scale = np.abs(x).max((2, 3), keepdims=True) / np.float32(127)
     exact = np.einsum("BTNH,DNH->BTD", np.round(x / scale).astype(np.int64), w.astype(np.int64))
-    y = jax.jit(rounded_matmul)(x, w)
+    y = jax.jit(int8_matmul)(x, w)
     assert y.dtype == np.float32
     np.testing.assert_allclose(y, exact * scale[..., 0], rtol=1e-5)
-    zero = rounded_matmul(np.zeros_like(x), w)
+    zero = int8_matmul(np.zeros_like(x), w)
     assert not np.asarray(zero).any()

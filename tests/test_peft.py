@@ -14,8 +14,9 @@ from jaxgpt import pretrained
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model import letters as letters_of
+from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained import peft
-from jaxgpt.training.finetune import TuneConfig, flat, nested
+from jaxgpt.training.finetune import TuneConfig
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

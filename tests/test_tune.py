@@ -10,21 +10,11 @@ from hypothesis import strategies as st
 from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model.params import flat, merge, nested, split
+from jaxgpt.model.quantize import quantize_params
 from jaxgpt.objectives import NextToken
 from jaxgpt.training import finetune, optim
-from jaxgpt.training.finetune import (
-    Tree,
-    TuneConfig,
-    adapted,
-    compare,
-    flat,
-    fresh,
-    join,
-    merged,
-    nested,
-    quantized,
-    split,
-)
+from jaxgpt.training.finetune import Tree, TuneConfig, compare, fold_lora, fresh, resize_embeddings
 from jaxgpt.training.step import from_saved, init_state, to_saved, train_step
 
 CFG = GPTConfig(
@@ -56,7 +46,7 @@ def base(layers="unrolled"):
 @cache
 def small(layers="unrolled"):
     """The base in int8."""
-    return jax.jit(partial(quantized, leaves=model.letters(gpt(layers))))(base(layers))
+    return jax.jit(partial(quantize_params, leaves=model.letters(gpt(layers))))(base(layers))
 
 
 @cache
@@ -88,11 +78,14 @@ def test_join_is_the_inverse_of_split(tree, random):
     parts = split(tree, wanted.__contains__)
     assert flat(parts[0]).keys() == wanted
     assert flat(parts[1]).keys() == flat(tree).keys() - wanted
-    assert join(*parts) == join(*reversed(parts)) == tree == nested(flat(tree))
+    assert merge(*parts) == merge(*reversed(parts)) == tree == nested(flat(tree))
 
 
 def test_of_a_leaf_in_both_trees_the_first_is_joined():
-    assert join({"a": 1, "b": {"c": 2}}, {"b": {"c": 3, "d": 4}}) == {"a": 1, "b": {"c": 2, "d": 4}}
+    assert merge({"a": 1, "b": {"c": 2}}, {"b": {"c": 3, "d": 4}}) == {
+        "a": 1,
+        "b": {"c": 2, "d": 4},
+    }
 
 
 def trained(own=OWN, layers="unrolled", **settings):
@@ -268,15 +261,15 @@ def test_notes_count_what_there_is_and_what_is_trained():
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
 def test_new_factors_leave_the_outputs_bitwise_as_they_were(layers):
     trained, rest, _ = adapter(layers)
-    assert_equal(logits(layers)(join(trained, rest), TOKENS), logits(layers)(base(layers), TOKENS))
+    assert_equal(logits(layers)(merge(trained, rest), TOKENS), logits(layers)(base(layers), TOKENS))
 
 
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
 def test_merged_factors_do_what_they_did_beside_the_matrices(layers):
     trained, rest, _ = adapter(layers)
-    whole = join(filled(trained, 2), rest)
+    whole = merge(filled(trained, 2), rest)
     beside = logits(layers)(whole, TOKENS)
-    plain = merged(model.unstack(whole, 2) if layers == "scan" else whole)
+    plain = fold_lora(model.unstack(whole, 2) if layers == "scan" else whole)
     assert flat(plain).keys() == flat(base()).keys()
     np.testing.assert_allclose(logits()(plain, TOKENS)[..., :50], beside[..., :50], atol=1e-5)
     moved = abs(beside - logits()(base(), TOKENS))[..., :50]
@@ -287,7 +280,7 @@ def test_merged_factors_do_what_they_did_beside_the_matrices(layers):
 def test_int8_is_off_by_half_a_step_at_most(layers):
     apart = jax.device_get(small(layers))
     apart = model.unstack(apart, 2) if layers == "scan" else apart
-    plain = merged(apart)
+    plain = fold_lora(apart)
     assert flat(plain).keys() == flat(base()).keys()
     steps = {
         "q": "NHD,NH", "k": "NHD,NH", "v": "NHD,NH", "o": "DNH,D",
@@ -374,7 +367,7 @@ def test_new_tokens_are_the_mean_of_the_others(V, rows):
     there = {path: leaf.shape for path, leaf in flat(tree).items()}
     here = {path: (("V", "D"), (rows, 8)) for path in (("wte",), ("head",))}
     here |= {("norm", "scale"): (("D",), (8,))}
-    after = adapted(tree, compare(there, here), 50, V)
+    after = resize_embeddings(tree, compare(there, here), 50, V)
     assert after.keys() == {"wte", "head", "norm"}
     for name in ("wte", "head"):
         assert after[name].shape == (rows, 8) and after[name].dtype == np.float32
@@ -382,12 +375,14 @@ def test_new_tokens_are_the_mean_of_the_others(V, rows):
         mean = np.broadcast_to(tree[name][:50].mean(0), (V - 50, 8))
         np.testing.assert_allclose(after[name][50:V], mean, atol=1e-6)
         assert (after[name][V:] == 0).all()
-    same = adapted(tree, compare(there, {path: (("V",), s) for path, s in there.items()}), 50, 50)
+    same = resize_embeddings(
+        tree, compare(there, {path: (("V",), s) for path, s in there.items()}), 50, 50
+    )
     assert_equal(same, tree)
 
 
 def loss_fn(params, batch, key, frozen):
-    return NextToken()(gpt("scan"), join(params, frozen["rest"]), batch, None)
+    return NextToken()(gpt("scan"), merge(params, frozen["rest"]), batch, None)
 
 
 def test_a_step_of_lora_changes_its_factors_alone():

@@ -24,7 +24,7 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import Memory, Sampling, Settings, draw, settings
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
-from jaxgpt.model.cache import Cache, CacheDtype, Kept
+from jaxgpt.model.cache import Cache, CacheDtype, LayerCache
 
 SHORTEST = 32  # prompts are padded to at least so many tokens
 
@@ -446,7 +446,7 @@ def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty
 def _reordered(cache: Cache, from_R: jax.Array) -> Cache:
     """The cache with other rows in each row's place, of the same source."""
 
-    def one(layer: Kept) -> Kept:
+    def one(layer: LayerCache) -> LayerCache:
         return layer._replace(own=jax.tree.map(lambda x: x[from_R], layer.own))
 
     return cache._replace(layers={name: one(layer) for name, layer in cache.layers.items()})
@@ -464,14 +464,14 @@ def _read(
 ) -> tuple[Cache, jax.Array]:
     """A cache of S positions with the prompts in it, and their hidden states [B, P, D]."""
     B = len(prompts_BP)
-    cache, memory_BSD = empty_cache(model, B, S, ahead, dtype), None
+    cache, encoded_BSD = empty_cache(model, B, S, ahead, dtype), None
     if source is not None:
         ids_BS, source_lengths_B = source
         is_BS = jnp.arange(ids_BS.shape[1])[None] < source_lengths_B[:, None]
-        memory_BSD = model.apply({"params": params}, ids_BS, None, is_BS, method="encode")
+        encoded_BSD = model.apply({"params": params}, ids_BS, None, is_BS, method="encode")
         cache = cache._replace(source_BS=is_BS)
     first_B = jnp.zeros(B, jnp.int32)
-    hidden_BPD, cache = extend(model, params, prompts_BP, first_B, cache, lengths_B, memory_BSD)
+    hidden_BPD, cache = extend(model, params, prompts_BP, first_B, cache, lengths_B, encoded_BSD)
     return cache, hidden_BPD
 
 

@@ -1,22 +1,10 @@
 """The model: a GPT, and the encoder-decoder Transformer, as pure functions over parameter trees."""
 
-from jaxgpt.model.gpt import (
-    GPT,
-    ComputeConfig,
-    EncoderDecoder,
-    GPTConfig,
-    Leaves,
-    count,
-    empty_cache,
-    init,
-    inputs_of,
-    letters,
-    logits,
-    next_logits,
-    output_weights,
-    stack,
-    unstack,
-)
+from jaxgpt.model.config import ComputeConfig, GPTConfig
+from jaxgpt.model.encoder_decoder import EncoderDecoder
+from jaxgpt.model.gpt import GPT, empty_cache
+from jaxgpt.model.output import logits, next_logits, output_weights
+from jaxgpt.model.params import Leaves, count, init, letters, stack, unstack
 
 __all__ = [
     "GPT",
@@ -27,7 +15,6 @@ __all__ = [
     "count",
     "empty_cache",
     "init",
-    "inputs_of",
     "letters",
     "logits",
     "next_logits",

@@ -1,7 +1,7 @@
-"""Attention: `attend` by a mask, and causal self-attention, one function with four ways to run it.
+"""Attention: `attend` with any mask, and causal self-attention in four implementations.
 
 `plain` and `chunked` are the same few lines of JAX, over all queries at once or 64 at a time with
-only the keys they can see (on a CPU that is 2.2 to 2.5 times faster); `cudnn` is NVIDIA's flash
+only the keys they attend to (on a CPU that is 2.2 to 2.5 times faster); `cudnn` is NVIDIA's flash
 attention, `splash` the Pallas kernel for TPU. `choose` says which one runs, and why.
 """
 
@@ -20,15 +20,15 @@ from jaxgpt.sharding import spec
 CHUNK = 64
 UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops
 LOOPS = 8
-LONGEST_IN_BYTES = 1 << 17  # of a cache: a sum of more products of bytes may be beyond int32
-FEW = 16  # products that a CPU does faster apart than as a batch
+LONGEST_INT8 = 1 << 17  # slots of a cache: a sum of more int8 products may overflow int32
+FEW = 16  # row and head pairs that a CPU computes faster one by one than as a batch
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
 
 
 def obstacle(
     name: str, platform: str, *, dtype: str, H: int, T: int, dropout: float, segments: bool
 ) -> str | None:
-    """Why an implementation cannot run here, or None where it can."""
+    """Why an implementation cannot run here, or None if it can."""
     if name in ("plain", "chunked"):
         return None
     if dropout:
@@ -51,10 +51,15 @@ def obstacle(
 
 
 def choose(wanted: str, platform: str, **facts) -> tuple[str, str]:
-    """The implementation to run, and a few words on why.
+    """The implementation to run, and the reason in a few words.
 
-    `facts` are those of `obstacle`: dtype, H, T, dropout, segments. An implementation asked for by
-    name that cannot run is an InputError; with "auto", the fastest that can is taken.
+    Args:
+        wanted: An implementation, or "auto" for the fastest that can run.
+        platform: As jax names it, such as "cpu".
+        **facts: What `obstacle` takes: dtype, H, T, dropout, segments.
+
+    Raises:
+        InputError: The wanted implementation cannot run.
     """
     if wanted != "auto":
         why_not = obstacle(wanted, platform, **facts)
@@ -77,13 +82,21 @@ def attention(
     segments_BT: jax.Array | None = None,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Causal softmax attention, weights scaled by 1/sqrt(H); K divides N (grouped queries).
+    """Softmax self-attention (Vaswani et al. 2017, section 3.2), softmax in float32.
 
-    If it is not causal, tokens see the future as well, by the plain implementation.
+    Args:
+        q_BTNH: Queries, scaled by 1/sqrt(H) here.
+        k_BTKH: Keys; K divides N (grouped queries).
+        v_BTKH: Values.
+        implementation: One of `IMPLEMENTATIONS`.
+        causal: Whether tokens attend only to the past; if not, "plain" is used.
+        window: Tokens attend to themselves and the `window - 1` tokens before; 0: to all of the
+            past.
+        segments_BT: Tokens attend only to those with the same id.
+        drop: Applied to the attention weights.
 
-    `window` > 0 lets a token see itself and the `window - 1` before it. `segments_BT` keeps tokens
-    of different ids from seeing each other. `drop` is applied to the attention weights. Softmax is
-    float32; the result, [B, T, N, H], has q's dtype. Vaswani et al. 2017, section 3.2.
+    Returns:
+        [B, T, N, H] in the dtype of q.
     """
     if not causal:
         rows_BT = jnp.zeros((1, 1)) if segments_BT is None else segments_BT
@@ -111,19 +124,19 @@ def attend(
     mask_BTS: jax.Array,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Softmax attention of each query to the keys that the mask shows it, as `attention` else.
+    """Softmax attention of each query to the keys in its mask, otherwise as `attention`.
 
-    Any of the mask's B, T, S may be 1. A query that is shown nothing gets a mean of all values:
-    finite, and for nobody to read.
+    Any of the mask's B, T, S may be 1. A query with an empty mask gets the mean of all values,
+    which is finite and not to be used.
     """
     if q_BTNH.shape[1] == 1 and drop is None and len(q_BTNH) * k_BSKH.shape[2] <= FEW:
         return jax.lax.platform_dependent(
-            q_BTNH, k_BSKH, v_BSKH, mask_BTS, cpu=_apart, default=_together
+            q_BTNH, k_BSKH, v_BSKH, mask_BTS, cpu=_attend_per_head, default=_attend
         )
-    return _together(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
-def _together(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
+def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
@@ -137,8 +150,8 @@ def _together(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
     return (out / total_BTKG[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _apart(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
-    """Each head of each row by itself: a CPU's threads meet after every matrix of a batch."""
+def _attend_per_head(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
+    """Each head of each row by itself: in a batch, a CPU's threads wait for each other at each."""
     B, _, N, H = q_B1NH.shape
     K = k_BSKH.shape[2]
     q_BKGH = q_B1NH.reshape(B, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
@@ -154,47 +167,49 @@ def _apart(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
     return out_XGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
 
 
-def attend_to_bytes(
+def attend_int8(
     q_BTNH: jax.Array,
     k: tuple[jax.Array, jax.Array],
     v: tuple[jax.Array, jax.Array],
     mask_BTS: jax.Array,
 ) -> jax.Array:
-    """`attend` to keys and values in int8, [B, K, S, H], each with scales by vector, [B, K, S].
+    """`attend` to int8 keys and values [B, K, S, H], each with scales [B, K, S].
 
-    A CPU multiplies bytes in less time than it takes to make them float32. Queries and weights are
-    then two bytes each, exact to 2**-15 of the largest in a row.
+    A CPU multiplies int8 faster than it converts it to float32. Queries and weights are then two
+    int8 digits each, exact to 2**-15 of the largest in a row.
     """
-    if k[0].shape[2] > LONGEST_IN_BYTES:
-        return _to_floats(q_BTNH, k, v, mask_BTS)
-    return jax.lax.platform_dependent(q_BTNH, k, v, mask_BTS, cpu=_to_bytes, default=_to_floats)
+    if k[0].shape[2] > LONGEST_INT8:
+        return _attend_dequantized(q_BTNH, k, v, mask_BTS)
+    return jax.lax.platform_dependent(
+        q_BTNH, k, v, mask_BTS, cpu=_attend_int8, default=_attend_dequantized
+    )
 
 
-def _to_floats(q_BTNH, k, v, mask_BTS):
+def _attend_dequantized(q_BTNH, k, v, mask_BTS):
     k_BSKH, v_BSKH = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
-    return _together(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def _to_bytes(q_BTNH, k, v, mask_BTS):
+def _attend_int8(q_BTNH, k, v, mask_BTS):
     B, T, N, H = q_BTNH.shape
     (k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS) = k, v
     _, K, S, _ = k_BKSH.shape
     G = N // K
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     q_BKXH = q_BKXH.astype(jnp.float32) / math.sqrt(H)
-    scores_BKXS = _product_of_bytes("BKXH,BKSH->BKXS", q_BKXH, k_BKSH) * k_scale_BKS[:, :, None]
-    seen_BXS = jnp.repeat(jnp.broadcast_to(mask_BTS, (B, T, S)), G, 1)
-    scores_BKXS = jnp.where(seen_BXS[:, None], scores_BKXS, -1e30)
+    scores_BKXS = _two_digit_product("BKXH,BKSH->BKXS", q_BKXH, k_BKSH) * k_scale_BKS[:, :, None]
+    mask_BXS = jnp.repeat(jnp.broadcast_to(mask_BTS, (B, T, S)), G, 1)
+    scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, -1e30)
     weights_BKXS = jnp.exp(scores_BKXS - scores_BKXS.max(-1, keepdims=True))
     scaled_BKXS = weights_BKXS * v_scale_BKS[:, :, None]
-    out_BKXH = _product_of_bytes("BKXS,BKSH->BKXH", scaled_BKXS, v_BKSH)
+    out_BKXH = _two_digit_product("BKXS,BKSH->BKXH", scaled_BKXS, v_BKSH)
     out_BKXH = out_BKXH / weights_BKXS.sum(-1, keepdims=True)
     out_BTKGH = out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _product_of_bytes(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> jax.Array:
-    """The product of floats, each as two digits in int8 that are a row each, and of int8."""
+def _two_digit_product(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> jax.Array:
+    """The product of floats, split into two int8 digits with a row each, and int8."""
     B, K, X, F = x_BKXF.shape
     scale_BKX1 = jnp.maximum(jnp.abs(x_BKXF).max(-1, keepdims=True), 1e-30) / 127
     x_BKXF = x_BKXF / scale_BKX1
@@ -217,14 +232,14 @@ def _chunked(q_BTNH, k_BTKH, v_BTKH, chunk, window, segments_BT, drop):
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
         first = max(0, start - window + 1) if window else 0
-        seen = slice(first, stop)
+        keys = slice(first, stop)
         distance_TS = np.arange(start, stop)[:, None] - np.arange(first, stop)[None]
         mask_BTS = jnp.asarray((distance_TS >= 0) & (distance_TS < (window or T)))[None]
         if segments_BT is not None:
-            same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, seen]
+            same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, keys]
             mask_BTS = mask_BTS & same_BTS
         q_BtNH = q_BTNH[:, start:stop]
-        outs.append(attend(q_BtNH, k_BSKH[:, seen], v_BSKH[:, seen], mask_BTS, drop))
+        outs.append(attend(q_BtNH, k_BSKH[:, keys], v_BSKH[:, keys], mask_BTS, drop))
     return jnp.concatenate(outs, axis=1)
 
 
@@ -256,7 +271,7 @@ def prompt_attention(
             q_BtNH = jax.lax.dynamic_slice_in_dim(q_BTNH, start, CHUNK, 1)
             k_BsKH = jax.lax.dynamic_slice_in_dim(k_BSKH, key, S, 1)
             v_BsKH = jax.lax.dynamic_slice_in_dim(v_BSKH, key, S, 1)
-            return _together(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
+            return _attend(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
 
         out_XBtNH = jax.lax.map(one, jnp.arange(first, last))
         outs.append(jnp.moveaxis(out_XBtNH, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:]))

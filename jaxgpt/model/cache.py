@@ -1,7 +1,7 @@
-"""What decoding keeps: keys and values of the tokens so far, the token at position p in slot p % S.
+"""The KV cache: keys and values of the tokens so far, of the token at position p in slot p % S.
 
-Rows may be at different positions. A layer with a sliding window needs no more slots than tokens
-that are still seen: its S is smaller, and new tokens take the place of the oldest.
+Rows may be at different positions. A layer with a sliding window needs only as many slots as tokens
+that are still attended to: its S is smaller, and new tokens overwrite the oldest.
 """
 
 from functools import partial
@@ -10,41 +10,42 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.attention import attend, attend_to_bytes
+from jaxgpt.model.attention import attend, attend_int8, prompt_attention
+from jaxgpt.model.quantize import quantize
 
 CacheDtype = Literal["same", "int8"]
 
 
-class Floats(NamedTuple):
-    """Keys and values of one layer as they were computed, a head's in one piece."""
+class KVCache(NamedTuple):
+    """Keys and values of one layer in the compute dtype; each head's are contiguous."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
 
     @classmethod
-    def of(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "Floats":
-        """Of tokens in a row, the first in slot 0."""
+    def of(cls, k_BSKH: jax.Array, v_BSKH: jax.Array) -> "KVCache":
+        """The cache of a whole sequence, whose token s is in slot s."""
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
     def write(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
-    ) -> "Floats":
-        """With T more tokens of each row in their slots, from position `start_B` on.
+    ) -> "KVCache":
+        """The cache with T more tokens of each row, at the positions from `start_B` on.
 
-        `lengths_B`, where nothing is kept yet, is how many of them there are in each row: those
-        after are padding, and so is what is written for them.
+        `lengths_B` is for an empty cache: how many of a row's tokens are not padding. The slots
+        after them hold padding.
         """
-        put, fresh = partial(_put, start_B=start_B, lengths_B=lengths_B), Floats.of(k_BTKH, v_BTKH)
-        return Floats(*(put(old, x.astype(old.dtype)) for old, x in zip(self, fresh, strict=True)))
+        put, new = partial(_put, start_B=start_B, lengths_B=lengths_B), KVCache.of(k_BTKH, v_BTKH)
+        return KVCache(*(put(old, x.astype(old.dtype)) for old, x in zip(self, new, strict=True)))
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Any = None) -> jax.Array:
-        """`attention.attend` to what is in the slots that the mask shows."""
+        """Attention to the slots in the mask, see `attention.attend`."""
         k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in self)
         return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
-class Bytes(NamedTuple):
-    """Keys and values of one layer in int8, a scale for each position and head."""
+class Int8KVCache(NamedTuple):
+    """Keys and values of one layer in int8, with a scale per position and head."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -53,66 +54,109 @@ class Bytes(NamedTuple):
 
     def write(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
-    ) -> "Bytes":
-        """As of `Floats`; what is written is off by half a step of its scale at most."""
-        (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = map(_rounded, Floats.of(k_BTKH, v_BTKH))
+    ) -> "Int8KVCache":
+        """As `KVCache.write`; what is written is off by at most half of its scale."""
+        (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (
+            quantize(x_BKTH, (3,)) for x_BKTH in KVCache.of(k_BTKH, v_BTKH)
+        )
         put = partial(_put, start_B=start_B, lengths_B=lengths_B)
-        fresh = k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT
-        return Bytes(*(put(old, x) for old, x in zip(self, fresh, strict=True)))
+        new = k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT
+        return Int8KVCache(*(put(old, x) for old, x in zip(self, new, strict=True)))
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        """`attention.attend_to_bytes` to what is in the slots that the mask shows."""
+        """Attention to the slots in the mask, see `attention.attend_int8`."""
         k, v = (self.k_BKSH, self.k_scale_BKS), (self.v_BKSH, self.v_scale_BKS)
-        return attend_to_bytes(q_BTNH, k, v, mask_BTS)
+        return attend_int8(q_BTNH, k, v, mask_BTS)
 
 
-class Kept(NamedTuple):
-    """What one layer keeps."""
+class LayerCache(NamedTuple):
+    """The cache of one layer."""
 
-    own: Floats | Bytes
+    own: KVCache | Int8KVCache
     """Of the tokens so far."""
-    source: Floats | None = None
-    """Of the source, where there is one, once it is read."""
+    source: KVCache | None = None
+    """Of the source that an encoder-decoder has read."""
 
 
 class Cache(NamedTuple):
-    """What is kept of the tokens so far; all leaves begin with B."""
+    """The KV cache of a model; all leaves begin with B."""
 
-    layers: dict[str, Kept]
+    layers: dict[str, LayerCache]
     source_BS: jax.Array | None = None
-    """Which tokens of the source there are, where there is one."""
+    """Encoder-decoder: which tokens of the source are not padding."""
+
+
+def attend_and_cache(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: LayerCache,
+    start_B: jax.Array,
+    lengths_B: jax.Array | None,
+    window: int,
+) -> tuple[jax.Array, LayerCache]:
+    """Causal attention of new tokens to the cached ones and to themselves, and the new cache.
+
+    Args:
+        q_BTNH: Queries of T tokens in each row.
+        k_BTKH: Their keys.
+        v_BTKH: Their values.
+        cache: The layer's cache.
+        start_B: The position of each row's first token.
+        lengths_B: Prefill, where the cache is empty: how many tokens are not padding. None: decode.
+        window: The sliding window; 0: all of the past.
+    """
+    own = cache.own.write(k_BTKH, v_BTKH, start_B, lengths_B)
+    if lengths_B is None:
+        mask_BTS = cache_mask(start_B, q_BTNH.shape[1], own.k_BKSH.shape[2], window)
+        out_BTNH = own.attend(q_BTNH, mask_BTS)
+    else:
+        out_BTNH = prompt_attention(q_BTNH, k_BTKH, v_BTKH, window)
+    return out_BTNH, cache._replace(own=own)
+
+
+def cache_mask(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:
+    """Which of S slots each of T tokens from position `start_B` on attends to, bool [B, T, S].
+
+    The tokens are in the cache already. `window` as in attention; 0: all of the past.
+    """
+    end_B1 = start_B[:, None] + T - 1
+    positions_BS = end_B1 - (end_B1 - jnp.arange(S)[None]) % S
+    distance_BTS = start_B[:, None, None] + jnp.arange(T)[None, :, None] - positions_BS[:, None]
+    mask_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
+    return mask_BTS & (distance_BTS < window) if window else mask_BTS
 
 
 def empty(
     windows: list[int], B: int, K: int, S: int, H: int, dtype: Any, ahead: int = 1
-) -> dict[str, Kept]:
-    """The layers of a cache for B rows of S positions each.
+) -> dict[str, LayerCache]:
+    """Empty caches of all layers, for B rows of S positions.
 
-    `ahead` is the most tokens that come at once after the first; `dtype` is that of the
-    computation, or int8.
+    Args:
+        windows: The sliding window of each layer; 0: none.
+        B: Rows.
+        K: Key/value heads.
+        S: Positions.
+        H: Head size.
+        dtype: Of the computation, or int8.
+        ahead: The most tokens that are written at once after the prefill.
     """
 
-    def layer(window: int) -> Kept:
+    def layer(window: int) -> LayerCache:
         slots = min(S, window + ahead - 1) if window else S
-        numbers = [jnp.zeros((B, K, slots, H), dtype) for _ in "kv"]
+        values = [jnp.zeros((B, K, slots, H), dtype) for _ in "kv"]
         if dtype != jnp.int8:
-            return Kept(Floats(*numbers))
-        return Kept(Bytes(*numbers, *(jnp.zeros((B, K, slots)) for _ in "kv")))
+            return LayerCache(KVCache(*values))
+        return LayerCache(Int8KVCache(*values, *(jnp.zeros((B, K, slots)) for _ in "kv")))
 
     return {str(number): layer(window) for number, window in enumerate(windows)}
 
 
-def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In int8, and the scales [B, K, T]."""
-    scale_BKT = jnp.abs(x_BKTH).max(-1).astype(jnp.float32) / 127
-    return jnp.round(x_BKTH / jnp.maximum(scale_BKT, 1e-30)[..., None]).astype(jnp.int8), scale_BKT
-
-
 def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> jax.Array:
-    """[B, K, S, ...] with [B, K, T, ...] in it, as `Floats.write` says."""
+    """[B, K, S, ...] with [B, K, T, ...] in it, see `KVCache.write`."""
     (B, _, T), S = new.shape[:3], old.shape[2]
     if lengths_B is None:
-        put_one = partial(jax.lax.platform_dependent, tpu=_selected, default=_updated)
+        put_one = partial(jax.lax.platform_dependent, tpu=_put_by_mask, default=_put_by_update)
         for t in range(T):
             old = put_one(old, new[:, :, t : t + 1], (start_B + t) % S)
         return old
@@ -125,7 +169,7 @@ def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> 
     return jax.lax.dynamic_update_slice_in_dim(old, new, 0, 2)
 
 
-def _updated(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
+def _put_by_update(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
     """[B, K, S, ...] with [B, K, 1, ...] in each row's slot."""
     update = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     if len(old) == 1:  # what vmap makes of it is a scatter, which costs as much as attention
@@ -133,23 +177,11 @@ def _updated(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
     return jax.vmap(update)(old, new, slot_B)
 
 
-def _selected(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
-    """The same in one pass over all slots, which a TPU makes with attention's own.
+def _put_by_mask(old: jax.Array, new: jax.Array, slot_B: jax.Array) -> jax.Array:
+    """The same in one pass over all slots, which a TPU fuses with that of attention.
 
-    It would update row after row, in a loop, and copy the cache into another layout for that.
+    A TPU would run updates row by row in a loop, and copy the cache into another layout for it.
     """
     here_BS = jnp.arange(old.shape[2])[None] == slot_B[:, None]
     here = here_BS.reshape(len(old), 1, old.shape[2], *(1,) * (old.ndim - 3))
     return jnp.where(here, new, old)
-
-
-def seen(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:
-    """Which of S slots each of T tokens from position `start_B` on sees, bool [B, T, S].
-
-    They are written already. `window` as in attention; 0: all of the past.
-    """
-    end_B1 = start_B[:, None] + T - 1
-    positions_BS = end_B1 - (end_B1 - jnp.arange(S)[None]) % S
-    distance_BTS = start_B[:, None, None] + jnp.arange(T)[None, :, None] - positions_BS[:, None]
-    seen_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
-    return seen_BTS & (distance_BTS < window) if window else seen_BTS

@@ -1,6 +1,6 @@
-"""The products of layers with their weights: the policy of precision, and its gradient.
+"""The matrix product of all layers, with its precision and its gradient.
 
-`matmul` is the one for all layers; `rounded_matmul` is for decoding with weights in int8.
+`matmul` is the one of all layers; `quantize.int8_matmul` is for decoding with int8 weights.
 """
 
 import math
@@ -30,20 +30,23 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-    return _product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
+    return product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
 
 
-def _product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.Array:
-    product = partial(jnp.einsum, equation, preferred_element_type=accumulator)
+def product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.Array:
+    """`einsum(equation, x, w)`, accumulated and returned in a dtype; fast for a single token."""
+    einsum = partial(jnp.einsum, equation, preferred_element_type=accumulator)
     if x.shape[:2] != (1, 1) or equation != "BTF,YF->BTY":
-        return product(x, w)
+        return einsum(x, w)
     # One token, where reading the weights should be all that takes time.
-    in_parts, in_rows = (partial(f, accumulator=accumulator) for f in (_in_parts, _in_rows))
-    on_cpu = in_parts if w.dtype == jnp.float32 else in_rows
-    return jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=in_rows, default=product)
+    weight_parts, equal_rows = (
+        partial(f, accumulator=accumulator) for f in (_four_weight_parts, _four_equal_rows)
+    )
+    on_cpu = weight_parts if w.dtype == jnp.float32 else equal_rows
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=equal_rows, default=einsum)
 
 
-def _in_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+def _four_weight_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
     """The product with four parts of the weights, which XLA's threads on a CPU share better."""
     Y, F = w_YF.shape
     G = math.gcd(4, Y)
@@ -53,7 +56,7 @@ def _in_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
     return y_GXY.reshape(1, 1, Y)
 
 
-def _in_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+def _four_equal_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
     """The product with four equal rows: of one, XLA makes no product of matrices.
 
     On a CPU it has fast ones of bfloat16 and int8, and is fastest with four rows; on a TPU the unit
@@ -91,19 +94,3 @@ def _matmul_backward(equation, dtype, saved, dy):
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def rounded_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x, [B, T, ...] rounded to int8 token by token, times the int8 weights of each output.
-
-    Float32, without the scale of the weights and without a gradient: for decoding, where reading
-    the weights is all that takes time.
-    """
-    B, T = x.shape[:2]
-    x_BTF = x.reshape(B, T, -1).astype(jnp.float32)
-    scale_BT1 = jnp.maximum(jnp.abs(x_BTF).max(-1, keepdims=True), 1e-30) / 127
-    rounded_BTF = jnp.round(x_BTF / scale_BT1).astype(jnp.int8)
-    outputs = w.shape[: w.ndim - len(x.shape[2:])]
-    w_YF = w.reshape(-1, x_BTF.shape[-1])
-    y_BTY = _product("BTF,YF->BTY", rounded_BTF, w_YF, jnp.int32).astype(jnp.float32)
-    return (y_BTY * scale_BT1).reshape(B, T, *outputs)

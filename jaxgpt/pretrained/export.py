@@ -18,12 +18,13 @@ from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
+from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import Source, Writing, source, versions
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write
-from jaxgpt.training.finetune import LORA, adapted, flat, merged
+from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
@@ -110,7 +111,7 @@ def to_hf(
         )
         settings = generation_config(found, template)
         ids = {name: settings[name] for name in generation.IDS if name in settings}
-        params = adapted(merged(found.params()), diff, cfg.V, cfg.V)
+        params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
         pretrained.write(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(card(path, found, str(folder)))

@@ -24,23 +24,14 @@ from jaxgpt.generation.sampling import Sampling
 from jaxgpt.generation.stream import Pieces, search, write
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.model.cache import CacheDtype
+from jaxgpt.model.params import flat, merge, nested, split
+from jaxgpt.model.quantize import quantize_params
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import foreign, generation
 from jaxgpt.sharding import Layout
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.training import checkpoint
-from jaxgpt.training.finetune import (
-    LORA,
-    Diff,
-    adapted,
-    compare,
-    flat,
-    join,
-    merged,
-    nested,
-    quantized,
-    split,
-)
+from jaxgpt.training.finetune import LORA, Diff, compare, fold_lora, resize_embeddings
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -315,9 +306,11 @@ def smaller(config: Config, dtype: Dtype, params: Any) -> Any:
     """The parameters as `Trained.held_in` has them; a pure function, to jit or `eval_shape`."""
     if dtype == "float32":
         return params
-    plain = merged(params)
+    plain = fold_lora(params)
     if dtype == "int8":
-        return quantized(plain, letters(config.objective.build(config.model, PLAIN)), tables=True)
+        return quantize_params(
+            plain, letters(config.objective.build(config.model, PLAIN)), embeddings=True
+        )
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)
 
 
@@ -357,7 +350,7 @@ class Source:
 
     def compare(self, here: Leaves) -> Diff:
         """What becomes of each leaf, of separate layers; InputError where one does not fit."""
-        plain = jax.eval_shape(merged, self.abstract)
+        plain = jax.eval_shape(fold_lora, self.abstract)
         return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
 
     def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Any:
@@ -379,7 +372,7 @@ class Source:
             self.abstract,
             places(self.abstract),
         )
-        tree = adapted(merged(self.params(abstract)), diff, self.config.model.V, V)
+        tree = resize_embeddings(fold_lora(self.params(abstract)), diff, self.config.model.V, V)
         return jax.device_put(tree, places(tree))
 
 
@@ -443,14 +436,14 @@ def _with_adapter(found: Source, folder: Path) -> Source:
 
     def params(abstract: Any = None) -> Any:
         if abstract is None:
-            tree = join(jax.tree.map(jnp.asarray, factors), found.params())
+            tree = merge(jax.tree.map(jnp.asarray, factors), found.params())
         else:
             places, base = split(abstract, lambda path: path[-1] in LORA)
             put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
             for name in tables:
                 there, place = found.abstract[name], base[name].sharding
                 base[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
-            tree = join(put, found.params(base))
+            tree = merge(put, found.params(base))
         for name, wanted in tables.items():
             grown = wanted.shape[0] - tree[name].shape[0]
             leaf = jnp.pad(tree[name], ((0, grown), (0, 0)))
@@ -465,7 +458,7 @@ def _with_adapter(found: Source, folder: Path) -> Source:
         config=replace(found.config, model=model),
         tokenizer=tokenizer,
         params=params,
-        abstract=join({**shapes, **tables}, found.abstract),
+        abstract=merge({**shapes, **tables}, found.abstract),
         lineage={**found.lineage, "adapter": str(folder)},
         digest=lambda: found.digest() + _digest(folder),
     )

@@ -29,12 +29,13 @@ from jaxgpt.generation.constrained.expressions import Expressions, check_length
 from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
+from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
 from jaxgpt.pretrained.weights import Row, check_finite, rows
-from jaxgpt.training.finetune import LORA, flat, nested
+from jaxgpt.training.finetune import LORA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

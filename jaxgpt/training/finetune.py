@@ -5,13 +5,12 @@ A tree is trained whole, in part, or through low-rank factors beside its matrice
 finds them. What is not trained has no gradient and no optimizer state, and may be held in int8.
 
     trained, rest = Tree(model, objective.leaves(cfg), tune).create(key)    # no leaf in common
-    tree = join(trained, rest)
-    tree = merged(tree)    # as if there had never been LoRA or int8
+    tree = merge(trained, rest)
+    tree = fold_lora(tree)    # as if there had never been LoRA or int8
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -21,10 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import Leaves, count, init, inputs_of, letters
+from jaxgpt.model import Leaves, count, init, letters
+from jaxgpt.model.params import Path, first_contracted_axis, flat, merge, nested, split
+from jaxgpt.model.quantize import dequantize, quantize_params
 
 LORA = ("lora_a", "lora_b", "lora_scale")
-Path = tuple[str, ...]
 Shape = tuple[int, ...]
 
 
@@ -82,7 +82,7 @@ class TuneConfig:
             if not matching:
                 continue
             lead = int("L" in names)
-            middle = inputs_of(names)
+            middle = first_contracted_axis(names)
             split = (names[:lead], names[lead:middle], names[middle:])
             sizes = (shape[:lead], shape[lead:middle], shape[middle:])
             found[(*path, "lora_a")] = (
@@ -108,7 +108,7 @@ def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[s
 
     `lora_a` has the variance of PEFT's, 1 / (3 inputs); with `lora_b` 0 the model is unchanged.
     """
-    tree: dict[str, Any] = {}
+    new: dict[Path, Any] = {}
     for number, (path, (names, shape)) in enumerate(sorted(leaves.items())):
         name, drawn = path[-1], jax.random.fold_in(key, number)
         if name == "w":
@@ -120,61 +120,21 @@ def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[s
             leaf = jnp.full(shape, cfg.alpha / cfg.rank)
         else:
             leaf = jnp.zeros(shape)
-        _put(tree, path, leaf)
-    return tree
+        new[path] = leaf
+    return nested(new)
 
 
-def split(tree: Any, wanted: Callable[[Path], bool]) -> tuple[Any, Any]:
-    """The leaves whose paths are wanted, and the others, each as a tree."""
-    parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    for path, leaf in flat(tree).items():
-        _put(parts[not wanted(path)], path, leaf)
-    return parts
-
-
-def join(tree: Any, rest: Any) -> Any:
-    """The inverse of `split`; of a leaf in both, the one of `tree`."""
-    if not isinstance(tree, dict) or not rest:
-        return tree
-    return {
-        name: join(tree[name], rest.get(name)) if name in tree else rest[name]
-        for name in sorted({*tree, *rest})
-    }
-
-
-def merged(tree: Any) -> Any:
+def fold_lora(tree: Any) -> Any:
     """The plain tree, of separate layers: factors multiplied and added on, int8 as float32."""
     if not isinstance(tree, dict):
         return tree
-    plain = {name: merged(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")}
+    plain = {name: fold_lora(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")}
     if "w_scale" in tree:
-        w, scale = tree["w"], tree["w_scale"]
-        plain["w"] = w * jnp.expand_dims(scale, range(scale.ndim, w.ndim))
+        plain["w"] = dequantize(tree["w"], tree["w_scale"])
     if "lora_a" in tree:
         a, b, scale = (tree[name] for name in LORA)
         plain["w"] += scale * jnp.tensordot(b, a, 1, precision="highest")
     return plain
-
-
-def quantized(tree: Any, leaves: Leaves, tables: bool = False) -> Any:
-    """The tree with every matrix of its blocks in int8, and beside it `w_scale` by output.
-
-    With `tables` also the token embedding and the output layer, with a scale by token beside.
-    """
-    out: dict[str, Any] = {}
-    for path, leaf in flat(tree).items():
-        names = leaves[path][0]
-        if path[-1] == "w" and path[0] in ("blocks", "encoder"):
-            axes = tuple(range(inputs_of(names), len(names)))
-        elif tables and path in (("wte",), ("head",)):
-            axes = (1,)
-        else:
-            _put(out, path, leaf)
-            continue
-        scale = jnp.maximum(jnp.abs(leaf).max(axes, keepdims=True), 1e-30) / 127
-        _put(out, path, jnp.round(leaf / scale).astype(jnp.int8))
-        _put(out, (*path[:-1], f"{path[-1]}_scale"), scale.squeeze(axes))
-    return out
 
 
 @dataclass(frozen=True)
@@ -237,13 +197,13 @@ class Tree:
         base = letters(self.model)
         beside = {path: leaf for path, leaf in missing.items() if path not in base}
         new_key = jax.random.fold_in(key, 1)
-        tree = join(given or {}, fresh(beside, new_key, self.cfg, self.model.cfg.init_std))
+        tree = merge(given or {}, fresh(beside, new_key, self.cfg, self.model.cfg.init_std))
         if len(beside) < len(missing):
-            tree = join(tree, init(self.model, key))
+            tree = merge(tree, init(self.model, key))
         if self.cfg.parts == "all":
             return tree, None
         trained, rest = split(tree, self.trains)
-        return trained, quantized(rest, self.leaves) if self.cfg.base == "int8" else rest
+        return trained, quantize_params(rest, self.leaves) if self.cfg.base == "int8" else rest
 
 
 @dataclass(frozen=True)
@@ -289,7 +249,7 @@ def compare(there: dict[Path, Shape], here: Leaves) -> Diff:
     return diff
 
 
-def adapted(tree: Any, diff: Diff, before: int, V: int) -> Any:
+def resize_embeddings(tree: Any, diff: Diff, before: int, V: int) -> Any:
     """A plain tree without what is left out, with V tokens in place of `before`.
 
     The rows of new tokens are the mean of the others, so that each is as likely as the average
@@ -316,26 +276,3 @@ def _by_layer(leaves: dict[Path, str]) -> list[str]:
         for path, shape in leaves.items()
     )
     return [f"{path:<24} {f'{n} x ' if n > 1 else ''}{shape}" for (path, shape), n in kinds.items()]
-
-
-def flat(tree: Any) -> dict[Path, Any]:
-    """Leaves by path."""
-    return {
-        tuple(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        _put(tree, path, leaf)
-    return tree
-
-
-def _put(tree: dict[str, Any], path: Path, leaf: Any) -> None:
-    *parents, name = path
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf

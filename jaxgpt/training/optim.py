@@ -13,7 +13,8 @@ import jax
 import optax
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import Leaves, inputs_of
+from jaxgpt.model import Leaves
+from jaxgpt.model.params import first_contracted_axis
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
     """
     if path[0] != "blocks" or path[-1] != "w":
         return None
-    middle = inputs_of(names)
+    middle = first_contracted_axis(names)
     writes = tuple(axis for axis in range(middle) if names[axis] != "L")
     return optax.contrib.MuonDimensionNumbers(tuple(range(middle, len(names))), writes)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
+from jaxgpt.model.params import merge
 from jaxgpt.objectives import Other
 from jaxgpt.pretrained.load import Source, Trained, check_exists, find_tokenizer, source, versions
 from jaxgpt.training import checkpoint, finetune, optim
@@ -59,7 +60,7 @@ class Run:
     def trained(self, state: TrainState) -> Trained:
         """The model as it is now, to use; the running average where there is one."""
         params = state.params if state.ema is None else state.ema
-        params = finetune.join(params, (state.frozen or {}).get("rest"))
+        params = merge(params, (state.frozen or {}).get("rest"))
         if self.cfg.compute.layers == "scan":
             params = model.unstack(params, self.cfg.model.L)
         return Trained(self.cfg, params, self.tokenizer, self.describe["generation_config"])
@@ -193,10 +194,10 @@ def prepare(cfg: config.Config) -> Run:
         frozen = frozen or {}
         rest, other = frozen.get("rest"), None
         if "reference" in frozen:
-            other = Other(gpt, finetune.join(frozen["reference"], rest))
+            other = Other(gpt, merge(frozen["reference"], rest))
         elif "teacher" in frozen:
             other = Other(teacher_model, frozen["teacher"])
-        return cfg.objective(gpt, finetune.join(params, rest), batch, key, other)
+        return cfg.objective(gpt, merge(params, rest), batch, key, other)
 
     if jax.process_index() == 0:
         devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.model import stack, unstack
+from jaxgpt.model.params import merge, split
 from jaxgpt.objectives import Mean
-from jaxgpt.training.finetune import join, split
 
 HISTORY = 128  # steps whose losses and gradient norms tell an ordinary step from a spike
 
@@ -125,9 +125,9 @@ def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
     state = unstack(state, L) if scanned else state
     frozen = state.frozen
     saved = {
-        "params": join(state.params, frozen.get("rest")),
+        "params": merge(state.params, frozen.get("rest")),
         "train": {"step": state.step, "opt": state.opt, "key": state.key, "guard": state.guard},
-        "ema": join(state.ema, frozen.get("rest")) if state.ema is not None else None,
+        "ema": merge(state.ema, frozen.get("rest")) if state.ema is not None else None,
         "reference": frozen.get("reference"),
     }
     return {name: tree for name, tree in saved.items() if tree is not None}

@@ -1,0 +1,86 @@
+"""The layers that models are built of: linear layers and norms."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxgpt.model.config import ComputeConfig, GPTConfig
+from jaxgpt.model.lora import adapted_matmul
+from jaxgpt.model.matmul import matmul
+
+
+class Linear(nn.Module):
+    """A linear layer, defined by its einsum equation.
+
+    `Linear(cfg, "BTD,NHD->BTNH", ...)` has a weight `w` [N, H, D] and a bias `b` [N, H]. If there
+    are more leaves beside `w`, such as LoRA factors, `adapted_matmul` computes the product.
+    """
+
+    cfg: GPTConfig
+    equation: str
+    dtype: Any
+    bias: bool
+    init_scale: float = 1.0
+    """The initial standard deviation is `cfg.init_std` times this."""
+    int8_activations: bool = False
+    """Whether activations are quantized too where the weight is int8."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product of the equation plus the bias, in `dtype`."""
+        x_letters, w_letters, _ = self.equation.replace("->", ",").split(",")
+        init = nn.initializers.normal(self.cfg.init_std * self.init_scale)
+        w = self.param("w", *parameter(self.cfg, w_letters, init))
+        leaves = self.variables.get("params", {})
+        if leaves.keys() <= {"w", "b"}:
+            y = matmul(self.equation, x, w, self.dtype)
+        else:
+            y = adapted_matmul(self.equation, x, w, leaves, self.dtype, self.int8_activations)
+        if self.bias:
+            outputs = "".join(letter for letter in w_letters if letter not in x_letters)
+            b = self.param("b", *parameter(self.cfg, outputs, nn.initializers.zeros))
+            y = y + b[None, None]  # in float32, and so is the sum that is its gradient
+        return checkpoint_name(y.astype(self.dtype), "linear")
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+
+    cfg: GPTConfig
+    letter: str = "D"
+    kind: str = ""
+    """As `GPTConfig.norm`; empty: the config's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The normalized and scaled x, in its dtype; LayerNorm adds a bias if the config does."""
+        kind = self.kind or self.cfg.norm
+        layernorm, offset = kind == "layernorm", kind == "rmsnorm+1"
+        ones = nn.initializers.zeros if offset else nn.initializers.ones
+        scale = self.param("scale", *parameter(self.cfg, self.letter, ones)) + offset
+        y = x.astype(jnp.float32)
+        if layernorm:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.cfg.norm_eps)
+        lead = (None,) * (x.ndim - 1)
+        y = y * scale[lead]
+        if layernorm and self.cfg.bias:
+            zeros = parameter(self.cfg, self.letter, nn.initializers.zeros)
+            y = y + self.param("b", *zeros)[lead]
+        return y.astype(x.dtype)
+
+
+def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> Any:
+    """`Linear` with the options that all linear layers of a model share."""
+    dtype = jnp.dtype(compute.dtype)
+    return partial(Linear, cfg, dtype=dtype, bias=cfg.bias, int8_activations=decoding)
+
+
+def parameter(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...], Any]:
+    """The arguments of `Module.param` for a float32 leaf whose shape is spelled by letters."""
+    shape = tuple(cfg.sizes[letter] for letter in letters)
+    return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32

@@ -1,0 +1,150 @@
+"""Parameter trees: a new one, its letters and shapes, its layers stacked or separate, its paths.
+
+Parameter paths are an API, because checkpoints and exports are written in them. A model has `wte`,
+`wpe`, `head`, `norm/{scale,b}`, and in block i `blocks/i/{norm1,norm2}/{scale,b}`,
+`blocks/i/{q,k,v,o,up,gate,down}/{w,b}`, `blocks/i/{q_norm,k_norm,norm1_post,norm2_post}/scale`. An
+encoder-decoder also has `encoder/i/...` like `blocks/i/...`, `encoder_norm/{scale,b}`, and
+`blocks/i/cross_{q,k,v,o,norm,...}`. Stacked for a scan over layers, paths lack the `i` and leaves
+have a leading L. The first axes of every matrix are its outputs.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.model.config import ComputeConfig
+
+Path = tuple[str, ...]
+
+# The letters and the shape of each parameter, by its path.
+Leaves = dict[Path, tuple[tuple[str, ...], tuple[int, ...]]]
+
+
+def init(model: Any, key: jax.Array) -> Any:
+    """A new parameter tree: nested dicts of float32 arrays, equal for separate and stacked layers.
+
+    All layers are drawn at once, stacked, so that one program is compiled instead of L.
+    """
+    params = nn.unbox(_boxed(model, key))
+    return params if model.compute.layers == "scan" else unstack(params, model.cfg.L)
+
+
+def _boxed(model: Any, key: jax.Array) -> Any:
+    """The tree with stacked layers, each leaf with its letters."""
+    # One token, which only plain attention takes; the parameters are the same for all.
+    plain = model.clone(compute=ComputeConfig("float32", "scan", "none", "plain"))
+    return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def letters(model: Any) -> Leaves:
+    """The letters and shapes of a model's parameters by path; no array is made."""
+    return dict(_letters(model))
+
+
+@lru_cache(maxsize=64)
+def _letters(model: Any) -> Leaves:
+    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
+    stacked: Leaves = {
+        tuple(entry.key for entry in path): (box.names, box.value.shape) for path, box in leaves
+    }
+    if model.compute.layers == "scan":
+        return stacked
+    found: Leaves = {}
+    for (name, *rest), (names, shape) in stacked.items():
+        if names[0] == "L":
+            for layer in range(model.cfg.L):
+                found[name, str(layer), *rest] = names[1:], shape[1:]
+        else:
+            found[name, *rest] = names, shape
+    return dict(sorted(found.items()))
+
+
+def first_contracted_axis(letters: tuple[str, ...]) -> int:
+    """The first axis of a block's matrix that is summed over; those before it are its outputs."""
+    lead = int("L" in letters)
+    return lead + 1 if letters[lead] in "DF" else len(letters) - 1
+
+
+def count(model: Any, padded: bool = False) -> int:
+    """The number of parameters, with those of vocabulary padding if `padded`."""
+    cfg = model.cfg
+    total = sum(math.prod(shape) for _, shape in letters(model).values())
+    extra = (cfg.sizes["V"] - cfg.V) * cfg.D * (1 if cfg.tied else 2)
+    return total if padded else total - extra
+
+
+def stack(tree: Any) -> Any:
+    """Stacks the separate leaves `blocks/i/...` of a tree into `blocks/...` with a leading L.
+
+    It works on any tree that contains trees shaped like the parameters, such as a train state.
+    """
+
+    def one(layers: dict[str, Any]) -> Any:
+        ordered = [layers[str(i)] for i in range(len(layers))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+
+    return _map_layers(one, tree)
+
+
+def unstack(tree: Any, L: int) -> Any:
+    """The inverse of `stack`: leaves with a leading L become a subtree `blocks/i` per layer."""
+
+    def one(stacked: Any) -> dict[str, Any]:
+        return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
+
+    return _map_layers(one, tree)
+
+
+def _map_layers(function: Callable[[Any], Any], tree: Any) -> Any:
+    def one(params: Any) -> Any:
+        if not _has_blocks(params):
+            return params
+        return {k: function(v) if k in ("blocks", "encoder") else v for k, v in params.items()}
+
+    return jax.tree.map(one, tree, is_leaf=_has_blocks)
+
+
+def _has_blocks(tree: Any) -> bool:
+    return isinstance(tree, dict) and "blocks" in tree
+
+
+def flat(tree: Any) -> dict[Path, Any]:
+    """The leaves of nested dicts by path."""
+    return {
+        tuple(entry.key for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = leaf
+    return tree
+
+
+def split(tree: Any, wanted: Callable[[Path], bool]) -> tuple[Any, Any]:
+    """The leaves whose paths are wanted, and the others, each as a tree."""
+    leaves = flat(tree)
+    chosen = {path: leaf for path, leaf in leaves.items() if wanted(path)}
+    return nested(chosen), nested({p: leaf for p, leaf in leaves.items() if p not in chosen})
+
+
+def merge(tree: Any, rest: Any) -> Any:
+    """The inverse of `split`; of a leaf in both trees, the one of `tree`."""
+    if not isinstance(tree, dict) or not rest:
+        return tree
+    return {
+        name: merge(tree[name], rest.get(name)) if name in tree else rest[name]
+        for name in sorted({*tree, *rest})
+    }
