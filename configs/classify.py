@@ -8,8 +8,9 @@ Hardware:  a laptop
 Data:      docstrings of the running interpreter's library, or a file of labels and texts (TSV, CSV,
            JSON, JSON lines, parquet, TFDS); --data.fields names its columns, --data.columns those
            of a file without a header
-Time:      39 s on two cores of an Intel Xeon
-Expect:    a test accuracy of about 0.79 among eight packages
+Time:      about 60 s on two cores of an Intel Xeon
+Expect:    a test accuracy of 0.83 among eight packages (three seeds: 0.82 to 0.84), where logistic
+           regression on TF-IDF has 0.85. A larger base needs a smaller learning rate: 5e-5 for GPT-2
 """
 
 from jaxgpt.config import Config, TrainConfig
@@ -22,7 +23,7 @@ config = Config(
     start="runs/default",
     data=RecordsConfig(paths=("python:packages",), val_fraction=0.1, test_fraction=0.2),
     objective=Classify(),
-    optim=OptimConfig(learning_rate=5e-4, warmup=20, weight_decay=0.1, final=0.0),
-    train=TrainConfig(steps=200, batch=8, eval_every=50),
-    checkpoint=CheckpointConfig(every=100),
+    optim=OptimConfig(learning_rate=2e-3, warmup=20, weight_decay=0.1, final=0.0),
+    train=TrainConfig(epochs=8, batch=2, eval_every=100),
+    checkpoint=CheckpointConfig(every=200),
 )
