@@ -19,7 +19,7 @@ from jaxgpt import strict_json, synonyms
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.objectives import Elsewhere, NextToken, Objective
+from jaxgpt.objectives import NextToken, Objective, UnknownObjective
 from jaxgpt.paths import expand
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
@@ -250,7 +250,7 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
         name = values.get("type", next(iter(classes)))
         values = {k: v for k, v in values.items() if k != "type"}
         if name not in classes and cls is Objective:
-            return Elsewhere(name)
+            return UnknownObjective(name)
         if name not in classes:
             raise InputError(f"{path}type={name!r}; set it to one of {', '.join(classes)}")
         cls = classes[name]

@@ -215,7 +215,8 @@ def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh)
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        names_of = (getattr(entry, "key", getattr(entry, "name", "")) for entry in path)
+        keys = tuple(map(str, names_of))
         for start in range(len(keys)):
             names, shape = letters.get(keys[start:], (None, None))
             if names is not None and tuple(leaf.shape) == tuple(shape):

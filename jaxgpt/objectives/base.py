@@ -1,11 +1,11 @@
 """What every objective is: a frozen dataclass whose fields are options and whose call is the loss.
 
-    loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key, other)
+    loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key)
 
-All but the call has a default: an objective that reads token streams needs nothing else. One that
-reads records says what a record becomes (`encode`); one with parameters of its own, which
-(`leaves`); one with another model, which (`build`); one that acts before it learns, how
-(`annotate`).
+Everything but the call has a default, so an objective over token streams needs nothing else. An
+objective over records defines what a record becomes (`encode`), one with parameters of its own
+their shapes (`leaves`), one with another model how it is built (`build`), and one that trains on
+samples of the model how they are made (`rollout`).
 """
 
 from abc import ABC, abstractmethod
@@ -27,8 +27,8 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # Means, and whatever else adds up over batches
 
 
-class Other(NamedTuple):
-    """A model to compare with, whose parameters nothing changes."""
+class FrozenModel(NamedTuple):
+    """A reference or a teacher: a model whose parameters training does not change."""
 
     model: Any
     params: Any
@@ -48,8 +48,8 @@ class Objective(ABC):
     """Whether a list of messages in a record may stand for `fields`."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
     """The names of further fields that it reads from a record which has them."""
-    annotates: ClassVar[bool] = False
-    """Whether batches go through `annotate` before the step."""
+    uses_rollouts: ClassVar[bool] = False
+    """Whether batches go through `rollout` before the step."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -72,8 +72,13 @@ class Objective(ABC):
         return read or record.values
 
     @property
-    def compares_with(self) -> str:
-        """Another model it needs: "reference", as training starts; the path of one; or none."""
+    def uses_reference(self) -> bool:
+        """Whether it compares the model with what it was at the start of training."""
+        return False
+
+    @property
+    def teacher_path(self) -> str:
+        """The path of a model to learn from; empty: none."""
         return ""
 
     @property
@@ -111,8 +116,8 @@ class Objective(ABC):
         """Parameters beside the model's: path -> (letters, shape). New, `w` is drawn, `b` zero."""
         return {}
 
-    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> Any:
-        """A batch of the data as one to learn from, by acting with the model as it is now."""
+    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> Any:
+        """The batch to train on: samples of the current model, `trained`, for a batch of data."""
         return batch
 
     @abstractmethod
@@ -122,12 +127,19 @@ class Objective(ABC):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over the batch, and sums to report, "loss" a `Mean` among them.
 
-        `key` is None in evaluation, where nothing is random; `other` is the model that it compares
-        with.
+        Args:
+            model: The model.
+            params: Its parameters, with those of `leaves`.
+            batch: Arrays with B rows.
+            key: For dropout; None in evaluation, where nothing is random.
+            reference: The model at the start of training, if `uses_reference`. An objective that
+                needs neither model need not have these two arguments.
+            teacher: The model of `teacher_path`, if that is set.
         """
 
     def report(self, sums: Sums) -> dict[str, float]:
@@ -159,8 +171,8 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
-class Elsewhere(Objective):
-    """An objective of somebody's own, as a checkpoint tells of it where its class is not known."""
+class UnknownObjective(Objective):
+    """Stands for the objective of a checkpoint whose class is not defined in this process."""
 
     name: str = ""
     """The class."""

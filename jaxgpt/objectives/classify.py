@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxgpt.data.records import Record, say
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.model import GPTConfig, Leaves
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, hidden
 from jaxgpt.tokenizer import Tokenizer
 
@@ -160,7 +161,8 @@ class Classify(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over texts, weighted by class; the counts are of texts.
 
@@ -204,46 +206,18 @@ class Classify(Objective):
     def show(self, sums: Sums, folder: Path) -> str:
         """Precision, recall and F1 of each class; the confusion matrix as a table and a picture."""
         confusion = np.asarray(sums["confusion"]).astype(int)
-        width = max(map(len, ("true class", *self.labels)))
-        lines = [f"  {'class':<{width}}  precision  recall      F1   texts"]
-        for name, precision, recall, f1, count in zip(
-            self.labels, *scores(confusion), confusion.sum(1), strict=True
-        ):
-            lines.append(f"  {name:<{width}}  {precision:9.4f} {recall:7.4f} {f1:7.4f} {count:7d}")
-        lines += ["", f"  {'true class':<{width}}  predicted as the class of this row number"]
-        numbers = range(1, len(self.labels) + 1)
-        lines.append(f"  {'':<{width}}     " + "".join(f"{number:7d}" for number in numbers))
-        for number, name, row in zip(numbers, self.labels, confusion, strict=True):
-            lines.append(f"  {name:<{width}} {number:3d}" + "".join(f"{n:7d}" for n in row))
-        return "\n".join([*lines, "", f"  {draw(confusion, self.labels, folder)}"])
+        return f"{table(confusion, self.labels)}\n\n  {draw(confusion, self.labels, folder)}"
 
     def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
         """Test accuracy and F1 of logistic regression on TF-IDF; empty without scikit-learn."""
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.metrics import f1_score
-            from sklearn.pipeline import make_pipeline
-        except ImportError:
-            return ""
         if not (self.baseline and test):
             return ""
-        weights = dict(zip(self.labels, self.class_weights, strict=False)) or None
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2)),
-            LogisticRegression(C=100, max_iter=1000, class_weight=weights),
-        )
-        (texts, labels), (asked, right) = (
-            ([record.text(self.text) for record in records], [*map(self._label, records)])
+        train_texts, test_texts = (
+            [(record.text(self.text), self._label(record)) for record in records]
             for records in (train, test)
         )
-        answers = model.fit(texts, labels).predict(asked)
-        accuracy = np.mean(answers == np.asarray(right))
-        f1 = f1_score(right, answers, labels=self.labels, average="macro", zero_division=0)
-        return (
-            "  for comparison: logistic regression on TF-IDF of words and pairs of words has "
-            f"accuracy {accuracy:.4f}, F1 {f1:.4f}"
-        )
+        weights = dict(zip(self.labels, self.class_weights, strict=False))
+        return tf_idf_baseline(train_texts, test_texts, self.labels, weights)
 
     def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """Probabilities [texts, C], in the order of `labels`.
@@ -282,7 +256,7 @@ class Classify(Objective):
         return records[0].text(self.text) if records else prompt
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """What the first held-out texts are taken for."""
+        """The predicted labels of the first held-out texts."""
         if not records:
             return ""
         texts = [record.text(self.text) for record in records[:5]]
@@ -300,36 +274,6 @@ class Classify(Objective):
 @partial(jax.jit, static_argnums=(0, 1))
 def _probabilities(objective: Classify, model: Any, params: Any, rows: Batch) -> jax.Array:
     return objective.probabilities(model, params, rows)[1]
-
-
-def scores(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, [C] each; 0 where there is nothing to divide by."""
-    confusion = np.asarray(confusion, float)
-    right, true, taken = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision, recall = right / np.maximum(taken, 1), right / np.maximum(true, 1)
-    return precision, recall, 2 * right / np.maximum(true + taken, 1)
-
-
-def draw(confusion: np.ndarray, labels: Sequence[str], folder: Path) -> Path:
-    """Draws a confusion matrix [C, C], rows the true classes, into `confusion.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    C = len(labels)
-    figure = Figure(figsize=(2.5 + 0.6 * C, 2.2 + 0.6 * C), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
-    axes.set(xlabel="taken for", ylabel="is", title=folder.name)
-    axes.set_xticks(range(C), labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(C), labels)
-    path = folder / "confusion.png"
-    figure.savefig(path)
-    return path
 
 
 def _mean_so_far(x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import logits, output_weights
-from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
 from jaxgpt.sharding import constrain
@@ -29,8 +29,8 @@ class Distill(NextToken):
     """What the logits of both are divided by; higher shows more of the unlikely tokens."""
 
     @property
-    def compares_with(self) -> str:
-        """The teacher."""
+    def teacher_path(self) -> str:
+        """The teacher's."""
         return self.teacher
 
     def check(self) -> None:
@@ -49,7 +49,8 @@ class Distill(NextToken):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """Loss sum; and means per token.
 
@@ -57,15 +58,15 @@ class Distill(NextToken):
         models' distributions at the temperature T. Evaluation also has it at temperature 1, and
         "teacher_loss", the teacher's own cross-entropy.
         """
-        if other is None:
+        if teacher is None:
             raise InputError("distillation needs a teacher; set objective.teacher")
-        theirs = jax.lax.stop_gradient(other.params)
+        theirs = jax.lax.stop_gradient(teacher.params)
         # Under FSDP gathered once, not once a chunk.
-        teacher_w_DV = constrain(output_weights(other.model.cfg, theirs), "-V")
+        teacher_w_DV = constrain(output_weights(teacher.model.cfg, theirs), "-V")
         rest = {
             "targets": batch["targets"],
             "weights": batch["weights"],
-            "teacher": hidden(other.model, theirs, batch),
+            "teacher": hidden(teacher.model, theirs, batch),
         }
 
         def loss(hidden_BtD, w_DV, chunk):
@@ -74,7 +75,7 @@ class Distill(NextToken):
             next_token, cross_entropy = self.of_logits(
                 model.cfg, logits_BtV, chunk["targets"], weights_Bt
             )
-            theirs_BtV = logits(other.model.cfg, chunk["teacher"], teacher_w_DV)
+            theirs_BtV = logits(teacher.model.cfg, chunk["teacher"], teacher_w_DV)
             real_V = (jnp.arange(logits_BtV.shape[-1]) < model.cfg.V)[None, None]
 
             def divergence(temperature: float) -> jax.Array:
@@ -90,7 +91,7 @@ class Distill(NextToken):
             if key is None:
                 sums["kl_at_1"] = divergence(1.0)
                 sums["teacher_loss"] = self.of_logits(
-                    other.model.cfg, theirs_BtV, chunk["targets"], weights_Bt
+                    teacher.model.cfg, theirs_BtV, chunk["targets"], weights_Bt
                 )[1]
             return mixed, sums
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
 from jaxgpt.objectives.instruct import located, rendered
 from jaxgpt.tokenizer import Tokenizer
@@ -50,9 +50,9 @@ class DPO(Objective):
         return ("prompt", "chosen", "rejected")
 
     @property
-    def compares_with(self) -> str:
-        """The model as training starts."""
-        return "" if self.reference_free else "reference"
+    def uses_reference(self) -> bool:
+        """Unless `reference_free`."""
+        return not self.reference_free
 
     def check(self) -> None:
         """Raises InputError where a field cannot be."""
@@ -93,7 +93,8 @@ class DPO(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over pairs; rows without weights are no pairs."""
 
@@ -108,8 +109,8 @@ class DPO(Objective):
             return chosen_B, rejected_B
 
         chosen_B, rejected_B = answers(model, params, key)
-        if other is not None:
-            chosen_reference_B, rejected_reference_B = answers(*other, None)
+        if reference is not None:
+            chosen_reference_B, rejected_reference_B = answers(*reference, None)
             chosen_B -= chosen_reference_B
             rejected_B -= rejected_reference_B
         h_B = chosen_B - rejected_B

@@ -15,7 +15,7 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
 from jaxgpt.objectives.instruct import located
 from jaxgpt.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class GRPO(Objective):
     """
 
     reads_records: ClassVar[bool] = True
-    annotates: ClassVar[bool] = True
+    uses_rollouts: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
     optional_fields: ClassVar[tuple[str, ...]] = ("input", "system", "history", "tools")
 
@@ -69,9 +69,9 @@ class GRPO(Objective):
         return (self.prompt, self.answer)
 
     @property
-    def compares_with(self) -> str:
-        """The model as training starts."""
-        return "reference" if self.beta else ""
+    def uses_reference(self) -> bool:
+        """If `beta` is above 0."""
+        return self.beta > 0
 
     @property
     def updates_per_batch(self) -> int:
@@ -138,7 +138,7 @@ class GRPO(Objective):
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 
-    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
+    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
         """Problems as `group` rows each, with answers drawn and scored.
 
         tokens, targets, weights [B * group, T] as in next-token prediction, weights 1 on answers;
@@ -188,7 +188,8 @@ class GRPO(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over answers, or over their tokens."""
         weights_BT = batch["weights"]
@@ -198,8 +199,8 @@ class GRPO(Objective):
         advantage_BT = batch["advantage"][:, None]
         loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
         kl_BT = jnp.zeros_like(loss_BT)
-        if other is not None:
-            reference_BT = log_probs(*other, batch, self.chunk, None, self.temperature)
+        if reference is not None:
+            reference_BT = log_probs(*reference, batch, self.chunk, None, self.temperature)
             log_q_BT = reference_BT - log_p_BT
             kl_BT = jnp.exp(log_q_BT) - log_q_BT - 1
             loss_BT = loss_BT + self.beta * kl_BT

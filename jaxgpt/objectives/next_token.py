@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 
 
@@ -42,7 +42,8 @@ class NextToken(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """Loss sum over the batch, and "loss": the cross-entropy alone, weighted by `weights`.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.translation import bleu
 from jaxgpt.generation.decode import beam_search
 from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum
 from jaxgpt.objectives.next_token import NextToken
 from jaxgpt.tokenizer import Tokenizer
@@ -82,7 +84,8 @@ class Translate(NextToken):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """Loss sum over the batch; "loss", the cross-entropy alone, and "accuracy" of tokens.
 
@@ -146,20 +149,18 @@ class Translate(NextToken):
         return [tokenizer.decode(ids) for ids in found]
 
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """BLEU (Papineni et al. 2002), of greedy translations of the first records unless `whole`.
+        """BLEU: of greedy translations of the first records, of all by beam search if `whole`.
 
-        Where sacrebleu is not installed, nothing.
+        Without sacrebleu there is none.
         """
-        try:
-            from sacrebleu import corpus_bleu
-        except ImportError:
+        if find_spec("sacrebleu") is None:
             return {}
         texts, there = (
             [record.text(field) for record in records[: None if whole else MEASURED]]
             for field in self.fields
         )
         here = self.translate(trained, texts, beam=self.beam if whole else 1)
-        return {"bleu": corpus_bleu(here, [there]).score}
+        return {"bleu": bleu(here, there)}
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
         """The first held-out source, or `prompt` if there is none."""

@@ -15,10 +15,11 @@ from jaxgpt.pretrained.load import Trained, load
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.training import telemetry
+from jaxgpt.training.guard import highest_plausible_loss
+from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import mark_finished, read_metrics
-from jaxgpt.training.setup import Run, check_models, prepare
-from jaxgpt.training.step import highest_plausible_loss
+from jaxgpt.training.setup import Run, prepare
 
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
 RETRY_SECONDS = 10.0  # between tries to save when the disk is full
@@ -112,7 +113,7 @@ class Training:
             closing(data.prefetch(run.batch, run.start)) as feed,
         ):
             with clock("compile"):
-                self.batch = run.act(self.state, run.batch(run.start))
+                self.batch = run.rollout(self.state, run.batch(run.start))
                 self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
                 self.evaluate = run.compile_evaluate(self.state, self.batch)
             with self.signals.deferred():
@@ -142,11 +143,11 @@ class Training:
         """Takes steps, until the last one or a signal."""
         train, run = self.cfg.train, self.run
         for step in range(run.start + 1, train.steps + 1):
-            if self.cfg.objective.annotates:  # it samples from the parameters of the step before
+            if self.cfg.objective.uses_rollouts:  # they sample from the newest parameters
                 with self.clock("step"):
                     jax.block_until_ready(self.state)
             with self.clock("data"):
-                self.batch = run.act(self.state, next(feed))
+                self.batch = run.rollout(self.state, next(feed))
             with self.clock("step"):
                 self.state, metrics = self.take_step(self.state, self.batch)
             self.step = step
@@ -303,8 +304,7 @@ class Training:
 
         Raises Diverged if it is not finite, or far above those of the last steps.
         """
-        frozen = () if self.state.frozen is None else (self.state.frozen,)
-        sums = jax.device_get(self.evaluate(self.state.params, self.batch, *frozen))
+        sums = jax.device_get(self.evaluate(self.state.params, self.batch, self.state.frozen))
         loss = self.cfg.objective.report(sums)["loss"]
         highest = highest_plausible_loss(self.state.guard)
         if not loss <= highest:
@@ -324,7 +324,7 @@ class Training:
         sharding.leave(
             f"step {self.step} failed, maybe because another process has ended: "
             f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
-            "one without sharding.processes"
+            "one without parallel.processes"
         )
 
     def rescue(self) -> None:
