@@ -289,7 +289,7 @@ def test_an_objective_of_ones_own_trains_resumes_and_loads(place):
     saved = json.loads(Path("runs/mine/config.json").read_text())
     assert config.from_dict(Config, saved).objective == Mine()
     saved["objective"] = {"type": "Unknown", "field": 3}
-    with pytest.raises(InputError, match="Unknown is not one of jaxgpt's"):
+    with pytest.raises(InputError, match="Unknown is not known"):
         config.from_dict(Config, saved).check()
 
 

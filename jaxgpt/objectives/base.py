@@ -1,4 +1,4 @@
-"""What every objective is: a frozen dataclass whose fields are options and whose call is the loss.
+"""The base of all objectives: frozen dataclasses whose fields are options and whose call is a loss.
 
     loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key)
 
@@ -24,7 +24,7 @@ from jaxgpt.objectives.chunks import Mean
 from jaxgpt.tokenizer import Tokenizer
 
 Batch = dict[str, jax.Array]
-Sums = dict[str, Any]  # Means, and whatever else adds up over batches
+Sums = dict[str, Any]  # Means, and other values that add up over batches
 
 
 class FrozenModel(NamedTuple):
@@ -36,36 +36,36 @@ class FrozenModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """A way of training."""
+    """A training objective."""
 
     reads_records: ClassVar[bool] = False
-    """Whether it reads records; else streams of tokens."""
+    """Whether it reads records; if not, it reads token streams."""
     packs: ClassVar[bool] = False
-    """Whether several examples may share a row, told apart by `segments`."""
+    """Whether short examples are packed into one row, kept apart by `segments`."""
     command: ClassVar[str] = "generate"
-    """What of `python -m jaxgpt` uses the model."""
+    """The command of `python -m jaxgpt` that uses the trained model."""
     conversational: ClassVar[bool] = False
-    """Whether a list of messages in a record may stand for `fields`."""
+    """Whether a record may hold a list of messages instead of `fields`."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
-    """The names of further fields that it reads from a record which has them."""
+    """Further fields of a record that are read if they are there."""
     uses_rollouts: ClassVar[bool] = False
     """Whether batches go through `rollout` before the step."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that it reads from every record."""
+        """The fields that are read from every record."""
         return ()
 
     @property
     def reader(self) -> Reader:
-        """What the data has to know to read records for it."""
+        """How records are read for this objective."""
         return Reader(self.fields, self.optional_fields, self.conversational, self.example)
 
     def example(self, record: Record) -> Any:
-        """What an example is made of, in values of JSON or dataclasses.
+        """The content of an example, as JSON values or dataclasses, by which duplicates are found.
 
-        That is the fields that are read, or all if the record has none of them. Records of which it
-        is equal are the same example: they are held out together.
+        It is the fields that are read, or all of them if the record has none of these. Records with
+        equal content go to the same split.
         """
         names = (*self.fields, *self.optional_fields)
         read = {name: value for name in names if (value := record.values.get(name)) is not None}
@@ -83,37 +83,41 @@ class Objective(ABC):
 
     @property
     def updates_per_batch(self) -> int:
-        """Updates of the parameters by one batch."""
+        """How many updates are made with each batch."""
         return 1
 
     def check(self) -> None:  # noqa: B027 - most have something to check, not all
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """The objective with what only the training records tell, such as the names of labels."""
+        """The objective with what is learned from the training records, such as the labels."""
         return self
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer with the special tokens it needs, added where they are missing."""
+        """The tokenizer with the special tokens that the objective needs."""
         return tokenizer
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """A record as arrays: of shape [T] for what lies along a row, [] for one value each.
+        """The arrays of a record: [T] for values per token, [] for one value per record.
 
-        Raises InputError, beginning with `record.where`, for a record that cannot be.
+        Raises:
+            InputError: The record is invalid; the message begins with `record.where`.
         """
         raise InputError(f"{type(self).__name__} reads records and lacks `encode`; define it")
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """An example that is too long, cut at its end."""
+        """An example that is too long, truncated at its end."""
         return {name: array[:length] if array.ndim else array for name, array in example.items()}
 
     def build(self, cfg: GPTConfig, compute: Any) -> Any:
-        """The model."""
+        """The model of an architecture."""
         return cfg.build(compute)
 
     def leaves(self, cfg: GPTConfig) -> Leaves:
-        """Parameters beside the model's: path -> (letters, shape). New, `w` is drawn, `b` zero."""
+        """Parameters that the objective adds: letters and shapes by path.
+
+        A new `w` is sampled like the model's weights; other leaves are 0.
+        """
         return {}
 
     def rollout(self, trained: Any, batch: Any, key: jax.Array) -> Any:
@@ -143,30 +147,33 @@ class Objective(ABC):
         """
 
     def report(self, sums: Sums) -> dict[str, float]:
-        """What is logged of the sums over some batches: each mean."""
+        """The metrics to log, from sums over some batches: every mean."""
         return {k: float(v.value) for k, v in sums.items() if isinstance(v, Mean)}
 
     def show(self, sums: Sums, folder: Path) -> str:
-        """What the sums over the test set say, to read; pictures go to the run's folder."""
+        """A report on the sums over the test set, as text; plots are saved in the run's folder."""
         return ""
 
     def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
-        """What a simple method reaches on the test set, to read beside the model's result."""
+        """What a simple baseline reaches on the test set, as text."""
         return ""
 
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """What is measured by using the model on held-out records: nothing.
+        """Metrics for which the model must be used on held-out records, such as BLEU.
 
-        On all of them where `whole` is asked for, which is at the end; else on as many as is quick.
+        Args:
+            trained: The current model.
+            records: Held-out records.
+            whole: Whether to use all records, as at the end of training, or only a few.
         """
         return {}
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
-        """A text to give `command` as an example, such as a held-out one; "" if it takes none."""
+        """An example argument for `command`, such as a held-out text; "" if it takes none."""
         return prompt if self.command == "generate" else ""
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """What the trained model does, to read: here, going on from a prompt."""
+        """A sample of what the trained model does, as text: here, a continuation of the prompt."""
         return trained(prompt, tokens)
 
 
@@ -175,12 +182,12 @@ class UnknownObjective(Objective):
     """Stands for the objective of a checkpoint whose class is not defined in this process."""
 
     name: str = ""
-    """The class."""
+    """The name of the class."""
 
     def check(self) -> NoReturn:
-        """Raises InputError: it can be read about, not trained with."""
+        """Raises InputError: such a checkpoint can be loaded, but not trained."""
         raise InputError(
-            f"objective {self.name} is not one of jaxgpt's; train with the config file that has it"
+            f"objective {self.name} is not known; train with the config file that defines it"
         )
 
     def __call__(self, *_: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Distillation: predict what a larger model predicts, mixed with the next token itself."""
+"""Distillation: learning the predictions of a larger model, the teacher."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,25 +16,25 @@ from jaxgpt.sharding import constrain
 
 @dataclass(frozen=True)
 class Distill(NextToken):
-    """share * t^2 * KL(teacher || student), both at temperature t, + (1 - share) * next token.
+    """share * t^2 * KL(teacher || student), both at temperature t, + (1 - share) * cross-entropy.
 
-    Hinton et al. 2015, section 2. Teacher and student have one vocabulary.
+    See Hinton et al. 2015, section 2. Teacher and student must have the same vocabulary.
     """
 
     teacher: str = ""
-    """The run, or whatever else `start` takes, to learn from."""
+    """The teacher: a run, or anything else that `start` takes."""
     share: float = 0.5
-    """Of the loss: what is learned from the teacher."""
+    """The weight of the teacher's part of the loss, 0 to 1."""
     temperature: float = 2.0
-    """What the logits of both are divided by; higher shows more of the unlikely tokens."""
+    """The temperature of both distributions; higher gives unlikely tokens more weight."""
 
     @property
     def teacher_path(self) -> str:
-        """The teacher's."""
+        """The option `teacher`."""
         return self.teacher
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         super().check()
         if not self.teacher:
             raise InputError("objective.teacher is empty; set it to the run to learn from")
@@ -52,16 +52,15 @@ class Distill(NextToken):
         reference: FrozenModel | None = None,
         teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """Loss sum; and means per token.
+        """The loss summed over the batch; "loss" is the cross-entropy of the next token alone.
 
-        "loss" is the cross-entropy of the next token alone, and "kl_at_T" the divergence of both
-        models' distributions at the temperature T. Evaluation also has it at temperature 1, and
-        "teacher_loss", the teacher's own cross-entropy.
+        "kl_at_T" is the KL divergence of both models' distributions at temperature T. In evaluation
+        there are also "kl_at_1" and "teacher_loss", the teacher's own cross-entropy.
         """
         if teacher is None:
             raise InputError("distillation needs a teacher; set objective.teacher")
         theirs = jax.lax.stop_gradient(teacher.params)
-        # Under FSDP gathered once, not once a chunk.
+        # Under FSDP it is gathered once, and not once per chunk.
         teacher_w_DV = constrain(output_weights(teacher.model.cfg, theirs), "-V")
         rest = {
             "targets": batch["targets"],
