@@ -341,8 +341,8 @@ def test_a_comparison_says_what_becomes_of_each_leaf():
         "loaded 3 arrays, 200 parameters",
         "grown wte [128, 8] to [256, 8]",
         "left out classifier/w [5, 8]",
-        "made new blocks/*/q/lora_a 2 x [3, 8]",
-        "made new head [256, 8]",
+        "initialized blocks/*/q/lora_a 2 x [3, 8]",
+        "initialized head [256, 8]",
     ]
 
 
@@ -451,7 +451,7 @@ def saved_state(parts, ema, layers):
         (TuneConfig("lora", matrices=()), "matrices is empty"),
         (TuneConfig("last", rank=4), "rank=4 does nothing.*set tune.parts=lora"),
         (TuneConfig("lora", blocks=2), "blocks=2 does nothing.*set tune.parts=last"),
-        (TuneConfig(base="int8"), "base=int8 holds what is not trained"),
+        (TuneConfig(base="int8"), "base=int8 is for untrained parameters"),
     ],
 )
 def test_impossible_settings_are_refused_with_what_to_set(cfg, says):
