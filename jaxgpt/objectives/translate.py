@@ -11,7 +11,7 @@ import numpy as np
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.translation import bleu
-from jaxgpt.generation.decode import beam_search
+from jaxgpt.generation.beam import beam_search
 from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
 from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum
