@@ -329,8 +329,8 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
     """Lists of ids as one int32 array, padded with 0 to a power of two, at most to `most`.
 
     Raises:
-        InputError: There is no list, or one is empty, longer than `most`, or has invalid ids. `what`
-            names the list in the message.
+        InputError: There is no list, or one is empty, longer than `most`, or has invalid ids.
+            `what` names the list in the message.
     """
     if not len(lists):
         raise InputError("there is no row of tokens; give at least one")
