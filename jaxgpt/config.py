@@ -196,9 +196,7 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
         if saved.get(name, "") != current[name]
     ]
     # Options that did not exist when the run began have their defaults.
-    then = {
-        part: to_dict(from_dict(type(getattr(now, part)), saved.get(part, {}))) for part in FIXED
-    }
+    then = to_dict(from_dict(Config, {part: saved[part] for part in FIXED if part in saved}))
     changes += [
         f"{part}.{name} was {then[part].get(name)}, is {value}"
         for part in FIXED
@@ -228,10 +226,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _classes(hint: Any) -> dict[str, Any]:
     """The dataclasses that a field may hold, by name, if there are several; the default first.
 
-    An objective may be of any class that is defined, in the package or in a config file.
+    Objectives and architectures may be of any class that is defined, in the package or in a config
+    file.
     """
     if hint is Objective:
         options = [NextToken, *_subclasses(Objective)]
+    elif hint is GPTConfig:
+        options = [GPTConfig, *_subclasses(GPTConfig)]
     else:
         options = [cls for cls in typing.get_args(hint) if dataclasses.is_dataclass(cls)]
     return {cls.__name__: cls for cls in options}
@@ -302,7 +303,10 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
 def summary(config: Config) -> str:
     """The options of a config that differ from their defaults, as a table for a terminal."""
     of_same_types = dataclasses.replace(
-        Config(), data=type(config.data)(), objective=type(config.objective)()
+        Config(),
+        model=type(config.model)(),
+        data=type(config.data)(),
+        objective=type(config.objective)(),
     )
     usual, default = _flat(to_dict(Config())), _flat(to_dict(of_same_types))
     rows = []
@@ -383,7 +387,9 @@ def _execute(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"{path} does not run: {error}") from error
+        moved = synonyms.MODULES.get(getattr(error, "name", None) or "")
+        hint = f"; it is {moved} now" if moved else ""
+        raise InputError(f"{path} does not run: {error}{hint}") from error
     finally:
         sys.path.remove(str(path.parent))
         # Configs in another folder may have the same names.
