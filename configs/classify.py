@@ -1,4 +1,4 @@
-"""Classify text: which package of the Python library a docstring is from.
+"""Text classification: the package of the Python library that a docstring is from.
 
 Command:   python train.py configs/classify.py
            python train.py configs/classify.py --data.paths spam.csv --data.fields label=v1 text=v2
