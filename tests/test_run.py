@@ -106,7 +106,7 @@ def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
     assert re.search(r"initialized +classifier/w +\[2, 16\]", said)
     assert run(replace(ASKED, name="then", start="runs/first")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"left out +classifier/w +\[2, 16\]", said)
+    assert re.search(r"skipped +classifier/w +\[2, 16\]", said)
     assert "initialized" not in said
 
 
@@ -266,7 +266,7 @@ def test_a_classifier_is_tested_and_used_from_its_folder(place, capsys):
         (replace(LABELS, objective=NextToken()), "does not read RecordsConfig"),
         (replace(STAGE, objective=Classify()), "does not read DataConfig"),
         (replace(STAGE, tune=TuneConfig(parts="head")), "trains nothing"),
-        (replace(STAGE, tune=TuneConfig(rank=4)), "tune.rank=4 does nothing"),
+        (replace(STAGE, tune=TuneConfig(rank=4)), "tune.rank=4 has no effect"),
         (replace(STAGE, start="", adapter="folder"), "set start"),
         (
             replace(STAGE, tune=TuneConfig(parts="lora", matrices=("blocks/*/x",))),

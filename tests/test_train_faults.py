@@ -360,7 +360,7 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
     options = ("--train.steps", "100000", "--checkpoint.every", "20", "--train.eval_every", "0")
-    soon = SLOW.replace("sys.exit", "train.parallel.HEARTBEAT = 5\nsys.exit")
+    soon = SLOW.replace("sys.exit", "train.sharding.HEARTBEAT = 5\nsys.exit")
     survivor, killed = spawn_two(*options, name="a", program=("-c", soon))
     wait_for_step("a", 30)  # step 20 is saved by now
     killed.kill()

@@ -467,7 +467,10 @@ def test_a_guide_holds_past_the_context():
         ({"beam": 2.5}, "beam=2.5 is not right; give a whole number"),
         ({"beam": 2, "top_k": 5, "choices": ["a"]}, "beam=2 .* leave out top_k, choices"),
         ({"beam": 2, "temperature": 0.5}, "beam=2 .* leave out temperature"),
-        ({"beam": 2, "tokens": 99}, r"tokens=99 after a prompt of \d+, .* context of 48; set tok"),
+        (
+            {"beam": 2, "tokens": 99},
+            r"tokens=99 after .* context of 48; with a beam, set tok",
+        ),
         ({"beam": 2, "tokens": 0}, "tokens=0 after a prompt"),
     ],
     ids=str,
