@@ -123,16 +123,16 @@ def test_val_paths_are_validated_on_whole_and_leave_the_paths_whole(write):
     assert "".join(data.texts(data.DataConfig(paths=(a,), val_paths=(b,)))) == "train " * 10
 
 
-def test_files_that_are_not_taken_are_reported(write, tmp_path, capsys):
+def test_skipped_files_are_reported(write, tmp_path, capsys):
     write("a.txt", WORDS)
     write("b.png", "x")
     prepare(str(tmp_path))
-    assert f"1 files not taken, as {tmp_path / 'b.png'}" in capsys.readouterr().err
+    assert f"skipped 1 files, such as {tmp_path / 'b.png'}" in capsys.readouterr().err
 
 
 def test_nothing_held_out_is_refused(write):
     path = write("a.jsonl", [f"document {number}" for number in range(200)])
-    with pytest.raises(InputError, match=r"val_fraction=1e-12 holds out nothing of 200"):
+    with pytest.raises(InputError, match=r"val_fraction=1e-12 of 200 documents gives an empty"):
         prepare(path, val_fraction=1e-12)
 
 
@@ -243,7 +243,7 @@ def test_without_grain_a_small_corpus_has_the_same_batches(monkeypatch, shuffle)
 @pytest.mark.parametrize("options", [{"weights": (1.0,)}, {"stride": 1}])
 def test_without_grain_mixtures_and_large_corpora_are_refused(monkeypatch, options):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(InputError, match="need Grain: pip install grain"):
+    with pytest.raises(InputError, match="need Grain, .*: pip install grain"):
         batches_of(corpus_of(66_000), **options)
 
 
@@ -277,7 +277,7 @@ def test_what_is_held_out_of_a_mixture_has_the_shares_of_its_paths(
     cfg = data.DataConfig(("a", "b"), weights=(3.0, 1.0), val_paths=val_paths)
     dataset = data.streams(corpus, cfg, context=8, batch=4)
     assert dataset.shares == shares and list(dataset.held_out) == sets
-    assert ("nothing is held out of b" in capsys.readouterr().err) == (held_out == (20, 0))
+    assert ("b has no held-out tokens" in capsys.readouterr().err) == (held_out == (20, 0))
 
 
 def test_without_weights_paths_are_joined():
@@ -316,14 +316,17 @@ def test_joined_documents_have_no_segments():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 100}, r"a gives 100 tokens .* context of at most 99"),
-        ({"stride": 9}, r"data.stride=9 skips tokens between windows of 8; set it to at most 8"),
-        ({"batch": 5, "process": (0, 2)}, r"batch=5 does not split over 2 .* a multiple of 2"),
+        ({"context": 100}, r"a has 100 training tokens, .* context of at most 99"),
+        (
+            {"stride": 9},
+            r"data.stride=9 would skip tokens between rows of 8 tokens; set it to at most 8",
+        ),
+        ({"batch": 5, "process": (0, 2)}, r"batch=5 is not divisible by 2 .* a multiple of 2"),
         ({"batch": 0}, "batch=0"),
-        ({"seed": -1}, "seed=-1; set it to 0 or more"),
+        ({"seed": -1}, "seed=-1 is negative; set it to 0 or more"),
     ],
 )
-def test_batches_that_cannot_be_are_refused(options, message):
+def test_invalid_batches_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         batches_of(corpus_of(100), **options)
 
@@ -395,7 +398,7 @@ def test_validation_masks_documents_too():
 
 
 def test_validation_without_tokens_is_refused():
-    with pytest.raises(InputError, match=r"0 tokens to validate on; set data.val_paths"):
+    with pytest.raises(InputError, match=r"only 0 validation tokens; set data.val_paths"):
         evaluate(TokenStream([], EOT))
 
 
@@ -463,7 +466,7 @@ def test_an_unchanged_fingerprint_is_accepted_after_json(write):
 )
 def test_a_changed_batch_is_refused_by_field(change, message):
     corpus = corpus_of(100)
-    with pytest.raises(InputError, match=f"{message}. Set it back"):
+    with pytest.raises(InputError, match=f"{message}. Restore it"):
         data.refuse_changed(
             batches_of(corpus).fingerprint, batches_of(corpus, **change).fingerprint
         )

@@ -287,14 +287,14 @@ def test_nothing_held_out_is_no_set():
     assert dataset_of(splits_of([1, 2], [], [])).held_out == {}
 
 
-# What is said
+# Messages
 
 
 def test_the_note_counts_examples_and_the_rows_they_share():
     splits = splits_of([2] * 1200, [1] * 3, [1])
     packed = dataset_of(splits, packs=True).note
-    assert packed == "examples: 1,200 to train on (in 300 rows), 3 to validate on, 1 to test on"
-    assert dataset_of({"train": splits["train"]}).note == "examples: 1,200 to train on"
+    assert packed == "examples: 1,200 training (in 300 rows), 3 validation, 1 test"
+    assert dataset_of({"train": splits["train"]}).note == "examples: 1,200 training"
 
 
 def test_records_are_passed_on():
@@ -318,7 +318,7 @@ CHANGES = {
 def test_the_fingerprint_tells_every_change_of_the_batches(change):
     saved = json.loads(json.dumps(dataset_of(splits_of([1, 2], [1])).fingerprint))
     refuse_changed(saved, dataset_of(splits_of([1, 2], [1])).fingerprint)
-    with pytest.raises(InputError, match="the data is not what this run was trained on"):
+    with pytest.raises(InputError, match="the data differs from the data this run was trained on"):
         refuse_changed(saved, CHANGES[change]().fingerprint)
 
 
@@ -331,7 +331,9 @@ def test_the_fingerprint_tells_which_columns_were_read(tmp_path):
         found.append(
             examples(cfg, splits, encode_text, cut, "bytes", context=T, batch=1).fingerprint
         )
-    with pytest.raises(InputError, match="the data is not what this run was trained on: records"):
+    with pytest.raises(
+        InputError, match="the data differs from the data this run was trained on: records"
+    ):
         refuse_changed(*found)
 
 
@@ -355,8 +357,8 @@ def test_what_is_too_long_is_cut_as_the_objective_says_and_counted(packs, capsys
         list(range(18, 26)),
     ]
     assert capsys.readouterr().err == (
-        "data: 2 of 3 examples of train are cut to 8 tokens\n"
-        "data: 1 of 1 examples of val are cut to 8 tokens\n"
+        "data: truncated 2 of 3 train examples to 8 tokens\n"
+        "data: truncated 1 of 1 val examples to 8 tokens\n"
     )
 
 
@@ -366,7 +368,7 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused():
         arrays["weights"][1:] = 0
         return arrays
 
-    with pytest.raises(InputError, match=r"train.tsv:2 has 9 tokens, and nothing is learned"):
+    with pytest.raises(InputError, match=r"train.tsv:2 has 9 tokens, and .* no token with a loss"):
         dataset_of(splits_of([8, 9]), first, truncate=True)
 
 
@@ -377,15 +379,19 @@ def uneven(record):
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([3, 9], {}, r"train.tsv:2 has 9 tokens, and a row 8; raise train.context .*truncate"),
-        ([3, 0], {}, r"train.tsv:2: tokens is empty; leave the record out"),
-        ([3], {"seed": -1}, "seed=-1; set it to 0 or more"),
-        ([3], {"batch": 3, "process_count": 2}, "batch=3 does not split over 2 processes"),
-        ([3], {"encode": with_label, "packs": True}, "label is one number for an example"),
-        ([3], {"encode": uneven, "packs": True}, "weights has 1 entries, .* beside it 3"),
+        (
+            [3, 9],
+            {},
+            r"train.tsv:2 has 9 tokens, more than a row of 8; increase train.context .*truncate",
+        ),
+        ([3, 0], {}, r"train.tsv:2: tokens is empty; remove the record"),
+        ([3], {"seed": -1}, "seed=-1 is negative; set it to 0 or more"),
+        ([3], {"batch": 3, "process_count": 2}, "batch=3 is not divisible by 2 processes"),
+        ([3], {"encode": with_label, "packs": True}, "label is a scalar, which cannot be packed"),
+        ([3], {"encode": uneven, "packs": True}, "weights has 1 entries, .* has 3"),
     ],
 )
-def test_what_cannot_be_a_row_is_refused(lengths, options, message):
+def test_an_invalid_example_is_refused(lengths, options, message):
     with pytest.raises(InputError, match=message):
         dataset_of(splits_of(lengths), **options)
 
@@ -394,5 +400,5 @@ def test_a_source_longer_than_a_row_is_refused_too():
     def long(record):
         return {**encode(record), "source": np.ones(9, np.int32)}
 
-    with pytest.raises(InputError, match=r"train.tsv:1 has 9 tokens, and a row 8"):
+    with pytest.raises(InputError, match=r"train.tsv:1 has 9 tokens, more than a row of 8"):
         dataset_of(splits_of([3]), long)

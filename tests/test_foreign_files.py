@@ -422,14 +422,16 @@ def test_records_that_take_too_much_memory_are_refused(tmp_path, monkeypatch, na
     monkeypatch.setattr(records, "LARGEST_RECORDS", 20_000)
     lines = {"a.jsonl": '{"x": [[], [], [], {}]}\n' * 100, "a.csv": "x,y\n" + ",\n" * 1000}
     (tmp_path / name).write_text(lines[name])
-    with pytest.raises(InputError, match=rf"{name}:\d+: the records up to here take over 20,000"):
+    with pytest.raises(
+        InputError, match=rf"{name}:\d+: the records up to here take more than 20,000"
+    ):
         open_records(str(tmp_path / name))
 
 
 def test_a_json_file_that_is_too_large_to_parse_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST_JSON", 1000)
     (tmp_path / "a.json").write_text("[" + '{"a": 1},' * 200 + "]")
-    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*as JSON lines"):
+    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*to JSON Lines"):
         open_records(str(tmp_path / "a.json"))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt.data import formats, textfile
 from jaxgpt.data.records import open_records
-from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
+from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
 from jaxgpt.errors import InputError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument: äöü 🙂", "", "the last one\n"]
@@ -115,7 +115,7 @@ def test_the_encoding_is_part_of_what_the_tokens_are_named_by(tmp_path):
     [
         ("caf\xe9".encode("latin-1"), r"--data.encoding latin-1.*iconv -f ISO-8859-1 -t UTF-8 "),
         ("\u201cyes\u201d".encode("cp1252"), r"--data.encoding cp1252.*iconv -f CP1252 -t UTF-8 "),
-        ("äöüß".encode() + b"\xff", r"looks like UTF-8, so it is damaged there: .*iconv -c"),
+        ("äöüß".encode() + b"\xff", r"looks like UTF-8, so this byte is damaged; .*iconv -c"),
     ],
 )
 def test_text_in_another_encoding_is_refused_with_the_remedy(tmp_path, content, remedy):
@@ -140,7 +140,7 @@ def test_damaged_gzip_is_named(tmp_path):
     whole = gzip.compress(b"text " * 1000)
     for content in (whole[:30], whole[:-4], whole[:20] + b"\xff" * 8 + whole[28:], whole[:3]):
         (tmp_path / "a.txt.gz").write_bytes(content)
-        with pytest.raises(InputError, match=r"a.txt.gz is gzip and damaged"):
+        with pytest.raises(InputError, match=r"a.txt.gz is a damaged gzip file"):
             measure(open_source(str(tmp_path / "a.txt.gz")))
 
 
@@ -173,9 +173,7 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
     write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # as some tools call it
     assert read(tmp_path / "a.json") == ["one", "two"]
     (tmp_path / "a.json").write_text('{"data": [{"text": "one"}], "version": 2}')
-    with pytest.raises(
-        InputError, match=r"is dict, not a list .*write the list under 'data' alone"
-    ):
+    with pytest.raises(InputError, match=r"is dict, not a list .*keep only the list under 'data'"):
         read(tmp_path / "a.json")
 
 
@@ -197,10 +195,10 @@ def test_the_column_of_the_text_is_guessed_by_its_name_and_said(tmp_path):
     source = open_source(str(file), say=said.append)
     assert ["".join(document) for document in source.documents()] == ["one", "one"]
     assert said == [
-        f"{file}: the text is in 'content', by its name; --data.fields text=content says so"
+        f"{file}: reading text from 'content', guessed from its name; same as --data.fields text=content"
     ]
     write_jsonl(file, [{"body": "one", "content": "two"}])
-    with pytest.raises(InputError, match="not clear .*body, content; .*--data.fields text=body"):
+    with pytest.raises(InputError, match="unclear .*body, content; .*--data.fields text=body"):
         open_source(str(file))
 
 
@@ -300,9 +298,9 @@ def test_the_digest_is_of_content_and_reading_not_of_names(tmp_path):
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1, field 'text', is int, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1, field 'text', is not text in UTF-8"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1 is list, not an object"),
-        ("a.jsonl", b"\n\n", "holds no text"),
-        ("a.jsonl", b'{"text": ""}\n', "holds no text"),
-        ("a.parquet", b"PAR2", "a.parquet is not parquet"),
+        ("a.jsonl", b"\n\n", "contains no text"),
+        ("a.jsonl", b'{"text": ""}\n', "contains no text"),
+        ("a.parquet", b"PAR2", "a.parquet is not Parquet"),
     ],
 )
 def test_what_is_not_text_is_refused_by_place(tmp_path, name, content, message):
@@ -326,9 +324,9 @@ def test_parquet_without_a_string_is_refused_by_row(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing.txt", "there is no .*missing.txt"),
+        ("missing.txt", "missing.txt does not exist"),
         ("nothing*.txt", "no file matches"),
-        ("folder", "folder holds no text: of its 1 files"),
+        ("folder", "folder contains no text: none of its 1 files"),
     ],
 )
 def test_a_path_to_nothing_is_refused(tmp_path, path, message):
@@ -373,7 +371,7 @@ def test_a_file_that_vanishes_is_named(tmp_path, suffix, read_it):
 @pytest.mark.parametrize("read_it", [measure, content_digest])
 def test_a_disk_that_fails_while_a_file_is_read_is_named(read_it):
     file = "/proc/self/mem"  # its first byte cannot be read
-    source = Source(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
+    source = TextSource(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
     with pytest.raises(InputError, match=rf"{file} cannot be read: Input/output error; check"):
         read_it(source)
 
