@@ -37,7 +37,8 @@ from jaxgpt.pretrained import peft
 from jaxgpt.pretrained.export import new_folder
 from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
+from jaxgpt.tokenizer.exported import to_tokenizer_json
+from jaxgpt.tokenizer.huggingface import read, read_text, write
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too
@@ -767,7 +768,7 @@ def test_no_damage_is_loaded_silently(exports, tmp_path_factory, data, manifest)
 
 # Tokenizers.
 
-TOKENIZER = _exported(Bytes())
+TOKENIZER = to_tokenizer_json(Bytes())
 VALUES = [
     *(None, True, 0, -1, 1, 2**32, 10**30, 0.5, "", "a", "\u2581", "<|endoftext|>", [], {}, [1]),
     *(["a"], [None], {"type": "Sequence"}, {"String": "a"}, {"Regex": "("}, {"content": None}),

@@ -195,7 +195,8 @@ def test_the_column_of_the_text_is_guessed_by_its_name_and_said(tmp_path):
     source = open_source(str(file), say=said.append)
     assert ["".join(document) for document in source.documents()] == ["one", "one"]
     assert said == [
-        f"{file}: reading text from 'content', guessed from its name; same as --data.fields text=content"
+        f"{file}: reading text from 'content', guessed from its name; same as --data.fields "
+        "text=content"
     ]
     write_jsonl(file, [{"body": "one", "content": "two"}])
     with pytest.raises(InputError, match="unclear .*body, content; .*--data.fields text=body"):

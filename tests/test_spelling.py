@@ -195,5 +195,5 @@ def test_a_decoder_whose_text_is_not_known_is_refused(decoder):
 
 def test_what_the_library_spells_in_another_way_is_refused(monkeypatch):
     monkeypatch.setattr("jaxgpt.tokenizer.spelling._cleaned", lambda text: text)
-    with pytest.raises(InputError, match="writes .* where its steps say"):
+    with pytest.raises(InputError, match="decodes some ids to .* instead of"):
         shape(PIECES, decoders.WordPiece())

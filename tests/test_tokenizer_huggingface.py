@@ -37,7 +37,8 @@ from jaxgpt.tokenizer import (
     from_json,
     huggingface,
 )
-from jaxgpt.tokenizer.huggingface import oniguruma, read, write
+from jaxgpt.tokenizer.exported import oniguruma, to_tokenizer_json
+from jaxgpt.tokenizer.huggingface import read, write
 
 CORPUS = inspect.getsource(argparse)[:30_000] + "Ça coûte 1234 €, n'est-ce pas ?\n天地玄黃\n\n" * 20
 # Characters on which two engines, or a text and its normal form, could differ.
@@ -198,7 +199,7 @@ def llama2():
 @functools.cache
 def gpt2_like():
     """GPT-2's pattern with a vocabulary of its own."""
-    written = huggingface._exported(trained("gpt2"))
+    written = to_tokenizer_json(trained("gpt2"))
     return json.dumps(written), {"bos_token": EOT, "eos_token": EOT}
 
 
@@ -363,13 +364,13 @@ def test_a_prompt_for_our_own_begins_with_end_of_text(tokenizer):
 def test_without_bos_and_end_of_text_documents_begin_with_eos():
     text = llama2()[0]
     assert HuggingFace(text, {"bos_token": None, "eos_token": "</s>"}).eot == 2
-    with pytest.raises(InputError, match=r"no bos_token, .*no <\|endoftext\|>, and eos_token"):
+    with pytest.raises(InputError, match=r"has no bos_token, .*no <\|endoftext\|>, and eos_token"):
         HuggingFace(text, {})
-    with pytest.raises(InputError, match="bos_token .* is '<bos>', no token of"):
+    with pytest.raises(InputError, match="bos_token .* is '<bos>', which is not in tokenizer.json"):
         HuggingFace(text, {"bos_token": "<bos>", "eos_token": "</s>"})
     for wrong in (7, ["<s>"], {"content": 7}):
         with pytest.raises(
-            InputError, match="bos_token of tokenizer_config.json is .*not the text"
+            InputError, match="bos_token of tokenizer_config.json is .*not a token's text"
         ):
             HuggingFace(text, {"bos_token": wrong})
 
@@ -392,7 +393,7 @@ def test_ids_outside_the_vocabulary_are_refused(name):
 # Where text may be cut.
 
 EXPORTED = {
-    kind: HuggingFace(json.dumps(huggingface._exported(trained(kind))), {"bos_token": EOT})
+    kind: HuggingFace(json.dumps(to_tokenizer_json(trained(kind))), {"bos_token": EOT})
     for kind in PATTERNS
 }
 CUT = THEIRS | EXPORTED
@@ -522,7 +523,7 @@ def test_documents_begin_as_before_where_end_of_text_is_added():
 
 
 def test_a_name_that_text_yields_cannot_be_special():
-    with pytest.raises(InputError, match="'▁the' is a token that text yields"):
+    with pytest.raises(InputError, match="'▁the' is already an ordinary token"):
         THEIRS["llama2"].extended(["\u2581the"])
 
 
@@ -562,9 +563,9 @@ def test_a_missing_or_ill_typed_field_of_the_json_is_named():
             from_json({key: value for key, value in values.items() if key != name})
         with pytest.raises(InputError, match=f"{name} is NoneType"):
             from_json({**values, name: None})
-    with pytest.raises(InputError, match="not a tokenizer: tokenizer.json is not JSON"):
+    with pytest.raises(InputError, match="not a valid tokenizer: tokenizer.json is not JSON"):
         from_json({**values, "json": values["json"][:-1]})
-    with pytest.raises(InputError, match="fingerprint is not that"):
+    with pytest.raises(InputError, match="fingerprint does not match"):
         from_json({**values, "config": {**values["config"], "eos_token": EOT}})
 
 
@@ -593,7 +594,7 @@ def test_importing_needs_no_tokenizers_library():
     ],
 )
 def test_a_json_that_the_library_refuses_is_refused_with_its_reason(path, value):
-    with pytest.raises(InputError, match="tokenizer.json is none that the tokenizers library can"):
+    with pytest.raises(InputError, match="the tokenizers library cannot load tokenizer.json"):
         HuggingFace(*change("qwen2", path, value))
 
 
@@ -609,9 +610,9 @@ def test_a_panic_of_the_library_is_an_input_error(capfd):
 
 def test_ids_that_do_not_fit_their_tokens_are_refused():
     vocabulary = json.loads(qwen2()[0])["model"]["vocab"]
-    with pytest.raises(InputError, match="has the id 4294967295, but 705 tokens"):
+    with pytest.raises(InputError, match="has the id 4294967295, but only 705 tokens"):
         HuggingFace(*change("qwen2", "model.vocab", {**vocabulary, "zzz": 4294967295}))
-    with pytest.raises(InputError, match="gives '<tool>' the id 9999, but the .* 700"):
+    with pytest.raises(InputError, match="the id 9999 for '<tool>', but the .* 700"):
         HuggingFace(*change("qwen2", "added_tokens", [{**TOKEN, "id": 9999}]))
 
 
@@ -685,7 +686,7 @@ def test_a_damaged_file_is_named(name, content, tmp_path):
 
 def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "LARGEST_FILE", 1000)
-    with pytest.raises(InputError, match="tokenizer.json has more than 1000 bytes"):
+    with pytest.raises(InputError, match="tokenizer.json is larger than 1000 bytes"):
         read(folder_of(tmp_path, "qwen2"))
 
 
@@ -699,7 +700,9 @@ def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
     with pytest.raises(InputError, match="neither tokenizer.json nor vocab.json with merges.txt"):
         read(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n")
-    with pytest.raises(InputError, match="has tokenizer.model, .* transformers: .*save_pretrained"):
+    with pytest.raises(
+        InputError, match="SentencePiece's tokenizer.model, .* transformers: .*save_pretrained"
+    ):
         read(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
