@@ -20,7 +20,7 @@ Kind = Literal["bpe", "bytes", "characters", "gpt2", "cl100k_base", "o200k_base"
 
 
 class Tokenizer(ABC):
-    """Converts text to token ids and back; a subclass defines the encoding and where to cut text."""
+    """Converts text to token ids and back; a subclass defines the encoding."""
 
     kind: Kind
     """The kind, as in `TokenizerConfig.kind`."""
