@@ -38,7 +38,7 @@ from jaxgpt.pretrained.export import new_folder
 from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
 from jaxgpt.tokenizer.exported import to_tokenizer_json
-from jaxgpt.tokenizer.huggingface import read, read_text, write
+from jaxgpt.tokenizer.huggingface import read_text, read_tokenizer, write_tokenizer
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too
@@ -76,7 +76,7 @@ MODELS = {
 def export(folder, cfg, **options):
     """An export of random parameters, with a tokenizer and a manifest."""
     with new_folder(folder) as draft:
-        write(Bytes(), draft, cfg.T)
+        write_tokenizer(Bytes(), draft, cfg.T)
         pretrained.write(draft, cfg, random_params(cfg), **options)
     return folder
 
@@ -826,7 +826,7 @@ def test_a_post_processor_that_repeats_the_text_is_refused():
 
 
 def test_an_enormous_chat_template_is_refused(tmp_path):
-    write(Bytes(), tmp_path, 8)
+    write_tokenizer(Bytes(), tmp_path, 8)
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>system\n" * 100_000)
     with pytest.raises(InputError, match="chat_template has 1,900,000 characters"):
-        choose(read(tmp_path))
+        choose(read_tokenizer(tmp_path))

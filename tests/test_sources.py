@@ -181,20 +181,20 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
 def test_a_column_of_a_table_is_read_if_it_is_asked_for(tmp_path, name):
     content = "id,body\n1,one\n2,two\n".replace(",", "\t" if name == "a.tsv" else ",")
     (tmp_path / name).write_text(content)
-    said = []
-    (document,) = open_source(str(tmp_path / name), say=said.append).documents()
-    assert "".join(document) == content and "is read as plain text" in said[0]
+    notes = []
+    (document,) = open_source(str(tmp_path / name), note=notes.append).documents()
+    assert "".join(document) == content and "is read as plain text" in notes[0]
     assert read(tmp_path / name, "text=body") == ["one", "two"]
     with pytest.raises(InputError, match="no column 'text'.* one of: id, body"):
         read(tmp_path / name, "text=text")
 
 
 def test_the_column_of_the_text_is_guessed_by_its_name_and_said(tmp_path):
-    said = []
+    notes = []
     file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "content": "one"}] * 2)
-    source = open_source(str(file), say=said.append)
+    source = open_source(str(file), note=notes.append)
     assert ["".join(document) for document in source.documents()] == ["one", "one"]
-    assert said == [
+    assert notes == [
         f"{file}: reading text from 'content', guessed from its name; same as --data.fields "
         "text=content"
     ]

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import say
+from jaxgpt.data.records import print_note
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
 
@@ -82,7 +82,9 @@ def streams(
                 if name in parts:
                     shares[name] = shares.get(name, 0.0) + weight
                 else:
-                    say(f"{name[4:]} has no held-out tokens; val_loss covers the other paths")
+                    print_note(
+                        f"{name[4:]} has no held-out tokens; val_loss covers the other paths"
+                    )
             total = sum(shares.values())
             shares = {name: weight / total for name, weight in shares.items()}
             sets = {}

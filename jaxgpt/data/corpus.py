@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxgpt.data.columns import parse_fields
 from jaxgpt.data.formats import Document
-from jaxgpt.data.records import say
+from jaxgpt.data.records import print_note
 from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
 from jaxgpt.data.split import FEW, Split, split
 from jaxgpt.data.textfile import check_encoding, reading
@@ -152,7 +152,8 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
     sources = [
-        open_source(path, cfg.fields, cfg.encoding, say) for path in (*cfg.paths, *cfg.val_paths)
+        open_source(path, cfg.fields, cfg.encoding, print_note)
+        for path in (*cfg.paths, *cfg.val_paths)
     ]
     states = [file_states(source) for source in sources]
     on_disk = sum(size for files in states for size, _ in files.values())
@@ -167,7 +168,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     entries = token_entries(cfg, fingerprint)
     for source in sources:
         if source.skipped:
-            say(f"{source.path}: skipped {len(source.skipped)} files, such as {source.skipped[0]}")
+            print_note(
+                f"{source.path}: skipped {len(source.skipped)} files, such as {source.skipped[0]}"
+            )
     todo = [
         (source, files, fraction, entry, found)
         for source, files, fraction, entry, found in zip(
@@ -256,7 +259,7 @@ def _write(
         write_tokens(entry, documents, tokenizer, cfg.workers, progress, replace=cfg.rebuild)
     seconds = time.perf_counter() - began
     tokens = {name: len(s) for name, s in read_tokens(entry, tokenizer.vocab_size).items()}
-    say(
+    print_note(
         f"{source.path}: {tokens['train']:,} training tokens, {tokens['val']:,} held out; "
         f"tokenized {size / 1e6:.1f} MB in {seconds:.1f} s"
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxgpt.data.batches import process_rows, window_order
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import Record, RecordsConfig, say
+from jaxgpt.data.records import Record, RecordsConfig, print_note
 from jaxgpt.errors import InputError
 
 Example = dict[str, np.ndarray]
@@ -89,7 +89,7 @@ def examples(
     encoded = {name: [*map(fitted, records)] for name, records in splits.items()}
     for name, found in encoded.items():
         if shortened := sum(was_cut for _, was_cut in found):
-            say(f"truncated {shortened} of {len(found)} {name} examples to {context} tokens")
+            print_note(f"truncated {shortened} of {len(found)} {name} examples to {context} tokens")
     rows = {}
     for name, found in encoded.items():
         numbers = np.arange(len(found))

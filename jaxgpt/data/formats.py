@@ -84,7 +84,7 @@ class DocumentFile:
             return json_values(text)
         if self.kind == "jsonl":
             return json_lines(text)
-        return table_rows(text, known=(self.column,), largest=LARGEST_TABLE, say=lambda line: None)
+        return table_rows(text, known=(self.column,), largest=LARGEST_TABLE, note=lambda line: None)
 
     def _text(self, record: Any, where: str) -> str:
         if isinstance(record, str) and self.kind == "json":

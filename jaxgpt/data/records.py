@@ -45,7 +45,7 @@ LARGEST_RECORDS = 1 << 32
 """Limit on the memory for the records of one file, in bytes: all of them are in memory at once."""
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """Prints a line about the data to stderr."""
     print(f"data: {line}", file=sys.stderr)
 
@@ -172,15 +172,15 @@ def open_records(
     path: str,
     reader: Reader = Reader(),
     cfg: RecordsConfig = RecordsConfig(),
-    say: Callable[[str], None] = say,
+    note: Callable[[str], None] = print_note,
 ) -> list[Record]:
     """Reads the records at a path, with columns renamed to the fields of `reader`.
 
     Args:
         path: A file or dataset; the module docstring lists the formats.
         reader: Which fields to read.
-        cfg: The config, whose `columns`, `fields` and `encoding` say how to read files.
-        say: Called with notes for the user, such as which column was guessed; prints by default.
+        cfg: The config, whose `columns`, `fields` and `encoding` set how to read files.
+        note: Called with notes for the user, such as which column was guessed; prints by default.
 
     Returns:
         The records in the order of the file.
@@ -190,11 +190,11 @@ def open_records(
             message names the file and the line.
     """
     with reading(path):
-        return _open_records(path, reader, cfg, say)
+        return _open_records(path, reader, cfg, note)
 
 
 def _open_records(
-    path: str, reader: Reader, cfg: RecordsConfig, say: Callable[[str], None]
+    path: str, reader: Reader, cfg: RecordsConfig, note: Callable[[str], None]
 ) -> list[Record]:
     from jaxgpt.data.synthetic import SYNTHETIC
 
@@ -206,7 +206,7 @@ def _open_records(
     elif path.startswith("tfds:"):
         records = _tfds(path)
     elif os.path.exists(place) and kind_of(place) != "text":
-        records = _from_file(path, regular_file(place), reader, cfg, given, say)
+        records = _from_file(path, regular_file(place), reader, cfg, given, note)
     elif reader.fields and all(os.path.isfile(f"{place}.{name}") for name in reader.fields):
         records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
@@ -229,7 +229,7 @@ def _open_records(
     for record in records:
         for text in strings([record]):
             as_text(text, record.where)  # JSON can contain an unpaired surrogate
-    return _name_fields(path, records, reader, given, say)
+    return _name_fields(path, records, reader, given, note)
 
 
 def _from_file(
@@ -238,7 +238,7 @@ def _from_file(
     reader: Reader,
     cfg: RecordsConfig,
     given: Mapping[str, str],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> list[Record]:
     text = TextFile(str(place), cfg.encoding)
     rows: Iterator[tuple[int, Any]]
@@ -247,7 +247,7 @@ def _from_file(
             text = TextFile(str(place), cfg.encoding, allow_nul=True)
             known = tuple(given.values())
             rows = table_rows(
-                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, say=say
+                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, note=note
             )
         case "json":
             rows = json_values(text)
@@ -277,7 +277,7 @@ def _name_fields(
     records: list[Record],
     reader: Reader,
     given: Mapping[str, str],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> list[Record]:
     """Renames the columns that are fields to the names of the fields.
 
@@ -307,7 +307,7 @@ def _name_fields(
     }
     if guessed:
         pairs = ", ".join(f"{field} from {column!r}" for field, column in guessed.items())
-        say(f"reading {pairs}, guessed from the column names; same as {fields_option(guessed)}")
+        note(f"reading {pairs}, guessed from the column names; same as {fields_option(guessed)}")
     return [record._replace(values=rename(record.values, mapping)) for record in records]
 
 
@@ -336,7 +336,7 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
     records = read_paths(cfg.paths)
     splits = {"train": [], "val": read_paths(cfg.val_paths), "test": read_paths(cfg.test_paths)}
     for line in dict.fromkeys(notes):
-        say(line)
+        print_note(line)
     if cfg.balance:
         records = balanced(records, cfg.balance)
     wanted = {
@@ -373,7 +373,7 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
     seen = {examples[n] for n in kept}
     for name in ("val", "test"):
         if same := sum(_digest(reader.example(record)) in seen for record in splits[name]):
-            say(f"{same} of {len(splits[name])} {name} records are also in the training set")
+            print_note(f"{same} of {len(splits[name])} {name} records are also in the training set")
     return splits
 
 
@@ -395,7 +395,9 @@ def balanced(records: Sequence[Record], field: str) -> list[Record]:
         for number in sorted(group, key=lambda n: records[n].digest[32:])[:least]
     ]
     counts = ", ".join(f"{len(group)} of {value}" for value, group in groups.items())
-    say(f"balanced by {field}: kept {least} for each of {len(groups)} values, out of {counts}")
+    print_note(
+        f"balanced by {field}: kept {least} for each of {len(groups)} values, out of {counts}"
+    )
     return [records[number] for number in sorted(kept)]
 
 

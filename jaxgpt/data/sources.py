@@ -57,7 +57,7 @@ def open_source(
     path: str,
     fields: Sequence[str] = (),
     encoding: str = "utf-8",
-    say: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TextSource:
     """Opens the text at a path and checks it, as far as possible without reading all of it.
 
@@ -65,7 +65,7 @@ def open_source(
         path: A path; the module docstring lists the kinds.
         fields: The option `data.fields`: "text=COLUMN", or empty.
         encoding: The encoding of text without a byte order mark.
-        say: Called with notes for the user, such as which column was guessed.
+        note: Called with notes for the user, such as which column was guessed.
 
     Returns:
         The documents at the path.
@@ -75,14 +75,14 @@ def open_source(
             glob has no text; the column of the text is ambiguous; or TFDS cannot open the dataset.
     """
     with reading(path):
-        return _open_source(path, fields, encoding, say)
+        return _open_source(path, fields, encoding, note)
 
 
 def _open_source(
-    path: str, fields: Sequence[str], encoding: str, say: Callable[[str], None]
+    path: str, fields: Sequence[str], encoding: str, note: Callable[[str], None]
 ) -> TextSource:
     if path.startswith("tfds:"):
-        return _from_tfds(path, fields, say)
+        return _from_tfds(path, fields, note)
     skipped: tuple[str, ...] = ()
     place = os.path.expanduser(path)
     if path == "python":
@@ -112,9 +112,9 @@ def _open_source(
     opened = [formats.open_documents(file, fields, encoding) for file in files]
     if not fields:
         for column, file in {each.column: each.path for each in reversed(opened)}.items():
-            _note_guess(column, file, say)
+            _note_guess(column, file, note)
         if table := next((file for file in files if formats.kind_of(file) == "table"), None):
-            say(f"{table} is read as plain text; use --data.fields text=COLUMN to read one column")
+            note(f"{table} is read as plain text; use --data.fields text=COLUMN to read one column")
     return TextSource(
         path,
         files,
@@ -124,10 +124,10 @@ def _open_source(
     )
 
 
-def _note_guess(column: str, path: str, say: Callable[[str], None]) -> None:
+def _note_guess(column: str, path: str, note: Callable[[str], None]) -> None:
     if column not in ("", "text"):
         option = fields_option({"text": column})
-        say(f"{path}: reading text from {column!r}, guessed from its name; same as {option}")
+        note(f"{path}: reading text from {column!r}, guessed from its name; same as {option}")
 
 
 def _selection(files: Sequence[formats.DocumentFile]) -> str:
@@ -259,13 +259,13 @@ def open_tfds(path: str) -> tuple[Any, Any, str]:
     return records, builder, split
 
 
-def _from_tfds(path: str, fields: Sequence[str], say: Callable[[str], None]) -> TextSource:
+def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) -> TextSource:
     records, builder, split = open_tfds(path)
     info = builder.info.splits[split]
     given = parse_fields(fields, ("text",))
     column = formats.text_column(path, list(builder.info.features), given)
     if not fields:
-        _note_guess(column, path, say)
+        _note_guess(column, path, note)
 
     def documents() -> Iterator[Document]:
         with reading(path):

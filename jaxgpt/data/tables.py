@@ -33,7 +33,7 @@ def table_rows(
     known: Sequence[str] = (),
     *,
     largest: int,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Reads a CSV or TSV file.
 
@@ -44,7 +44,7 @@ def table_rows(
             first line is the header.
         known: Column names that the user has given in another option.
         largest: Maximum number of characters in the file.
-        say: Called with notes for the user about how the file was read.
+        note: Called with notes for the user about how the file was read.
 
     Yields:
         The number of the last line of each row, and its cells by column.
@@ -53,7 +53,7 @@ def table_rows(
         InputError: The file is not a table, has neither a header nor `columns`, or has both.
     """
     file = text.path
-    rows = _parse(file, text.read(largest, "split the file, or convert it to JSON Lines"), say)
+    rows = _parse(file, text.read(largest, "split the file, or convert it to JSON Lines"), note)
     first, sample = next(rows, None), list(islice(rows, SAMPLE))
     if first is None:
         return
@@ -116,13 +116,13 @@ def table_rows(
         yield line, {name: row[place] for place, name in kept.items()}
     if len(kept) < width:
         places = ", ".join(str(place + 1) for place in range(width) if place not in kept)
-        say(
+        note(
             f"{file}: ignored columns without a name ({places} of {width}), which have {unread:,} "
             "non-empty cells"
         )
 
 
-def _parse(file: str, text: str, say: Callable[[str], None]) -> Iterator[Row]:
+def _parse(file: str, text: str, note: Callable[[str], None]) -> Iterator[Row]:
     """Parses a table and yields its non-empty rows."""
     csv.field_size_limit(sys.maxsize)  # a document may have more than 131,072 characters
     if file.lower().removesuffix(".gz").endswith(".tsv"):
@@ -136,7 +136,7 @@ def _parse(file: str, text: str, say: Callable[[str], None]) -> Iterator[Row]:
         else:
             separator = _separator(text)
         if separator != ",":
-            say(f"{file}: columns are separated by {separator!r}")
+            note(f"{file}: columns are separated by {separator!r}")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for row in reader:

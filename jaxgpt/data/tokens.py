@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.prefetch import map_ahead
-from jaxgpt.data.records import say
+from jaxgpt.data.records import print_note
 from jaxgpt.data.split import Split
 from jaxgpt.data.textfile import reading
 from jaxgpt.errors import InputError
@@ -259,7 +259,9 @@ def _lock(lock: IO[str], cache: Path) -> bool:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that is writing to {cache}; Ctrl-C stops waiting")
+            print_note(
+                f"waiting for another process that is writing to {cache}; Ctrl-C stops waiting"
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError:
         return False  # so two processes may tokenize the same text, each in its own folder
@@ -352,7 +354,7 @@ def _remember_verified(entry: Path, state: dict[str, Any]) -> None:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            say(
+            print_note(
                 f"cannot write {entry / VERIFIED} ({error.strerror}); the next run will check the "
                 "hashes again"
             )

@@ -1,7 +1,7 @@
 """Reads and writes tokenizers in Hugging Face's file formats.
 
-    tokenizer = read(folder)                  # tokenizer.json, or GPT-2's vocab.json and merges.txt
-    write(tokenizer, folder, context=1024)    # for transformers.AutoTokenizer.from_pretrained
+    tokenizer = read_tokenizer(folder)    # tokenizer.json, or GPT-2's vocab.json and merges.txt
+    write_tokenizer(tokenizer, folder, context=1024)    # for transformers' AutoTokenizer
 
 The tokenizers library runs them from JSON alone; code in the folder is never executed.
 """
@@ -34,7 +34,7 @@ GPT2_MERGES = {
     "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0",
     "dd58806ca2acd014786022b63dca3696098314b70e5c8dd6391d354060bc3a2c",
 }
-"""SHA-256 of the lines of GPT-2's merges: as published by OpenAI, and as written by `write`."""
+"""SHA-256 of the lines of GPT-2's merges: as published by OpenAI, and as `write_tokenizer` does."""
 
 _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 
@@ -296,7 +296,7 @@ def _open(text: str, specials: Iterable[str] = ()) -> Any:
     return library
 
 
-def read(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face model's folder.
 
     If the folder has a manifest, as our exports do, the files are checked against it.
@@ -372,7 +372,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
     return parse(table, str(folder / "chat_template.json")).get("chat_template")
 
 
-def write(
+def write_tokenizer(
     tokenizer: Tokenizer, folder: Path, context: int, chat_template: str | None = None
 ) -> None:
     """Writes the files from which transformers' AutoTokenizer loads the same tokenizer.
