@@ -76,7 +76,10 @@ class Jinja(Template):
                 raise outcome
         (text, spans), (real, real_spans) = (_unmarked(str(each), mark) for each in outcomes)
         if lacking := [name for name in map(_tool_name, tools) if name not in text]:
-            raise InputError(f"the chat_template does not render the tool {lacking[0]}")
+            raise InputError(
+                f"the chat_template does not render the tool {lacking[0]}; remove the tools, or "
+                "use a tokenizer whose chat_template supports them"
+            )
         if (values := _values(text, real, meant)) is None:
             self._check_names([message.content for message in messages])
             masked, text, spans, values, meant = list(messages), real, real_spans, {}, {}

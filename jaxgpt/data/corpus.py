@@ -30,7 +30,7 @@ class DataConfig:
     paths: tuple[str, ...] = ("python",)
     """Training text. Each entry is 'python' (the source code of Python's standard library), a file
     (text, JSON, JSON Lines, Parquet, CSV or TSV, optionally compressed with gzip), a folder, a glob
-    or a TFDS dataset, 'tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]'."""
+    or a TFDS dataset, `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
     weights: tuple[float, ...] = ()
     """Sampling weight of each path, relative to the others. Empty: in proportion to the number of
     tokens. The validation loss uses the same weights if there is validation text for each path."""

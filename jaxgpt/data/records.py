@@ -211,7 +211,7 @@ def _open_records(
         records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            os.stat(place)  # raises the reason if it is another, such as a missing permission
+            os.stat(place)  # raises any other error, such as a missing permission
         if os.path.isfile(place):
             TextFile(place).detect_encoding()  # raises with a remedy for a PDF or an archive
             raise InputError(

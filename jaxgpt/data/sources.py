@@ -105,7 +105,7 @@ def _open_source(
             )
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            os.stat(place)  # raises the reason if it is another, such as a missing permission
+            os.stat(place)  # raises any other error, such as a missing permission
         raise InputError(
             f"{path} does not exist; use a file, a folder, a glob, 'python' or 'tfds:NAME'"
         )

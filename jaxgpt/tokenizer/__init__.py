@@ -61,8 +61,8 @@ class TokenizerConfig:
     source: str = ""
     """Where to load an existing tokenizer from, without its model's weights: a run, a checkpoint, a
     folder in Hugging Face's layout, or a model name on its hub (Qwen/Qwen3-0.6B). Empty: build one.
-    The other tokenizer options are then ignored. Named tokenizer.from on the command line and in
-    JSON."""
+    The other options are then those of the loaded tokenizer. Named tokenizer.from on the command
+    line and in JSON."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
