@@ -51,7 +51,7 @@ SPECIALS = {
     "gemma": ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
 }
 
-# The published formats, in words of our own.
+# The published formats, reimplemented.
 EACH = "{% for m in messages %}"
 LLAMA3 = (
     "{{ bos_token }}{% if date is defined %}{% set system = '' %}"
@@ -258,7 +258,7 @@ GOLDEN["qwen3 unthinking"] = GOLDEN["chatml"] + "<think>\n\n</think>\n\n"
 
 
 def marked(tokenizer, rendered):
-    """The text, with what is learned in braces."""
+    """The text, with the parts that have a loss in braces."""
     text, inside = "", 0.0
     for token, weight in zip(rendered.tokens, rendered.weights, strict=True):
         if weight != inside:
@@ -306,7 +306,7 @@ def test_a_family_has_its_own_default_system_text(template, text):
         (Qwen3(thinking=False), "<think>hm</think>4", "{<think>\nhm\n</think>\n\n4<|im_end|>}\n"),
     ],
 )
-def test_qwen3_learns_its_last_thought_and_forgets_earlier_ones(template, answer, text):
+def test_qwen3_keeps_and_learns_only_the_last_thought(template, answer, text):
     tokenizer = made("qwen3")
     messages = [*THOUGHT[:3], {"role": "assistant", "content": answer}]
     assert marked(tokenizer, render(template, tokenizer, messages)) == (
@@ -443,7 +443,7 @@ def test_a_bad_conversation_is_refused_with_its_position(messages, error):
         ),
     ],
 )
-def test_a_format_refuses_what_it_has_no_form_for(messages, error):
+def test_a_format_refuses_conversations_it_cannot_render(messages, error):
     with pytest.raises(InputError, match=error):
         render(Gemma(), made("gemma"), messages)
 

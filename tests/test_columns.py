@@ -1,4 +1,4 @@
-"""Which column of a file is which field: by option, by name, or an error that says what to type."""
+"""The columns of fields: set by an option, guessed by name, or an error with the option to use."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def read(path, objective, **options):
 
 
 def obey(path, objective, error):
-    """The records after the option that an error tells to type."""
+    """Reads the records with the option that an error suggests."""
     typed = shlex.split(str(error).split("--data.", 1)[1].partition(" (if")[0])
     values = [word for word in typed[1:] if not word.startswith("--")]
     return read(path, objective, **{typed[0]: tuple(values)})
@@ -96,7 +96,7 @@ def test_a_guess_is_said_once(tmp_path, capsys):
         ("translate", "English words,German words", "which one is en and which one is de", "en="),
     ],
 )
-def test_what_is_ambiguous_shows_the_columns_and_what_to_type(
+def test_an_ambiguous_field_shows_the_columns_and_the_option(
     tmp_path, objective, header, says, option
 ):
     names = header.split(",")
@@ -188,7 +188,7 @@ def test_a_header_in_the_middle_of_a_file_is_refused(tmp_path):
         read(path, Classify())
 
 
-def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as R's write.table does
+def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as in R's write.table
     path = write(tmp_path / "a.csv", [(n, *row) for n, row in enumerate(ROWS)], ("text", "label"))
     assert [(values["text"], values["label"]) for values in read(path, Classify())] == ROWS
 
@@ -246,7 +246,7 @@ def test_a_first_line_that_may_be_either_is_asked_about(tmp_path):
     assert len(read(path, reads, fields=("en=cat", "de=Katze"))) == 2
 
 
-# Tables of other programs
+# Tables written by other programs
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])

@@ -1,4 +1,4 @@
-"""Records of every layout, and tokenizers of every kind, against transformers' chat templates."""
+"""Records in every format and tokenizers of every kind, compared with transformers."""
 
 import functools
 import json
@@ -173,7 +173,7 @@ CONVERSATIONS = [
 
 
 def of_kind(name, template=TURNS):
-    """Ours and transformers' of a kind."""
+    """Our tokenizer and transformers', of a kind."""
     transformers = pytest.importorskip("transformers", reason="is what we compare with")
     library = kind(name)
     reference = transformers.PreTrainedTokenizerFast(
@@ -209,7 +209,7 @@ def test_names_of_special_tokens_in_messages_stay_text(name):
 
 
 END = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-MARKED = {  # with the tags by which transformers tells what the assistant writes
+MARKED = {  # with the tags by which transformers marks answers
     "chatml": TURNS.replace(
         "{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}",
         "{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.role == 'assistant' %}{% generation %}"
@@ -398,7 +398,7 @@ def test_the_name_of_a_special_token_in_tools_is_refused():
         render(choose(made("chatml", WITH_TOOLS)), made("chatml", WITH_TOOLS), WHOLE, tools=tools)
 
 
-def test_fields_of_messages_that_are_not_read_are_said_once(capsys):
+def test_ignored_fields_of_messages_are_reported_once(capsys):
     for _ in range(2):
         read_messages([{"role": "user", "content": "x", "colour": 1, "id": None}])
     assert capsys.readouterr().err == "chat: ignored fields of messages: colour\n"

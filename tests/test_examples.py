@@ -1,4 +1,4 @@
-"""From records to rows: packing loses nothing, and batch k is the same whoever asks, and when."""
+"""Record data: packing loses nothing, and batch k is a pure function of the seed and k."""
 
 import json
 from collections import Counter
@@ -40,12 +40,12 @@ def with_source(record: Record) -> dict[str, np.ndarray]:
 
 
 def with_label(record: Record) -> dict[str, np.ndarray]:
-    """The same with a number for the whole example."""
+    """The same with a scalar."""
     return {**encode(record), "label": np.asarray(record.values["length"], np.int32)}
 
 
 def cut(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The end of an example, to be told from its beginning."""
+    """Keeps the end of an example, which differs from its beginning."""
     return {name: array[-length:] for name, array in example.items()}
 
 
@@ -71,13 +71,13 @@ def dataset_of(splits, encode=encode, batch=4, context=T, seed=0, packs=False, *
 
 
 def epoch(dataset, rows: int, batch: int = 1) -> dict[str, np.ndarray]:
-    """The first rows of training, over batches."""
+    """Returns the first rows of training."""
     batches = [dataset.batch(step) for step in range(-(-rows // batch))]
     return {name: np.concatenate([b[name] for b in batches])[:rows] for name in batches[0]}
 
 
 def rows_in(dataset) -> int:
-    """The number of rows that the note tells of, or else of examples."""
+    """Returns the number of rows in the note, or of examples without one."""
     text = dataset.note.split("(in ")[-1] if "(in " in dataset.note else dataset.note.split(": ")[1]
     return int(text.split()[0].replace(",", ""))
 
@@ -105,7 +105,7 @@ def test_unpacked_each_example_has_a_row_padded_with_zeros():
     )
 
 
-def test_packed_examples_are_told_apart():
+def test_packed_examples_have_segments_and_positions():
     batch = dataset_of(splits_of([3, 6, 2]), batch=2, shuffle=False, packs=True).batch(0)
     assert batch["tokens"].tolist() == [[1, 2, 3, 10, 11, 0, 0, 0], [4, 5, 6, 7, 8, 9, 0, 0]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
@@ -175,7 +175,7 @@ def test_a_source_has_rows_of_its_own_and_keeps_its_type():
     assert batch["source"].dtype == np.int16
 
 
-def test_a_number_for_an_example_is_a_number_for_a_row():
+def test_a_scalar_of_an_example_is_a_scalar_of_its_row():
     batch = dataset_of(splits_of([2, 5]), with_label, batch=2, shuffle=False).batch(0)
     assert batch["label"].tolist() == [2, 5] and batch["label"].dtype == np.int32
 
@@ -283,7 +283,7 @@ def test_a_limited_evaluation_is_spread_over_all_that_is_held_out(limit):
     assert firsts.tolist() == [n * 10 // wanted for n in range(wanted)]
 
 
-def test_nothing_held_out_is_no_set():
+def test_an_empty_split_is_not_a_held_out_set():
     assert dataset_of(splits_of([1, 2], [], [])).held_out == {}
 
 
@@ -348,7 +348,7 @@ def test_the_fingerprint_is_of_content_not_of_places():
 
 
 @pytest.mark.parametrize("packs", [False, True])
-def test_what_is_too_long_is_cut_as_the_objective_says_and_counted(packs, capsys):
+def test_long_examples_are_truncated_by_the_objective_and_counted(packs, capsys):
     splits = splits_of([3, 10, 12], [9])
     dataset = dataset_of(splits, batch=3, shuffle=False, packs=packs, truncate=True)
     assert dataset.batch(0)["tokens"].tolist() == [

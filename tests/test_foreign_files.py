@@ -1,4 +1,4 @@
-"""Files that somebody else made: whatever is in them, an InputError at worst, and soon."""
+"""Untrusted files: whatever is in them, loading succeeds or raises InputError, quickly."""
 
 import datetime
 import decimal

@@ -1,4 +1,4 @@
-"""From a path to named fields: every format says the same, and what is held out is decided once."""
+"""Records: all formats give the same records, and the split depends on content alone."""
 
 import ast
 import csv
@@ -265,7 +265,7 @@ def test_a_field_without_text_is_refused_by_place(value):
         record.text("text")
 
 
-def test_strings_are_all_there_are_however_deep():
+def test_strings_finds_nested_text():
     nested = {"a": "one", "b": [{"c": ("two", 3)}, "three"], "d": None}
     records = [Record("", nested), Record("", {"a": "four"})]
     assert list(strings(records)) == ["one", "two", "three", "four"]
@@ -283,7 +283,7 @@ def test_strings_are_all_there_are_however_deep():
         (3, 0.3, 0.3, (1, 1, 1)),
     ],
 )
-def test_exactly_the_wanted_shares_are_held_out_in_file_order(tmp_path, count, val, test, sizes):
+def test_held_out_fractions_are_exact_and_in_file_order(tmp_path, count, val, test, sizes):
     cfg = RecordsConfig((numbered(tmp_path, count),), val_fraction=val, test_fraction=test)
     splits = read_splits(cfg)
     assert list(splits) == ["train", "val", "test"]
@@ -307,7 +307,7 @@ def kind(objective):
 
 
 @pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
-def test_what_is_held_out_is_the_smallest_hashes_of_what_is_read(tmp_path, objective):
+def test_the_examples_with_the_smallest_hashes_are_held_out(tmp_path, objective):
     table = [EXAMPLES[objective](n) for n in range(20)]
     file = write_jsonl(tmp_path / "a.jsonl", [{**each, "id": n} for n, each in enumerate(table)])
     splits = read_splits(RecordsConfig((str(file),), test_fraction=0.2), objective.reader)
@@ -385,7 +385,7 @@ def test_equal_records_are_never_on_two_sides(tmp_path, numbers):
     file = write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in numbers])
     try:
         splits = read_splits(RecordsConfig((str(file),), val_fraction=0.3, test_fraction=0.3))
-    except InputError:  # too few are different
+    except InputError:  # there are too few distinct records
         return
     sides = [{record.values["n"] for record in records} for records in splits.values()]
     assert sum(map(len, sides)) == len(set(numbers)) and all(sides)
@@ -443,7 +443,7 @@ def test_invalid_splits_are_refused(tmp_path, count, options, message):
 
 @pytest.fixture(scope="module")
 def synthetic():
-    """All of them, the library cut to some packages for speed."""
+    """The synthetic datasets, made from a few packages of the library for speed."""
     root, files = synthetic_module.standard_library()
     few = [file for file in files if Path(file).relative_to(root).parts[0] in PACKAGES]
     with pytest.MonkeyPatch.context() as patch:
@@ -507,13 +507,13 @@ def test_a_prefix_form_names_the_operator_first(python, form):
     assert synthetic_module._prefix(ast.parse(python, mode="eval").body) == form
 
 
-def test_arithmetic_is_all_of_it_and_right(synthetic):
+def test_arithmetic_is_complete_and_correct(synthetic):
     problems = {r.values["instruction"]: r.values["output"] for r in synthetic["arithmetic"]}
     assert len(problems) == 2 * 90 * 90
     assert all(eval(asked.removesuffix("=")) == int(answer) for asked, answer in problems.items())
 
 
-def test_what_is_made_is_the_same_every_time(synthetic):
+def test_synthetic_datasets_are_deterministic(synthetic):
     for name in ("python:preferences", "arithmetic"):
         assert open_records(name) == synthetic[name]
 

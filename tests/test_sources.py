@@ -1,4 +1,4 @@
-"""From a path to its documents: everything arrives as it is, and what is not text is refused."""
+"""Sources of text: documents are read unchanged, and files that are not text are refused."""
 
 import errno
 import gzip
@@ -36,7 +36,7 @@ def write_parquet(file: Path, columns, **options) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A TFDS data set of TEXTS, prepared in both formats that need no TensorFlow."""
+    """A TFDS dataset of TEXTS, prepared in both formats that need no TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets")
     tfds.disable_progress_bar()
 
@@ -104,7 +104,7 @@ def test_the_encoding_is_an_option(tmp_path, encoding):
     assert "".join(document) == text
 
 
-def test_the_encoding_is_part_of_what_the_tokens_are_named_by(tmp_path):
+def test_the_encoding_is_part_of_the_content_digest(tmp_path):
     (tmp_path / "a.txt").write_text("é")
     latin = open_source(str(tmp_path / "a.txt"), encoding="latin-1")
     assert content_digest(latin) != content_digest(open_source(str(tmp_path / "a.txt")))
@@ -126,7 +126,7 @@ def test_text_in_another_encoding_is_refused_with_the_remedy(tmp_path, content, 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
-def test_gzip_is_read_as_what_it_holds(tmp_path, name):
+def test_gzip_files_are_decompressed(tmp_path, name):
     plain = tmp_path / name
     plain.write_text({"a.txt": "é", "a.csv": "text\né\n"}.get(name, '["é"]'))
     if name == "a.jsonl":
@@ -157,9 +157,7 @@ def test_damaged_gzip_is_named(tmp_path):
         ("a.tar.gz", gzip.compress(b"a" + b"\0" * 256 + b"ustar", mtime=0), "is a tar archive"),
     ],
 )
-def test_what_holds_text_in_another_form_is_refused_with_the_remedy(
-    tmp_path, name, content, message
-):
+def test_binary_formats_are_refused_with_a_conversion_command(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     for read_it in (open_source, open_records):
         with pytest.raises(InputError, match=rf"{name} {message}"):
@@ -170,7 +168,7 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
     for content in ('["one", "two"]', '[{"text": "one"},\n{"text": "two"}]'):
         (tmp_path / "a.json").write_text(content)
         assert read(tmp_path / "a.json") == ["one", "two"]
-    write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # as some tools call it
+    write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # some tools write this
     assert read(tmp_path / "a.json") == ["one", "two"]
     (tmp_path / "a.json").write_text('{"data": [{"text": "one"}], "version": 2}')
     with pytest.raises(InputError, match=r"is dict, not a list .*keep only the list under 'data'"):
@@ -330,7 +328,7 @@ def test_parquet_without_a_string_is_refused_by_row(tmp_path):
         ("folder", "folder contains no text: none of its 1 files"),
     ],
 )
-def test_a_path_to_nothing_is_refused(tmp_path, path, message):
+def test_a_missing_path_is_refused(tmp_path, path, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "photo.png").write_bytes(b"x")
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""The cache of tokenized text: written once, verified when opened, never half there."""
+"""The cache of tokenized text: written once and atomically, and verified when opened."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def entry(path, cache, monkeypatch):
-    """An entry of the cache, of several shards, that was not verified since it was written."""
+    """A cache entry of several shards that was not verified since it was written."""
     monkeypatch.setattr(tokens, "SHARD", 1500)
     prepare(path, cache=cache)
     (entry,) = entries(cache)
@@ -68,7 +68,7 @@ def read(entry):
 
 
 def flip_bit(file, position=0, keep_time=False):
-    """Flips a bit, and sets another modification time, which a clock may be too coarse for."""
+    """Flips a bit and sets another modification time, as the clock may be too coarse."""
     state = os.stat(file)
     content = bytearray(file.read_bytes())
     content[position // 8 % len(content)] ^= 1 << position % 8
@@ -87,7 +87,7 @@ def hashed(monkeypatch):
 
 
 class Counting:
-    """A tokenizer that counts the characters it encodes, and may be made to do something first."""
+    """A tokenizer that counts the characters it encodes, and can call a function first."""
 
     def __init__(self, before=lambda encoded: None):
         self.encoded, self.before = 0, before
@@ -264,7 +264,7 @@ def index(splits=None, train=None, **changes):
     return json.dumps({"dtype": "uint16", "eot": EOT, "splits": valid | (splits or {})} | changes)
 
 
-def test_an_index_as_it_should_be_is_no_damage(entry):
+def test_a_valid_index_is_not_damage(entry):
     (entry / "index.json").write_text(index())
     manifest.write_manifest(entry)
     assert data.find_entry_damage(entry, V) == []
@@ -352,7 +352,7 @@ def test_shards_are_hashed_once_until_a_file_changes(entry, hashed):
     assert set(hashed) == set(FILES) - {"SHA256SUMS"}
     hashed.clear()
     assert read(entry) == first
-    assert set(hashed) == {"index.json"}  # a few bytes, which decide how the rest is read
+    assert set(hashed) == {"index.json"}  # a few bytes that determine how the rest is read
     hashed.clear()
     os.utime(entry / "val-00000.bin", ns=(0, 0))
     assert read(entry) == first
@@ -473,7 +473,7 @@ def test_processes_that_rebuild_at_the_same_time_encode_once(entry, path, cache,
     assert read(entry)["train"] == [EOT, *b"written meanwhile"]
 
 
-# Never half there
+# Atomic writes
 
 
 def test_a_failure_leaves_nothing_behind(path, cache, monkeypatch):
@@ -562,7 +562,7 @@ def test_a_killed_run_leaves_no_half_entry(path, cache, there):
 
     corpus = prepare(path, cache=cache)
     assert corpus.train[:].tolist() == [EOT, *TEXT[: int(0.9 * len(TEXT))].encode()]
-    if not there:  # a run that writes removes what was left
+    if not there:  # a run that writes deletes what others left
         assert not list(Path(cache, "tokens").glob("*.partial"))
 
 
@@ -581,7 +581,7 @@ def test_a_signal_ends_the_wait_for_another_process(tmp_path):
         waiting = run(WAITING, str(tmp_path), stderr=subprocess.PIPE)
         try:
             assert "waiting for another process" in waiting.stderr.readline()
-            time.sleep(0.2)  # it says so just before it waits
+            time.sleep(0.2)  # the message comes just before it waits
             waiting.send_signal(signal.SIGTERM)
             assert waiting.wait(20) == 128 + signal.SIGTERM
             assert waiting.stderr.read() == ""

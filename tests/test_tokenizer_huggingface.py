@@ -234,7 +234,7 @@ def auto():
     )
 
 
-# What a tokenizer from elsewhere gives.
+# Loaded tokenizers.
 
 
 @every_shape
@@ -276,7 +276,7 @@ def test_pieces_are_the_bytes_of_ids(name, text):
 
 
 @every_shape
-def test_text_of_a_special_token_yields_none(name):
+def test_the_name_of_a_special_token_is_encoded_as_text(name):
     tokenizer = THEIRS[name]
     for special, token in tokenizer.specials.items():
         text = f"a{special}b {special}\n"
@@ -579,7 +579,7 @@ def test_importing_needs_no_tokenizers_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# What cannot be run.
+# Files that are refused.
 
 
 @pytest.mark.parametrize(
@@ -690,7 +690,7 @@ def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
         read_tokenizer(folder_of(tmp_path, "qwen2"))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(InputError, match="tokenizer.json cannot be read: it is a folder"):
         read_tokenizer(tmp_path)
@@ -800,7 +800,7 @@ def test_patterns_are_translated_for_the_other_engine(pattern, translated):
     assert oniguruma(pattern) == translated
 
 
-# GPT-2's own, whose files are not everywhere.
+# GPT-2's own tokenizer.
 
 
 @functools.cache
@@ -871,7 +871,7 @@ def test_gpt2_files_are_what_transformers_reads(auto, tmp_path):
         lambda values: values["model"]["vocab"].update({"Ġthe": 262 + 1, "Ġa": 262 - 1}),
     ],
 )
-def test_what_differs_from_gpt2_is_not_taken_for_it(damage, tmp_path):
+def test_a_tokenizer_that_differs_from_gpt2_is_not_loaded_as_gpt2(damage, tmp_path):
     write_tokenizer(gpt2(), tmp_path, 1024)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     damage(values)
