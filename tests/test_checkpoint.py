@@ -500,7 +500,7 @@ def test_what_cannot_be_saved_exactly_is_refused(folder, state, describe, said):
 
 
 @pytest.mark.parametrize("options", [{"every": -1}, {"keep": 0}, {"patience": -1.0}])
-def test_invalid_data_configs_are_refused(folder, options):
+def test_a_config_that_cannot_be_is_refused(folder, options):
     with pytest.raises(InputError, match=next(iter(options))):
         Checkpoints(folder, CheckpointConfig(**options))
 
