@@ -82,11 +82,11 @@ class DataConfig:
             )
         parse_fields(self.fields, ("text",))
         check_encoding(self.encoding)
-        if self.stride < 0 or self.workers < 0:
-            raise InputError(
-                f"data.stride={self.stride} or data.workers={self.workers} is negative; set it to "
-                "0 or more"
-            )
+        for name in ("stride", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"data.{name}={getattr(self, name)} is negative; set it to 0 or more"
+                )
 
 
 @dataclass(frozen=True)
