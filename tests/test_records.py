@@ -261,7 +261,7 @@ def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [None, "", " \n", 3, ["a"]])
 def test_a_field_without_text_is_refused_by_place(value):
     record = Record("spam.tsv:17", {"text": value, "label": "ham"})
-    with pytest.raises(InputError, match=r"spam.tsv:17: text is .*there are text, label"):
+    with pytest.raises(InputError, match=r"spam.tsv:17: text is .*has the fields text, label"):
         record.text("text")
 
 
