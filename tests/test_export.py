@@ -22,8 +22,7 @@ from jaxgpt.pretrained import export, load, peft
 from jaxgpt.pretrained.load import Source, Trained
 from jaxgpt.serve.api import Served
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import read as read_tokenizer
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import read_tokenizer, write_tokenizer
 from jaxgpt.training.finetune import TuneConfig
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")

@@ -1,4 +1,4 @@
-"""Files that somebody else made: whatever is in them, an InputError at worst, and soon."""
+"""Untrusted files: whatever is in them, loading succeeds or raises InputError, quickly."""
 
 import datetime
 import decimal
@@ -37,7 +37,8 @@ from jaxgpt.pretrained import peft
 from jaxgpt.pretrained.export import new_folder
 from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import _exported, read, read_text, write
+from jaxgpt.tokenizer.exported import to_tokenizer_json
+from jaxgpt.tokenizer.huggingface import read_text, read_tokenizer, write_tokenizer
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too
@@ -75,7 +76,7 @@ MODELS = {
 def export(folder, cfg, **options):
     """An export of random parameters, with a tokenizer and a manifest."""
     with new_folder(folder) as draft:
-        write(Bytes(), draft, cfg.T)
+        write_tokenizer(Bytes(), draft, cfg.T)
         pretrained.write(draft, cfg, random_params(cfg), **options)
     return folder
 
@@ -422,14 +423,16 @@ def test_records_that_take_too_much_memory_are_refused(tmp_path, monkeypatch, na
     monkeypatch.setattr(records, "LARGEST_RECORDS", 20_000)
     lines = {"a.jsonl": '{"x": [[], [], [], {}]}\n' * 100, "a.csv": "x,y\n" + ",\n" * 1000}
     (tmp_path / name).write_text(lines[name])
-    with pytest.raises(InputError, match=rf"{name}:\d+: the records up to here take over 20,000"):
+    with pytest.raises(
+        InputError, match=rf"{name}:\d+: the records up to here take more than 20,000"
+    ):
         open_records(str(tmp_path / name))
 
 
 def test_a_json_file_that_is_too_large_to_parse_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST_JSON", 1000)
     (tmp_path / "a.json").write_text("[" + '{"a": 1},' * 200 + "]")
-    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*as JSON lines"):
+    with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*to JSON Lines"):
         open_records(str(tmp_path / "a.json"))
 
 
@@ -765,7 +768,7 @@ def test_no_damage_is_loaded_silently(exports, tmp_path_factory, data, manifest)
 
 # Tokenizers.
 
-TOKENIZER = _exported(Bytes())
+TOKENIZER = to_tokenizer_json(Bytes())
 VALUES = [
     *(None, True, 0, -1, 1, 2**32, 10**30, 0.5, "", "a", "\u2581", "<|endoftext|>", [], {}, [1]),
     *(["a"], [None], {"type": "Sequence"}, {"String": "a"}, {"Regex": "("}, {"content": None}),
@@ -823,7 +826,7 @@ def test_a_post_processor_that_repeats_the_text_is_refused():
 
 
 def test_an_enormous_chat_template_is_refused(tmp_path):
-    write(Bytes(), tmp_path, 8)
+    write_tokenizer(Bytes(), tmp_path, 8)
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>system\n" * 100_000)
     with pytest.raises(InputError, match="chat_template has 1,900,000 characters"):
-        choose(read(tmp_path))
+        choose(read_tokenizer(tmp_path))

@@ -15,7 +15,7 @@ import pytest
 
 import train
 from jaxgpt import cli, config, sharding
-from jaxgpt.data import made, sources
+from jaxgpt.data import sources, synthetic
 from jaxgpt.serve import server
 
 ROOT = Path(__file__).parent.parent
@@ -62,18 +62,20 @@ def newcomer(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "from_command_line", small)
     root, files = sources.standard_library()
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")
-    for module in (made, sources):
+    for module in (synthetic, sources):
         monkeypatch.setattr(module, "standard_library", lambda: (f"{root}/asyncio", files))
-    few = {name: lambda make=make: islice(make(), 200) for name, make in made.MADE.items()}
-    monkeypatch.setattr(made, "MADE", few)
-    made._docstrings.cache_clear()
+    few = {
+        name: lambda make=make: islice(make(), 200) for name, make in synthetic.SYNTHETIC.items()
+    }
+    monkeypatch.setattr(synthetic, "SYNTHETIC", few)
+    synthetic._docstrings.cache_clear()
     # Nobody types, and nobody calls the server; it is loaded and started.
     monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
     monkeypatch.setattr(server, "_bound", lambda host, _: BOUND(host, 0))
     monkeypatch.setattr(server.Server, "run", wait_until_ready)
     assert train.main([]) == 0
     yield
-    made._docstrings.cache_clear()
+    synthetic._docstrings.cache_clear()
 
 
 @pytest.mark.slow

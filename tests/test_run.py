@@ -20,7 +20,7 @@ from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
 from jaxgpt.pretrained.load import find_tokenizer
 from jaxgpt.tokenizer import TokenizerConfig
-from jaxgpt.tokenizer.huggingface import write
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 from jaxgpt.training import checkpoint, loop
 from jaxgpt.training.finetune import TuneConfig
 from jaxgpt.training.optim import OptimConfig
@@ -126,7 +126,7 @@ def test_a_tokenizer_is_taken_from_a_run_without_its_weights(place):
 
 def test_a_folder_with_a_tokenizer_alone_has_a_tokenizer(place):
     base = load("runs/base").tokenizer
-    write(base, Path("only-tokenizer"), 48)
+    write_tokenizer(base, Path("only-tokenizer"), 48)
     found, options = find_tokenizer("only-tokenizer")
     assert [found.encode(word) for word in WORDS] == [base.encode(word) for word in WORDS]
     assert options == TokenizerConfig("huggingface")

@@ -1,4 +1,4 @@
-"""Decoders that spell a token by its place: compared with the tokenizers library."""
+"""Decoders whose bytes of a token depend on its position, compared with the tokenizers library."""
 
 import json
 import random
@@ -115,7 +115,7 @@ def test_a_stop_string_is_found_in_the_text_as_spelled(name, ids, stops, sizes):
 
 
 def walks(tokenizer, found, ends, seed):
-    """Random tokens that a guide allows, up to the end."""
+    """Random tokens that constrained decoding allows, up to the end."""
     rng, state, ids = random.Random(seed), 0, []
     while len(ids) < 30:
         allowed = np.flatnonzero(found.allowed(state)).tolist()
@@ -193,7 +193,7 @@ def test_a_decoder_whose_text_is_not_known_is_refused(decoder):
         shape(WORDS, decoder)
 
 
-def test_what_the_library_spells_in_another_way_is_refused(monkeypatch):
+def test_a_decoder_that_disagrees_with_the_library_is_refused(monkeypatch):
     monkeypatch.setattr("jaxgpt.tokenizer.spelling._cleaned", lambda text: text)
-    with pytest.raises(InputError, match="writes .* where its steps say"):
+    with pytest.raises(InputError, match="decodes some ids to .* instead of"):
         shape(PIECES, decoders.WordPiece())

@@ -83,7 +83,7 @@ WPE = "transformer.wpe.weight"
         (lambda h: rename(h, WPE, "other"), r"no tensor 'transformer.wpe.weight'"),
         (lambda h: [], r"not a table of tensors"),
         (lambda h: "{" * 50, r"not JSON"),
-        (lambda h: '{"a": 1, "a": 1}', r"a name stands in it twice"),
+        (lambda h: '{"a": 1, "a": 1}', r"an object has a duplicate name"),
     ],
 )
 def test_a_header_that_lies_is_refused(folder, change, message):
@@ -191,7 +191,7 @@ INDEX = "model.safetensors.index.json"
         ("/etc/passwd", "leads out"),
         ("a/../../b", "leads out"),
         ("C:\\x", "leads out"),
-        ("", "is not the name of a file"),
+        ("", "is not a file name"),
         ("gone.safetensors", "gone.safetensors cannot be read"),
     ],
 )

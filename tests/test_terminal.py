@@ -28,7 +28,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.terminal import printable
 from jaxgpt.tokenizer import BPE, EOT, PATTERN
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It
 # knows which byte comes after which, so none is in it twice; the next best is a line break.

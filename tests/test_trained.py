@@ -23,7 +23,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.pretrained.export import to_hf
 from jaxgpt.pretrained.load import source
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 from jaxgpt.training import checkpoint
 from jaxgpt.training.telemetry import read_metrics
 from train import main

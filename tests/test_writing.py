@@ -20,7 +20,7 @@ from jaxgpt.generation.stream import Text, write
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, HuggingFace, TokenizerConfig
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 
 GREEDY = Sampling(temperature=0)
 # Tokens that end inside of a character, begin in one, or hold several.

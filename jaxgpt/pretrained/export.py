@@ -23,7 +23,7 @@ from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import Source, Writing, source, versions
-from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write
+from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -106,7 +106,7 @@ def to_hf(
     folder = expand(folder)
     template = trained_template(found)
     with new_folder(folder) as draft:
-        write(
+        write_tokenizer(
             found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
         settings = generation_config(found, template)
@@ -181,7 +181,7 @@ def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
     _check_base(name, there, cfg, params)
     template = trained_template(found)
     with new_folder(folder) as draft:
-        write(
+        write_tokenizer(
             found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
         peft.write(draft, cfg, params, name, revision, there.cfg.V)

@@ -404,14 +404,14 @@ def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
     not have any. Raises InputError where there is no tokenizer, or it is damaged.
     """
     from jaxgpt.pretrained import hub
-    from jaxgpt.tokenizer.huggingface import read
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
     folder = Path(path).expanduser()
     name, _, revision = path.partition("@")
     if not folder.exists() and _is_name(name):
         folder = hub.fetch(name, revision or "main", weights=False).folder
     if any((folder / file).exists() for file in (*hub.TOKENIZERS, "tokenizer.model")):
-        tokenizer = read(folder)
+        tokenizer = read_tokenizer(folder)
         return tokenizer, TokenizerConfig(kind=tokenizer.kind)
     found = source(folder if folder.exists() else path)
     return found.tokenizer, found.config.tokenizer
@@ -466,7 +466,7 @@ def _with_adapter(found: Source, folder: Path) -> Source:
 
 def _adapter_tokenizer(found: Source, folder: Path, V: int) -> Tokenizer:
     """The tokenizer of an adapter's folder, or of the model if that has none."""
-    from jaxgpt.tokenizer.huggingface import read
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
     old = found.tokenizer
     if not (folder / "tokenizer.json").exists():
@@ -476,7 +476,7 @@ def _adapter_tokenizer(found: Source, folder: Path, V: int) -> Tokenizer:
                 "the tokenizer that it was trained with there: tokenizer.save_pretrained(...)"
             )
         return old
-    new = read(folder)
+    new = read_tokenizer(folder)
     alike = list(new.pieces[: old.vocab_size]) == list(old.pieces)
     if not alike or new.vocab_size > V:
         raise InputError(
@@ -534,9 +534,9 @@ def _is_name(name: str) -> bool:
 
 
 def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
-    from jaxgpt.tokenizer.huggingface import read
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
-    found, tokenizer = pretrained.read(folder), read(folder)
+    found, tokenizer = pretrained.read(folder), read_tokenizer(folder)
     if tokenizer.vocab_size > found.cfg.V:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model only "
