@@ -77,8 +77,8 @@ def alone(trained, request):
     return tokens[0, : lengths[0]].tolist(), logprobs[0, : lengths[0]]
 
 
-def ids_of(pieces):
-    return [token.id for piece in pieces for token in piece.tokens]
+def ids_of(deltas):
+    return [token.id for delta in deltas for token in delta.tokens]
 
 
 @pytest.mark.slow
@@ -94,13 +94,13 @@ def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, t
     ]
     streams = [engine.submit(request) for request in requests]
     for stream, request in zip(streams, requests, strict=True):
-        pieces = list(stream)
+        deltas = list(stream)
         ids, logprobs = alone(trained, request)
         ended = ids[-1] in request.stop_ids
-        assert ids_of(pieces) == (ids[:-1] if ended else ids)
-        assert pieces[-1].finish == ("stop" if ended else "length")
-        assert "".join(piece.text for piece in pieces) == trained.tokenizer.decode(ids_of(pieces))
-        said = [token.logprob for piece in pieces for token in piece.tokens]
+        assert ids_of(deltas) == (ids[:-1] if ended else ids)
+        assert deltas[-1].finish == ("stop" if ended else "length")
+        assert "".join(delta.text for delta in deltas) == trained.tokenizer.decode(ids_of(deltas))
+        said = [token.logprob for delta in deltas for token in delta.tokens]
         np.testing.assert_allclose(said, logprobs[: len(said)], atol=1e-4)
     assert engine.stats["running"] == engine.stats["waiting"] == 0
 
@@ -143,8 +143,8 @@ def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
     ]
     beside = engine.submit(free)
     for text in texts:
-        pieces = list(text)
-        assert "".join(piece.text for piece in pieces) in options and pieces[-1].finish == "stop"
+        deltas = list(text)
+        assert "".join(delta.text for delta in deltas) in options and deltas[-1].finish == "stop"
     ids, _ = alone(trained, free)
     assert ids_of(beside) == ids[: len(ids) - (ids[-1] in end)]
 
@@ -152,39 +152,39 @@ def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
 def test_the_likeliest_are_told_where_they_are_asked_for(engine, trained):
     asked = Request(prompt(6), 5, Sampling(temperature=0), top_logprobs=4)
     others = [engine.submit(Request(prompt(6), 5)) for _ in range(2)]
-    tokens = [token for piece in engine.submit(asked) for token in piece.tokens]
+    tokens = [token for delta in engine.submit(asked) for token in delta.tokens]
     for token in tokens:
         assert len(token.top) == 4
         assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-5))
         assert sorted(token.top, key=lambda pair: -pair[1]) == list(token.top)
     for other in others:
-        assert all(token.top == () for piece in other for token in piece.tokens)
+        assert all(token.top == () for delta in other for token in delta.tokens)
 
 
 @pytest.mark.parametrize("length", [1, 2, 24, 33, 50, 64])
 def test_a_prompt_is_scored_and_embedded_as_a_forward_pass_has_it(engine, trained, length):
     ids = prompt(length)
     request = Request(ids, 0, top_logprobs=2, scores=True, embeds=True)
-    (piece,) = engine.submit(request)
+    (delta,) = engine.submit(request)
     apply = partial(trained.model.apply, {"params": trained.params}, np.asarray([ids]))
     hidden_TD, logits_TV = apply(method="hidden")[0], apply()[0]
     logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
-    scored = piece.prompt.tokens
-    assert (piece.finish, piece.text, piece.tokens) == ("length", "", ())
+    scored = delta.prompt.tokens
+    assert (delta.finish, delta.text, delta.tokens) == ("length", "", ())
     assert [token.id for token in scored] == list(ids[1:])
     expected = logprobs_TV[np.arange(length - 1), ids[1:]]
     np.testing.assert_allclose([token.logprob for token in scored], expected, atol=1e-4)
     for token, row in zip(scored, logprobs_TV, strict=False):
         assert [id for id, _ in token.top] == np.argsort(-row)[:2].tolist()
-    np.testing.assert_allclose(piece.prompt.mean, hidden_TD.mean(0), atol=1e-5)
-    np.testing.assert_allclose(piece.prompt.last, hidden_TD[-1], atol=1e-5)
+    np.testing.assert_allclose(delta.prompt.mean, hidden_TD.mean(0), atol=1e-5)
+    np.testing.assert_allclose(delta.prompt.last, hidden_TD[-1], atol=1e-5)
 
 
 def test_a_text_follows_a_prompt_that_was_scored_as_any_other(engine, trained):
     plain = Request(prompt(9), 6, Sampling(temperature=0))
-    pieces = list(engine.submit(replace(plain, scores=True)))
-    assert [bool(piece.prompt) for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert ids_of(pieces) == alone(trained, plain)[0]
+    deltas = list(engine.submit(replace(plain, scores=True)))
+    assert [bool(delta.prompt) for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+    assert ids_of(deltas) == alone(trained, plain)[0]
 
 
 def test_the_token_that_ends_a_text_is_told_and_is_no_part_of_it(engine, trained):
@@ -197,11 +197,11 @@ def test_the_token_that_ends_a_text_is_told_and_is_no_part_of_it(engine, trained
 
 def test_a_stop_string_ends_a_text_and_is_not_shown(engine, trained):
     free = Request((97, 98, 99), 30, Sampling(seed=5))
-    whole = "".join(piece.text for piece in engine.submit(free))
+    whole = "".join(delta.text for delta in engine.submit(free))
     stop = whole[7:9]
-    pieces = list(engine.submit(replace(free, stops=(stop,))))
-    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
-    assert pieces[-1].finish == "stop"
+    deltas = list(engine.submit(replace(free, stops=(stop,))))
+    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish == "stop"
 
 
 def test_matrices_and_cache_in_a_byte_write_what_they_write_alone(trained):
@@ -299,12 +299,12 @@ def test_a_listener_gets_the_pieces_in_order_and_no_more_than_the_queue_wait(tra
     heard = queue.SimpleQueue()
     small.submit(Request(prompt(2), 12), heard.put)
     more = [small.submit(Request(prompt(2), 12)) for _ in range(2)]
-    with pytest.raises(Busy, match="2 wait"):
+    with pytest.raises(Busy, match="2 are waiting"):
         small.submit(Request(prompt(2), 12))
-    pieces = [heard.get(timeout=10)]
-    while not pieces[-1].finish:
-        pieces.append(heard.get(timeout=10))
-    assert len(ids_of(pieces)) == 12
+    deltas = [heard.get(timeout=10)]
+    while not deltas[-1].finish:
+        deltas.append(heard.get(timeout=10))
+    assert len(ids_of(deltas)) == 12
     draining = threading.Thread(target=small.drain, args=(20,))
     draining.start()
     assert [list(stream)[-1].finish for stream in more] == ["length"] * 2
@@ -328,7 +328,7 @@ def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
     small.start()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(small, "_step", partial(int, "no number"))
-    assert [piece.finish for piece in small.submit(Request(prompt(2), 3))] == ["error"]
+    assert [delta.finish for delta in small.submit(Request(prompt(2), 3))] == ["error"]
     small._thread.join(timeout=5)
     assert not small.alive
     with pytest.raises(Stopped):
@@ -340,13 +340,13 @@ def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
     [
         (Request((), 3), "prompt: it has no tokens"),
         (Request((1, 999), 3), "prompt: it has ids outside"),
-        (Request((1,) * 64, 3), "64 tokens, and the context is 64"),
-        (Request((1,) * 60, 5), "max_tokens=5 .*set max_tokens to 4 at most"),
-        (Request((1,) * 65, 0), "65 tokens, and the context is 64"),
+        (Request((1,) * 64, 3), "64 tokens does not fit in the context of 64"),
+        (Request((1,) * 60, 5), "max_tokens=5 .*use 4 or less"),
+        (Request((1,) * 65, 0), "65 tokens do not fit in the context of 64"),
         (Request((1,), -1), "max_tokens=-1"),
         (Request((1,), 3, top_logprobs=21), "top_logprobs=21"),
-        (Request((1,), 3, stops=("",)), "stop: a string is empty"),
-        (Request((1,), 3, stop_ids=tuple(range(9))), "9 ids"),
+        (Request((1,), 3, stops=("",)), "stop: a stop string is empty"),
+        (Request((1,), 3, stop_ids=tuple(range(9))), "9 stop_ids"),
         (Request((1,), 3, Sampling(temperature=-1)), "temperature=-1"),
     ],
     ids=str,

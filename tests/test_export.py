@@ -20,7 +20,7 @@ from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
 from jaxgpt.pretrained.load import Source, Trained
-from jaxgpt.serve.api import Served
+from jaxgpt.serve.api import ServedModel
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read as read_tokenizer
 from jaxgpt.tokenizer.huggingface import write as write_tokenizer
@@ -221,7 +221,7 @@ def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(publi
 
 def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
     config = jaxgpt.load(published).generation_config
-    served = Served("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
+    served = ServedModel("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
     body = {"prompt": "a", "temperature": 1}
     for field in ({}, {"top_k": 5}):
         (request,) = served.completion(json.dumps(body | field).encode()).requests

@@ -34,7 +34,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.serve import answers, app, guard, memory, page, server
 from jaxgpt.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, TokenizeBody
-from jaxgpt.serve.engine import Busy, Engine, Piece, Prompt, Stopped, Token
+from jaxgpt.serve.engine import Busy, Delta, Engine, Prompt, Stopped, Token
 from jaxgpt.tokenizer import TokenizerConfig, build
 
 TEXT = "Grüße, wörld! This is 日本語, and so on."
@@ -62,19 +62,19 @@ class FakeStream:
         if not ids:
             self.cancelled.wait(self.engine.pause)
             self.engine.running -= 1
-            return self.listener(Piece("", (), finish, prompt=read))
+            return self.listener(Delta("", (), finish, prompt=read))
         for position, id in enumerate(ids, 1):
             if self.cancelled.wait(self.engine.pause):
-                return self.listener(Piece("", (), "cancelled"))
+                return self.listener(Delta("", (), "cancelled"))
             # Whole characters only, as the engine promises.
             text = tokenizer.decode_bytes(ids[:position]).decode(errors="ignore")
             top = tuple((id + i, -0.5 - i) for i in range(request.top_logprobs))
-            piece = Piece(text[len(shown) :], (Token(id, -0.5, top),), "", prompt=read)
+            delta = Delta(text[len(shown) :], (Token(id, -0.5, top),), "", prompt=read)
             read = None
             if position == len(ids):
-                piece = piece._replace(finish=self.engine.finish or finish)
+                delta = delta._replace(finish=self.engine.finish or finish)
             shown = text
-            self.listener(piece)
+            self.listener(delta)
         self.engine.running -= 1
 
     def read(self):
@@ -137,7 +137,7 @@ class FakeEngine:
 def serving(engine, name="little", **options):
     """The port of a server of its own."""
     made = app.create_app(engine, name=name, **options)
-    running = uvicorn.Server(server.configured(made))
+    running = uvicorn.Server(server.uvicorn_config(made))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # of its connections too
         sock.bind(("127.0.0.1", 0))
@@ -730,7 +730,7 @@ def test_an_answer_that_cannot_be_finished_is_an_error(finish, status):
 def test_a_large_body_is_refused_while_it_is_read(shared):
     port, engine = shared
     before = len(engine.streams)
-    large = json.dumps({"prompt": "a" * guard.BYTES}).encode()
+    large = json.dumps({"prompt": "a" * guard.MAX_BODY_BYTES}).encode()
     assert call(port, "/v1/completions", large)[0] == 413
 
     def without_length():
@@ -1175,7 +1175,7 @@ def test_who_leaves_frees_a_real_models_slots(real):
 def test_a_dead_engine_is_an_error_and_not_healthy(real, monkeypatch):
     port, engine, _ = real
 
-    monkeypatch.setattr(engine, "_hand_out", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine, "_emit", lambda *_: 1 / 0)
     status, _, answer = call(port, "/v1/completions", {"prompt": "a"})
     assert status == 500 and answer["error"]["code"] == "model_failed"
     assert call(port, "/health")[0] == call(port, "/v1/completions", {"prompt": "a"})[0] == 503
@@ -1197,7 +1197,7 @@ class Telling(FakeEngine):
 engine = Telling(pause=0.1)
 gate = server.Gate("", True)
 gate.open(app.create_app(engine, name="little"), engine)
-sock = server._bound("127.0.0.1", 0)
+sock = server._bind("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
 server.Server(gate).run([sock])
 """
@@ -1236,7 +1236,7 @@ def test_sigterm_lets_what_is_running_end_and_takes_nothing_new():
 
 def test_until_the_model_is_loaded_everything_is_told_to_come_again():
     gate = server.Gate("secret", local=True)
-    running = uvicorn.Server(server.configured(gate))
+    running = uvicorn.Server(server.uvicorn_config(gate))
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -1291,20 +1291,20 @@ def test_what_keeps_a_model_from_loading_ends_the_server_with_its_error(monkeypa
     monkeypatch.setattr(server, "source", fail)
     with pytest.raises(InputError, match="there is no model"):
         serve.run("nowhere", serve.ServeConfig(port=0))
-    assert re.fullmatch(r"loading nowhere; .*/health says so\n", capsys.readouterr().out)
+    assert re.fullmatch(r"loading nowhere; .*/health shows .*\n", capsys.readouterr().out)
 
 
 def test_the_start_says_what_was_chosen_where_it_is_and_how_to_stop(monkeypatch, capsys):
     engine = FakeEngine()
     engine.start = lambda: None
-    plan = memory.Plan(3, 640, 10**9, 10**8, 10**7, 0, 2 * 10**9)
+    plan = memory.MemoryPlan(3, 640, 10**9, 10**8, 10**7, 0, 2 * 10**9)
     config = SimpleNamespace(name="little")
     loads = SimpleNamespace(
         config=config, lineage={}, generation_config={}, load=lambda dtype: "model"
     )
     made = []
     monkeypatch.setattr(server, "source", lambda path: loads)
-    monkeypatch.setattr(server.memory, "choose", lambda *_: plan)
+    monkeypatch.setattr(server.memory, "choose_plan", lambda *_: plan)
     monkeypatch.setattr(server, "Engine", lambda *args, **given: made.append(given) or engine)
     monkeypatch.setattr(server.Server, "run", lambda self, _: until(lambda: self._gate.engine))
     said = []
@@ -1312,7 +1312,7 @@ def test_the_start_says_what_was_chosen_where_it_is_and_how_to_stop(monkeypatch,
     until(lambda: "stop" in (said.append(capsys.readouterr().out) or "".join(said)), 10)
     assert made == [{"slots": 3, "context": 640, "queue": 64, "cache": "same"}]
     assert "3 slots of 640 tokens need 1.3 GB of memory, of which 2.0 GB are free" in "".join(said)
-    for part in ("little is ready", "/v1, described at http://127.0.0.1:", "Ctrl-C"):
+    for part in ("little is ready", "/v1, documented at http://127.0.0.1:", "Ctrl-C"):
         assert part in "".join(said)
 
 

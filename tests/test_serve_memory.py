@@ -55,17 +55,17 @@ def long():
 def test_a_slot_is_counted_to_the_byte(cache):
     params = jax.jit(init, static_argnums=0)(SMALL.build(PLAIN), jax.random.key(0))
     engine = Engine(Trained(Config(model=SMALL), params, TOKENIZER), slots=3, cache=cache)
-    arrays = jax.tree.leaves(engine._empty(3))
-    plan = memory.choose(found(SMALL), "float32", cache, 3, 64, None)
+    arrays = jax.tree.leaves(engine._empty_state(3))
+    plan = memory.choose_plan(found(SMALL), "float32", cache, 3, 64, None)
     assert 3 * plan.slot == sum(array.nbytes for array in arrays)
     assert plan.parameters == sum(array.nbytes for array in jax.tree.leaves(params))
 
 
 def test_by_default_a_long_context_is_shortened_until_some_slots_fit(long):
-    plan = memory.choose(long, "float32", "same", 0, 0, FREE)
+    plan = memory.choose_plan(long, "float32", "same", 0, 0, FREE)
     assert plan.needed < FREE
     assert plan.slots >= 4 and plan.context >= 8192 and LONG.T % plan.context == 0
-    roomy = memory.choose(long, "float32", "same", 0, 0, 10 * FREE)
+    roomy = memory.choose_plan(long, "float32", "same", 0, 0, 10 * FREE)
     assert (roomy.slots, roomy.context) == (8, LONG.T)
 
 
@@ -74,23 +74,23 @@ def test_by_default_a_long_context_is_shortened_until_some_slots_fit(long):
 )
 def test_what_does_not_fit_says_how_much_it_needs_and_what_does(long, slots, context, option):
     with pytest.raises(InputError, match="need .* GB") as refused:
-        memory.choose(long, "float32", "same", slots, context, FREE)
+        memory.choose_plan(long, "float32", "same", slots, context, FREE)
     told = str(refused.value)
     number = int(told.split(option)[1].split()[0])
     advised = {"slots": slots, "context": context, option.removeprefix("--"): number}
-    assert memory.choose(long, "float32", "same", **advised, free=FREE).needed < FREE
+    assert memory.choose_plan(long, "float32", "same", **advised, free=FREE).needed < FREE
 
 
 def test_a_model_that_is_too_large_for_the_device_is_refused(long):
     with pytest.raises(InputError, match="larger device"):
-        memory.choose(long, "float32", "same", 0, 0, 10**9)
-    # Three copies less fit than one: int8 is made of float32.
+        memory.choose_plan(long, "float32", "same", 0, 0, 10**9)
+    # The float32 parameters, from which int8 ones are made, do not fit either.
     with pytest.raises(InputError, match="larger device"):
-        memory.choose(long, "int8", "int8", 0, 0, 25 * 10**8)
+        memory.choose_plan(long, "int8", "int8", 0, 0, 25 * 10**8)
 
 
 def test_where_the_memory_is_unknown_what_was_asked_for_is_served(long):
-    plan = memory.choose(long, "float32", "same", 0, 0, None)
+    plan = memory.choose_plan(long, "float32", "same", 0, 0, None)
     assert (plan.slots, plan.context) == (8, LONG.T)
 
 
