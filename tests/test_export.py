@@ -19,7 +19,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig, init, letters
 from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
-from jaxgpt.pretrained.load import Source, Trained
+from jaxgpt.pretrained.load import ModelSource, Trained
 from jaxgpt.serve.api import ServedModel
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read as read_tokenizer
@@ -97,7 +97,7 @@ def as_run(cfg, params, tokenizer, monkeypatch, objective, **more):
     about = {"metrics": {"step": 9, "val_loss": None}, "data": {}, "versions": {}, "lineage": {}}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     lineage = {"path": "runs/run", "step": 9, "item": "params"}
-    found = Source(config, tokenizer, lambda: params, abstract, lineage, str, metadata=about)
+    found = ModelSource(config, tokenizer, lambda: params, abstract, lineage, str, metadata=about)
     found = replace(found, **more)
     monkeypatch.setattr(export, "source", lambda *_: found)
     return found
@@ -178,7 +178,7 @@ def published(tmp_path):
     """A folder of Hugging Face's layout with settings of generation."""
     folder = tmp_path / "published"
     folder.mkdir()
-    pretrained.write(folder, LLAMA, random_params(LLAMA))
+    pretrained.write_model(folder, LLAMA, random_params(LLAMA))
     write_tokenizer(PLAIN_TEXT, folder, LLAMA.T)
     (folder / "generation_config.json").write_text(json.dumps(PUBLISHED))
     return folder
@@ -238,7 +238,7 @@ def test_the_command_line_says_once_which_settings_are_the_models(published, cap
     assert "temperature" not in how and how["top_k"] == 0
     said = capsys.readouterr().err
     assert "generation_config.json: temperature=0.6, repetition_penalty=1.1\n" in said
-    assert "not applied, of generation_config.json: typical_p\n" in said
+    assert "not supported, ignored from generation_config.json: typical_p\n" in said
 
 
 @pytest.mark.parametrize(
@@ -268,10 +268,10 @@ def adapted(published, chat_model, monkeypatch, request):
     """A LoRA run from a published model, with the tokens of ChatML; tied or not."""
     tied = request.param
     cfg = replace(LLAMA, tied=tied)
-    pretrained.write(published, cfg, random_params(cfg))
+    pretrained.write_model(published, cfg, random_params(cfg))
     grown = replace(cfg, V=CHAT.vocab_size)
     noise = np.random.default_rng(1)
-    leaves = flat(pretrained.read(published).params())
+    leaves = flat(pretrained.read_model(published).params())
     for name in ("wte", "head")[: 2 - tied]:
         leaves[(name,)] = np.array(leaves[(name,)])
         leaves[(name,)][V : V + 2] = noise.normal(size=(2, cfg.D)) * 0.1
@@ -343,7 +343,7 @@ def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, t
         ),
         ({"path": str(published), "adapter": "a"}, "", "with the adapter a merged into it"),
         (None, "", "started from new weights"),
-        ({"path": str(tmp_path / "gone")}, "", "is not here"),
+        ({"path": str(tmp_path / "gone")}, "", "does not exist"),
     ]
     for started, base, message in cases:
         began["started_from"] = started
@@ -351,12 +351,12 @@ def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, t
             export.to_peft("runs/run", tmp_path / "out", base)
     other = tmp_path / "other"
     other.mkdir()
-    pretrained.write(other, LLAMA, random_params(LLAMA, 7))
+    pretrained.write_model(other, LLAMA, random_params(LLAMA, 7))
     write_tokenizer(PLAIN_TEXT, other, LLAMA.T)
     with pytest.raises(InputError, match="is not the model that the run started from"):
         export.to_peft("runs/run", tmp_path / "out", str(other))
     assert export.to_peft("runs/run", tmp_path / "out", str(published))
     values = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert values["base_model_name_or_path"] == str(published.resolve())
-    with pytest.raises(InputError, match="is a LoRA adapter, which belongs to a model"):
+    with pytest.raises(InputError, match="is a LoRA adapter for the model"):
         jaxgpt.load(tmp_path / "out")

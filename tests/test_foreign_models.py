@@ -61,7 +61,7 @@ FOLDERS = {
     ),
     "weights of another name": (
         {"config.json": text("{}"), "llama.safetensors": SAFETENSORS},
-        ["are called llama.safetensors", "mv {}/llama.safetensors {}/model.safetensors"],
+        ["are named llama.safetensors", "mv {}/llama.safetensors {}/model.safetensors"],
     ),
     "parts without an index": (
         {"config.json": text("{}"), "model-00001-of-00002.safetensors": SAFETENSORS},

@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "small-qwen"
     folder.mkdir()
     params = jax.jit(init, static_argnums=0)(QWEN.build(ComputeConfig()), jax.random.key(1))
-    pretrained.write(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
+    pretrained.write_model(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
     write_tokenizer(build(TokenizerConfig("bytes"), ()), folder, QWEN.T)
     return folder
 
@@ -182,7 +182,7 @@ def test_a_run_says_that_an_older_step_is_better_and_gives_it(tuned):
         path = steps / "2" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         add_to_manifest(steps / "2", name)
-    assert source("runs/finetune").note.endswith(": runs/finetune@best takes that")
+    assert source("runs/finetune").note.endswith("; use runs/finetune@best to load it")
     assert "(step 4, item params); its step 2 has a lower" in source("runs/finetune").note
     for name in ("best", "2"):
         assert source(f"runs/finetune@{name}").lineage["step"] == 2
@@ -232,7 +232,7 @@ def test_a_name_is_downloaded_at_its_revision(folder, text, monkeypatch):
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     params = init(GPTConfig(L=1, D=8, N=1, T=8, V=100).build(ComputeConfig()), jax.random.key(0))
-    pretrained.write(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
+    pretrained.write_model(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
     write_tokenizer(build(TokenizerConfig("bytes"), ()), tmp_path, 8)
     with pytest.raises(InputError, match="the tokenizer has 257 ids, and the model only 100"):
         jaxgpt.load(tmp_path)
@@ -293,7 +293,7 @@ def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):
     options += ["--tokenizer.kind", "bytes", "--train.steps", "2", "--data.paths", "text.txt"]
     options += ["--model.mlp", "relu2", "--model.F", "32"]
     assert main([*options, *FAST, "--name", "odd"]) == 0
-    with pytest.raises(InputError, match=r"is the nearest, where .*model.mlp would be"):
+    with pytest.raises(InputError, match=r"is the closest, where .*model.mlp would be"):
         to_hf("runs/odd", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -302,5 +302,7 @@ def test_a_run_of_another_version_is_refused(tuned, monkeypatch):
     monkeypatch.setattr(
         "jaxgpt.pretrained.load.letters", lambda model: {("wte",): (("D", "V"), (3, 5))}
     )
-    with pytest.raises(InputError, match=r"wte is \[\d+, \d+\], and \[3, 5\] .*, or train again"):
+    with pytest.raises(
+        InputError, match=r"wte has shape \[\d+, \d+\], .* \[3, 5\]; .*, or train again"
+    ):
         jaxgpt.load("runs/finetune")

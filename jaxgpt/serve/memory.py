@@ -15,7 +15,7 @@ import jax
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype, Source, Trained, smaller
+from jaxgpt.pretrained.load import Dtype, ModelSource, Trained, convert_dtype
 from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
 
 SLOTS = 8
@@ -66,9 +66,11 @@ class MemoryPlan(NamedTuple):
 class MemoryNeeds:
     """The memory that a model needs on a device, as a function of slots and context."""
 
-    def __init__(self, found: Source, dtype: Dtype, cache: CacheDtype, free: int | None) -> None:
+    def __init__(
+        self, found: ModelSource, dtype: Dtype, cache: CacheDtype, free: int | None
+    ) -> None:
         self._cache, self._free = cache, free
-        params = jax.eval_shape(partial(smaller, found.config, dtype), found.abstract)
+        params = jax.eval_shape(partial(convert_dtype, found.config, dtype), found.abstract)
         trained = Trained(found.config, params, found.tokenizer)
         self._model = trained.model
         self._parameters = _bytes(params)
@@ -111,7 +113,7 @@ class MemoryNeeds:
 
 
 def choose_plan(
-    found: Source, dtype: Dtype, cache: CacheDtype, slots: int, context: int, free: int | None
+    found: ModelSource, dtype: Dtype, cache: CacheDtype, slots: int, context: int, free: int | None
 ) -> MemoryPlan:
     """Chooses the number of slots and the context to serve.
 

@@ -19,7 +19,14 @@ from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
 from jaxgpt.model.params import merge
 from jaxgpt.objectives import Other
-from jaxgpt.pretrained.load import Source, Trained, check_exists, find_tokenizer, source, versions
+from jaxgpt.pretrained.load import (
+    ModelSource,
+    Trained,
+    check_exists,
+    find_tokenizer,
+    source,
+    versions,
+)
 from jaxgpt.training import checkpoint, finetune, optim
 from jaxgpt.training.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
 
@@ -278,7 +285,7 @@ def find_start(
 
 def prepare_data(
     cfg: config.Config, saved: dict[str, Any]
-) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, Source | None]:
+) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, ModelSource | None]:
     """Text or records become a tokenizer, and with it batches; the config, what they tell of it.
 
     `saved` is what the checkpoint says that the run goes on from, if there is one. Last comes
@@ -346,7 +353,7 @@ def prepare_data(
 
 def find_teacher(
     cfg: config.Config, text: tokenizer.Tokenizer, saved: dict[str, Any]
-) -> Source | None:
+) -> ModelSource | None:
     """The other model that the objective names, if it does; InputError where it does not fit."""
     path = cfg.objective.compares_with
     if path in ("", "reference"):
