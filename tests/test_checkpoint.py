@@ -219,7 +219,7 @@ def test_files_that_the_manifest_does_not_list_are_ignored_and_stay(folder):
     assert checkpoints.latest() == 5
     assert same(checkpoints.restore(5, abstract(make_state())), make_state(5))
     assert same(checkpoint.load_params(folder), make_state(5)["params"])
-    assert "notes" not in checkpoint.read(folder)
+    assert "notes" not in checkpoint.read_metadata(folder)
     checkpoints.save(10, make_state(10), {})
     checkpoints.wait()
     assert checkpoints.latest() == 10 and all(stray.exists() for stray in strays)
@@ -299,13 +299,17 @@ def test_what_is_measured_after_a_save_is_part_of_the_checkpoint(folder):
     digest = checkpoint.open_checkpoint(folder).digest()
     checkpoints.record(5, {"val_loss": 2.5, "val_accuracy": float("nan")})
     checkpoints.wait()
-    assert checkpoint.read(folder)["metrics"] == {"step": 5, "val_loss": 2.5, "val_accuracy": None}
+    assert checkpoint.read_metadata(folder)["metrics"] == {
+        "step": 5,
+        "val_loss": 2.5,
+        "val_accuracy": None,
+    }
     assert checkpoints.best() == 5 and checkpoints.latest() == 5
     # The digest identifies the arrays, which have not changed.
     assert checkpoint.open_checkpoint(folder).digest() == digest
     flip_a_bit(folder / "5" / "evaluation.json")
     with pytest.raises(InputError, match=r"evaluation.json: changed"):
-        checkpoint.read(folder / "5")
+        checkpoint.read_metadata(folder / "5")
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(folder, monkeypatch):
@@ -454,7 +458,7 @@ def test_a_checkpoint_describes_itself(folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(5, make_state(), describe, {"val_loss": np.float32(1.5)})
     checkpoints.wait()
-    described = checkpoint.read(folder.parent)
+    described = checkpoint.read_metadata(folder.parent)
     assert described["leaves"]["params"]["wte"] == "bfloat16[8,16]"
     assert described["metrics"] == {"step": 5, "val_loss": 1.5}
     assert {name: described[name] for name in describe} == describe
@@ -467,13 +471,13 @@ def test_a_wrong_path_is_refused_with_the_runs_there_are(folder, monkeypatch):
     with pytest.raises(InputError, match=r"looked for .*did you mean .*/runs/shakespeare\?"):
         checkpoint.load_params(folder.parent.with_name("shakespear"))
     with pytest.raises(InputError, match=r"there are .*/runs/shakespeare"):
-        checkpoint.read(folder.parent.with_name("zzz"))
+        checkpoint.read_metadata(folder.parent.with_name("zzz"))
 
 
 def test_a_run_without_a_checkpoint_yet_is_refused(folder):
     folder.mkdir(parents=True)
     with pytest.raises(InputError, match="no complete checkpoint"):
-        checkpoint.read(folder.parent)
+        checkpoint.read_metadata(folder.parent)
 
 
 def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
@@ -490,7 +494,7 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
         ({"params": {"w": np.ones(2)}}, {"config": {"x": float("nan")}}, "config.*JSON"),
         ({"params": {"w": np.ones(2)}}, {"metrics": {}}, "metrics are reserved"),
         ({"params": {"w": 1.0}}, {}, "params/w is a float"),
-        ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "same path"),
+        ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "differ only"),
     ],
 )
 def test_what_cannot_be_saved_exactly_is_refused(folder, state, describe, said):
@@ -518,7 +522,7 @@ def test_saving_a_step_again_keeps_it_and_replaces_a_damaged_one(folder):
 
 
 def test_a_step_before_the_newest_is_not_saved(folder):
-    with pytest.raises(InputError, match=r"holds step 20; .* go back with --resume"):
+    with pytest.raises(InputError, match=r"has the later step 20; .* go back with --resume"):
         save(folder, 10, 20).save(15, make_state(15), {})
 
 
@@ -609,7 +613,8 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):
     out, err = worker.communicate()
     assert worker.returncode == 0, err
     assert out.splitlines() == [
-        f"the checkpoint of step {step} was not saved: File too large; step 1 in {folder} is good"
+        f"the checkpoint of step {step} was not saved: File too large; "
+        f"the last checkpoint is step 1 in {folder}"
         for step in (2, 3)
     ]
     assert "_SignalingThread" not in err

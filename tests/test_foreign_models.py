@@ -122,7 +122,9 @@ def make_run(folder, losses):
 
 def test_a_step_of_a_run_is_found_by_its_number_and_by_its_loss(tmp_path):
     make_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
-    found = {step: checkpoint.find_step(tmp_path / "run", step).name for step in ("100", "best")}
+    found = {
+        step: checkpoint.find_checkpoint(tmp_path / "run", step).name for step in ("100", "best")
+    }
     assert found == {"100": "100", "best": "200"}
     with pytest.raises(InputError, match="run@150: no such checkpoint; .* steps 100, 200, 300"):
         jaxgpt.load(f"{tmp_path / 'run'}@150")

@@ -80,7 +80,7 @@ def test_a_folder_that_disappears_or_is_replaced_is_noticed(tmp_path, put):
         lock.check()
         (tmp_path / "run").rename(tmp_path / "away")
         put(tmp_path / "run")
-        with pytest.raises(TrainingError, match="has disappeared or is another folder now"):
+        with pytest.raises(TrainingError, match="has disappeared or was replaced"):
             lock.check()
         if (tmp_path / "run").exists():
             (tmp_path / "run").rmdir()

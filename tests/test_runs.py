@@ -23,7 +23,7 @@ def flip(file):
 
 def token_entry():
     cfg = config.read("runs/a/config.json")
-    return data.token_entries(cfg.data, checkpoint.read("runs/a")["data"])[0]
+    return data.token_entries(cfg.data, checkpoint.read_metadata("runs/a")["data"])[0]
 
 
 def test_an_intact_run_is_verified_with_its_checkpoints_tokens_and_metrics(trained, capsys):
@@ -81,7 +81,7 @@ def test_the_table_of_runs_says_how_far_each_is(trained, capsys):
     assert (stopped.step, stopped.state) == (3, "stopped")
     assert damaged.damaged == ("5.damaged", "6")
     assert states["empty"].state == "empty"
-    metrics = checkpoint.read("runs/a")["metrics"]
+    metrics = checkpoint.read_metadata("runs/a")["metrics"]
     assert done.val_loss == pytest.approx(metrics["val_loss"])
     assert done.best == pytest.approx(min(metrics["val_loss"], done.val_loss))
     assert done.bytes == size_of(Path("runs/a"))

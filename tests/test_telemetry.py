@@ -130,7 +130,7 @@ def test_on_a_full_disk_records_wait_and_a_warning_says_so_once(folder, capsys):
         log.flush()
     assert [r["step"] for r in records(folder) if "loss" in r] == [7, 8]
     said = capsys.readouterr().err
-    assert said.count("cannot be written") == 1 and "2 records that waited are written" in said
+    assert said.count("cannot be written") == 1 and "2 pending records are now written" in said
 
 
 def test_records_that_cannot_be_written_in_the_end_are_said_to_be_missing(folder, capsys):
@@ -138,7 +138,7 @@ def test_records_that_cannot_be_written_in_the_end_are_said_to_be_missing(folder
         log._file._file.close()
         log._file._file = full
         log.log(7, {"loss": 1.0})
-    assert "2 records are not in" in capsys.readouterr().err
+    assert "2 records are missing in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("closed file")])
@@ -204,7 +204,7 @@ def test_the_table_shows_seconds_and_shares_of_the_wall_time():
 
 
 def test_a_bucket_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="no bucket 'evil'; there are init"), Goodput()("evil"):
+    with pytest.raises(ValueError, match="no bucket 'evil'; use one of init"), Goodput()("evil"):
         pass
 
 
@@ -284,7 +284,7 @@ def test_not_on_a_terminal_a_line_is_printed_per_call(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "compiling the training step ...",
         "step     1/2000 | loss 4.2000",
-        "step   100/2000 | loss 3.2123 | val 3.3012 | 10,000 tok/s | 0:03:10 left",
+        "step   100/2000 | loss 3.2123 | val_loss 3.3012 | 10,000 tokens/s | 0:03:10 left",
         "saved",
     ]
 
@@ -450,7 +450,7 @@ def test_a_sink_that_does_not_keep_up_is_switched_off(folder, fake_wandb, monkey
         for step in range(1002):
             log.log(step, {"loss": 1.0})
     assert capsys.readouterr().err == (
-        "warning: wandb is off: it does not keep up: 1000 records wait\n"
+        "warning: wandb is off: it is too slow, and 1000 records are waiting\n"
     )
     forever.set()
 
@@ -481,10 +481,10 @@ def test_the_picture_shows_both_losses(folder, monkeypatch):
                 log.log(step, {"val_loss": loss + 0.1})
     picture = telemetry.plot(folder)
     assert picture == folder / "loss.png" and picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    steps, losses = drawn["training"]
+    steps, losses = drawn["training loss"]
     assert steps == tuple(s for s in range(1, 101) if s != 50)
     np.testing.assert_allclose(losses, 1.5 + 3 * np.exp(-np.array(steps) / 20))
-    assert drawn["validation"][0] == (50, 100)
+    assert drawn["validation loss"][0] == (50, 100)
 
 
 def test_without_a_loss_there_is_no_picture(folder):
@@ -498,7 +498,7 @@ def test_a_picture_that_cannot_be_written_is_a_warning(folder, capsys):
         log.log(1, {"loss": 2.0})
     (folder / "loss.png").mkdir()
     assert telemetry.plot(folder) is None
-    assert "loss.png is not drawn" in capsys.readouterr().err
+    assert "loss.png could not be written" in capsys.readouterr().err
 
 
 def test_drawing_leaves_pyplot_alone(folder):

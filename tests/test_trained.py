@@ -115,7 +115,7 @@ def test_fine_tuning_goes_on_from_a_folder_in_one_command(folder, text, capsys):
     tuned = jaxgpt.load("runs/finetune")
     assert tuned.config.model == start.config.model
     assert tuned.tokenizer.fingerprint == start.tokenizer.fingerprint
-    lineage = checkpoint.read("runs/finetune")["lineage"]
+    lineage = checkpoint.read_metadata("runs/finetune")["lineage"]
     assert lineage["started_from"] == {"path": str(folder), "dtype": "float32"}
     distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, tuned.params)
     assert 0 < max(jax.tree.leaves(distance)) < 0.01
@@ -132,7 +132,7 @@ def first_batch():
     from jaxgpt import config, data, tokenizer
 
     cfg = config.read("runs/finetune/config.json")
-    about = checkpoint.read("runs/finetune")
+    about = checkpoint.read_metadata("runs/finetune")
     corpus = data.prepare(cfg.data, tokenizer.from_json(about["tokenizer"]))
     return data.Batches(corpus, cfg.data, seed=cfg.seed, context=16, batch=8).batch(0)
 
@@ -158,7 +158,7 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
     assert tune(moved, "--name", "parts", "--train.steps", "4", "--optim.schedule", "constant") == 0
     moved.unlink()
     assert tune(moved, "--name", "parts", "--train.steps", "8", "--optim.schedule", "constant") == 0
-    assert checkpoint.read("runs/parts")["lineage"]["started_from"]["path"] == str(moved)
+    assert checkpoint.read_metadata("runs/parts")["lineage"]["started_from"]["path"] == str(moved)
     assert jax.tree.structure(whole) == jax.tree.structure(jaxgpt.load("runs/parts").params)
 
 
@@ -171,7 +171,7 @@ def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, o
 
 def test_a_run_is_a_start_too(tuned):
     assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
-    about = checkpoint.read("runs/again")["lineage"]["started_from"]
+    about = checkpoint.read_metadata("runs/again")["lineage"]["started_from"]
     assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
 
 
@@ -226,7 +226,7 @@ def test_a_name_is_downloaded_at_its_revision(folder, text, monkeypatch):
     jaxgpt.load("Qwen/Qwen3-0.6B")
     assert tune("gpt2@v1") == 0
     assert asked == [("Qwen/Qwen3-0.6B", "main"), ("gpt2", "v1")]
-    about = checkpoint.read("runs/finetune")["lineage"]["started_from"]
+    about = checkpoint.read_metadata("runs/finetune")["lineage"]["started_from"]
     assert about == {"path": "gpt2", "revision": "c0ffee", "dtype": "float32"}
 
 
@@ -252,7 +252,7 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
     assert names >= {"tokenizer.json", "tokenizer_config.json"}
     assert all(name in done.stdout for name in names)
     card = (out / "README.md").read_text()
-    about = checkpoint.read("runs/finetune")
+    about = checkpoint.read_metadata("runs/finetune")
     loss = about["metrics"]["val_loss"]
     for part in (
         "4 steps of 8 x 16 tokens, 512 in all",

@@ -199,7 +199,7 @@ class Fields:
         return theta, scaling
 
     def _mscale(self, factor: float) -> float:
-        """YaRN's attention factor from `mscale` and `mscale_all_dim`; 0.0, the default, if unset."""
+        """YaRN's attention factor from `mscale` and `mscale_all_dim`; 0.0 (default) if unset."""
         over, under = self("mscale", 0.0, kind=float), self("mscale_all_dim", 0.0, kind=float)
         if not (over and under) or factor <= 1:
             return 0.0

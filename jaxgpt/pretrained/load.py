@@ -561,7 +561,7 @@ def _source(path: str | Path) -> ModelSource:
         return _pretrained(folder, {"path": str(path)})
     run, at, step = str(path).rpartition("@")
     if at and not folder.exists() and expand(run).is_dir():
-        return _run(checkpoint.find_step(expand(run), step), str(path))
+        return _run(checkpoint.find_checkpoint(expand(run), step), str(path))
     name, _, revision = str(path).partition("@")
     if not folder.exists() and _is_name(name):
         from jaxgpt.pretrained import hub

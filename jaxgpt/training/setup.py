@@ -269,7 +269,7 @@ def find_start(
     """
 
     def read(step: int | None) -> dict[str, Any]:
-        return {} if step is None else checkpoint.read(checkpoints.folder / str(step))
+        return {} if step is None else checkpoint.read_metadata(checkpoints.folder / str(step))
 
     start = checkpoints.latest()
     saved = read(start)
