@@ -1,4 +1,4 @@
-"""What is exported chats in transformers and PEFT as it does here, and keeps what it came with."""
+"""Exported models and adapters chat in transformers and PEFT as in jaxgpt, and keep settings."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def chat_model():
-    """A model that has learned to say what it is asked to say, and to end its turn."""
+    """A model trained to repeat what it is asked to say, and to end its turn."""
     cfg = replace(LLAMA, V=CHAT.vocab_size)
     gpt, said = cfg.build(PLAIN), [[*asked(w), {"role": "assistant", "content": w}] for w in WORDS]
     rows = [render(ChatML(), CHAT, messages) for messages in said]
@@ -92,7 +92,7 @@ def chat_model():
 
 
 def as_run(cfg, params, tokenizer, monkeypatch, objective, **more):
-    """Lets exports find a run that ended with these parameters."""
+    """Makes `export` find a run with these parameters."""
     config = Config(name="run", model=cfg, objective=objective)
     about = {"metrics": {"step": 9, "val_loss": None}, "data": {}, "versions": {}, "lineage": {}}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -159,7 +159,7 @@ def test_an_exported_chat_template_gives_the_ids_of_training(format, transformer
     assert type(choose(read_tokenizer(tmp_path))) is format
 
 
-# What a published model brings along.
+# Settings of published models
 
 PUBLISHED = {
     "bos_token_id": EOT,
@@ -175,7 +175,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def published(tmp_path):
-    """A folder of Hugging Face's layout with settings of generation."""
+    """A folder in the layout of Hugging Face with generation_config.json."""
     folder = tmp_path / "published"
     folder.mkdir()
     pretrained.write_model(folder, LLAMA, random_params(LLAMA))
@@ -184,7 +184,7 @@ def published(tmp_path):
     return folder
 
 
-def test_the_settings_of_a_published_model_are_exported_as_they_were(
+def test_the_settings_of_a_published_model_are_exported_unchanged(
     published, transformers, tmp_path
 ):
     export.to_hf(published, tmp_path / "out")
@@ -197,7 +197,7 @@ def test_the_settings_of_a_published_model_are_exported_as_they_were(
     assert (config["eos_token_id"], config["pad_token_id"]) == ([EOT, 7], 0)
 
 
-def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_its_ends(
+def test_a_run_keeps_the_settings_of_its_published_model_and_adds_end_tokens(
     chat_model, published, tmp_path, monkeypatch
 ):
     settings = load.source(published).generation_config
@@ -208,7 +208,7 @@ def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_i
     assert (after["pad_token_id"], after["top_k"]) == (0, 20)
 
 
-def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(published, monkeypatch):
+def test_the_models_end_tokens_and_sampling_settings_are_the_defaults(published, monkeypatch):
     gpt, asked = jaxgpt.load(published), []
     monkeypatch.setattr(load, "write", lambda *_, **how: asked.append(how) or iter(()))
     gpt("a")
@@ -219,7 +219,7 @@ def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(publi
     assert (second.temperature, second.top_k, second.repetition_penalty) == (0, 3, 1.1)
 
 
-def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
+def test_the_models_sampling_settings_are_the_servers_defaults(published):
     config = jaxgpt.load(published).generation_config
     served = ServedModel("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
     body = {"prompt": "a", "temperature": 1}
@@ -231,7 +231,7 @@ def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
         assert sampling.top_k == field.get("top_k", 20)
 
 
-def test_the_command_line_says_once_which_settings_are_the_models(published, capsys, monkeypatch):
+def test_the_command_line_prints_the_models_settings_once(published, capsys, monkeypatch):
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
     (published / "generation_config.json").write_text(json.dumps({**PUBLISHED, "typical_p": 0.9}))
     _, how = cli.Options(top_k=0).load(str(published))
@@ -249,23 +249,23 @@ def test_the_command_line_says_once_which_settings_are_the_models(published, cap
         ({"top_p": 2.0}, "top_p=2.0; set it above 0"),
     ],
 )
-def test_invalid_settings_are_refused_by_name(published, change, message):
+def test_invalid_settings_are_rejected_by_name(published, change, message):
     (published / "generation_config.json").write_text(json.dumps(PUBLISHED | change))
     with pytest.raises(InputError, match=f"generation_config.json: {message}"):
         jaxgpt.load(published)
 
 
-def test_ids_that_the_model_lacks_end_nothing(published):
+def test_end_tokens_outside_of_the_vocabulary_are_ignored(published):
     (published / "generation_config.json").write_text('{"eos_token_id": [7, 50256]}')
     assert jaxgpt.load(published).generation_config == {"eos_token_id": [7]}
 
 
-# Adapters of runs with new tokens.
+# Adapters of runs with new tokens
 
 
 @pytest.fixture
 def adapted(published, chat_model, monkeypatch, request):
-    """A LoRA run from a published model, with the tokens of ChatML; tied or not."""
+    """A LoRA run from a published model with added ChatML tokens, tied or untied."""
     tied = request.param
     cfg = replace(LLAMA, tied=tied)
     pretrained.write_model(published, cfg, random_params(cfg))
@@ -289,7 +289,7 @@ def adapted(published, chat_model, monkeypatch, request):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("adapted", [True, False], indirect=True, ids=["tied", "untied"])
-def test_an_adapter_with_new_tokens_answers_in_peft_as_here(
+def test_an_adapter_with_new_tokens_gives_the_same_answer_in_peft(
     adapted, published, transformers, tmp_path
 ):
     library = pytest.importorskip("peft", reason="compares with PEFT: pip install peft")
@@ -319,7 +319,7 @@ def test_an_adapter_with_new_tokens_answers_in_peft_as_here(
 
 
 @pytest.mark.parametrize("adapted", [False], indirect=True, ids=["untied"])
-def test_an_adapter_with_new_tokens_is_read_back_if_they_have_names(adapted, published, tmp_path):
+def test_an_adapter_with_new_tokens_needs_its_tokenizer(adapted, published, tmp_path):
     export.to_peft("runs/run", tmp_path / "out")
     again = jaxgpt.load(published, tmp_path / "out")
     assert again.tokenizer.specials == CHAT.specials and again.config.model.V == V + 2
@@ -333,7 +333,7 @@ def test_an_adapter_with_new_tokens_is_read_back_if_they_have_names(adapted, pub
 
 
 @pytest.mark.parametrize("adapted", [True], indirect=True)
-def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, tmp_path):
+def test_an_adapter_whose_base_peft_cannot_load_is_rejected(adapted, published, tmp_path):
     began = adapted.metadata["lineage"]
     cases = [
         (

@@ -1,4 +1,4 @@
-"""Orphaned Flax files of GPT-2 come in whole, or not at all and with a reason."""
+"""Flax files of GPT-2 are read completely, or rejected with a reason."""
 
 import copy
 import functools
@@ -73,7 +73,7 @@ def packed(shape, dtype, content, code=1):
 
 
 def damaged(value, *path):
-    """The tree in msgpack with `value` in the place of the path; None takes it out."""
+    """The tree in msgpack with `value` at the path; None removes the entry."""
     values = msgpack.unpackb(flax.serialization.msgpack_serialize(tree()))
     node = at(values, *path[:-1])
     if value is None:

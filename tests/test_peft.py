@@ -53,7 +53,7 @@ def leaves_of(cfg):
 
 
 def adapter(cfg, *matrices, rank=3, alpha=5.0, seed=0):
-    """Random leaves beside the matrices that the patterns match."""
+    """Random LoRA factors for the matrices that the patterns match."""
     tune = TuneConfig(parts="lora", rank=rank, alpha=alpha, matrices=matrices)
     noise = np.random.default_rng(seed)
     return nested(
@@ -69,7 +69,7 @@ def joined(*trees):
 
 
 def deltas(tree):
-    """What an adapter adds to each matrix."""
+    """The matrices that an adapter adds to the weights."""
     leaves = flat(tree)
     return {
         path[:-1]: leaves[*path[:-1], "lora_scale"]
@@ -87,7 +87,7 @@ EVERY = [f"blocks/*/{name}" for name in ("q", "k", "v", "o", "up", "gate", "down
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_what_is_written_reads_back_bit_for_bit(name, tmp_path):
+def test_written_adapters_are_read_back_bit_exactly(name, tmp_path):
     cfg = CONFIGS[name]
     tree = joined(adapter(cfg, *EVERY), adapter(cfg, "blocks/1/[qo]", rank=5, alpha=0.7))
     plain = {"wte": np.zeros(3), "blocks": {"0": {"q": {"w": np.zeros(3)}}}}
@@ -97,13 +97,13 @@ def test_what_is_written_reads_back_bit_for_bit(name, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {np.dtype(np.float32)}
 
 
-def test_gpt2_reads_back_bit_for_bit_but_for_queries_keys_and_values(tmp_path):
+def test_gpt2_adapters_are_read_back_bit_exactly_except_q_k_and_v(tmp_path):
     tree = adapter(GPT2, "blocks/*/o", "blocks/1/up", "blocks/0/down")
     peft.write_adapter(tmp_path, GPT2, tree, "gpt2")
     assert_equal(peft.read_adapter(tmp_path, GPT2), tree)
 
 
-def test_queries_and_values_become_one_matrix_that_adds_the_same(tmp_path):
+def test_adapters_of_q_and_v_are_combined_without_changing_the_sum(tmp_path):
     tree = joined(
         adapter(GPT2, "blocks/*/q"),
         adapter(GPT2, "blocks/*/v", rank=5, alpha=40.0, seed=1),
@@ -119,7 +119,7 @@ def test_queries_and_values_become_one_matrix_that_adds_the_same(tmp_path):
     assert not after["blocks", "0", "k"].any()
 
 
-def test_an_adapter_that_was_read_is_written_as_it_was(tmp_path):
+def test_an_adapter_that_was_read_is_written_unchanged(tmp_path):
     tree = joined(adapter(GPT2, "blocks/*/[qkv]"), adapter(GPT2, "blocks/0/o", rank=7))
     for name in ("a", "b"):
         peft.write_adapter(tmp_path / name, GPT2, tree, "gpt2")
@@ -148,7 +148,7 @@ def test_the_config_names_modules_ranks_and_alphas(tmp_path):
     assert values["alpha_pattern"] == {"o_proj": 0.5, up: 0.5}
 
 
-# What cannot be kept.
+# Unsupported adapters
 
 
 @pytest.fixture
@@ -192,14 +192,14 @@ def change(folder, **fields):
     ],
     ids=str,
 )
-def test_a_field_that_cannot_be_kept_is_named(fields, folder):
+def test_an_unsupported_field_is_named(fields, folder):
     change(folder, **fields)
     (name,) = fields
     with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|NaN)|{name} of {CONFIG}"):
         read_all(folder, LLAMA)
 
 
-def test_fields_that_change_nothing_are_no_obstacle(folder):
+def test_harmless_fields_are_accepted(folder):
     before = peft.read_adapter(folder, LLAMA)
     change(
         folder,
@@ -211,7 +211,7 @@ def test_fields_that_change_nothing_are_no_obstacle(folder):
 
 
 def rewrite(folder, edit):
-    """Writes the adapter's tensors anew, after `edit` of a dict of them."""
+    """Rewrites the adapter's tensors after `edit(tensors)`."""
     library = pytest.importorskip("safetensors.numpy", reason="pip install safetensors")
     tensors = library.load_file(folder / WEIGHTS)
     edit(tensors)
@@ -221,7 +221,7 @@ def rewrite(folder, edit):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-def test_rows_of_another_model_are_refused(folder):
+def test_rows_of_another_model_are_rejected(folder):
     name = "base_model.model.model.embed_tokens.weight"
     rewrite(folder, lambda tensors: tensors.update({name: tensors[Q]}))
     with pytest.raises(
@@ -241,7 +241,7 @@ def test_rows_of_another_model_are_refused(folder):
         Q.replace("q_proj", "c_attn"),
     ],
 )
-def test_a_tensor_beside_no_matrix_of_the_blocks_is_named(name, folder):
+def test_a_tensor_that_is_not_a_lora_factor_is_named(name, folder):
     rewrite(folder, lambda tensors: tensors.update({name: tensors[Q]}))
     with pytest.raises(InputError, match=f"{WEIGHTS}: '{name}', F32, is not a LoRA factor"):
         peft.read_adapter(folder, LLAMA)
@@ -272,12 +272,12 @@ def test_a_pickle_is_not_read(folder):
         peft.read_adapter(folder, LLAMA)
 
 
-def test_an_empty_folder_says_what_it_lacks(tmp_path):
+def test_an_empty_folder_names_the_missing_file(tmp_path):
     with pytest.raises(InputError, match=f"{CONFIG} cannot be read"):
         peft.read_adapter(tmp_path, LLAMA)
 
 
-def test_a_tree_without_an_adapter_of_this_model_is_refused(tmp_path):
+def test_a_tree_without_an_adapter_of_this_model_is_rejected(tmp_path):
     good = adapter(LLAMA, "blocks/*/q")
     with pytest.raises(InputError, match="no lora_a; use those of a run with tune.parts=lora"):
         peft.write_adapter(tmp_path, LLAMA, {"blocks": {"0": {"q": {"w": np.zeros(3)}}}}, "base")
@@ -293,7 +293,7 @@ def test_a_tree_without_an_adapter_of_this_model_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# Against PEFT. It asks transformers for what that has renamed.
+# Comparisons with PEFT, which uses names that transformers has deprecated
 
 against_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -328,7 +328,7 @@ def library():
 
 @pytest.fixture(scope="module", params=SHAPES)
 def imported(request, library, tmp_path_factory):
-    """A random model of transformers with its folder, and ours with its parameters."""
+    """A random model of transformers, its folder, and the same model in jaxgpt."""
     import torch
     import transformers
 
@@ -348,7 +348,7 @@ def imported(request, library, tmp_path_factory):
 
 @pytest.fixture
 def theirs(imported):
-    """The same, of which PEFT may change the model."""
+    """The fixture's model, copied because PEFT changes it."""
     return copy.deepcopy(imported[0]), *imported[1:]
 
 
@@ -381,7 +381,7 @@ OPTIONS = {
 
 @against_peft
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path):
+def test_logits_with_an_adapter_equal_pefts(theirs, library, options, tmp_path):
     import torch
 
     model, _, cfg, params = theirs
@@ -403,7 +403,7 @@ def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path)
                 leaf.normal_(0, 0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = their_logits(adapted, TOKENS)
-    assert np.abs(expected - plain).max() > 0.1  # else it would be no comparison
+    assert np.abs(expected - plain).max() > 0.1  # the adapter has an effect
     tree = peft.read_adapter(tmp_path / "adapter", cfg)
     assert np.abs(our_logits(cfg, params, tree, TOKENS) - expected).max() < 1e-4
 
@@ -412,7 +412,7 @@ def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path)
 @pytest.mark.parametrize(
     "parts", [EVERY, ["blocks/*/q", "blocks/*/v"], ["blocks/1/v", "blocks/0/o"]], ids=len
 )
-def test_peft_loads_what_we_write(theirs, library, parts, tmp_path):
+def test_peft_loads_written_adapters(theirs, library, parts, tmp_path):
     model, base, cfg, params = theirs
     there = [part for part in parts if cfg.mlp != "gelu" or "gate" not in part]
     one, *rest = (
@@ -428,5 +428,5 @@ def test_peft_loads_what_we_write(theirs, library, parts, tmp_path):
     assert not result.unexpected_keys
     assert not [name for name in result.missing_keys if "again" in name]
     expected = our_logits(cfg, params, tree, TOKENS)
-    assert np.abs(expected - plain).max() > 0.1  # else it would be no comparison
+    assert np.abs(expected - plain).max() > 0.1  # the adapter has an effect
     assert np.abs(their_logits(adapted, TOKENS) - expected).max() < 1e-4

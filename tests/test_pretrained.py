@@ -1,4 +1,4 @@
-"""Weights in and out: equal to transformers', bit for bit in the files, and nothing believed."""
+"""Models in the layout of Hugging Face equal those of transformers, bit for bit in the files."""
 
 import json
 from dataclasses import replace
@@ -105,7 +105,7 @@ def transformers():
 
 @pytest.fixture(scope="module", params=SHAPES)
 def theirs(request, transformers, tmp_path_factory):
-    """A random model of transformers, and the folder it is saved in."""
+    """A random model of transformers, and the folder in which it is saved."""
     import torch
 
     name, options = SHAPES[request.param]
@@ -140,7 +140,7 @@ def random_tokens(V, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, V, shape)
 
 
-def test_logits_are_those_of_transformers_at_every_length(theirs):
+def test_logits_equal_transformers_at_every_length(theirs):
     model, folder = theirs
     found = pretrained.read_model(folder)
     params = found.params()
@@ -162,9 +162,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_scaled_rotary_positions_are_those_of_transformers_in_any_context(
-    scaling, transformers, tmp_path
-):
+def test_rope_scaling_equals_transformers_in_any_context(scaling, transformers, tmp_path):
     import torch
 
     options = {**small, "num_hidden_layers": 1, "max_position_embeddings": 20}
@@ -214,7 +212,7 @@ def test_padded_batches_agree_with_transformers(theirs):
     assert np.abs(ours - expected)[left].max() < 1e-4
 
 
-def test_greedy_tokens_are_those_of_transformers(theirs):
+def test_greedy_decoding_equals_transformers(theirs):
     import torch
 
     model, folder = theirs
@@ -228,7 +226,7 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     assert ours[0].tolist() == expected[0, 7:].tolist()
 
 
-def test_beams_are_those_of_transformers(theirs):
+def test_beam_search_equals_transformers(theirs):
     import torch
 
     model, folder = theirs
@@ -259,7 +257,7 @@ def test_beams_are_those_of_transformers(theirs):
         assert ids == expected[:length]
 
 
-def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):
+def test_transformers_loads_written_models_bit_exactly(theirs, tmp_path):
     model, folder = theirs
     found = pretrained.read_model(folder)
     pretrained.write_model(tmp_path, found.cfg, found.params(), shard_bytes=40_000)
@@ -275,7 +273,7 @@ def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_files_of_half_precision_come_and_go_bit_for_bit(theirs, tmp_path, dtype):
+def test_half_precision_files_round_trip_bit_exactly(theirs, tmp_path, dtype):
     import torch
 
     model, _ = theirs
@@ -337,7 +335,7 @@ def random_params(cfg, seed=0):
 
 
 def real_rows(cfg, params):
-    """The same with vocabulary padding set to 0, as it is after a file."""
+    """Parameters with the vocabulary padding set to 0, as after loading from files."""
     mask = (np.arange(cfg.sizes["V"]) < cfg.V)[:, None].astype(np.float32)
     return {name: leaf * mask if name in ("wte", "head") else leaf for name, leaf in params.items()}
 
@@ -346,7 +344,7 @@ def assert_equal(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), one, other)
 
 
-def test_what_is_written_reads_back_equal(cfg, tmp_path):
+def test_written_models_are_read_back_equal(cfg, tmp_path):
     params = random_params(cfg)
     pretrained.write_model(tmp_path, cfg, params)
     found = pretrained.read_model(tmp_path)
@@ -359,7 +357,7 @@ def test_what_is_written_reads_back_equal(cfg, tmp_path):
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}], ids=["data", "fsdp", "both"]
 )
-def test_tensors_go_straight_into_any_sharding(cfg, tmp_path, monkeypatch, sizes):
+def test_parameters_are_loaded_directly_to_any_sharding(cfg, tmp_path, monkeypatch, sizes):
     monkeypatch.setattr(pretrained.weights, "PIECE", 1000)
     params = random_params(cfg)
     pretrained.write_model(tmp_path, cfg, params)
@@ -374,7 +372,7 @@ def test_tensors_go_straight_into_any_sharding(cfg, tmp_path, monkeypatch, sizes
     assert_equal(placed, real_rows(cfg, params))
 
 
-def test_safetensors_reads_what_we_write(cfg, tmp_path):
+def test_the_safetensors_library_reads_written_files(cfg, tmp_path):
     library = pytest.importorskip("safetensors", reason="pip install safetensors")
     params = random_params(cfg)
     pretrained.write_model(tmp_path, cfg, params, shard_bytes=30_000)
@@ -392,7 +390,7 @@ def test_safetensors_reads_what_we_write(cfg, tmp_path):
 
 
 def sizes(L, D, heads, keys, H, F, T, V, **more):
-    """The fields that all but GPT-2 have."""
+    """The fields of config.json that all families except GPT-2 have."""
     return {
         "num_hidden_layers": L,
         "hidden_size": D,

@@ -1,4 +1,4 @@
-"""Files that lie, are cut short, or lead elsewhere: each is refused with the reason."""
+"""Damaged, truncated and inconsistent safetensors files are rejected with the reason."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ CFG = GPTConfig(L=2, D=16, N=2, T=8, V=50)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A model in one file and in several, to copy and to damage."""
+    """A model in one file, and the same model in several, for tests to copy and damage."""
     params = init(CFG.build(ComputeConfig()), jax.random.key(0))
     one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
     pretrained.write_model(one, CFG, params)
@@ -45,7 +45,7 @@ def sharded(tmp_path, written):
 
 
 def edit(file, change):
-    """Rewrites a file's header by `change(header)`, its data as they were."""
+    """Rewrites a file's header with `change(header)`, without changing its data."""
     content = file.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -92,14 +92,14 @@ WPE = "transformer.wpe.weight"
         (lambda h: '{"a": 1, "a": 1}', r"a name stands in it twice"),
     ],
 )
-def test_a_header_that_lies_is_refused(folder, change, message):
+def test_an_inconsistent_header_is_rejected(folder, change, message):
     edit(folder / "model.safetensors", change)
     with pytest.raises(InputError, match=message) as error:
         pretrained.read_model(folder)
     assert str(folder) in str(error.value)
 
 
-def test_a_tensor_that_is_no_parameter_is_refused_and_a_buffer_is_not(folder):
+def test_an_unknown_tensor_is_rejected_and_a_buffer_is_ignored(folder):
     file = folder / "model.safetensors"
 
     def add(name):
@@ -144,7 +144,7 @@ def test_a_tied_head_must_be_the_embedding(folder):
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -4, 4])
-def test_a_file_of_another_length_is_refused(folder, length):
+def test_a_file_of_another_length_is_rejected(folder, length):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content + b"\0" * 4 if length == 4 else content[:length])
@@ -152,7 +152,7 @@ def test_a_file_of_another_length_is_refused(folder, length):
         pretrained.read_model(folder)
 
 
-def test_a_huge_header_is_refused_before_it_is_read(folder):
+def test_a_huge_header_is_rejected_before_it_is_read(folder):
     file = folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
     with pytest.raises(InputError, match=r"claims a header of 1,152,921,504,606,846,976 bytes"):
@@ -160,7 +160,7 @@ def test_a_huge_header_is_refused_before_it_is_read(folder):
 
 
 class Bomb:
-    """Would leave a file where it is unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -170,7 +170,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_pickle_is_refused_and_never_run(folder, zipped):
+def test_a_pickle_is_rejected_and_never_run(folder, zipped):
     trap = folder / "trap"
     content = pickle.dumps(Bomb(str(trap)))
     (folder / "model.safetensors").write_bytes(b"PK\x03\x04" * zipped + content)
@@ -179,7 +179,7 @@ def test_a_pickle_is_refused_and_never_run(folder, zipped):
     assert not trap.exists()
 
 
-def test_a_folder_of_pickles_alone_is_refused(folder):
+def test_a_folder_of_pickles_alone_is_rejected(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
         InputError, match=r"pytorch_model.bin.* are pickles, which can run arbitrary code"
@@ -201,7 +201,7 @@ INDEX = "model.safetensors.index.json"
         ("gone.safetensors", "gone.safetensors cannot be read"),
     ],
 )
-def test_an_index_that_leads_elsewhere_is_refused(sharded, file, message):
+def test_an_index_with_invalid_file_names_is_rejected(sharded, file, message):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"][WPE] = file
     (sharded / INDEX).write_text(json.dumps(index))
@@ -209,7 +209,7 @@ def test_an_index_that_leads_elsewhere_is_refused(sharded, file, message):
         pretrained.read_model(sharded)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
+def test_a_link_out_of_the_folder_is_rejected(folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "secret"
     (folder / "model.safetensors").rename(outside)
     (folder / "model.safetensors").symlink_to(outside)
@@ -253,20 +253,20 @@ def test_index_and_files_must_agree(sharded):
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ],
 )
-def test_a_config_that_is_not_of_these_weights_is_refused(folder, changes, message):
+def test_a_config_that_does_not_match_the_weights_is_rejected(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     with pytest.raises(InputError, match=message):
         pretrained.read_model(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '"x"'])
-def test_a_config_that_is_no_table_is_refused(folder, content):
+def test_a_config_that_is_not_a_json_object_is_rejected(folder, content):
     (folder / "config.json").write_text(content)
     with pytest.raises(InputError, match="config.json"):
         pretrained.read_model(folder)
 
 
-def test_a_field_that_is_not_known_is_told(folder, caplog):
+def test_an_unknown_field_is_a_warning(folder, caplog):
     edit_json(folder / "config.json", attention_multiplier=2.0)
     pretrained.read_model(folder)
     assert "attention_multiplier" in caplog.text and "torch_dtype" not in caplog.text
@@ -287,18 +287,18 @@ ROPE |= {"num_attention_heads": 2, "intermediate_size": 32}
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ],
 )
-def test_rotary_positions_that_are_not_ours_are_refused(tmp_path, rope, message):
+def test_unsupported_rotary_embeddings_are_rejected(tmp_path, rope, message):
     with pytest.raises(InputError, match=message):
         llama.read_config(Fields({**ROPE, **rope}, tmp_path / "config.json")).check()
 
 
-def test_a_model_that_no_family_holds_is_told_what_is_in_the_way():
+def test_an_architecture_without_a_family_is_rejected_with_the_difference():
     nearly = GPTConfig(L=2, D=16, N=2, T=8, V=50, mlp="relu2")
     with pytest.raises(InputError, match=r"gpt2 is the closest, where model.mlp would be 'gelu'"):
         pretrained.family_of(nearly)
 
 
-def test_files_are_refused_without_assertions_too(folder):
+def test_files_are_rejected_without_assert_statements(folder):
     edit(folder / "model.safetensors", lambda h: h[WPE].update(shape=[16, 8]))
     program = (
         "import sys, pathlib\nfrom jaxgpt import pretrained\n"
@@ -313,7 +313,7 @@ def test_files_are_refused_without_assertions_too(folder):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_damage_to_a_header_is_refused_or_harmless(tmp_path_factory, data):
+def test_any_damage_to_a_header_is_rejected_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
     names = data.draw(st.lists(st.text(max_size=3), min_size=1, max_size=3, unique=True))
     header, position = {}, 0
@@ -336,13 +336,13 @@ def test_any_damage_to_a_header_is_refused_or_harmless(tmp_path_factory, data):
         assert end <= position
 
 
-def test_layers_beyond_all_measure_are_refused_at_once(folder):
+def test_a_huge_number_of_layers_is_rejected_at_once(folder):
     edit_json(folder / "config.json", n_layer=10**12)
     with pytest.raises(InputError, match="n_layer=1000000000000 is not from 0 to 2147483647"):
         pretrained.read_model(folder)
 
 
-def test_a_tensor_there_twice_is_refused(folder):
+def test_a_duplicate_tensor_is_rejected(folder):
     file = folder / "model.safetensors"
 
     def add(header):
@@ -355,7 +355,7 @@ def test_a_tensor_there_twice_is_refused(folder):
         pretrained.read_model(folder)
 
 
-def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
+def test_a_number_out_of_the_range_of_float16_is_rejected(tmp_path):
     params = init(CFG.build(ComputeConfig()), jax.random.key(0))
     params["wpe"] = params["wpe"].at[3, 3].set(70_000.0)
     with pytest.raises(
@@ -365,20 +365,20 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
     pretrained.write_model(tmp_path, CFG, params, dtype="bfloat16")
 
 
-def test_a_missing_tensor_is_named_with_what_there_is(folder):
+def test_a_missing_tensor_is_named_with_examples_of_existing_ones(folder):
     edit(folder / "model.safetensors", lambda h: h.update(x=h.pop("transformer.wpe.weight")))
     with pytest.raises(InputError, match=r"no tensor 'transformer.wpe.weight'.* has, for example"):
         pretrained.read_model(folder)
 
 
-def test_a_model_with_an_output_layer_of_its_own_that_is_missing_may_be_tied(folder):
+def test_a_missing_output_layer_suggests_tied_embeddings(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(InputError, match="lm_head.weight'.*set tie_word_embeddings to true there"):
         pretrained.read_model(folder)
 
 
-def test_quantized_weights_are_said_to_be_so(folder):
+def test_quantized_weights_are_rejected(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
