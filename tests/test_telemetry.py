@@ -284,7 +284,7 @@ def test_without_a_terminal_a_line_is_printed_per_update(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "compiling the training step ...",
         "step     1/2000 | loss 4.2000",
-        "step   100/2000 | loss 3.2123 | val_loss 3.3012 | 10,000 tokens/s | 0:03:10 left",
+        "step   100/2000 | loss 3.2123 | val_loss 3.3012 | 10,000 tok/s | 0:03:10 left",
         "saved",
     ]
 

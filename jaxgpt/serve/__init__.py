@@ -29,7 +29,7 @@ class ServeConfig:
     """The API key that clients must send; "": none. Prefer $JAXGPT_API_KEY, which does not show up
     in the list of processes."""
     name: str = ""
-    """The model's name in the API; "": the name of its run or of its hub repository."""
+    """The model's name in the API; "": the name of its run, folder or hub repository."""
     slots: int = 0
     """The batch size: how many texts are generated at the same time. 0: as many as fit in memory,
     up to 8."""

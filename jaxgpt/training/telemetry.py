@@ -448,7 +448,7 @@ def _numbers(loss: float, val_loss: float, rate: float, left: float, skipped: in
     if not math.isnan(val_loss):
         known.append(f"val_loss {val_loss:.4f}")
     if math.isfinite(rate):
-        known += [f"{rate:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
+        known += [f"{rate:,.0f} tok/s", f"{timedelta(seconds=round(left))} left"]
     if skipped:
         known.append(f"{skipped} skipped")
     return known
