@@ -258,9 +258,9 @@ def test_the_shards_listed_in_an_index_are_downloaded(server, monkeypatch):
 @pytest.mark.parametrize(
     ("shard", "reason"),
     [
-        ("../../config.safetensors", "no weight_map to safetensors files beside it"),
-        ("pytorch_model.bin", "no weight_map to safetensors files beside it"),
-        (7, "no weight_map to safetensors files beside it"),
+        ("../../config.safetensors", "no weight_map to safetensors files in the same folder"),
+        ("pytorch_model.bin", "no weight_map to safetensors files in the same folder"),
+        (7, "no weight_map to safetensors files in the same folder"),
         (
             "model-9.safetensors",
             "has no model-9.safetensors, which its model.safetensors.index.json lists",
@@ -422,7 +422,10 @@ def test_a_full_disk_is_found_before_the_download(server, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "has no room for me/mine ([Errno 28]"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "has too little space for me/mine ([Errno 28]",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             "cannot write to /x (Permission",

@@ -83,7 +83,7 @@ def trained(here, runs):
 def on_devices(monkeypatch, number):
     """Runs take so many of the tests' eight devices."""
     some = partial(MAKE_MESH, devices=jax.devices()[:number])
-    monkeypatch.setattr(train.parallel, "make_mesh", some)
+    monkeypatch.setattr(sharding, "make_mesh", some)
 
 
 def run(*options: str, name: str = "a", config: str = "tiny.py") -> int:
@@ -319,7 +319,7 @@ def test_steps_that_do_not_log_never_wait_for_the_device(here, monkeypatch):
         monkeypatch.setattr(array, name, spy)
 
     reads_at: dict[int, int] = {}
-    layout = train.parallel.Layout
+    layout = sharding.Layout
     compile_step = layout.compile_step
 
     def watched(self, *args):
