@@ -342,7 +342,7 @@ def test_an_adapter_whose_base_peft_cannot_load_is_rejected(adapted, published, 
             "is a run, which PEFT cannot load",
         ),
         ({"path": str(published), "adapter": "a"}, "", "with the adapter a merged into it"),
-        (None, "", "started from new weights"),
+        (None, "", "started from random weights"),
         ({"path": str(tmp_path / "gone")}, "", "does not exist"),
     ]
     for started, base, message in cases:
