@@ -255,7 +255,7 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
     about = checkpoint.read_metadata("runs/finetune")
     loss = about["metrics"]["val_loss"]
     for part in (
-        "4 steps of 8 x 16 tokens, 512 in all",
+        "4 steps of 8 x 16 tokens, 512 tokens in total",
         f"{loss:.4f} nats",
         about["data"]["files"][0],
         str(folder),
