@@ -99,7 +99,7 @@ def make(folder: Path) -> None:
     cfg = GPTConfig(L=2, D=64, N=4, T=256, V=tokenizer.vocab_size, init_std=0.3)
     compute, _ = ComputeConfig().resolve(cfg, "cpu")
     huggingface.write_tokenizer(tokenizer, folder, cfg.T)
-    pretrained.write(folder, cfg, init(cfg.build(compute), jax.random.key(0)))
+    pretrained.write_model(folder, cfg, init(cfg.build(compute), jax.random.key(0)))
 
 
 def cases(trained: Any, options: Options) -> list[Case]:

@@ -77,7 +77,7 @@ def export(folder, cfg, **options):
     """An export of random parameters, with a tokenizer and a manifest."""
     with new_folder(folder) as draft:
         write_tokenizer(Bytes(), draft, cfg.T)
-        pretrained.write(draft, cfg, random_params(cfg), **options)
+        pretrained.write_model(draft, cfg, random_params(cfg), **options)
     return folder
 
 
@@ -137,7 +137,7 @@ def test_an_impossible_size_is_refused_by_name_before_anything_is_made(
         tracemalloc.start()
         try:
             with pytest.raises(InputError, match=rf"config.json.*({field}|NaN|1e400)"):
-                pretrained.read(folder)
+                pretrained.read_model(folder)
             assert tracemalloc.get_traced_memory()[1] < 5_000_000
         finally:
             tracemalloc.stop()
@@ -162,7 +162,7 @@ def test_a_config_of_other_weights_is_refused(exports, tmp_path, name, changes):
     folder = copy(exports[name], tmp_path / "model")
     edit(folder / "config.json", **changes)
     with pytest.raises(InputError):
-        pretrained.read(folder)
+        pretrained.read_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_number_of_a_config_that_is_not_finite_is_refused(exports, tmp_path, c
     folder = copy(exports["llama"], tmp_path / "model")
     edit(folder / "config.json", **changes)
     with pytest.raises(InputError):
-        pretrained.read(folder)
+        pretrained.read_model(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -202,9 +202,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_tensor(tmp_pa
     cfg = MODELS["gpt2"]
     params = random_params(cfg)
     params["blocks"]["1"]["up"]["w"][3, 5] = value
-    pretrained.write(tmp_path, cfg, params)
-    with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight' holds numbers that are NaN"):
-        pretrained.read(tmp_path).params()
+    pretrained.write_model(tmp_path, cfg, params)
+    with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight' has NaN or infinite values"):
+        pretrained.read_model(tmp_path).params()
 
 
 def adapter(folder, cfg, b=0.5):
@@ -212,7 +212,7 @@ def adapter(folder, cfg, b=0.5):
     q = {name: np.full(shape, b, np.float32) for name, shape in shapes.items()}
     q["lora_scale"] = np.ones((), np.float32)
     with new_folder(folder) as draft:
-        peft.write(draft, cfg, {"blocks": {"0": {"q": q}}}, "base")
+        peft.write_adapter(draft, cfg, {"blocks": {"0": {"q": q}}}, "base")
     return folder
 
 
@@ -233,7 +233,7 @@ def test_an_impossible_field_of_an_adapter_is_refused(tmp_path, changes):
     folder = copy(adapter(tmp_path / "made", LLAMA), tmp_path / "adapter")
     edit(folder / "adapter_config.json", **changes)
     with pytest.raises(InputError, match="adapter_config.json"):
-        peft.read(folder, LLAMA)
+        peft.read_adapter(folder, LLAMA)
 
 
 def test_a_pattern_that_backtracks_forever_is_matched_in_time(tmp_path):
@@ -241,12 +241,15 @@ def test_a_pattern_that_backtracks_forever_is_matched_in_time(tmp_path):
     # Python's re takes 2^30 steps to see that the first does not match.
     pattern = {r"([a-z._0-9]|[a-z._0-9]+)*X": 7, r"(self_attn|mlp)\.[qk]_proj": 2}
     edit(folder / "adapter_config.json", r=3, rank_pattern=pattern)
-    assert flat(peft.read(folder, LLAMA))["blocks", "0", "q", "lora_a"].shape == (2, LLAMA.D)
+    assert flat(peft.read_adapter(folder, LLAMA))["blocks", "0", "q", "lora_a"].shape == (
+        2,
+        LLAMA.D,
+    )
 
 
 def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
-    with pytest.raises(InputError, match="lora_A of .*q_proj' holds numbers that are NaN"):
-        peft.read(adapter(tmp_path / "adapter", LLAMA, np.nan), LLAMA)
+    with pytest.raises(InputError, match="lora_A of .*q_proj' has NaN or infinite values"):
+        peft.read_adapter(adapter(tmp_path / "adapter", LLAMA, np.nan), LLAMA)
 
 
 # Not regular files.
@@ -301,7 +304,7 @@ def test_what_is_no_regular_file_is_never_opened(exports, tmp_path, irregular):
         folder = copy(made, tmp_path / f"adapter {name}")
         irregular(folder / name)
         with pytest.raises(InputError, match=name):
-            peft.read(folder, LLAMA)
+            peft.read_adapter(folder, LLAMA)
     for name in ("a.txt", "a.jsonl", "a.parquet", "a.csv", "a.json"):
         path = str(irregular(tmp_path / name))
         if not os.path.isdir(path):
@@ -688,12 +691,12 @@ def test_a_damaged_shard_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_damaged_adapter_is_named(tmp_path, name):
     folder = adapter(tmp_path / "adapter", LLAMA)
-    peft.read(folder, LLAMA)
+    peft.read_adapter(folder, LLAMA)
     content = bytearray((folder / name).read_bytes())
     content[-3] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"\({name}: changed\)"):
-        peft.read(folder, LLAMA)
+        peft.read_adapter(folder, LLAMA)
 
 
 def test_files_that_a_load_does_not_read_may_change(exports, tmp_path):

@@ -21,7 +21,7 @@ from jaxgpt.serve import server
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-BOUND = server._bound
+BOUND = server._bind
 MAKE_MESH = sharding.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
@@ -71,7 +71,7 @@ def newcomer(tmp_path, monkeypatch):
     synthetic._docstrings.cache_clear()
     # Nobody types, and nobody calls the server; it is loaded and started.
     monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
-    monkeypatch.setattr(server, "_bound", lambda host, _: BOUND(host, 0))
+    monkeypatch.setattr(server, "_bind", lambda host, _: BOUND(host, 0))
     monkeypatch.setattr(server.Server, "run", wait_until_ready)
     assert train.main([]) == 0
     yield

@@ -203,7 +203,7 @@ def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
     assert run(replace(BASE, name="teacher", train=replace(BASE.train, steps=2))) == 0
     assert run(replace(cfg, train=replace(cfg.train, steps=2))) == 0
     assert load("runs/student").tokenizer.fingerprint == load("runs/teacher").tokenizer.fingerprint
-    assert "teacher" not in checkpoint.read("runs/student")["leaves"]
+    assert "teacher" not in checkpoint.read_metadata("runs/student")["leaves"]
     assert run(replace(BASE, name="teacher")) == 0  # it learns on
     with pytest.raises(InputError, match="is not the one this run began with"):
         run(cfg)
@@ -233,7 +233,7 @@ def test_the_loss_of_a_mixture_is_weighted_and_decides_which_checkpoint_is_best(
     last = [m for m in metrics("domain") if "val_loss" in m][-1]
     new, old = last["val_loss/new.txt"], last["val_loss/old.txt"]
     assert last["val_loss"] == pytest.approx(0.75 * new + 0.25 * old) and abs(new - old) > 0.1
-    measured = checkpoint.read("runs/domain/checkpoints/4")["metrics"]
+    measured = checkpoint.read_metadata("runs/domain/checkpoints/4")["metrics"]
     assert measured["val_loss"] == last["val_loss"]
     bytes_of = {}  # of a token on average, from the text itself
     tokenizer = load("runs/domain").tokenizer

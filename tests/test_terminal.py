@@ -68,7 +68,7 @@ def save(folder, tokenizer):
     for before, after in zip(b"\n" + SENT, SENT + SENT[:1], strict=True):
         params["head"][after, before] = 6 / np.sqrt(cfg.D)
         params["head"][10, before] = 5 / np.sqrt(cfg.D)
-    pretrained.write(folder, cfg, params)
+    pretrained.write_model(folder, cfg, params)
     write_tokenizer(tokenizer, folder, T)
     return folder
 
@@ -524,7 +524,10 @@ def test_a_beam_takes_the_likeliest_text(run, goes_on):
     assert run("generate", goes_on, "12A", *likeliest) == (0, "12ABCDEFGHI\n", "")
     _, out, _ = run("chat", goes_on, *likeliest, given="12A\n/set top_k 3\n/retry\n")
     assert out.splitlines()[1] == "> BCDEFGHI"
-    assert "error: beam=3 takes the likeliest text as it is; leave out top_k" in out
+    assert (
+        "error: beam=3 searches the most likely text, without sampling or constraints; remove top_k"
+        in out
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -556,13 +559,13 @@ def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
         (["generate", "--schema", "odd.json"], "type"),
         (["generate", "--regex", "(a"], "pattern"),
         (["generate", "--choices", "a", "a"], "'a' is twice among the choices"),
-        (["generate", "--choices", "a", "--regex", "a"], "choices and regex at once"),
+        (["generate", "--choices", "a", "--regex", "a"], "choices and regex cannot be combined"),
         (["generate", "--stop", ""], "a stop string is empty"),
         (["generate", "--tokens", "0"], "tokens=0"),
         (["generate", "--temperature", "-1"], "temperature=-1"),
         (["generate", "A" * T], f"{T + 1} tokens, .* context of {T}"),
         (["generate", "--beam", "0"], "beam=0"),
-        (["generate", "--beam", "2", "--regex", "a"], "leave out regex"),
+        (["generate", "--beam", "2", "--regex", "a"], "remove regex"),
         (["generate", "--beam", "2", "--tokens", "300"], "tokens=300 .* set tokens to 1 to 256"),
         (["chat", "--tokens", "0"], "tokens=0"),
         (["chat", "--top_p", "0"], "top_p=0"),
