@@ -30,7 +30,7 @@ class DataConfig:
     paths: tuple[str, ...] = ("python",)
     """Each 'python' (the standard library), a file (text, JSON, JSON lines, parquet, CSV, TSV; also
     compressed with gzip), a folder, a glob, or
-    'tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]'."""
+    `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
     weights: tuple[float, ...] = ()
     """The share of each path in every batch; empty: in proportion to size. The validation loss is
     weighted alike, if what is validated on has a part for each path."""
