@@ -23,7 +23,7 @@ from jaxgpt.paths import keep_compiled_programs
 from jaxgpt.signals import Signals, end_if_abandoned
 from jaxgpt.terminal import survive_closed_output
 from jaxgpt.training import loop
-from jaxgpt.training.setup import check_models
+from jaxgpt.training.inputs import check_models
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
 

@@ -52,7 +52,7 @@ def measure(options: Options) -> dict[str, float]:
     from jaxgpt.model.params import merge
     from jaxgpt.objectives import NextToken
     from jaxgpt.training.finetune import Tree, TuneConfig
-    from jaxgpt.training.step import init_state, train_step
+    from jaxgpt.training.step import NOTHING_FROZEN, Frozen, init_state, train_step
 
     cfg = GPTConfig(
         L=options.layers,
@@ -71,10 +71,10 @@ def measure(options: Options) -> dict[str, float]:
 
     def make():
         params, rest = tree.create(jax.random.key(0))
-        return init_state(params, tx, jax.random.key(1), frozen={"rest": rest} if rest else None)
+        return init_state(params, tx, jax.random.key(1), frozen=Frozen(rest=rest or None))
 
-    def loss_fn(params, batch, key, frozen=None):
-        return NextToken()(model, merge(params, (frozen or {}).get("rest")), batch, key)
+    def loss_fn(params, batch, key, frozen=NOTHING_FROZEN):
+        return NextToken()(model, merge(params, frozen.rest), batch, key)
 
     state = jax.jit(make)()
     held = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))

@@ -291,7 +291,7 @@ async def measure(path: str, options: Options) -> int:
                 await asyncio.sleep(1)
             watch.cancel()
         log = (Path(folder) / "stderr").read_text(errors="replace")
-    print(f"memory: {max(held for _, held in server.memory) / 2**20:.0f} MiB at most")
+    print(f"memory: {max((held for _, held in server.memory), default=0) / 2**20:.0f} MiB at most")
     print(f"the log: {log.count(chr(10))} lines, {log.count('Traceback')} exceptions")
     if "Traceback" in log:
         print(log[log.index("Traceback") - 500 :][:4000])

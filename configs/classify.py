@@ -1,4 +1,4 @@
-"""Classify text: which package of the Python library a docstring is from.
+"""Text classification: the package of the Python library that a docstring is from.
 
 Command:   python train.py configs/classify.py
            python train.py configs/classify.py --data.paths spam.csv --data.fields label=v1 text=v2
@@ -10,7 +10,7 @@ Data:      docstrings of the running interpreter's library, or a file of labels 
            of a file without a header
 Time:      about 60 s on two cores of an Intel Xeon
 Expect:    a test accuracy of 0.83 among eight packages (three seeds: 0.82 to 0.84), where logistic
-           regression on TF-IDF has 0.85. A larger base needs a smaller learning rate: 5e-5 for GPT-2
+           regression on TF-IDF has 0.85. Larger models need smaller learning rates: GPT-2 5e-5
 """
 
 from jaxgpt.config import Config, TrainConfig

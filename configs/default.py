@@ -1,12 +1,12 @@
-"""The embedded default: a small GPT on the Python standard library, no network needed.
+"""The default: a small GPT on the Python standard library, without any download.
 
 Command:   python train.py
 Hardware:  a laptop; 2 CPU cores are enough
 Data:      the source of the running interpreter's standard library, about 12 MB without its tests
 Time:      180 s on two cores of an Intel Xeon; `--compute.dtype bfloat16` is about 1.4 times as
            fast on a processor that multiplies it (AVX512-BF16, AMX)
-Expect:    a validation loss of 3.5 to 3.9, by library and seed, which is 1.49 to 1.59 bits per
-           byte, and a sample with the look of Python and little of its sense
+Expect:    a validation loss of 3.5 to 3.9, depending on library and seed, which is 1.49 to 1.59
+           bits per byte; samples that look like Python and make little sense
 """
 
 from jaxgpt.config import Config, TrainConfig

@@ -1,12 +1,12 @@
-"""Domain tuning: go on with pretraining on your own texts, with some of the old ones beside them.
+"""Continued pretraining on texts of a domain, mixed with some of the old data.
 
 Command:   python train.py configs/domain.py --data.paths FOLDER python
 Hardware:  runs/default: a laptop
-Data:      the first path is the domain (medicine, law, one's own code), the second what the model
-           was trained on before; `data.weights` are their shares of every batch
+Data:      the first path has the texts of the domain (medicine, law, your code), the second those
+           that the model was trained on; `data.weights` are their fractions of every batch
 Time:      54 s on two cores of an Intel Xeon
-Expect:    a table of the losses on both, before and after: with `jaxgpt python`, 4.58 to 3.72 on
-           the new and 3.51 to 3.60 on the old
+Expect:    a table of the losses on both before and after: with `jaxgpt python`, from 4.58 to 3.72
+           on the new texts, and from 3.51 to 3.60 on the old ones
 """
 
 from jaxgpt.config import Config, TrainConfig

@@ -1,4 +1,4 @@
-"""GPT-2 124M, as published, on a web text of your own: about half a million tokens a step.
+"""GPT-2 124M on web text, with about half a million tokens per step.
 
 Command:   python train.py configs/gpt2_124m.py --data.paths "fineweb/*.parquet"
 Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)

@@ -1,8 +1,8 @@
-"""GPT-2 1558m, as published: gpt2_124m.py, larger.
+"""GPT-2 1558m: as gpt2_124m.py, with the published larger sizes.
 
 Command:   python train.py configs/gpt2_1558m.py --data.paths "fineweb/*.parquet"
-Hardware:  GPUs or TPU chips whose memory together holds 16 bytes a parameter and the activations;
-           --parallel.fsdp -1 --parallel.data 1 splits the parameters over all of them
+Hardware:  GPUs or TPU chips with a total memory of 16 bytes per parameter, plus the activations;
+           --parallel.fsdp -1 --parallel.data 1 shards the parameters over all of them
 Time:      not run
 Expect:    not run
 """

@@ -1,4 +1,4 @@
-"""Follow instructions: write the docstring of a function from its signature.
+"""Instruction tuning: write the docstring of a function, given its signature.
 
 Command:   python train.py configs/instruct.py
            python train.py configs/instruct.py --data.paths instructions.json
@@ -7,8 +7,8 @@ Hardware:  a laptop
 Data:      functions of the running interpreter's library; or records with `instruction`, `input`
            and `output` (Alpaca), or with `messages`
 Time:      79 s on two cores of an Intel Xeon
-Expect:    a validation loss of 3.91, from 5.41 before the first step; answers of a docstring's form
-           and little sense
+Expect:    a validation loss of 3.91, from 5.41 before the first step; answers that look like
+           docstrings and make little sense
 """
 
 from jaxgpt.config import Config, TrainConfig

@@ -1,4 +1,4 @@
-"""A small model of today: rotary positions, RMSNorm, squared ReLU, grouped queries, QK-norm, Muon.
+"""A current architecture: RoPE, RMSNorm, squared ReLU, grouped queries, QK-norm; with Muon.
 
 Command:   python train.py configs/modern.py --data.paths "fineweb/*.parquet"
 Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)

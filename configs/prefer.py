@@ -1,4 +1,4 @@
-"""Preferences (DPO): the docstring of a function rather than that of another.
+"""Preference tuning (DPO): prefer the docstring of a function to that of another function.
 
 Before:    python train.py configs/instruct.py
 Command:   python train.py configs/prefer.py
@@ -7,8 +7,8 @@ Hardware:  a laptop
 Data:      functions of the running interpreter's library; or records with `prompt`, `chosen` and
            `rejected`
 Time:      123 s on two cores of an Intel Xeon
-Expect:    a validation loss of 0.62, from log 2 before the first step, and seven of ten pairs the
-           right way round
+Expect:    a validation loss of 0.62, from log 2 before the first step; 7 of 10 pairs ranked
+           correctly
 """
 
 from jaxgpt.config import Config, TrainConfig

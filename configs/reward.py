@@ -1,12 +1,12 @@
-"""Rewards (GRPO): two-digit arithmetic by trying, with a checker instead of answers.
+"""Reinforcement learning (GRPO): two-digit arithmetic, with a reward for correct answers.
 
 Before:    python train.py configs/arithmetic.py
 Command:   python train.py configs/reward.py
 Hardware:  a laptop
 Data:      the problems of `configs/arithmetic.py`; or records with `instruction` and `output`
-Time:      236 s on two cores of an Intel Xeon; 28 to 45 ms a step on an H200 that three runs shared
-Expect:    a share of right greedy answers that rises: here from 0.66 to 0.71; in 400 steps, from
-           three other starts, from 0.27 to 0.40, 0.65 to 0.76 and 0.69 to 0.71
+Time:      236 s on two cores of an Intel Xeon; 28 to 45 ms per step on an H200 shared by three runs
+Expect:    the fraction of correct greedy answers rises: from 0.66 to 0.71; in 400 steps from three
+           other starts from 0.27 to 0.40, 0.65 to 0.76 and 0.69 to 0.71
 """
 
 from jaxgpt.config import Config, TrainConfig

@@ -1,11 +1,11 @@
-"""Shakespeare by characters, in nanoGPT's size for a CPU.
+"""Character-level Shakespeare, with nanoGPT's sizes for a CPU.
 
 Command:   python train.py configs/shakespeare_cpu.py --data.paths tinyshakespeare.txt
 Hardware:  any; nanoGPT's setting `--device=cpu`
 Data:      tinyshakespeare.txt, 1.1 MB, from github.com/karpathy/char-rnn (data/tinyshakespeare)
 Time:      124 s on two cores of an Intel Xeon
-Expect:    a validation loss of 1.780; with nanoGPT's own learning rate, 1e-3, 1.909. Both are over
-           all of the held-out text; nanoGPT publishes 1.88, from a sample of it
+Expect:    a validation loss of 1.780; with nanoGPT's learning rate, 1e-3, 1.909. Both are over the
+           whole held-out text; nanoGPT reports 1.88, over a sample of it
 """
 
 from jaxgpt.config import Config, TrainConfig

@@ -1,4 +1,4 @@
-"""The original Transformer, an encoder and a decoder, trained to translate.
+"""Translation with the original Transformer, an encoder and a decoder.
 
 Command:   python train.py configs/translate.py
            python train.py configs/translate.py --name multi30k --data.paths multi30k/train
@@ -10,9 +10,9 @@ Then:      python -m jaxgpt translate runs/multi30k "A dog runs."
 Hardware:  a laptop; for Multi30k a GPU
 Data:      Python expressions of the running interpreter's library and their prefix form; or two
            files of sentences, PATH.SOURCE and PATH.TARGET, line by line, or records with both
-Time:      142 s on two cores of an Intel Xeon; Multi30k 170 s on an H200 that five runs shared
-Expect:    a test BLEU of 56; on Multi30k's test_2016_flickr 40.5 to German, and 60.4 to French
-           (`--objective.target fr`)
+Time:      142 s on two cores of an Intel Xeon; Multi30k 170 s on an H200 shared by five runs
+Expect:    a test BLEU of 56; on Multi30k's test_2016_flickr 40.5 for English to German, and 60.4
+           for English to French (`--objective.target fr`)
 """
 
 from jaxgpt.config import Config, TrainConfig

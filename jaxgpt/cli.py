@@ -1,4 +1,5 @@
-"""`python -m jaxgpt COMMAND`: what one does with a trained model, and with text."""
+"""The commands of `python -m jaxgpt`: generate, chat, serve, classify, translate, export and
+more."""
 
 import os
 import signal
@@ -30,45 +31,49 @@ from jaxgpt.training import runs
 
 @dataclass(frozen=True)
 class Options:
-    """What `generate` and `chat` both take; None: as the model's generation_config.json says."""
+    """The options of `generate` and `chat`; None: the value in the model's
+    generation_config.json."""
 
     temperature: float | None = None
-    """Logits are divided by it; 0: the likeliest token. Without any: 0.8."""
+    """Logits are divided by it; 0: greedy decoding. 0.8 if the model has no default."""
     top_k: int | None = None
-    """Sample among so many of the likeliest tokens; 0: among all."""
+    """Sample from this many of the most probable tokens; 0: from all."""
     top_p: float | None = None
-    """Sample among the fewest likeliest tokens whose probabilities add up to it."""
+    """Sample from the fewest most probable tokens whose probabilities add up to this (nucleus
+    sampling); 1: from all."""
     min_p: float | None = None
-    """Sample among tokens at least so likely as this fraction of the likeliest."""
+    """Sample from tokens whose probability is at least this fraction of the highest; 0: from
+    all."""
     repetition_penalty: float | None = None
-    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied."""
+    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied; 1:
+    none."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for every time it is in the text, the prompt not counted."""
+    """Subtracted from a token's logit for each time it is in the text, not counting the prompt."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token that is in the text."""
+    """Subtracted from the logits of all tokens in the text, not counting the prompt."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these ids; -100 and below: never sampled."""
+    """Added to the logits of these token ids; -100 or less: never sampled."""
     seed: int = 0
-    """The same seed and settings give the same text."""
+    """The random seed: the same seed and settings give the same text."""
     stop: tuple[str, ...] = ()
-    """Texts before which to stop."""
+    """Stop strings, before which the text ends."""
     choices: tuple[str, ...] = ()
-    """What is written is one of these."""
+    """The text must be one of these."""
     regex: str = ""
-    """What is written matches this expression."""
+    """The text must match this regular expression as a whole."""
     schema: str = ""
-    """A file with a JSON schema; what is written is JSON that fits it."""
+    """A file with a JSON schema; the text must be JSON that is valid for it."""
     draft: str = ""
-    """A smaller model of the same tokenizer, which guesses ahead; the text is the same."""
+    """A smaller model with the same tokenizer, for speculative decoding; the text is the same."""
     beam: int = 1
-    """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
+    """The beam width of a beam search for the most probable text; 1: sampling."""
     adapter: str = ""
-    """A folder with a LoRA adapter of PEFT's layout, added to the model."""
+    """A folder with a LoRA adapter in PEFT's format, to fold into the model."""
     dtype: Dtype = "float32"
-    """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
-    half of it."""
+    """The format of the weights: bfloat16 takes half the memory of float32; int8 a quarter, and is
+    faster, with nearly the same results."""
     cache: CacheDtype = "same"
-    """Of keys and values: int8 leaves room for more of them."""
+    """The format of the KV cache: that of the computation, or int8, which takes less memory."""
 
     def load(self, path: str) -> tuple[Trained, dict[str, Any]]:
         """The model at `path`, and the options that its `stream` takes."""
@@ -95,14 +100,14 @@ def generate(
     tokens: int = 200,
     options: Flat = Options(),
 ) -> None:
-    """Write on from a prompt.
+    """Generate text from a prompt.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
-            name there.
-        prompt: The text to go on from.
-        tokens: How many tokens to write, at most: a text may end before.
-        options: How to write.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        prompt: The text to continue.
+        tokens: The most tokens to generate; the text may end earlier.
+        options: How to generate.
     """
     trained, how = options.load(path)
     _, stopped = terminal.say(lambda: trained.stream(prompt, tokens, **how), before=prompt)
@@ -116,14 +121,14 @@ def chat(
     tokens: int = 512,
     options: Flat = Options(),
 ) -> None:
-    """Talk to a model, or, where it has no chat format, let it go on from what you write.
+    """Chat with a model. A model without a chat format continues your text instead.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
-            name there.
-        system: A message before the conversation that says how to answer.
-        tokens: How many tokens an answer has, at most.
-        options: How to write.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        system: The system message.
+        tokens: The most tokens of an answer.
+        options: How to generate.
     """
     trained, how = options.load(path)
     conversation = terminal.Conversation(trained, system, tokens, how)
@@ -135,12 +140,12 @@ def serve(
     path: tyro.conf.Positional[str],
     options: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig(),  # noqa: B008
 ) -> None:
-    """Serve a model by OpenAI's interface, with a page to chat on.
+    """Serve a model with an OpenAI-compatible API and a chat page.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a folder of Hugging Face's layout, or a
-            name there.
-        options: Where, and to how many.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        options: The address, and the limits.
     """
     check_exists(path)
     keep_compiled_programs()
@@ -149,7 +154,7 @@ def serve(
 
 
 def _ready(path: str, adapter: str = "", dtype: Dtype = "float32") -> Trained:
-    """A model to write from, and a folder for the programs that are compiled."""
+    """The model; and compiled programs are cached from now on."""
     keep_compiled_programs()
     return load(path, adapter, dtype=dtype)
 
@@ -169,10 +174,10 @@ def classify(
     texts: tyro.conf.Positional[tuple[str, ...]] = (),
     file: str = "",
 ) -> None:
-    """Say what texts are: for each a line of its label, how sure that is, and the text.
+    """Classify texts: prints a line with label, probability and text for each.
 
     Args:
-        path: A run that was trained to classify.
+        path: A run that was trained with configs/classify.py.
         texts: The texts.
         file: A file with a text on each line; "-" is the standard input.
     """
@@ -189,13 +194,13 @@ def translate(
     file: str = "",
     beam: int = 5,
 ) -> None:
-    """Translate texts, each to a line.
+    """Translate texts: prints a line for each.
 
     Args:
-        path: A run that was trained to translate.
+        path: A run that was trained with configs/translate.py.
         texts: The texts.
         file: A file with a text on each line; "-" is the standard input.
-        beam: Translations kept on the way; 1: the likeliest token each time.
+        beam: The beam width; 1: greedy decoding.
     """
     trained, objective = _trained(path, Translate)
     given = _given(texts, file)
@@ -204,7 +209,7 @@ def translate(
 
 
 def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
-    """A model and its objective; InputError where it is not of this kind."""
+    """A model and its objective. Raises InputError if it was trained with another one."""
     trained = _ready(path)
     objective = trained.config.objective
     if not isinstance(objective, kind):
@@ -216,7 +221,7 @@ def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
 
 
 def _given(texts: tuple[str, ...], file: str) -> list[str]:
-    """The texts, and the lines of a file; InputError where there are none."""
+    """The texts and the lines of a file. Raises InputError if there are none."""
     given = [*texts]
     if file:
         try:
@@ -225,7 +230,7 @@ def _given(texts: tuple[str, ...], file: str) -> list[str]:
             raise InputError(f"{file} cannot be read as text: {error}") from None
         given += lines_of(text.removeprefix("\ufeff"))
     if not given:
-        raise InputError("there is no text; give some after the run, or --file")
+        raise InputError("there is no text; pass texts after the run, or --file")
     return given
 
 
@@ -235,13 +240,13 @@ def tokenize(
     encoding: str = "utf-8",
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = TokenizerConfig(),  # noqa: B008
 ) -> None:
-    """Report how small and how fast a tokenizer makes a text.
+    """Report the compression and the speed of a tokenizer on some text.
 
     Args:
-        paths: Files, folders, globs, 'tfds:NAME', or 'python' for the standard library.
-        fields: text=COLUMN, where the text of JSON lines, parquet or CSV is (data.fields).
-        encoding: The encoding of files without a byte order mark (data.encoding).
-        tokenizer: The tokenizer to report on.
+        paths: Files, folders, globs, 'tfds:NAME', or 'python' for the standard library. fields:
+            text=COLUMN names the field with the text in JSON lines, parquet or CSV (data.fields).
+            encoding: The encoding of files without a byte order mark (data.encoding). tokenizer:
+            The tokenizer to report on.
     """
     cfg = DataConfig(paths=paths, fields=fields, encoding=encoding)
     cfg.check()
@@ -256,16 +261,17 @@ def export(
     adapter: str = "",
     base: str = "",
 ) -> None:
-    """Write a model, or its LoRA adapter alone, in the layout of Hugging Face.
+    """Export a model, or only its LoRA adapter, in Hugging Face's format.
 
     Args:
-        path: A run's folder, a checkpoint's, or whatever else `generate` takes.
-        folder: A new folder.
-        to: The whole model with tokenizer and card, adapters merged; or the adapter, for PEFT.
-        dtype: Of the parameters in the files of a whole model.
-        adapter: A folder with a LoRA adapter of PEFT's layout, to merge into a whole model.
-        base: For an adapter: the model it belongs to, as PEFT finds it, a folder of Hugging Face's
-            layout or a name there; by default what the run started from.
+        path: A run, a checkpoint, or any other model that `generate` takes.
+        folder: The folder to create.
+        to: hf: the whole model with tokenizer and model card, LoRA folded in; peft: only the
+            adapter, for PEFT.
+        dtype: hf: the dtype of the weights.
+        adapter: hf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
+        base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
+            the model that the run started from.
     """
     check_exists(path)
     if to == "peft" and dtype != "float32":
@@ -283,7 +289,7 @@ def export(
 
 
 def verify(path: tyro.conf.Positional[str]) -> int:
-    """Hash all files of a run and say which are damaged; the exit status is 1 if any are.
+    """Verify the hashes of all files of a run; the exit status is 1 if any is damaged.
 
     Args:
         path: A run's folder (checkpoints, cached tokens, metrics), a checkpoint, or an export.
@@ -295,11 +301,11 @@ def verify(path: tyro.conf.Positional[str]) -> int:
 
 
 def list_runs(folder: tyro.conf.Positional[str] = "runs", verify: bool = True) -> None:
-    """List the runs in a folder: how far they are, their losses and sizes, and what is damaged.
+    """List the runs in a folder with their steps, losses, sizes and damaged files.
 
     Args:
-        folder: The folder that holds the runs.
-        verify: Hash the files of all checkpoints, which takes about a second per GB.
+        folder: The folder of runs.
+        verify: Verify the hashes of all checkpoints, which takes about a second per GB.
     """
     print(runs.show_runs(runs.list_runs(folder, verify)))
 

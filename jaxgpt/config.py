@@ -1,7 +1,7 @@
-"""The whole experiment as one frozen dataclass: a Python file, then `--a.b value` overrides.
+"""The config of an experiment: one frozen dataclass, from a Python file and `--a.b value` options.
 
-Each part is declared beside the code that reads it; this module puts the parts together, reads a
-config file, lets the command line override any field, and writes JSON that reads back equal.
+Each part is declared beside the code that uses it. This module combines the parts, reads config
+files, overrides fields from the command line, and writes JSON from which the same config is read.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxgpt import strict_json, synonyms
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.objectives import Elsewhere, NextToken, Objective
+from jaxgpt.objectives import NextToken, Objective, UnknownObjective
 from jaxgpt.paths import expand
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
@@ -31,33 +31,35 @@ from jaxgpt.training.telemetry import TelemetryConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and what to look at on the way."""
+    """The length of training, the batch, and how often to log and evaluate."""
 
     steps: int = 1000
-    """Updates of the parameters, in total."""
+    """The total number of updates."""
     epochs: float = 0.0
-    """Passes over the training set: if it is more than 0, `steps` is computed from it. It suits
-    fine-tuning, where the size of the data is what matters. On the command line, steps given alone
-    count instead."""
+    """Passes over the training set, from which `steps` is computed; 0: `steps` counts. It suits
+    fine-tuning on small data. On the command line, --train.steps alone overrides the epochs of a
+    config file."""
     batch: int = 32
-    """Rows of tokens in a step, over all devices and processes."""
+    """Rows of tokens in each step, over all devices and processes."""
     context: int = 0
-    """Tokens in a row; 0: as many as the model's context, model.T."""
+    """Tokens in a row; 0: the model's context length, model.T."""
     micro: int = 1
-    """Parts a batch is taken in, to save memory; the gradient is the same."""
+    """Gradient accumulation: the number of parts in which a batch is computed, to save memory. The
+    gradient is the same."""
     log_every: int = 10
-    """Steps between lines of the log; the device is waited for only then."""
+    """Steps between log lines; only then does the host wait for the devices."""
     eval_every: int = 250
-    """Steps between evaluations on the validation set, and one at the end; 0: only at the end."""
+    """Steps between evaluations on the validation set; 0: only at the end, where there is always
+    one."""
     eval_batches: int = 0
-    """Batches of an evaluation, spread over the validation set; 0: all of it."""
+    """The number of batches of an evaluation, spread evenly over the validation set; 0: all."""
     prompt: str = "\n"
-    """What the sample at the end begins with."""
+    """The prompt of the sample that is generated after training."""
     sample_tokens: int = 200
-    """Tokens in the sample at the end; 0: none."""
+    """The length of that sample in tokens; 0: no sample."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         for name in ("steps", "batch", "micro", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
@@ -68,46 +70,46 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """An experiment: everything that decides what a run does."""
+    """A whole experiment: everything that determines a run."""
 
     name: str = ""
-    """The run's folder under `runs`; empty: the config file's name."""
+    """The name of the run, which is its folder under `runs`; empty: the config file's name."""
     runs: str = "runs"
-    """Folder of all runs."""
+    """The folder of all runs."""
     seed: int = 1337
-    """Of initial weights, data order and dropout."""
+    """The random seed of initial weights, data order and dropout."""
     resume: int = 0
-    """Step of this run's checkpoint to go back to, instead of resuming from the newest; later
-    checkpoints are renamed to STEP.abandoned. Repeating the command does not go back again. 0: the
-    newest."""
+    """The step of an earlier checkpoint of this run to go back to; later checkpoints are renamed to
+    STEP.abandoned. Repeating the command resumes, and does not go back again. 0: resume from the
+    newest checkpoint."""
     start: str = ""
-    """What to start from, with its architecture and tokenizer: a run (its newest checkpoint),
-    RUN@best or RUN@STEP, a checkpoint, a folder of Hugging Face's layout, or a name there (gpt2,
-    Qwen/Qwen3-0.6B@REVISION); empty: new weights."""
+    """The model to start from, with its architecture and tokenizer: a run (its newest checkpoint),
+    RUN@best, RUN@STEP, a checkpoint, a Hugging Face folder, or a Hugging Face name (gpt2,
+    Qwen/Qwen3-0.6B@REVISION). Empty: newly initialized parameters."""
     adapter: str = ""
-    """A folder with a LoRA adapter of PEFT's layout, merged into what the run starts from."""
+    """A folder with a LoRA adapter in PEFT's format, to fold into the model of `start`."""
     model: GPTConfig = field(default_factory=GPTConfig)
-    """The architecture."""
+    """The architecture of the model."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    """How it is run."""
+    """How the model is computed."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Text to ids."""
+    """The tokenizer."""
     data: DataConfig | RecordsConfig = field(default_factory=DataConfig)
-    """The text, or the records."""
+    """The training data: text, or records."""
     objective: Objective = field(default_factory=NextToken)
-    """What is minimised."""
+    """The loss."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Which parameters are trained."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How it is minimised."""
+    """The optimizer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """On which devices."""
+    """How training is spread over devices."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """For how long."""
+    """Steps, batch and evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is kept."""
+    """Which checkpoints are saved and kept."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    """What is shown."""
+    """Where progress and metrics are reported."""
 
     @property
     def folder(self) -> Path:
@@ -120,7 +122,7 @@ class Config:
         return self.train.context or self.model.T
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be, before text or device is touched."""
+        """Raises InputError if a field is invalid, before any data or device is used."""
         self.train.check()
         if self.resume < 0:
             raise InputError(f"resume={self.resume}; set it to the step of a checkpoint, or 0")
@@ -147,20 +149,22 @@ class Config:
         self.checkpoint.check()
 
 
-# What a run cannot change when it resumes: the parameters or the tokens would mean something else.
+# Parts that cannot change when a run resumes, because its parameters or tokens depend on them.
 FIXED = ("model", "tokenizer", "tune")
 
 FROM = "from"
-"""The name of the option `TokenizerConfig.source`; a field cannot have it, a keyword of Python."""
+"""The name of the option `TokenizerConfig.source`. `from` is a Python keyword, and no field
+name."""
 
-# Of the architecture, what is its own business when a run starts from another model.
+# Fields of the architecture that a run may set although it starts from another model.
 OWN = ("dropout",)
 
 
 def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Config:
-    """A config with the architecture and the tokenizer of what it starts from.
+    """The config with the architecture and the tokenizer of the model that it starts from.
 
-    Raises InputError that names each field set to something else, and where rows do not fit.
+    Raises:
+        InputError: The config sets one of their fields to another value, or its rows are too long.
     """
     given: dict[str, Any] = {"model": config.model, "tokenizer": config.tokenizer}
     there: dict[str, Any] = {
@@ -168,14 +172,14 @@ def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Confi
         "tokenizer": tokenizer,
     }
     wrong = [
-        f"{part}.{f.name}={value!r}, and there it is {getattr(there[part], f.name)!r}"
+        f"{part}.{f.name}={value!r}, where that model has {getattr(there[part], f.name)!r}"
         for part, fields in given.items()
         for f in dataclasses.fields(fields)
         if (value := getattr(fields, f.name)) not in (f.default, getattr(there[part], f.name))
     ]
     if wrong:
         raise InputError(
-            f"start={config.start} brings its own: {'; '.join(wrong)}; leave that out, or use a "
+            f"start={config.start} has its own: {'; '.join(wrong)}; remove that, or use a "
             "config that does not set it, such as configs/finetune.py"
         )
     config = dataclasses.replace(config, **there)
@@ -184,17 +188,15 @@ def adopt(config: Config, model: GPTConfig, tokenizer: TokenizerConfig) -> Confi
 
 
 def refuse_changed(saved: dict[str, Any], now: Config) -> None:
-    """Raises InputError that names each field in which a run cannot be resumed as `now`."""
+    """Raises InputError, with the fields that differ, if a saved run cannot resume as `now`."""
     current = to_dict(now)
     changes = [
         f"{name} was {saved.get(name, '')!r}, is {current[name]!r}"
         for name in ("start", "adapter")
         if saved.get(name, "") != current[name]
     ]
-    # Options that were added after the run began have their defaults there.
-    then = {
-        part: to_dict(from_dict(type(getattr(now, part)), saved.get(part, {}))) for part in FIXED
-    }
+    # Options that did not exist when the run began have their defaults.
+    then = to_dict(from_dict(Config, {part: saved[part] for part in FIXED if part in saved}))
     changes += [
         f"{part}.{name} was {then[part].get(name)}, is {value}"
         for part in FIXED
@@ -206,13 +208,13 @@ def refuse_changed(saved: dict[str, Any], now: Config) -> None:
         changes.append(f"objective was {kinds[0]}, is {kinds[1]}")
     if changes:
         raise InputError(
-            f"{now.folder} holds a run of another {' and '.join(FIXED)}: {'; '.join(changes)}. "
-            "Set it back to resume, or set another name"
+            f"{now.folder} has a run with other options: {'; '.join(changes)}. "
+            "Set them back to resume, or set another name"
         )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values; `type` names the class where a field may be of several."""
+    """A config as JSON values; `type` names the class of a field that may have one of several."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     hints = typing.get_type_hints(type(config))
     for name, hint in hints.items():
@@ -222,12 +224,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _classes(hint: Any) -> dict[str, Any]:
-    """By name, the dataclasses that a field of this type may be of, if several; the default first.
+    """The dataclasses that a field may hold, by name, if there are several; the default first.
 
-    An objective may be any that is defined, in the package or in a config file.
+    Objectives and architectures may be of any class that is defined, in the package or in a config
+    file.
     """
     if hint is Objective:
         options = [NextToken, *_subclasses(Objective)]
+    elif hint is GPTConfig:
+        options = [GPTConfig, *_subclasses(GPTConfig)]
     else:
         options = [cls for cls in typing.get_args(hint) if dataclasses.is_dataclass(cls)]
     return {cls.__name__: cls for cls in options}
@@ -238,10 +243,13 @@ def _subclasses(cls: Any) -> list[Any]:
 
 
 def from_dict(cls: Any, values: Any, path: str = "") -> Any:
-    """The inverse of `to_dict`, strict: InputError for an unknown or ill-typed field.
+    """The inverse of `to_dict`.
 
-    A field that is not there has its default. JSON may write the float 1.0 as 1; nothing else is
-    converted but lists to tuples.
+    Missing fields have their defaults. Lists become tuples, and whole numbers floats where a float
+    is expected; nothing else is converted.
+
+    Raises:
+        InputError: A field is unknown, or has another type.
     """
     classes = _classes(cls)
     if (classes or dataclasses.is_dataclass(cls)) and not isinstance(values, dict):
@@ -250,7 +258,7 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
         name = values.get("type", next(iter(classes)))
         values = {k: v for k, v in values.items() if k != "type"}
         if name not in classes and cls is Objective:
-            return Elsewhere(name)
+            return UnknownObjective(name)
         if name not in classes:
             raise InputError(f"{path}type={name!r}; set it to one of {', '.join(classes)}")
         cls = classes[name]
@@ -295,7 +303,10 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
 def summary(config: Config) -> str:
     """The options of a config that differ from their defaults, as a table for a terminal."""
     of_same_types = dataclasses.replace(
-        Config(), data=type(config.data)(), objective=type(config.objective)()
+        Config(),
+        model=type(config.model)(),
+        data=type(config.data)(),
+        objective=type(config.objective)(),
     )
     usual, default = _flat(to_dict(Config())), _flat(to_dict(of_same_types))
     rows = []
@@ -337,11 +348,14 @@ def save(config: Config, path: Path) -> None:
 
 
 def read(path: str | Path, beside: Path = Path("configs")) -> Config:
-    """The config of a Python file that assigns `config`, or of a JSON file written by `save`.
+    """Reads a config from a Python file that assigns `config`, or from a JSON file.
 
-    If there is no such file, a similar name in its own folder or in `beside` is suggested.
-    Raises InputError where there is no such file, no `config` in it, or a field is ill-typed. A
-    config without a name gets the file's.
+    Args:
+        path: The file. A config without a name gets the file's name.
+        beside: A folder in which similar names are looked for if there is no such file.
+
+    Raises:
+        InputError: There is no such file, it does not assign `config`, or a field is invalid.
     """
     path = Path(path)
     if not path.is_file():
@@ -367,16 +381,18 @@ def _execute(path: Path) -> Config:
         raise InputError(f"{path} is neither Python (.py) nor JSON (.json)")
     module = types.ModuleType(spec.name)
     module.__file__ = str(path)
-    # A config may be made of the others in its folder: `from gpt2_124m import config as base`.
+    # A config may import others from its folder: `from gpt2_124m import config as base`.
     sys.path.insert(0, str(path.parent))
     known = set(sys.modules)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, NameError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"{path} does not run: {error}") from error
+        moved = synonyms.MODULES.get(getattr(error, "name", None) or "")
+        hint = f"; it is {moved} now" if moved else ""
+        raise InputError(f"{path} does not run: {error}{hint}") from error
     finally:
         sys.path.remove(str(path.parent))
-        # Another folder's may have the same names.
+        # Configs in another folder may have the same names.
         for name in set(sys.modules) - known:
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).resolve().parent == path.resolve().parent:
@@ -390,14 +406,14 @@ def _execute(path: Path) -> Config:
 
 
 def from_command_line(args: list[str], default: Path) -> Config:
-    """The config of `[FILE] [--a.b value ...]`; without a file, that of `default`.
+    """The config of the arguments `[FILE] [--a.b value ...]`; the default file is `default`.
 
-    `--help` explains every field and exits; an unknown or ill-typed option exits with status 2 and
-    names the nearest right one.
+    `--help` explains every field and exits. An unknown or invalid option exits with status 2 and
+    suggests a similar one.
     """
     import tyro
 
-    # For the option alone: the module of the tokenizers is also imported where there is no tyro.
+    # Here and not in the tokenizer's module, which is also imported without tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
     base = read(expand(args[0]) if has_file else default, beside=default.parent)

@@ -1,8 +1,8 @@
-"""Where arrays live: one table from the letters of the alphabet to the axes of a device mesh.
+"""Sharding: one table from dimension letters to the axes of a device mesh.
 
-Every array of the model, its parameters and its optimizer state is laid out by its letters alone,
-so data parallelism, FSDP and tensor parallelism are sizes of mesh axes and nothing in the model
-changes. `pmap` is the twin without a mesh: the same step, mapped over the devices.
+Activations, parameters and optimizer state are all sharded by the letters of their dimensions, so
+that data parallelism, FSDP and tensor parallelism are only sizes of mesh axes, and no model code
+changes. `pmap` is the alternative without a mesh: the same step, mapped over the devices.
 """
 
 import math
@@ -27,9 +27,9 @@ Entered = TypeVar("Entered")
 AXES = ("data", "fsdp", "tensor")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
-# Which mesh axes split a dimension, by its letter; a letter not listed is never split. From left to
-# right in a shape, an axis serves the first letter that wants it: in an activation BTD the batch
-# takes `fsdp`, in a parameter DF the width does.
+# The mesh axes over which a dimension is sharded, by its letter; other letters are never sharded.
+# An axis goes to the first letter of a shape that can use it: in an activation BTD `fsdp` shards
+# the batch, in a parameter DF the width.
 TABLE = {
     "B": ("data", "fsdp"),
     "V": ("tensor",),
@@ -42,23 +42,23 @@ TABLE = {
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over the devices; -1 takes all devices that are left."""
+    """How training is spread over devices; -1: all devices that the other axes leave."""
 
     mode: Literal["jit", "pmap"] = "jit"
-    """`jit` over the mesh below, or its twin `pmap` (data parallel only)."""
+    """jit: over the mesh of the axes below; pmap: data parallelism only, without a mesh."""
     data: int = -1
-    """Devices that hold the same parameters and different rows of the batch."""
+    """Devices with the same parameters and different rows of the batch (data parallelism)."""
     fsdp: int = 1
-    """Devices that split rows of the batch and the parameters too (FSDP, ZeRO-3)."""
+    """Devices that shard the parameters as well as the rows of the batch (FSDP, ZeRO-3)."""
     tensor: int = 1
-    """Devices that split heads, hidden units and vocabulary (Megatron's tensor parallelism)."""
+    """Devices that shard heads, MLP and vocabulary (Megatron's tensor parallelism)."""
     processes: int = 1
-    """Processes of the run, one a host, each started by the same command on a folder they share;
-    0: as the cluster says (a TPU pod, Slurm, Open MPI, Kubernetes)."""
+    """The number of processes, one per host, each started by the same command on a shared folder;
+    0: found from the cluster (TPU pod, Slurm, Open MPI, Kubernetes)."""
     process: int = 0
-    """Where `processes` is 2 or more: which of them this one is, from 0."""
+    """With several processes: the number of this one, from 0."""
     coordinator: str = ""
-    """Where `processes` is 2 or more: HOST:PORT of process 0, which the others can reach."""
+    """With several processes: HOST:PORT at which the others reach process 0."""
 
     def check(self) -> None:
         """Raises InputError where a field cannot be; `make_mesh` checks those of devices."""
@@ -215,7 +215,8 @@ def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh)
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        names_of = (getattr(entry, "key", getattr(entry, "name", "")) for entry in path)
+        keys = tuple(map(str, names_of))
         for start in range(len(keys)):
             names, shape = letters.get(keys[start:], (None, None))
             if names is not None and tuple(leaf.shape) == tuple(shape):

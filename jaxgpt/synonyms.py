@@ -46,6 +46,24 @@ GENERATION = {
 }
 """Options of `python -m jaxgpt`, and what other programs call them."""
 
+MODULES = {
+    "jaxgpt.checkpoint": "jaxgpt.training.checkpoint",
+    "jaxgpt.decode": "jaxgpt.generation.decode",
+    "jaxgpt.export": "jaxgpt.pretrained.export",
+    "jaxgpt.guide": "jaxgpt.generation.constrained",
+    "jaxgpt.loop": "jaxgpt.training.loop",
+    "jaxgpt.optim": "jaxgpt.training.optim",
+    "jaxgpt.parallel": "jaxgpt.sharding",
+    "jaxgpt.run": "jaxgpt.training.setup",
+    "jaxgpt.sampling": "jaxgpt.generation.sampling",
+    "jaxgpt.step": "jaxgpt.training.step",
+    "jaxgpt.telemetry": "jaxgpt.training.telemetry",
+    "jaxgpt.trained": "jaxgpt.pretrained.load",
+    "jaxgpt.tune": "jaxgpt.training.finetune",
+    "jaxgpt.writing": "jaxgpt.generation.stream",
+}
+"""Modules that have moved, for config files that were written before."""
+
 
 @contextmanager
 def suggest(args: Sequence[str], table: Mapping[str, str]) -> Iterator[None]:

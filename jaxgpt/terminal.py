@@ -67,7 +67,7 @@ def say(write: Callable[[], Iterator[str]], before: str = "") -> tuple[str, bool
 
 
 def printable(text: str) -> str:
-    """The text with control characters, but line breaks and tabs, as U+FFFD."""
+    """The text with control characters other than line breaks and tabs replaced by U+FFFD."""
     return "".join("\ufffd" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
@@ -81,7 +81,7 @@ def shell_quoted(text: str) -> str:
 
 
 class _Lossy(io.FileIO):
-    """A file descriptor; what cannot be written to it is lost."""
+    """A file descriptor that drops output which cannot be written."""
 
     def write(self, data: Any) -> int:
         try:
@@ -91,7 +91,7 @@ class _Lossy(io.FileIO):
 
 
 def open_missing_streams() -> None:
-    """Opens stdout and stderr, whose text is then lost, if they were closed, as by `>&-`."""
+    """Opens stdout and stderr to the null device if they were closed, as by `>&-`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
@@ -119,7 +119,7 @@ def survive_closed_output() -> None:
 
 @contextmanager
 def clock(what: str) -> Iterator[None]:
-    """Shows on a terminal for how long something has gone on, if it takes longer than a moment."""
+    """Shows on a terminal how long something has taken, if it takes longer than a moment."""
 
     class Clock(ProgressColumn):
         def render(self, task: Task) -> Text:
@@ -134,7 +134,7 @@ def clock(what: str) -> Iterator[None]:
 
 
 class Conversation:
-    """What has been said, and how the next answer is written."""
+    """A conversation, and the settings of the next answer."""
 
     def __init__(self, trained: Trained, system: str, tokens: int, settings: dict[str, Any]):
         self.trained = trained
@@ -146,7 +146,9 @@ class Conversation:
         except InputError:
             self.chats = False
         if system and not self.chats:
-            raise InputError("this model has no chat format, and so no system message; leave it")
+            raise InputError(
+                "this model has no chat format, and no system message; remove --system"
+            )
         if tokens < 1:
             raise InputError(f"tokens={tokens}; set it to 1 or more")
         Writing(**settings).check(trained.tokenizer.vocab_size)
@@ -155,24 +157,25 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all but the system message."""
+        """Removes all messages but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, messages: list[dict[str, str]]) -> Pieces:
-        """How the model answers the last of the messages, or goes on from it, in pieces."""
+        """The pieces of the answer to the last message, or of its continuation."""
         if self.chats:
             room = self._room(messages)
             return self.trained.stream_chat(messages, min(self.tokens, room), **self.settings)
         return self.trained.stream(messages[-1]["content"], self.tokens, **self.settings)
 
     def _room(self, messages: list[dict[str, str]]) -> int:
-        """How many tokens fit the context after the messages; InputError for none."""
+        """The number of tokens that fit the context after the messages; InputError if there are
+        none."""
         tokenizer, T = self.trained.tokenizer, self.trained.config.model.decode_T
         length = len(render(choose(tokenizer), tokenizer, messages, open=True).tokens)
         if length >= T:
             raise InputError(
                 f"the conversation has {length} tokens with this message, and the context is {T}; "
-                "/reset, or say less"
+                "use /reset, or a shorter message"
             )
         return T - length
 
@@ -181,7 +184,7 @@ class Conversation:
         if not path:
             raise InputError("/save needs a file's name")
         if not any(message["role"] == "assistant" for message in self.messages):
-            raise InputError("nothing has been said that could be saved")
+            raise InputError("there is no answer to save yet")
         try:
             with open(os.path.expanduser(path), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
@@ -208,14 +211,14 @@ def read_message(prompt: str = "> ") -> tuple[str, bool]:
 
 
 def converse(conversation: Conversation) -> None:
-    """The conversation, until the end of the input."""
+    """Runs the conversation until the end of the input."""
     with suppress(ImportError):
         import readline  # arrows, and what was typed before
 
         readline.set_auto_history(True)
-    kind = "" if conversation.chats else " (it has no chat format: it goes on from what you write)"
+    kind = "" if conversation.chats else " (it has no chat format, and continues your text)"
     name = printable(conversation.trained.config.name)
-    print(f"{name}{kind}; /help says what else there is")
+    print(f"{name}{kind}; /help lists the commands")
     while True:
         try:
             text, is_command = read_message()
@@ -234,7 +237,7 @@ def converse(conversation: Conversation) -> None:
 
 
 def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
-    """Answers the last of the messages on the terminal, and keeps them if anything was said."""
+    """Prints the answer to the last message, and keeps both if there is any text."""
     answers: list[Pieces] = []
 
     def write() -> Pieces:
@@ -243,15 +246,15 @@ def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
 
     said, _ = say(write)
     if conversation.chats and answers and answers[0].finish_reason == "length":
-        print("(cut at the limit of tokens, which --tokens sets, or where the context is full)")
+        print("(truncated at the limit of --tokens, or because the context is full)")
     if said:
         conversation.messages = [*messages, {"role": "assistant", "content": said}]
     else:
-        print("(nothing was said; the conversation is as before)")
+        print("(there was no answer; the conversation is as before)")
 
 
 def command(conversation: Conversation, text: str) -> bool:
-    """Does what a line that begins with / says; False where it is to leave."""
+    """Runs a line that begins with /; False if it ends the conversation."""
     name, rest = [*text[1:].split(maxsplit=1), "", ""][:2]
     if name in ("quit", "exit"):
         return False
@@ -275,12 +278,12 @@ def command(conversation: Conversation, text: str) -> bool:
         conversation.settings["seed"] = (conversation.settings.get("seed", 0) + 1) % 2**63
         reply(conversation, conversation.messages[: asked[-1] + 1])
     else:
-        raise InputError(f"/{name} is no command; /help says what there is")
+        raise InputError(f"/{name} is no command; /help lists them")
     return True
 
 
 def setting(conversation: Conversation, text: str) -> None:
-    """`NAME VALUE` to a field of the settings; InputError, and no change, where it cannot be."""
+    """Sets a field of the settings by `NAME VALUE`. Raises InputError if that is invalid."""
     name, value = [*text.split(maxsplit=1), "", ""][:2]
     known = [field.name for field in fields(Sampling) if field.name != "logit_bias"]
     if name not in known:

@@ -324,7 +324,7 @@ def test_a_sample_is_what_held_out_texts_are_taken_for():
     said = objective("last").sample(trained("last"), [record(TEXTS[2], "good")], "", 10)
     p = log_probabilities()["last"][2][1]
     assert said.split()[:2] == [LABELS[p.argmax()], f"{p.max():.2f}"]
-    assert "(there: good)" in said and TEXTS[2] in said
+    assert "(label: good)" in said and TEXTS[2] in said
 
 
 def test_the_baseline_is_scikit_learns_with_the_weights_of_the_classes():

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import inspect
 import re
 import shlex
@@ -124,6 +125,7 @@ def test_json_may_write_a_float_without_its_point():
     [
         ("empty.py", "", "has no `config`"),
         ("other.py", "config = {'steps': 3}", "has no `config`"),
+        ("old.py", "import jaxgpt.optim", "it is jaxgpt.training.optim now"),
         ("broken.py", "config = (", "does not run"),
         ("wrong.py", "from jaxgpt.config import Config\nconfig = Config(sed=3)", "sed"),
         (
@@ -312,6 +314,13 @@ def test_a_run_is_not_resumed_as_another_model():
     with pytest.raises(InputError) as error:
         config.refuse_changed(saved, replace(cfg, model=replace(cfg.model, L=7, bias=False)))
     assert "model.L was 6, is 7; model.bias was True, is False" in str(error.value)
+
+
+def test_every_module_that_moved_is_where_the_table_says():
+    for old, new in synonyms.MODULES.items():
+        importlib.import_module(new)
+        with pytest.raises(ImportError):
+            importlib.import_module(old)
 
 
 def test_every_synonym_of_an_option_names_one_that_exists():

@@ -10,7 +10,8 @@ import pytest
 
 from jaxgpt import model
 from jaxgpt.errors import InputError
-from jaxgpt.generation.decode import beam_search, decode, generate, stops_of
+from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.decode import decode, generate, stops_of
 from jaxgpt.generation.decode import start as read_prompts
 from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig

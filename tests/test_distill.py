@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, logits
-from jaxgpt.objectives import Distill, NextToken, Other
+from jaxgpt.objectives import Distill, FrozenModel, NextToken
 
 V = 50  # so that the vocabulary is padded
 RNG = np.random.default_rng(0)
@@ -58,9 +58,9 @@ def outcomes():
 
     @jax.jit
     def all(student, teacher, batch):
-        other = Other(TEACHER, teacher)
+        other = FrozenModel(TEACHER, teacher)
         return (
-            {name: f(STUDENT, student, batch, None, other) for name, f in VARIANTS.items()},
+            {name: f(STUDENT, student, batch, None, teacher=other) for name, f in VARIANTS.items()},
             NextToken(chunk=3)(STUDENT, student, batch, None),
             full(STUDENT, student),
             full(TEACHER, teacher),
@@ -102,7 +102,7 @@ def test_loss_is_numpys_divergence_and_cross_entropy(name):
 
 
 def loss_of(objective, student, teacher):
-    return objective(STUDENT, student, BATCH, None, Other(STUDENT, teacher))[0]
+    return objective(STUDENT, student, BATCH, None, teacher=FrozenModel(STUDENT, teacher))[0]
 
 
 def assert_trees_close(a, b):

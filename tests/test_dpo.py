@@ -8,7 +8,7 @@ import pytest
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, logits
-from jaxgpt.objectives import DPO, Other
+from jaxgpt.objectives import DPO, FrozenModel
 from jaxgpt.objectives.chunks import log_probs
 from jaxgpt.tokenizer import TokenizerConfig, build
 
@@ -58,7 +58,7 @@ POLICY, REFERENCE = bigrams(1), bigrams(2)
 
 def loss_of(objective, params, reference=REFERENCE, batch=BATCH):
     """Loss sum and sums to report."""
-    other = None if objective.reference_free else Other(Bigrams(), reference)
+    other = None if objective.reference_free else FrozenModel(Bigrams(), reference)
     return objective(Bigrams(), params, batch, None, other)
 
 

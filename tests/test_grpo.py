@@ -12,7 +12,7 @@ from jaxgpt.config import Config
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig, init, logits
-from jaxgpt.objectives import GRPO, Other, grpo
+from jaxgpt.objectives import GRPO, FrozenModel, grpo
 from jaxgpt.objectives.chunks import log_probs
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import EOT, Characters, TokenizerConfig, build
@@ -69,7 +69,7 @@ BATCH = batch_of(np.float32(RNG.uniform(-6, -2, (7, 9))))
 
 @jax.jit
 def losses(params, reference, batch):
-    other = Other(Bigrams(), reference)
+    other = FrozenModel(Bigrams(), reference)
     return {name: f(Bigrams(), params, batch, None, other) for name, f in VARIANTS.items()}
 
 
@@ -204,7 +204,7 @@ def test_answers_are_scored_and_compared_within_their_group(monkeypatch):
 
     monkeypatch.setattr(grpo, "decode", decode)
     trained = SimpleNamespace(model="model", params="params", tokenizer=tokenizer)
-    made = objective.annotate(trained, batch, jax.random.key(0))
+    made = objective.rollout(trained, batch, jax.random.key(0))
     np.testing.assert_array_equal(made["reward"], [1, 0, 0, 1, 0, 1])  # the third does not end
     a, b = np.sqrt(2), np.sqrt(0.5)
     np.testing.assert_allclose(made["advantage"], [a, -b, -b, b, -a, b], rtol=1e-5)
@@ -220,11 +220,11 @@ def test_answers_are_scored_and_compared_within_their_group(monkeypatch):
         np.testing.assert_array_equal(made["targets"][row, : len(whole) - 1], whole[1:])
         assert (made["weights"][row].sum(), learned.argmax()) == (len(ids), start - 1)
     raw = GRPO(group=3, tokens=4, temperature=0.5, normalize=False)
-    made = raw.annotate(trained, batch, jax.random.key(0))
+    made = raw.rollout(trained, batch, jax.random.key(0))
     np.testing.assert_allclose(made["advantage"], np.float32([2, -1, -1, 1, -2, 1]) / 3, rtol=1e-6)
     short = {**batch, "tokens": batch["tokens"][:, : batch["length"].max()]}
     with pytest.raises(InputError, match="do not fit a row of .*raise train.context, or lower obj"):
-        objective.annotate(trained, short, jax.random.key(0))
+        objective.rollout(trained, short, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ TX = optax.adam(0.03)
 def act(params, key):
     config, _, tokenizer = trained()
     batch = problems(ACTS, tokenizer, 32, record("a", "b"), record("bab", "a"))
-    return ACTS.annotate(Trained(config, params, tokenizer), batch, jax.random.key(key))
+    return ACTS.rollout(Trained(config, params, tokenizer), batch, jax.random.key(key))
 
 
 @jax.jit

@@ -11,7 +11,8 @@ import pytest
 
 from jaxgpt import pretrained
 from jaxgpt.config import read as read_config
-from jaxgpt.generation.decode import beam_search, decode
+from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of

@@ -103,11 +103,11 @@ def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
     assert run(replace(LABELS, name="first")) == 0
     said = capsys.readouterr().out
     assert re.search(r"loaded +\d+ arrays, [\d,]+ parameters", said)
-    assert re.search(r"made new +classifier/w +\[2, 16\]", said)
+    assert re.search(r"initialized +classifier/w +\[2, 16\]", said)
     assert run(replace(ASKED, name="then", start="runs/first")) == 0
     said = capsys.readouterr().out
     assert re.search(r"left out +classifier/w +\[2, 16\]", said)
-    assert "made new" not in said
+    assert "initialized" not in said
 
 
 def test_a_tokenizer_is_taken_from_a_run_without_its_weights(place):
@@ -135,7 +135,7 @@ def test_a_folder_with_a_tokenizer_alone_has_a_tokenizer(place):
 
 
 def test_a_tokenizer_cannot_be_taken_from_elsewhere_than_the_start(place):
-    with pytest.raises(InputError, match="brings its own: tokenizer.source='runs/base'"):
+    with pytest.raises(InputError, match="has its own: tokenizer.source='runs/base'"):
         run(replace(ASKED, name="two", tokenizer=TokenizerConfig(source="runs/base")))
 
 
@@ -289,7 +289,7 @@ def test_an_objective_of_ones_own_trains_resumes_and_loads(place):
     saved = json.loads(Path("runs/mine/config.json").read_text())
     assert config.from_dict(Config, saved).objective == Mine()
     saved["objective"] = {"type": "Unknown", "field": 3}
-    with pytest.raises(InputError, match="Unknown is not one of jaxgpt's"):
+    with pytest.raises(InputError, match="Unknown is not known"):
         config.from_dict(Config, saved).check()
 
 

@@ -10,17 +10,8 @@ from jaxgpt import model
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Mean
 from jaxgpt.training import optim
-from jaxgpt.training.step import (
-    eval_step,
-    from_saved,
-    highest_plausible_loss,
-    init_guard,
-    init_state,
-    is_spike,
-    to_saved,
-    train_step,
-    update_guard,
-)
+from jaxgpt.training.guard import highest_plausible_loss, init_guard, is_spike, update_guard
+from jaxgpt.training.step import eval_step, from_saved, init_state, to_saved, train_step
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.standard_normal(3).astype(np.float32), "b": np.float32(0.5)}

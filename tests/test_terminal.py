@@ -37,7 +37,7 @@ SEEN = SENT.decode().translate(dict.fromkeys((0x1B, 0x07, 0x0D, 0x9B), "\ufffd")
 FIRST = SEEN[:CHUNK]
 CHUNKS = 3
 ANSWER = SENT[: CHUNKS * CHUNK].decode()
-CUT = "(cut at the limit of tokens, which --tokens sets, or where the context is full)"
+CUT = "(truncated at the limit of --tokens, or because the context is full)"
 T = 256
 BYTES = BPE("bpe", [bytes([byte]) for byte in range(256)], PATTERN, {EOT: 256})
 
@@ -339,7 +339,7 @@ def test_a_message_is_answered_again_in_another_way(chat, said):
         ("/retry", "there is no message to answer again"),
         ("/save", "/save needs a file's name"),
         ("/save said.jsonl", "nothing has been said"),
-        ("/hlep", "/hlep is no command; /help says what there is"),
+        ("/hlep", "/hlep is no command; /help lists them"),
         ("/", "/ is no command"),
         ("Hello " * 40, rf"the conversation has \d+ tokens with this message, .* {T}; /reset"),
         (b"\xff", "can't decode byte 0xff"),
@@ -372,7 +372,7 @@ def test_ctrl_c_stops_an_answer_that_has_not_begun(chat, said):
         chat.type(f"{line}\r")
         chat.until(r"compiling… \d+ s")
         chat.interrupt()
-        assert "nothing was said" in chat.until("> $")
+        assert "there was no answer" in chat.until("> $")
         chat.let(1)  # for the thread that was abandoned
         assert said() == ["Hello", ANSWER]
     chat.ask("And now?", CHUNKS)
@@ -445,7 +445,7 @@ def test_help_names_every_command(chat):
 def test_a_model_without_a_chat_format_goes_on_from_a_text_until_ctrl_d(goes_on):
     program = Terminal("chat", goes_on, "--tokens", "8", "--temperature", "0")
     try:
-        assert "it has no chat format: it goes on from what you write" in program.until("> $")
+        assert "it has no chat format, and continues your text" in program.until("> $")
         assert screen(program.ask("12A", 1))[1] == "BCDEFGHI"
         assert screen(program.ask("34P", 1))[1] == "QRSTUVWX"
         assert "error: this model has no chat format" in program.ask("/system Be brief.")

@@ -192,8 +192,8 @@ def test_a_run_says_that_an_older_step_is_better_and_gives_it(tuned):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model.L", "3"), "model.L=3, and there it is 2"),
-        (("--tokenizer.kind", "characters"), "tokenizer.kind='characters', and there it is"),
+        (("--model.L", "3"), "model.L=3, where that model has 2"),
+        (("--tokenizer.kind", "characters"), "tokenizer.kind='characters', where that model has"),
         (("--train.context", "65"), "train.context=65 is more than model.T=64"),
     ],
 )

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
-from jaxgpt.generation.decode import beam_search, steps
+from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.decode import steps
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.generation.stream import Text, write
 from jaxgpt.model import ComputeConfig, GPTConfig

@@ -1,15 +1,14 @@
-"""Write from a model with a cache of keys and values: many rows at once, drawn or by beam search.
+"""Batched decoding with a KV cache.
 
-`start` reads prompts, and `steps` writes on from there, some tokens a call, in one loop on the
-device that ends when every row has. They are pure and compiled once for a shape, and prompts have
-the lengths of powers of two, so that few shapes are met.
+`start` runs the prefill of prompts, and `steps` samples some tokens per call, in one loop on the
+device that ends early if every row is done. Both are pure functions, compiled once per shape, and
+prompts are padded to powers of two, so that there are few shapes.
 
     state = start(model, params, prompts_BP, lengths_B, new_B, S)
-    state, written = steps(model, params, state, settings, stops_BE, n)
-    written = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
+    state, generated = steps(model, params, state, settings, stops_BE, n)
+    generated = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
 
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
-    likeliest = beam_search(model, params, prompts, new, width=5, stops=(eot,))
 """
 
 from collections.abc import Sequence
@@ -24,35 +23,35 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import Memory, Sampling, Settings, draw, settings
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
-from jaxgpt.model.cache import Cache, CacheDtype, LayerCache
+from jaxgpt.model.cache import Cache, CacheDtype
 
 SHORTEST = 32  # prompts are padded to at least so many tokens
 
-Rows = tuple[Any, Any]  # ids [B, T], padded at the right, and how many there are in each row
+Rows = tuple[Any, Any]  # ids [B, T], padded at the right, and the length of each row
 
 
 class State(NamedTuple):
-    """Texts being written, one in each row; all leaves begin with B."""
+    """The state of decoding, with a sequence in each row; all leaves begin with B."""
 
     cache: Cache
     token_B: jax.Array
-    """The last token of each, which the cache need not have yet."""
+    """The last token of each row, which the cache need not have yet."""
     position_B: jax.Array
     """Its position."""
     left_B: jax.Array
-    """How many tokens may still follow; 0: the row is done."""
+    """The number of tokens that may still follow; 0: the row is done."""
     memory: Memory
 
 
 class Written(NamedTuple):
-    """What `steps` wrote, n tokens a row at most."""
+    """The tokens that `steps` sampled, at most n in each row."""
 
     tokens_Bn: jax.Array
-    """-1 where a row was done."""
+    """-1 after the end of a row."""
     logprobs_Bn: jax.Array
-    """The model's own, before the settings, and 0 where a row was done."""
+    """The log-probabilities of the model, before sampling settings; 0 after the end of a row."""
     top_ids_BnA: jax.Array
-    """The likeliest tokens, and their log-probabilities, where they were asked for."""
+    """The most probable tokens and their log-probabilities, if `top` is above 0."""
     top_logprobs_BnA: jax.Array
 
 
@@ -69,10 +68,18 @@ def start(
     ahead: int = 1,
     dtype: CacheDtype = "same",
 ) -> State:
-    """The state in which row b has read the first `lengths_B[b]` tokens of `prompts_BP`.
+    """Prefill: the state of decoding after prompts.
 
-    `new_B` more may follow each, in a cache of S positions; `source` is what an `EncoderDecoder`
-    reads, `ahead` and `dtype` are those of the cache.
+    Args:
+        model: The model.
+        params: Its parameters.
+        prompts_BP: Token ids, padded at the right.
+        lengths_B: The length of each prompt.
+        new_B: The most tokens that may follow in each row.
+        S: The positions of the KV cache.
+        source: What an `EncoderDecoder` reads.
+        ahead: The most tokens that are read at once later, see `empty_cache`.
+        dtype: Of the KV cache.
     """
     return prefill(
         model, params, prompts_BP, lengths_B, new_B, S, source, ahead=ahead, dtype=dtype
@@ -91,9 +98,9 @@ def prefill(
     ahead: int = 1,
     dtype: CacheDtype = "same",
 ) -> tuple[State, jax.Array]:
-    """The state of `start`, and the prompts' last hidden states, [B, P, D] in the compute dtype."""
+    """As `start`, and the hidden states of the prompts [B, P, D], in the compute dtype."""
     B, P = prompts_BP.shape
-    cache, hidden_BPD = _read(model, params, prompts_BP, lengths_B, S, source, ahead, dtype)
+    cache, hidden_BPD = read_prompts(model, params, prompts_BP, lengths_B, S, source, ahead, dtype)
     rows_B1 = jnp.arange(B)[:, None]
     given_BV = jnp.zeros((B, model.cfg.sizes["V"]), bool)
     given_BV = given_BV.at[rows_B1, prompts_BP].max(jnp.arange(P)[None] < lengths_B[:, None])
@@ -120,10 +127,17 @@ def steps(
     top: int = 0,
     tempered: bool = False,
 ) -> tuple[State, Written]:
-    """Up to n more tokens of each row that is not done, drawn as `at` says.
+    """Samples up to n more tokens in each row that is not done.
 
-    A row is done after one of its stops, which it is written with. `top` of the likeliest tokens
-    are told beside each; log-probabilities are those after the temperature if `tempered`.
+    Args:
+        model: The model.
+        params: Its parameters.
+        state: From `start` or an earlier call; it is donated.
+        at: The sampling settings of each row.
+        stops_BE: The ids that end a row, which are part of the output; -1 is no id.
+        n: The most tokens.
+        top: How many of the most probable tokens are returned with each token.
+        tempered: Whether log-probabilities are those after dividing by the temperature.
     """
     B = len(state.token_B)
 
@@ -180,9 +194,10 @@ def generate(
     tempered: bool = False,
     dtype: CacheDtype = "same",
 ) -> Written:
-    """`start` and then `steps`, up to `new` tokens a row: a pure function, to jit and vmap.
+    """Prefill and decoding of up to `new` tokens in each row: a pure function, for jit and vmap.
 
-    The cache has S positions; 0: as many as there are tokens at most. Checks nothing.
+    Arguments are those of `start` and `steps`, and are not validated. S is the number of positions
+    of the KV cache; 0: as many as needed.
     """
     new_B = jnp.full(len(prompts_BP), new, jnp.int32)
     S = S or prompts_BP.shape[1] + new
@@ -204,17 +219,32 @@ def decode(
     tempered: bool = False,
     dtype: CacheDtype = "same",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to `new` tokens after each prompt: ids and log-probabilities [B, new], lengths [B].
+    """Samples up to `new` tokens after each prompt.
 
-    A row's length counts up to its first stop, with it; the rest of the row is that stop, with
-    log-probability 0. Prompts are of any lengths; one `sampling` is for all, and row b then has
-    the seed `seed + b`. `sources` are what an `EncoderDecoder` reads, one for each prompt. Raises
-    InputError for a prompt that is empty, has ids outside the vocabulary, or leaves no room in the
-    context for `new` tokens, and for a setting that cannot be.
+    Args:
+        model: The model.
+        params: Its parameters.
+        prompts: Token ids, a list of any length for each row.
+        new: The most new tokens.
+        sampling: The settings of each row, or one for all; row b then has the seed `seed + b`.
+        stops: Ids that end a row.
+        vocabulary: Ids from here on are never sampled; 0: all ids of the model.
+        sources: What an `EncoderDecoder` reads, a list for each prompt.
+        guides: Constraints of all rows, from `constrained.stacked`.
+        tempered: Whether log-probabilities are those after dividing by the temperature.
+        dtype: Of the KV cache.
+
+    Returns:
+        Ids and log-probabilities [B, new], and lengths [B]. The length of a row includes its stop;
+        after it the row repeats the stop, with log-probability 0.
+
+    Raises:
+        InputError: A prompt is empty, has ids outside the vocabulary, or leaves no room in the
+            context for `new` tokens; or a setting is invalid.
     """
-    cfg, vocabulary = model.cfg, _vocabulary(vocabulary, model.cfg)
-    prompts_BP, lengths_B = _with_room(prompts, cfg, new)
-    source = _sources(model, prompts, sources)
+    cfg, vocabulary = model.cfg, checked_vocabulary(vocabulary, model.cfg)
+    prompts_BP, lengths_B = pad_prompts(prompts, cfg, new)
+    source = pad_sources(model, prompts, sources)
     B = len(prompts)
     if isinstance(sampling, Sampling):
         sampling.check(vocabulary)
@@ -242,7 +272,8 @@ def decode(
     return np.where(tokens_Bn < 0, last_B1, tokens_Bn), logprobs_Bn, lengths_B
 
 
-def _vocabulary(vocabulary: int, cfg: GPTConfig) -> int:
+def checked_vocabulary(vocabulary: int, cfg: GPTConfig) -> int:
+    """The size of the vocabulary, that of the model if 0. Raises InputError if it is larger."""
     if vocabulary > cfg.V:
         raise InputError(
             f"vocabulary={vocabulary} of a model of {cfg.V}; set it to {cfg.V} at most"
@@ -250,8 +281,13 @@ def _vocabulary(vocabulary: int, cfg: GPTConfig) -> int:
     return vocabulary or cfg.V
 
 
-def _with_room(prompts: Sequence[Sequence[int]], cfg: GPTConfig, new: int, unread: int = 0) -> Rows:
-    """The prompts, which leave room in the context for all but so many of the new tokens."""
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], cfg: GPTConfig, new: int, unread: int = 0
+) -> Rows:
+    """The prompts as one array; InputError if `new` tokens do not fit the context after them.
+
+    `unread` is how many of the new tokens need no room, because the model does not read them.
+    """
     most = cfg.decode_T + unread - new
     if new < 1 or most < 1:
         raise InputError(
@@ -260,8 +296,10 @@ def _with_room(prompts: Sequence[Sequence[int]], cfg: GPTConfig, new: int, unrea
     return padded(prompts, cfg, most, f"a prompt, with {new} new tokens after it,")
 
 
-def _sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | None) -> Rows | None:
-    """What an `EncoderDecoder` reads; InputError where it is not given, or another model's."""
+def pad_sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | None) -> Rows | None:
+    """The sources of an `EncoderDecoder` as one array. Raises InputError if they are missing, or if
+    the model takes none.
+    """
     if (sources is not None) != isinstance(model, EncoderDecoder):
         raise InputError(f"{type(model).__name__} {'takes no' if sources else 'needs'} sources")
     if sources is None:
@@ -272,25 +310,27 @@ def _sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | None) 
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is not below the number, nor below `least`."""
+    """The smallest power of two that is at least the number and at least `least`."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 def positions(wanted: int, cfg: GPTConfig) -> int:
-    """Of how many positions to make a cache: a power of two, and the context at most."""
+    """The size of a cache for `wanted` positions: a power of two, at most the context length."""
     return min(power_of_two(wanted, 2 * SHORTEST), cfg.decode_T)
 
 
 def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
-    """Each row's stops, int32 [B, E], E a power of two; -1 where there are fewer."""
+    """The stops of each row, int32 [B, E], E a power of two; padded with -1."""
     most = power_of_two(max(map(len, stops), default=1) or 1)
     return np.asarray([[*row, *[-1] * (most - len(row))] for row in stops], np.int32)
 
 
 def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str) -> Rows:
-    """Lists of ids as one int32 array, 0 at their right, as long as a power of two or `most`.
+    """Lists of ids as one int32 array, padded with 0 to a power of two, at most to `most`.
 
-    Raises InputError for none, and for a list that is empty, is longer, or has other ids.
+    Raises:
+        InputError: There is no list, or one is empty, longer than `most`, or has invalid ids.
+            `what` names the list in the message.
     """
     if not len(lists):
         raise InputError("there is no row of tokens; give at least one")
@@ -319,140 +359,7 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
     return ids_BT, lengths
 
 
-def beam_search(
-    model: GPT,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    new: int,
-    *,
-    width: int,
-    stops: Sequence[int] = (),
-    length_penalty: float = 1.0,
-    vocabulary: int = 0,
-    sources: Sequence[Sequence[int]] | None = None,
-    dtype: CacheDtype = "same",
-) -> list[list[int]]:
-    """The likeliest text of up to `new` tokens found after each prompt: ids, without a last stop.
-
-    The `width` likeliest beginnings are kept. One that ends with a stop, or has all tokens, while
-    it is among them, is finished, and scores log p / length**length_penalty, the length with the
-    stop. A search is over when `width` are and no beginning scores better so far than the worst of
-    the best so many; the best is taken. A width of 1 is greedy. `sources` are what an
-    `EncoderDecoder` reads; the rest, and the errors, are as of `decode`, but that the last of the
-    new tokens, which is not read, may lie outside the context.
-    """
-    cfg = model.cfg
-    if width < 1:
-        raise InputError(f"width={width}; set it to 1 or more")
-    source = _sources(model, prompts, sources)
-    tokens_Bn, lengths_B = jax.device_get(
-        _beam_search(
-            model,
-            new,
-            width,
-            dtype,
-            params,
-            _with_room(prompts, cfg, new, unread=1),
-            source,
-            stops_of([stops])[0],
-            np.float32(length_penalty),
-            np.int32(_vocabulary(vocabulary, cfg)),
-        )
-    )
-    found = [row[:length].tolist() for row, length in zip(tokens_Bn, lengths_B, strict=True)]
-    return [ids[:-1] if ids[-1] in stops else ids for ids in found]
-
-
-class Beams(NamedTuple):
-    """The beginnings that are kept, and the best of what is finished."""
-
-    tokens_BWn: jax.Array
-    scores_BW: jax.Array
-    """Their log-probabilities."""
-    best_Bn: jax.Array
-    best_length_B: jax.Array
-    finished_BW: jax.Array
-    """The best scores of what is finished, from the highest on; -inf where there is less."""
-    open_B: jax.Array
-    """Which searches are not over."""
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty, real):
-    prompts_BP, lengths_B = prompts
-    B, P = prompts_BP.shape
-
-    def choose(i, hidden_RD, beams):
-        """The beams with one more token, and which row of B W each goes on from."""
-        logits_RV = next_logits(model.cfg, params, hidden_RD[:, None])[:, 0]
-        V = logits_RV.shape[1]
-        logits_RV = jnp.where(jnp.arange(V)[None] < real, logits_RV, -jnp.inf)
-        scores_BWV = beams.scores_BW[..., None] + jax.nn.log_softmax(logits_RV).reshape(B, W, V)
-        # Twice as many as are kept: so many are left when all W have ended.
-        scores_BX, flat_BX = jax.lax.top_k(scores_BWV.reshape(B, W * V), 2 * W)
-        from_BX, token_BX = flat_BX // V, flat_BX % V
-        tokens_BXn = jnp.take_along_axis(beams.tokens_BWn, from_BX[..., None], 1)
-        tokens_BXn = tokens_BXn.at[:, :, i].set(token_BX)
-        ended_BX = jnp.isin(token_BX, stops_E)
-
-        finished_BX = (ended_BX | (i + 1 == new)) & (jnp.arange(2 * W) < W)[None]
-        final_BX = scores_BX / (i + 1.0) ** penalty
-        final_BX = jnp.where(finished_BX & beams.open_B[:, None], final_BX, -jnp.inf)
-        better_B = final_BX.max(1) > beams.finished_BW[:, 0]
-        ending_Bn = jnp.take_along_axis(tokens_BXn, final_BX.argmax(1)[:, None, None], 1)[:, 0]
-        finished_BY = jnp.concatenate([beams.finished_BW, final_BX], 1)
-        finished_BW, _ = jax.lax.top_k(finished_BY, W)
-
-        scores_BW, kept_BW = jax.lax.top_k(jnp.where(ended_BX, -jnp.inf, scores_BX), W)
-        from_BW = jnp.take_along_axis(from_BX, kept_BW, 1)
-        return Beams(
-            jnp.take_along_axis(tokens_BXn, kept_BW[..., None], 1),
-            scores_BW,
-            jnp.where(better_B[:, None], ending_Bn, beams.best_Bn),
-            jnp.where(better_B, i + 1, beams.best_length_B),
-            finished_BW,
-            beams.open_B & (scores_BW[:, 0] / (i + 1.0) ** penalty > finished_BW[:, -1]),
-        ), (jnp.arange(B)[:, None] * W + from_BW).reshape(B * W)
-
-    def goes_on(state):
-        i, _, beams = state
-        return (i < new) & beams.open_B.any()
-
-    def step(state):
-        i, cache, beams = state
-        last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWn, i - 1, 2, keepdims=False)
-        position_R = jnp.repeat(lengths_B, W) + i - 1
-        hidden_R1D, cache = extend(model, params, last_BW.reshape(B * W, 1), position_R, cache)
-        beams, from_R = choose(i, hidden_R1D[:, 0], beams)
-        return i + 1, _reordered(cache, from_R), beams
-
-    S = positions(P + new - 1, model.cfg)
-    cache, hidden_BPD = _read(model, params, prompts_BP, lengths_B, S, source, dtype=dtype)
-    hidden_BD = hidden_BPD[jnp.arange(B), lengths_B - 1]
-    hidden_RD, cache = jax.tree.map(partial(jnp.repeat, repeats=W, axis=0), (hidden_BD, cache))
-    beams = Beams(
-        jnp.zeros((B, W, new), jnp.int32),
-        jnp.where(jnp.arange(W)[None] == 0, jnp.zeros((B, W)), -jnp.inf),  # they are all the same
-        jnp.zeros((B, new), jnp.int32),
-        jnp.zeros(B, jnp.int32),
-        jnp.full((B, W), -jnp.inf),
-        jnp.ones(B, bool),
-    )
-    beams, _ = choose(0, hidden_RD, beams)
-    _, _, beams = jax.lax.while_loop(goes_on, step, (1, cache, beams))
-    return beams.best_Bn, beams.best_length_B
-
-
-def _reordered(cache: Cache, from_R: jax.Array) -> Cache:
-    """The cache with other rows in each row's place, of the same source."""
-
-    def one(layer: LayerCache) -> LayerCache:
-        return layer._replace(own=jax.tree.map(lambda x: x[from_R], layer.own))
-
-    return cache._replace(layers={name: one(layer) for name, layer in cache.layers.items()})
-
-
-def _read(
+def read_prompts(
     model: GPT,
     params: Any,
     prompts_BP: Any,
@@ -462,7 +369,7 @@ def _read(
     ahead: int = 1,
     dtype: CacheDtype = "same",
 ) -> tuple[Cache, jax.Array]:
-    """A cache of S positions with the prompts in it, and their hidden states [B, P, D]."""
+    """A KV cache of S positions with the prompts in it, and their hidden states [B, P, D]."""
     B = len(prompts_BP)
     cache, encoded_BSD = empty_cache(model, B, S, ahead, dtype), None
     if source is not None:
@@ -476,5 +383,5 @@ def _read(
 
 
 def extend(model: GPT, params: Any, *args: Any) -> Any:
-    """`model.extend` by these parameters."""
+    """`GPT.extend` with these parameters."""
     return model.apply({"params": params}, *args, method="extend")

@@ -1,7 +1,8 @@
-"""How a token is drawn: the settings of a text, and the pure function that draws.
+"""Sampling: the settings of a text, and the pure function that samples the next token.
 
-Settings are arrays with a row for each text, so that rows with other settings share a program, and
-a row's draws are a function of its own seed and position, whatever is written beside it.
+Settings are arrays with one row per text, so that texts with different settings share a compiled
+program. What is sampled in a row is a function of its own seed and position only, whatever the
+other rows are.
 """
 
 import math
@@ -16,38 +17,41 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 
-BANNED = -1e30  # finite: a guide that allows nothing else is stronger
-LARGEST = 1000  # of what logits meet, after which BANNED is still far below, and finite
+BANNED = -1e30  # finite, so that a constraint that allows nothing else wins
+LARGEST = 1000  # the largest penalty or bias, with which BANNED stays far below, and finite
 BLOCK = 128  # of a vocabulary, which is padded to a multiple of it
-TINY = 1e-30  # where float32 is about to end
+TINY = 1e-30  # close to the smallest float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one text are drawn. The defaults draw as the model says."""
+    """The sampling settings of one text. The defaults sample from the model's distribution."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0: the likeliest token."""
+    """Logits are divided by it; 0: greedy decoding."""
     top_k: int = 0
-    """Draw among so many of the likeliest; 0: among all."""
+    """Sample from this many of the most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest whose probabilities add up to it (Holtzman et al. 2019)."""
+    """Nucleus sampling: sample from the fewest most probable tokens whose probabilities add up to
+    this (Holtzman et al. 2019); 1: from all."""
     min_p: float = 0.0
-    """Draw among those at least so likely as this share of the likeliest (Nguyen et al. 2024)."""
+    """Sample from tokens whose probability is at least this fraction of the highest (Nguyen et al.
+    2024); 0: from all."""
     repetition_penalty: float = 1.0
-    """Logits of what is in the prompt or the text are divided by it, negative ones multiplied
-    (Keskar et al. 2019)."""
+    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied
+    (Keskar et al. 2019); 1: none."""
     frequency_penalty: float = 0.0
-    """Taken off a token's logit for every time it is in the text, the prompt not counted."""
+    """Subtracted from a token's logit for each time it is in the text, not counting the prompt."""
     presence_penalty: float = 0.0
-    """Taken off the logit of every token that is in the text."""
+    """Subtracted from the logits of all tokens in the text, not counting the prompt."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these ids; -100 and below: never drawn, unless nothing else may be."""
+    """Added to the logits of these ids; -100 or less: never sampled, unless a constraint allows
+    nothing else."""
     seed: int = 0
-    """The same seed and settings give the same text, whatever else is written at the time."""
+    """The random seed: the same seed and settings give the same text."""
 
     def check(self, vocabulary: int) -> None:
-        """Raises InputError where a field cannot be, for a vocabulary of so many ids."""
+        """Raises InputError if a field is invalid for a vocabulary of this size."""
         for name, low, high in (
             ("temperature", 0, LARGEST),
             ("min_p", 0, 1),
@@ -73,7 +77,7 @@ class Sampling:
 
 
 class Settings(NamedTuple):
-    """What `Sampling`s and guides are on the device; all leaves begin with B."""
+    """Sampling settings and constraints on the device; all leaves begin with B."""
 
     temperature_B: Any
     top_k_B: Any
@@ -83,12 +87,13 @@ class Settings(NamedTuple):
     frequency_penalty_B: Any
     presence_penalty_B: Any
     bias_BV: Any
-    """Added to the logits; -inf where an id is never drawn."""
+    """Added to the logits; -inf for ids that are never sampled."""
     key_B2: Any
     """The two halves of each seed."""
     classes_BV: Any
-    """Guides: the class of each id, and the state after each state and class; -1: not allowed."""
+    """Constraints: the class of each id."""
     next_BSC: Any
+    """Constraints: the state after each state and class; -1: not allowed."""
 
 
 def settings(
@@ -97,10 +102,16 @@ def settings(
     V: int,
     guides: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Settings:
-    """The settings of each row, as numpy arrays.
+    """The settings of each row as numpy arrays.
 
-    Ids from `vocabulary` on, of the V that logits have, are never drawn. `guides` are `classes_BV`
-    and `next_BSC`, as `guide.stacked` gives them. Raises InputError where a field cannot be.
+    Args:
+        samplings: The settings of each text.
+        vocabulary: Ids from here on are never sampled.
+        V: The size of the logits.
+        guides: Constraints, `classes_BV` and `next_BSC`, from `constrained.stacked`.
+
+    Raises:
+        InputError: A field is invalid.
     """
     B = len(samplings)
     bias_BV = np.zeros((B, V), np.float32)
@@ -131,24 +142,33 @@ def settings(
 
 
 class Memory(NamedTuple):
-    """What drawing remembers of a row's tokens; all leaves begin with B."""
+    """What sampling needs to know of the tokens before; all leaves begin with B."""
 
     written_BV: jax.Array
-    """How often each id is in the text."""
+    """The number of times each id is in the text."""
     given_BV: jax.Array
-    """Whether it is in the prompt."""
+    """Whether each id is in the prompt."""
     guide_B: jax.Array
-    """The guide's state."""
+    """The state of the constraint."""
 
 
 def draw(
     logits_BV: jax.Array, at: Settings, memory: Memory, position_B: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """The next token of each row, int32, for its position, and what is remembered after it.
+    """Samples the next token of each row.
 
-    Bias, penalties and guide come first, then the temperature, then top-k, top-p and min-p, each
-    among what the one before left; tokens as likely as the last that stays, stay too. What no row
-    asks for is not computed.
+    Bias, penalties and constraints come first, then top-k, temperature, top-p and min-p, each among
+    the tokens that the one before kept; ties with the last kept token are kept. A setting that no
+    row uses is not computed.
+
+    Args:
+        logits_BV: Float32 logits.
+        at: The settings.
+        memory: Of the tokens before.
+        position_B: The position of the token, which seeds its noise.
+
+    Returns:
+        The tokens, int32 [B], and the memory with them.
     """
     logits_BV = logits_BV + at.bias_BV
     logits_BV = _if(
@@ -190,9 +210,9 @@ def _penalized(logits_BV: jax.Array, at: Settings, memory: Memory) -> jax.Array:
 
 
 def _drawn(logits_BV: jax.Array, at: Settings, position_B: jax.Array) -> jax.Array:
-    """Draws by Gumbel's trick: the largest of the logits, each with noise of its own."""
+    """Samples with the Gumbel-max trick."""
     x_BV = _if(at.top_k_B > 0, lambda x_BV: _top_k(x_BV, at.top_k_B), logits_BV)
-    # The largest is 0, which no temperature makes infinite.
+    # The largest becomes 0, which no temperature makes infinite.
     x_BV = x_BV - x_BV.max(-1, keepdims=True)
     x_BV = x_BV / jnp.maximum(at.temperature_B, TINY)[:, None]
     x_BV = _if(at.top_p_B < 1, lambda x_BV: _top_p(x_BV, at.top_p_B), x_BV)
@@ -206,9 +226,10 @@ def _drawn(logits_BV: jax.Array, at: Settings, position_B: jax.Array) -> jax.Arr
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:
-    """Where the largest is, the first of equals.
+    """The first index of the largest value of each row.
 
-    First among blocks, and then in the best of them: XLA for CPU is 5 times slower at it in one go.
+    It is found among blocks first and then in the best block, which XLA for CPU does 5 times faster
+    than in one step.
     """
     V = x_BV.shape[1]
     x_BMV = x_BV.reshape(len(x_BV), -1, math.gcd(V, BLOCK))
@@ -229,13 +250,12 @@ def _top_p(x_BV: jax.Array, p_B: jax.Array) -> jax.Array:
 
 
 def _at_least(x_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Which x are not below the largest bound such that what is not below it weighs the target.
+    """Whether each x is at least the largest bound for which these x have a weight of `target_B`.
 
-    The bound is found bit by bit, with the bits of floats in an order that is theirs as numbers:
-    32 passes over x, where sorting it would take many more.
-    """
+    The bound is found bit by bit, on the bits of floats rearranged so that they sort as integers
+    do: 32 passes over x, where sorting would take many more."""
     bits_BV = jax.lax.bitcast_convert_type(x_BV.astype(jnp.float32), jnp.int32)
-    # Negative numbers are in reverse order: turn all their bits; of the others only the sign.
+    # Negative numbers sort in reverse: invert all their bits, and only the sign bit of the others.
     ordered_BV = jnp.where(bits_BV < 0, ~bits_BV, bits_BV | jnp.int32(-(2**31)))
     ordered_BV = jax.lax.bitcast_convert_type(ordered_BV, jnp.uint32)
 

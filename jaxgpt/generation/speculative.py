@@ -1,10 +1,9 @@
-"""Speculative decoding: a small model guesses some tokens, a large one checks them all at once.
+"""Speculative decoding: a small draft model proposes tokens, and the large model verifies them.
 
-Leviathan et al. 2022, but coupled otherwise: both models draw with the same noise for the same
-position, and a guess is right where it is the very token that the large model draws. So the text is
-the one that it would have written alone, seed for seed, whatever the settings: token for token in
-float32, while in bfloat16 and int8 several tokens at once may be rounded otherwise than one.
-"""
+As in Leviathan et al. 2022, but with another acceptance rule: both models sample with the same
+noise at the same position, and a proposal is accepted if the large model samples the same token.
+The text is therefore the same as without a draft model, for every seed and all settings: token for
+token in float32; in bfloat16 and int8, reading several tokens at once may round differently."""
 
 from functools import partial
 from typing import Any
@@ -35,11 +34,14 @@ def speculative_steps(
     n: int,
     ahead: int = 4,
 ) -> tuple[State, Cache, Written, jax.Array]:
-    """`decode.steps` with `ahead` tokens guessed by a small model of the same vocabulary.
+    """`decode.steps` with `ahead` tokens at a time proposed by a draft model.
 
-    Both caches are those that `decode.start` makes of the same prompts, with `ahead=ahead + 1` and
-    room for `ahead` positions more than the texts take. Also tells how many of the guesses, in all
-    rows, were right.
+    Both caches must come from `decode.start` with the same prompts, `ahead=ahead + 1`, and room for
+    `ahead` more positions than the texts need. The draft model must have the same vocabulary.
+
+    Returns:
+        The state, the cache of the draft model, the tokens, and the number of accepted proposals in
+        all rows.
     """
     B, V = len(state.token_B), at.bias_BV.shape[1]
 
@@ -56,7 +58,7 @@ def speculative_steps(
         alive_B &= (state.left_B > 0) & (count_B < n)
         token_B, after = draw(logits_BV, at, state.memory, state.position_B + 1)
         logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], 1)[:, 0]
-        rows_B, column_B = jnp.arange(B), jnp.where(alive_B, count_B, n)  # n: left out
+        rows_B, column_B = jnp.arange(B), jnp.where(alive_B, count_B, n)  # n: dropped
         tokens_Bn, logprobs_Bn = out
         out = (
             tokens_Bn.at[rows_B, column_B].set(token_B, mode="drop"),
@@ -75,7 +77,7 @@ def speculative_steps(
 
     def round_(carry: Any) -> Any:
         state, cache, count_B, out, right = carry
-        # One more guess than is checked, so that the small model has read all the others.
+        # One more proposal than is verified, so that the draft model has read all the others.
         begin: Any = cache, state.token_B, state.position_B, state.memory
         (cache, *_), guesses_gB = jax.lax.scan(guess, begin, None, length=ahead + 1)
         read_Bg = jnp.concatenate([state.token_B[None], guesses_gB[:ahead]]).T

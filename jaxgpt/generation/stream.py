@@ -1,9 +1,9 @@
-"""From tokens to text as they come, and the loop that writes one text.
+"""Streaming text: the loop that generates one text, and incremental detokenization.
 
     for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
         print(piece, end="", flush=True)
 
-What cannot be is refused before the first piece is asked for.
+Invalid arguments are refused before the first piece is requested.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,25 +15,27 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
-from jaxgpt.generation.decode import beam_search, padded, positions, start, steps, stops_of
+from jaxgpt.generation.decode import padded, positions, start, steps, stops_of
 from jaxgpt.generation.sampling import Sampling, settings
 from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import GPT
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import TextDecoder, Tokenizer
 
-CHUNK = 16  # tokens written between two looks at the clock, the stops and the reader
-AHEAD = 4  # tokens that a small model guesses at once
+CHUNK = 16  # tokens sampled on the device before the host looks at them
+AHEAD = 4  # tokens that a draft model proposes at once
 
 
 class Pieces:
-    """The pieces of a text as they are written, an iterator; and why the text ended."""
+    """An iterator over the pieces of a text while it is generated."""
 
     def __init__(self, pieces: Generator[str, None, str]) -> None:
         self._pieces = pieces
         self.finish_reason = ""
-        """After the last piece: "stop" at the text's own end, "length" at the limit of tokens."""
+        """Why the text ended, after the last piece: "stop" (an end token or a stop string), or
+        "length" (the limit of tokens)."""
 
     def __iter__(self) -> "Pieces":
         return self
@@ -47,11 +49,11 @@ class Pieces:
 
 
 class Text:
-    """The text of tokens that come a few at a time, shown as soon as it is certain.
+    """Incremental detokenization: the text of tokens that come a few at a time.
 
-    Held back is what may still change: half a character, and what a stop string may begin with.
-    What is shown in all is the text up to the first stop string. `context` are the ids before it,
-    see `Tokenizer.place`.
+    Text is returned as soon as it cannot change: incomplete characters, and text with which a stop
+    string may begin, are held back. All returned pieces together are the text up to the first stop
+    string. `context` are the ids before the text, see `Tokenizer.place`.
     """
 
     def __init__(
@@ -61,18 +63,18 @@ class Text:
         context: Sequence[int] | None = None,
     ):
         if not all(stops):
-            raise InputError("a stop string is empty; give it a character, or leave it out")
+            raise InputError("a stop string is empty; give it a character, or remove it")
         self.stops = tuple(stops)
         self.stopped = False
         self._decoder = TextDecoder(tokenizer, context)
         self._held = ""
 
     def add(self, ids: Sequence[int]) -> str:
-        """What can be shown now that these tokens have come; "" after a stop string."""
+        """The next piece of text, after these tokens; "" after a stop string."""
         return self._show(self._decoder.decode(ids))
 
     def end(self) -> str:
-        """The rest, when no token will come."""
+        """The last piece, when no more tokens will come."""
         return self._show(self._decoder.decode((), final=True), over=True)
 
     def _show(self, fresh: str, over: bool = False) -> str:
@@ -82,7 +84,7 @@ class Text:
         found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
         at = min(found, default=len(text))
         keep = 0 if over else max((_overlap(text, stop) for stop in self.stops), default=0)
-        # Of two stops the one that begins first counts, also where the other is whole before it.
+        # The stop string that begins first counts, even if another one is complete before it.
         certain = len(text) - keep
         self.stopped = bool(found) and at <= certain
         self._held = "" if self.stopped else text[certain:]
@@ -90,7 +92,7 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text the stop string begins with."""
+    """The length of the longest end of the text that is a beginning of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -168,18 +170,18 @@ def search(
     continues: bool = True,
     cache: CacheDtype = "same",
 ) -> Pieces:
-    """As `write`, but the likeliest text that a beam search of this width finds, in one piece.
+    """The text that beam search of this width finds, in one piece; arguments as for `write`.
 
-    Prompt and text have to fit the context.
+    Prompt and text must fit the context.
     """
     text = Text(tokenizer, stops, prompt if continues else ())
     T, length = model.cfg.decode_T, len(prompt)
-    padded([prompt], model.cfg, T, "a prompt")  # for what it raises, which is not to come later
+    padded([prompt], model.cfg, T, "a prompt")  # raises InputError now, and not later
     room = T + 1 - length
     if not 1 <= tokens <= room:
         raise InputError(
-            f"tokens={tokens} after a prompt of {length}, and a beam stays in the context of {T}; "
-            f"set tokens to 1 to {room}"
+            f"tokens={tokens} after a prompt of {length} do not fit the context of {T}; "
+            f"with a beam, set tokens to 1 to {room}"
         )
 
     def pieces() -> Generator[str, None, str]:
@@ -251,7 +253,7 @@ def _pieces(
                 yield piece
             ids, left, fit = ids + new, left - len(new), fit - len(new)
         ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
-        # Positions come again, and the draws at them should not.
+        # Positions repeat, and the noise at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
         begun = read(ids, sampling)
     return "length"

@@ -3,6 +3,7 @@
 from jaxgpt.model.config import ComputeConfig, GPTConfig
 from jaxgpt.model.encoder_decoder import EncoderDecoder
 from jaxgpt.model.gpt import GPT, empty_cache
+from jaxgpt.model.mixture_of_experts import MoEConfig
 from jaxgpt.model.output import logits, next_logits, output_weights
 from jaxgpt.model.params import Leaves, count, init, letters, stack, unstack
 
@@ -12,6 +13,7 @@ __all__ = [
     "EncoderDecoder",
     "GPTConfig",
     "Leaves",
+    "MoEConfig",
     "count",
     "empty_cache",
     "init",

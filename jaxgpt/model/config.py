@@ -17,66 +17,69 @@ GATED = ("swiglu", "geglu")  # MLPs with a third matrix, the gate
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture: what the parameters mean. The defaults are GPT-2's, at a small size."""
+    """The architecture. The defaults are GPT-2's, at a small size."""
 
     L: int = 6
-    """Layers."""
+    """The number of layers."""
     D: int = 384
-    """Width of the residual stream."""
+    """The model width: the size of the residual stream and of embeddings."""
     N: int = 6
-    """Attention heads."""
+    """The number of query heads."""
     K: int = 0
-    """Key/value heads, fewer than N for grouped-query attention; 0: as many as N."""
+    """The number of key/value heads; fewer than N for grouped-query attention. 0: N."""
     H: int = 0
-    """Size of a head; 0: D / N."""
+    """The head size; 0: D / N."""
     F: int = 0
-    """Hidden width of the MLP; 0: 4 D."""
+    """The hidden width of the MLP; 0: 4 D."""
     T: int = 256
-    """Context length, in tokens."""
+    """The context length, in tokens."""
     V: int = 0
-    """Vocabulary, before padding to a multiple of 128; 0: the tokenizer's."""
+    """The vocabulary size, before it is padded to a multiple of 128; 0: the tokenizer's."""
     position: Literal["learned", "rotary"] = "learned"
-    """Learned absolute positions (GPT-2) or rotary ones (Su et al. 2021, half-split)."""
+    """Position embeddings: learned (GPT-2) or rotary (RoPE, Su et al. 2021, half-split)."""
     rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
+    """The base of the rotary wavelengths."""
     rope_local_theta: float = 0.0
-    """The base in layers with a sliding window, which are not scaled (Gemma 3); 0: the same."""
+    """The rotary base of layers with a sliding window, to which `rope_scaling` does not apply
+    (Gemma 3); 0: `rope_theta`."""
     rope_scaling: RopeScaling = RopeScaling()  # noqa: RUF009
-    """Stretches the rotary wavelengths."""
+    """Extends the context by scaling the rotary wavelengths."""
     norm: Literal["layernorm", "rmsnorm", "rmsnorm+1"] = "layernorm"
-    """LayerNorm (GPT-2), RMSNorm (Zhang and Sennrich 2019), or that with a scale of 1 + the
+    """LayerNorm (GPT-2), RMSNorm (Zhang and Sennrich 2019), or RMSNorm with a scale of 1 plus the
     parameter (Gemma)."""
     norm_eps: float = 1e-5
-    """Added to the variance in norms."""
+    """Added to the variance in norms, for numerical stability."""
     post_norm: bool = False
-    """A second norm after attention and MLP, before they are added (Gemma 2)."""
+    """Whether the outputs of attention and MLP are normalized before they are added (Gemma 2)."""
     mlp: Literal["gelu", "swiglu", "geglu", "relu2"] = "gelu"
-    """GELU in its tanh form (GPT-2), SwiGLU or GEGLU (Shazeer 2020), squared ReLU (So et al.
-    2021)."""
+    """The activation of the MLP: GELU with tanh (GPT-2), SwiGLU or GEGLU (Shazeer 2020), or squared
+    ReLU (So et al. 2021)."""
     bias: bool = True
-    """Biases in linear layers and LayerNorms."""
+    """Whether linear layers and LayerNorms have biases."""
     qkv_bias: bool = False
-    """Biases of queries, keys and values where `bias` is off (Qwen2)."""
+    """Whether queries, keys and values have biases although `bias` is off (Qwen2)."""
     tied: bool = True
-    """The output layer is the token embedding."""
+    """Whether the output layer shares the weights of the token embedding."""
     scale_embedding: bool = False
-    """Token embeddings are multiplied by sqrt(D) on their way in (Gemma)."""
+    """Whether token embeddings are multiplied by sqrt(D) at the input (Gemma)."""
     qk_norm: bool = False
-    """RMSNorm on each head's queries and keys, before rotation (Henry et al. 2020)."""
+    """Whether each head's queries and keys go through an RMSNorm, before the rotary embedding
+    (QK-norm, Henry et al. 2020)."""
     window: int = 0
-    """Sliding window of attention, in tokens; 0: all of the past."""
+    """The sliding window of attention, in tokens; 0: none, tokens attend to all of the past."""
     global_every: int = 0
-    """With a window, every so many layers one sees all of the past; 0: none does."""
+    """With a window: every so many layers, one has no window; 0: all have it."""
     logit_softcap: float = 0.0
-    """Logits become cap * tanh(logits / cap) (Gemma 2); 0: as they are."""
+    """Soft cap of the logits: cap * tanh(logits / cap) (Gemma 2); 0: none."""
     dropout: float = 0.0
-    """Share dropped of embeddings, attention weights and residual branches in training."""
+    """The dropout rate of embeddings, attention weights and residual branches in training."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; residual outputs get it divided by sqrt(2 L)."""
+    """The standard deviation of initial weights; that of the output projections of attention and
+    MLP is divided by sqrt(2 L)."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The letters of parameter shapes, with V padded: what every layer reads its shape from."""
+        """The size of each letter of parameter shapes, with V padded."""
         return {
             "L": self.L,
             "D": self.D,
@@ -90,16 +93,16 @@ class GPTConfig:
 
     @property
     def decode_T(self) -> int:
-        """The longest text that can be decoded with a KV cache, T unless scaling is dynamic.
+        """The longest sequence that can be decoded with a KV cache: T unless scaling is dynamic.
 
-        Dynamic rotary scaling turns every key by another angle when a text grows beyond the
-        original context, and cached keys have been turned already.
+        Dynamic rotary scaling changes the angle of every key when a sequence grows beyond the
+        original context, and cached keys are rotated already.
         """
         dynamic = self.position == "rotary" and self.rope_scaling.kind == "dynamic"
         return min(self.T, self.rope_scaling.T) if dynamic else self.T
 
     def windows(self) -> list[int]:
-        """Each layer's sliding window, 0 where it sees all of the past."""
+        """Each layer's sliding window; 0: none."""
         every = self.global_every
         return [
             0 if not self.window or (every and layer % every == every - 1) else self.window
@@ -107,7 +110,7 @@ class GPTConfig:
         ]
 
     def check(self) -> None:
-        """Raises InputError where the sizes cannot be."""
+        """Raises InputError if a field is invalid."""
         for letter in "LDNT":
             if getattr(self, letter) < 1:
                 raise InputError(f"model.{letter}={getattr(self, letter)}; set it to 1 or more")
@@ -175,40 +178,52 @@ class GPTConfig:
     def flops_per_token(self, T: int = 0, causal: bool = False) -> float:
         """Training FLOPs per token, forward and backward, without rematerialization.
 
-        In rows of T tokens, the context's length by default:
-        6 per weight of the matmuls and 12 L N H T for attention scores and values (Chowdhery et
-        al. 2022, appendix B); `causal` counts only the half of them that is needed.
+        They are 6 per weight of the matrix products, and 12 L N H T for attention scores and
+        values (Chowdhery et al. 2022, appendix B).
+
+        Args:
+            T: The tokens of a row; 0: the context length.
+            causal: Whether to count only the half of attention that a causal mask leaves.
         """
         s = self.sizes
         qkvo = 2 * s["D"] * s["H"] * (s["N"] + s["K"])
         mlp = (3 if self.mlp in GATED else 2) * s["D"] * s["F"]
         T = T or self.T
-        seen = sum(min(window or T, T) for window in self.windows())
-        attention_flops = 12 * s["N"] * s["H"] * seen * (0.5 if causal else 1.0)
+        attended = sum(min(window or T, T) for window in self.windows())
+        attention_flops = 12 * s["N"] * s["H"] * attended * (0.5 if causal else 1.0)
         return 6.0 * (self.L * (qkvo + mlp) + s["V"] * s["D"]) + attention_flops
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the same parameters are run: nothing here changes what they mean."""
+    """How the model is computed. Nothing here changes the architecture or the parameters."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations and matmul inputs; auto: bfloat16 on TPU and GPU, float32 on CPU, where
-    bfloat16 is faster only if the processor multiplies it (AVX512-BF16, AMX)."""
+    """The dtype of activations and of the factors of matrix products; parameters stay float32.
+    auto: bfloat16 on TPU and GPU, float32 on CPU, where bfloat16 is only faster if the processor
+    has instructions for it (AVX512-BF16, AMX)."""
     layers: Literal["unrolled", "scan"] = "unrolled"
-    """Unrolled over separate leaves (fastest to run) or scanned over stacked ones (to compile)."""
+    """unrolled: layers one after another over separate parameters, the fastest to run; scan: a scan
+    over stacked parameters, the fastest to compile."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
+    """What the backward pass recomputes to save memory: nothing, everything but matrix products, or
+    whole blocks (gradient checkpointing)."""
     attention: Literal["auto", "plain", "chunked", "cudnn", "splash"] = "auto"
-    """Implementation of attention; auto: the fastest that can run."""
+    """The implementation of attention; auto: the fastest that can run here."""
 
     def resolve(
         self, model: GPTConfig, platform: str, segments: bool = False, T: int = 0
     ) -> tuple["ComputeConfig", str]:
-        """This config with no `auto` left, for a platform, and a line that says what was chosen.
+        """This config with every "auto" replaced, and a line that says what was chosen.
 
-        `segments`: whether documents will be masked from each other; rows have T tokens, the
-        context's length by default.
+        Args:
+            model: The architecture.
+            platform: As jax names it, such as "cpu".
+            segments: Whether documents are masked from each other.
+            T: The tokens of a row; 0: the context length.
+
+        Raises:
+            InputError: What was asked for cannot run on this platform.
         """
         accelerator = platform in ("tpu", "gpu", "cuda")
         dtype: Any = self.dtype

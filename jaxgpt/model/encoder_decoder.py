@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.model.cache import KVCache
-from jaxgpt.model.gpt import GPT, MLP, Attention, Block, Context
+from jaxgpt.model.gpt import GPT, Attention, Block, Context
 from jaxgpt.model.layers import Norm
 from jaxgpt.model.stacking import run_blocks
 from jaxgpt.sharding import constrain
@@ -50,7 +50,7 @@ class DecoderBlock(Block):
         cross = self.part(CrossAttention(cfg, compute))
         y_BTD, cache = cross(self.norm("cross_norm", x_BTD), context, cache, weight_drop)
         x_BTD = x_BTD + drop(self.post_norm("cross_norm_post", y_BTD))
-        mlp = self.part(MLP(cfg, compute))
+        mlp = self.part(self.mlp(cfg, compute))
         y_BTD = mlp(self.norm("norm2", x_BTD), context)
         return x_BTD + drop(self.post_norm("norm2_post", y_BTD)), cache
 

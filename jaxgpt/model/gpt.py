@@ -139,6 +139,8 @@ class Block(nn.Module):
     window: int = 0
     causal: bool = True
 
+    mlp: ClassVar[Any] = MLP
+
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None
@@ -149,7 +151,7 @@ class Block(nn.Module):
         attend = self.part(Attention(self.cfg, self.compute, self.window, self.causal))
         y_BTD, cache = attend(self.norm("norm1", x_BTD), context, cache, self.weight_drop(drop))
         x_BTD = x_BTD + drop(self.post_norm("norm1_post", y_BTD))
-        mlp = self.part(MLP(self.cfg, self.compute))
+        mlp = self.part(self.mlp(self.cfg, self.compute))
         y_BTD = mlp(self.norm("norm2", x_BTD), context)
         return x_BTD + drop(self.post_norm("norm2_post", y_BTD)), cache
 

@@ -2,14 +2,14 @@
 
 An objective is a frozen dataclass that is called as
 
-    objective(model, params, batch, key, other) -> (loss_sum, {"loss": Mean(total, count), ...})
+    objective(model, params, batch, key) -> (loss_sum, {"loss": Mean(total, count), ...})
 
 It returns sums, never means: the step divides once, by the count of "loss", so that any split of
 the batch over devices or micro-batches gives the same gradient. `key` is None in evaluation, where
 nothing is random.
 """
 
-from jaxgpt.objectives.base import Elsewhere, Objective, Other
+from jaxgpt.objectives.base import FrozenModel, Objective, UnknownObjective
 from jaxgpt.objectives.chunks import Mean
 from jaxgpt.objectives.classify import Classify
 from jaxgpt.objectives.distill import Distill
@@ -24,11 +24,11 @@ __all__ = [
     "GRPO",
     "Classify",
     "Distill",
-    "Elsewhere",
+    "FrozenModel",
     "Instruct",
     "Mean",
     "NextToken",
     "Objective",
-    "Other",
     "Translate",
+    "UnknownObjective",
 ]

@@ -1,11 +1,11 @@
-"""What every objective is: a frozen dataclass whose fields are options and whose call is the loss.
+"""The base of all objectives: frozen dataclasses whose fields are options and whose call is a loss.
 
-    loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key, other)
+    loss_sum, {"loss": Mean(total, count), ...} = objective(model, params, batch, key)
 
-All but the call has a default: an objective that reads token streams needs nothing else. One that
-reads records says what a record becomes (`encode`); one with parameters of its own, which
-(`leaves`); one with another model, which (`build`); one that acts before it learns, how
-(`annotate`).
+Everything but the call has a default, so an objective over token streams needs nothing else. An
+objective over records defines what a record becomes (`encode`), one with parameters of its own
+their shapes (`leaves`), one with another model how it is built (`build`), and one that trains on
+samples of the model how they are made (`rollout`).
 """
 
 from abc import ABC, abstractmethod
@@ -24,11 +24,11 @@ from jaxgpt.objectives.chunks import Mean
 from jaxgpt.tokenizer import Tokenizer
 
 Batch = dict[str, jax.Array]
-Sums = dict[str, Any]  # Means, and whatever else adds up over batches
+Sums = dict[str, Any]  # Means, and other values that add up over batches
 
 
-class Other(NamedTuple):
-    """A model to compare with, whose parameters nothing changes."""
+class FrozenModel(NamedTuple):
+    """A reference or a teacher: a model whose parameters training does not change."""
 
     model: Any
     params: Any
@@ -36,83 +36,92 @@ class Other(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """A way of training."""
+    """A training objective."""
 
     reads_records: ClassVar[bool] = False
-    """Whether it reads records; else streams of tokens."""
+    """Whether it reads records; if not, it reads token streams."""
     packs: ClassVar[bool] = False
-    """Whether several examples may share a row, told apart by `segments`."""
+    """Whether short examples are packed into one row, kept apart by `segments`."""
     command: ClassVar[str] = "generate"
-    """What of `python -m jaxgpt` uses the model."""
+    """The command of `python -m jaxgpt` that uses the trained model."""
     conversational: ClassVar[bool] = False
-    """Whether a list of messages in a record may stand for `fields`."""
+    """Whether a record may hold a list of messages instead of `fields`."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
-    """The names of further fields that it reads from a record which has them."""
-    annotates: ClassVar[bool] = False
-    """Whether batches go through `annotate` before the step."""
+    """Further fields of a record that are read if they are there."""
+    uses_rollouts: ClassVar[bool] = False
+    """Whether batches go through `rollout` before the step."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that it reads from every record."""
+        """The fields that are read from every record."""
         return ()
 
     @property
     def reader(self) -> Reader:
-        """What the data has to know to read records for it."""
+        """How records are read for this objective."""
         return Reader(self.fields, self.optional_fields, self.conversational, self.example)
 
     def example(self, record: Record) -> Any:
-        """What an example is made of, in values of JSON or dataclasses.
+        """The content of an example, as JSON values or dataclasses, by which duplicates are found.
 
-        That is the fields that are read, or all if the record has none of them. Records of which it
-        is equal are the same example: they are held out together.
+        It is the fields that are read, or all of them if the record has none of these. Records with
+        equal content go to the same split.
         """
         names = (*self.fields, *self.optional_fields)
         read = {name: value for name in names if (value := record.values.get(name)) is not None}
         return read or record.values
 
     @property
-    def compares_with(self) -> str:
-        """Another model it needs: "reference", as training starts; the path of one; or none."""
+    def uses_reference(self) -> bool:
+        """Whether it compares the model with what it was at the start of training."""
+        return False
+
+    @property
+    def teacher_path(self) -> str:
+        """The path of a model to learn from; empty: none."""
         return ""
 
     @property
     def updates_per_batch(self) -> int:
-        """Updates of the parameters by one batch."""
+        """How many updates are made with each batch."""
         return 1
 
     def check(self) -> None:  # noqa: B027 - most have something to check, not all
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """The objective with what only the training records tell, such as the names of labels."""
+        """The objective with what is learned from the training records, such as the labels."""
         return self
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer with the special tokens it needs, added where they are missing."""
+        """The tokenizer with the special tokens that the objective needs."""
         return tokenizer
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """A record as arrays: of shape [T] for what lies along a row, [] for one value each.
+        """The arrays of a record: [T] for values per token, [] for one value per record.
 
-        Raises InputError, beginning with `record.where`, for a record that cannot be.
+        Raises:
+            InputError: The record is invalid; the message begins with `record.where`.
         """
         raise InputError(f"{type(self).__name__} reads records and lacks `encode`; define it")
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """An example that is too long, cut at its end."""
+        """An example that is too long, truncated at its end."""
         return {name: array[:length] if array.ndim else array for name, array in example.items()}
 
     def build(self, cfg: GPTConfig, compute: Any) -> Any:
-        """The model."""
+        """The model of an architecture."""
         return cfg.build(compute)
 
     def leaves(self, cfg: GPTConfig) -> Leaves:
-        """Parameters beside the model's: path -> (letters, shape). New, `w` is drawn, `b` zero."""
+        """Parameters that the objective adds: letters and shapes by path.
+
+        A new `w` is sampled like the model's weights; other leaves are 0.
+        """
         return {}
 
-    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> Any:
-        """A batch of the data as one to learn from, by acting with the model as it is now."""
+    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> Any:
+        """The batch to train on: samples of the current model, `trained`, for a batch of data."""
         return batch
 
     @abstractmethod
@@ -122,53 +131,63 @@ class Objective(ABC):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over the batch, and sums to report, "loss" a `Mean` among them.
 
-        `key` is None in evaluation, where nothing is random; `other` is the model that it compares
-        with.
+        Args:
+            model: The model.
+            params: Its parameters, with those of `leaves`.
+            batch: Arrays with B rows.
+            key: For dropout; None in evaluation, where nothing is random.
+            reference: The model at the start of training, if `uses_reference`. An objective that
+                needs neither model need not have these two arguments.
+            teacher: The model of `teacher_path`, if that is set.
         """
 
     def report(self, sums: Sums) -> dict[str, float]:
-        """What is logged of the sums over some batches: each mean."""
+        """The metrics to log, from sums over some batches: every mean."""
         return {k: float(v.value) for k, v in sums.items() if isinstance(v, Mean)}
 
     def show(self, sums: Sums, folder: Path) -> str:
-        """What the sums over the test set say, to read; pictures go to the run's folder."""
+        """A report on the sums over the test set, as text; plots are saved in the run's folder."""
         return ""
 
     def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
-        """What a simple method reaches on the test set, to read beside the model's result."""
+        """What a simple baseline reaches on the test set, as text."""
         return ""
 
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """What is measured by using the model on held-out records: nothing.
+        """Metrics for which the model must be used on held-out records, such as BLEU.
 
-        On all of them where `whole` is asked for, which is at the end; else on as many as is quick.
+        Args:
+            trained: The current model.
+            records: Held-out records.
+            whole: Whether to use all records, as at the end of training, or only a few.
         """
         return {}
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
-        """A text to give `command` as an example, such as a held-out one; "" if it takes none."""
+        """An example argument for `command`, such as a held-out text; "" if it takes none."""
         return prompt if self.command == "generate" else ""
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """What the trained model does, to read: here, going on from a prompt."""
+        """A sample of what the trained model does, as text: here, a continuation of the prompt."""
         return trained(prompt, tokens)
 
 
 @dataclass(frozen=True)
-class Elsewhere(Objective):
-    """An objective of somebody's own, as a checkpoint tells of it where its class is not known."""
+class UnknownObjective(Objective):
+    """Stands for the objective of a checkpoint whose class is not defined in this process."""
 
     name: str = ""
-    """The class."""
+    """The name of the class."""
 
     def check(self) -> NoReturn:
-        """Raises InputError: it can be read about, not trained with."""
+        """Raises InputError: such a checkpoint can be loaded, but not trained."""
         raise InputError(
-            f"objective {self.name} is not one of jaxgpt's; train with the config file that has it"
+            f"objective {self.name} is not known; train with the config file that defines it"
         )
 
     def __call__(self, *_: Any) -> NoReturn:

@@ -1,8 +1,8 @@
-"""Losses over the vocabulary without the logits of the batch: a few positions at a time.
+"""Losses over the vocabulary in chunks of positions, without the logits of the whole batch.
 
 The gradient of a sum of token losses is computed in the forward pass, chunk by chunk, while the
-chunk's logits are at hand, so that neither pass ever holds a [B, T, V] array or computes the output
-layer twice.
+logits of the chunk are in memory. So neither pass holds a [B, T, V] array, and the output layer is
+computed once.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from jaxgpt.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mean:
-    """A mean that is not yet taken: add totals and counts, divide at the end."""
+    """A mean as its total and its count, so that parts of a batch can be added before dividing."""
 
     total: jax.Array
     count: jax.Array
 
     @property
     def value(self) -> jax.Array:
-        """total / count; not a number where nothing was counted."""
+        """total / count; NaN if the count is 0."""
         return self.total / self.count
 
 
@@ -40,10 +40,17 @@ ChunkLoss = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Arr
 def chunked_sum(
     loss: ChunkLoss, size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, Any]:
-    """Adds `loss` up over chunks of `size` positions of every row: (loss_sum, sums to report).
+    """The sum of a loss over chunks of positions.
 
-    The loss is differentiable in `hidden_BTD` and `w_DV`; the arrays [B, T] of `batch` are
-    constants, and the sums to report have no gradient.
+    Args:
+        loss: The loss of a chunk.
+        size: Positions of each row in a chunk.
+        hidden_BTD: Hidden states; the sum is differentiable with respect to them.
+        w_DV: The weights of the output layer; the sum is differentiable with respect to them.
+        batch: Arrays [B, T] that the loss reads, without a gradient.
+
+    Returns:
+        The sum of the loss, and the sums to report, which have no gradient.
     """
 
     def part(hidden_BtD, chunk):
@@ -63,7 +70,7 @@ def _forward(loss, size, hidden_BTD, w_DV, batch):
         return (total, report, dw_DV), dhidden_BtD
 
     (total, report, dw_DV), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
-    # Whole on each device until the loop ends: the devices add up once, not once a chunk.
+    # Replicated until the loop ends, so that devices add up once and not once per chunk.
     dw_DV = constrain(constrain(dw_DV, "-V"), "DV")
     return (total, report), (dhidden_BTD, dw_DV, batch)
 
@@ -81,7 +88,7 @@ chunked_sum.defvjp(_forward, _backward)
 def hidden(
     model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> jax.Array:
-    """What the output layer reads of a batch, [B, T, D]; dropout is on where there is a key.
+    """The final hidden states of a batch [B, T, D], with dropout if there is a key.
 
     `batch` has tokens [B, T], and may have positions and segments.
     """
@@ -103,11 +110,20 @@ def log_probs(
     key: jax.Array | None = None,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """log p of each of the `targets` under softmax(logits / temperature): [B, T] float32.
+    """The log-probability of each target under softmax(logits / temperature), for any loss.
 
-    For losses that are no sums over tokens. `batch` has tokens and targets [B, T], and may have
-    positions and segments. The logits of `size` positions of every row exist at once; the backward
-    pass computes them again.
+    The backward pass computes the logits again.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        batch: tokens and targets [B, T]; may have positions and segments.
+        size: Positions of each row whose logits are in memory at once.
+        key: For dropout; None: no dropout.
+        temperature: Divides the logits.
+
+    Returns:
+        [B, T] float32.
     """
     hidden_BTD = hidden(model, params, batch, key)
     w_DV = constrain(output_weights(model.cfg, params), "-V")
@@ -141,7 +157,7 @@ def _no_gradient(x: jax.Array) -> Any:
 def _sweep(part: Callable[..., Any], size: int, hidden_BTD: jax.Array, batch: Any) -> Any:
     """Calls part(hidden_BtD, chunk of batch) -> (sums, array_Bt... or None) on every chunk.
 
-    The sums are added up; the arrays are joined along T again.
+    Returns the added sums, and the arrays concatenated along T.
     """
     B, T, _ = hidden_BTD.shape
     size = min(size, T)

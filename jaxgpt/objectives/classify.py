@@ -1,4 +1,4 @@
-"""Classification of text: a linear layer on what the decoder makes of its tokens."""
+"""Text classification: a linear layer on the decoder's hidden states."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxgpt.data.records import Record, say
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.model import GPTConfig, Leaves
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, hidden
 from jaxgpt.tokenizer import Tokenizer
 
@@ -23,36 +24,37 @@ BINS = 10  # of confidence, for the calibration error
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """Cross-entropy of a text's label; the head is `classifier/w` [C, D] and `classifier/b` [C]."""
+    """Cross-entropy of a text's label, with a head `classifier/w` [C, D], `classifier/b` [C]."""
 
     reads_records: ClassVar[bool] = True
     packs: ClassVar[bool] = True
     command: ClassVar[str] = "classify"
 
     text: str = "text"
-    """The field of the text."""
+    """The field with the text."""
     label: str = "label"
-    """The field of the label."""
+    """The field with the label."""
     token: Literal["last", "first", "mean", "every"] = "last"
-    """What the head reads: the last real token, the first, the mean of all, or every one, whose
-    probabilities are averaged (voting)."""
+    """Which hidden states the head reads: that of the last token (padding not counted), of the
+    first, the mean of all, or each of them, whose probabilities are then averaged (voting)."""
     balanced: bool = False
-    """Weigh each class by the inverse of its number of training examples, 1 on average of them."""
+    """Whether the loss weighs each class by the inverse of its number of training examples. The
+    weights are 1 on average over the examples."""
     baseline: bool = True
-    """After training, also report logistic regression on TF-IDF of words and pairs of words, if
-    scikit-learn is installed: a small model that does not beat it has learned little."""
+    """Whether to report, after training, the test accuracy of logistic regression on TF-IDF of
+    words and pairs of words as a baseline, if scikit-learn is installed."""
     labels: tuple[str, ...] = ()
-    """The names of the classes; empty: those of the training examples, sorted."""
+    """The names of the classes, in order; empty: the labels of the training examples, sorted."""
     class_weights: tuple[float, ...] = ()
-    """The weight of each class, in the order of `labels`; empty: 1, or as `balanced` says."""
+    """The loss weight of each class, in the order of `labels`; empty: all 1, or by `balanced`."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """A label and a text."""
+        """The fields of the label and of the text."""
         return (self.label, self.text)
 
     def fit(self, records: Sequence[Record]) -> Self:
-        """With the labels of the training examples, and their weights."""
+        """The objective with the labels of the training records and their weights."""
         counts = Counter(self._label(record) for record in records)
         spaced = [v for r in records if (v := str(r.values[self.label])) != v.strip()]
         if spaced:
@@ -80,7 +82,7 @@ class Classify(Objective):
         return replace(self, labels=labels, class_weights=weights)
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if any(not 0 < weight < float("inf") for weight in self.class_weights):
             raise InputError(
                 f"objective.class_weights={self.class_weights}; each must be positive and finite"
@@ -100,12 +102,14 @@ class Classify(Objective):
         return str(value).strip()
 
     def example(self, record: Record) -> Any:
-        """The label without white space around it, and the text."""
+        """The label, stripped of white space, and the text."""
         return {self.label: self._label(record), self.text: record.values.get(self.text)}
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """tokens, label, weights, ends [T]: `weights` are where the head learns, and add up to 1;
-        `ends` is 1 where its answer is read.
+        """tokens, label, weights, ends, each [T].
+
+        `weights` add up to 1 over the tokens on which the head is trained; `ends` is 1 at the token
+        where the prediction is read.
         """
         label = self._label(record)
         if label not in self.labels:
@@ -116,12 +120,12 @@ class Classify(Objective):
         return self.encode_text(record.text(self.text), tokenizer, self.labels.index(label))
 
     def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> dict[str, np.ndarray]:
-        """The arrays of a text, for a label that need not be known."""
+        """The arrays of a text; the label is 0 if it is unknown."""
         tokens = np.asarray([*tokenizer.prefix, *tokenizer.encode(text)], np.int32)
         return self._example(tokens, label)
 
     def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-        """An example that is too long, as if its text ended earlier."""
+        """An example whose text is truncated to `length` tokens."""
         return self._example(example["tokens"][:length], int(example["label"][0]))
 
     def _example(self, tokens: np.ndarray, label: int) -> dict[str, np.ndarray]:
@@ -132,7 +136,7 @@ class Classify(Objective):
         return {"tokens": tokens, "label": labels, "weights": weights, "ends": ends}
 
     def leaves(self, cfg: GPTConfig) -> Leaves:
-        """The head; C is the number of classes."""
+        """The classification head, for C classes."""
         C = len(self.labels)
         return {
             ("classifier", "w"): (("C", "D"), (C, cfg.D)),
@@ -142,7 +146,8 @@ class Classify(Objective):
     def probabilities(
         self, model: Any, params: Any, batch: Batch, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities of each token, and probabilities of the text at its end: [B, T, C]."""
+        """Log-probabilities of the classes at each token, and the text's probabilities [B, T,
+        C]."""
         hidden_BTD = hidden(model, params, batch, key).astype(jnp.float32)
         if self.token == "mean":
             hidden_BTD = _mean_so_far(hidden_BTD, batch["positions"])
@@ -160,12 +165,14 @@ class Classify(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """The loss summed over texts, weighted by class; the counts are of texts.
+        """The loss summed over texts, weighted by class.
 
-        `confusion` [C, C] counts texts by true class and predicted one; `calibration` [10, 3] by
-        confidence: how many, their confidences added up, and how many were right.
+        Beside means per text, the sums are `confusion` [C, C], the number of texts by true and
+        predicted class, and `calibration` [10, 3], by confidence: the number of texts, the sum of
+        their confidences, and the number of correct ones.
         """
         log_p_BTC, p_BTC = self.probabilities(model, params, batch, key)
         C = len(self.labels)
@@ -195,7 +202,7 @@ class Classify(Objective):
         }
 
     def report(self, sums: Sums) -> dict[str, float]:
-        """Loss, accuracy, the mean of the classes' F1, and the expected calibration error."""
+        """Loss, accuracy, macro F1, and the expected calibration error."""
         _, _, f1 = scores(sums["confusion"])
         count, confidence, right = np.asarray(sums["calibration"]).T
         error = float(np.abs(confidence - right).sum() / max(count.sum(), 1))
@@ -204,51 +211,24 @@ class Classify(Objective):
     def show(self, sums: Sums, folder: Path) -> str:
         """Precision, recall and F1 of each class; the confusion matrix as a table and a picture."""
         confusion = np.asarray(sums["confusion"]).astype(int)
-        width = max(map(len, ("true class", *self.labels)))
-        lines = [f"  {'class':<{width}}  precision  recall      F1   texts"]
-        for name, precision, recall, f1, count in zip(
-            self.labels, *scores(confusion), confusion.sum(1), strict=True
-        ):
-            lines.append(f"  {name:<{width}}  {precision:9.4f} {recall:7.4f} {f1:7.4f} {count:7d}")
-        lines += ["", f"  {'true class':<{width}}  predicted as the class of this row number"]
-        numbers = range(1, len(self.labels) + 1)
-        lines.append(f"  {'':<{width}}     " + "".join(f"{number:7d}" for number in numbers))
-        for number, name, row in zip(numbers, self.labels, confusion, strict=True):
-            lines.append(f"  {name:<{width}} {number:3d}" + "".join(f"{n:7d}" for n in row))
-        return "\n".join([*lines, "", f"  {draw(confusion, self.labels, folder)}"])
+        return f"{table(confusion, self.labels)}\n\n  {draw(confusion, self.labels, folder)}"
 
     def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
         """Test accuracy and F1 of logistic regression on TF-IDF; empty without scikit-learn."""
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.metrics import f1_score
-            from sklearn.pipeline import make_pipeline
-        except ImportError:
-            return ""
         if not (self.baseline and test):
             return ""
-        weights = dict(zip(self.labels, self.class_weights, strict=False)) or None
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2)),
-            LogisticRegression(C=100, max_iter=1000, class_weight=weights),
-        )
-        (texts, labels), (asked, right) = (
-            ([record.text(self.text) for record in records], [*map(self._label, records)])
+        train_texts, test_texts = (
+            [(record.text(self.text), self._label(record)) for record in records]
             for records in (train, test)
         )
-        answers = model.fit(texts, labels).predict(asked)
-        accuracy = np.mean(answers == np.asarray(right))
-        f1 = f1_score(right, answers, labels=self.labels, average="macro", zero_division=0)
-        return (
-            "  for comparison: logistic regression on TF-IDF of words and pairs of words has "
-            f"accuracy {accuracy:.4f}, F1 {f1:.4f}"
-        )
+        weights = dict(zip(self.labels, self.class_weights, strict=False))
+        return tf_idf_baseline(train_texts, test_texts, self.labels, weights)
 
     def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-        """Probabilities [texts, C], in the order of `labels`.
+        """The probabilities of texts [texts, C], in the order of `labels`.
 
-        Raises InputError for an empty text, and for one that is longer than the context.
+        Raises:
+            InputError: A text is empty, or longer than the context.
         """
         model = trained.model
         encoded = []
@@ -282,7 +262,7 @@ class Classify(Objective):
         return records[0].text(self.text) if records else prompt
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """What the first held-out texts are taken for."""
+        """The predicted labels of the first held-out texts."""
         if not records:
             return ""
         texts = [record.text(self.text) for record in records[:5]]
@@ -292,7 +272,7 @@ class Classify(Objective):
             guess = self.labels[int(p_C.argmax())]
             start = " ".join(text.split())[:60]
             lines.append(
-                f"{guess:<{width}} {p_C.max():.2f}  (there: {self._label(record)})  {start}"
+                f"{guess:<{width}} {p_C.max():.2f}  (label: {self._label(record)})  {start}"
             )
         return "\n".join(lines)
 
@@ -302,38 +282,8 @@ def _probabilities(objective: Classify, model: Any, params: Any, rows: Batch) ->
     return objective.probabilities(model, params, rows)[1]
 
 
-def scores(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, [C] each; 0 where there is nothing to divide by."""
-    confusion = np.asarray(confusion, float)
-    right, true, taken = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision, recall = right / np.maximum(taken, 1), right / np.maximum(true, 1)
-    return precision, recall, 2 * right / np.maximum(true + taken, 1)
-
-
-def draw(confusion: np.ndarray, labels: Sequence[str], folder: Path) -> Path:
-    """Draws a confusion matrix [C, C], rows the true classes, into `confusion.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    C = len(labels)
-    figure = Figure(figsize=(2.5 + 0.6 * C, 2.2 + 0.6 * C), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
-    axes.set(xlabel="taken for", ylabel="is", title=folder.name)
-    axes.set_xticks(range(C), labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(C), labels)
-    path = folder / "confusion.png"
-    figure.savefig(path)
-    return path
-
-
 def _mean_so_far(x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """At each token the mean over its example's tokens up to it; `positions` count in examples."""
+    """The mean over the tokens of an example up to each token; positions count within examples."""
     T = x_BTD.shape[1]
     sums_BTD = jnp.pad(jnp.cumsum(x_BTD, 1), [(0, 0), (1, 0), (0, 0)])
     before_BT = jnp.arange(T)[None] - positions_BT

@@ -1,4 +1,4 @@
-"""Distillation: predict what a larger model predicts, mixed with the next token itself."""
+"""Distillation: learning the predictions of a larger model, the teacher."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import logits, output_weights
-from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
 from jaxgpt.sharding import constrain
@@ -16,25 +16,25 @@ from jaxgpt.sharding import constrain
 
 @dataclass(frozen=True)
 class Distill(NextToken):
-    """share * t^2 * KL(teacher || student), both at temperature t, + (1 - share) * next token.
+    """share * t^2 * KL(teacher || student), both at temperature t, + (1 - share) * cross-entropy.
 
-    Hinton et al. 2015, section 2. Teacher and student have one vocabulary.
+    See Hinton et al. 2015, section 2. Teacher and student must have the same vocabulary.
     """
 
     teacher: str = ""
-    """The run, or whatever else `start` takes, to learn from."""
+    """The teacher: a run, or anything else that `start` takes."""
     share: float = 0.5
-    """Of the loss: what is learned from the teacher."""
+    """The weight of the teacher's part of the loss, 0 to 1."""
     temperature: float = 2.0
-    """What the logits of both are divided by; higher shows more of the unlikely tokens."""
+    """The temperature of both distributions; higher gives unlikely tokens more weight."""
 
     @property
-    def compares_with(self) -> str:
-        """The teacher."""
+    def teacher_path(self) -> str:
+        """The option `teacher`."""
         return self.teacher
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         super().check()
         if not self.teacher:
             raise InputError("objective.teacher is empty; set it to the run to learn from")
@@ -49,23 +49,23 @@ class Distill(NextToken):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """Loss sum; and means per token.
+        """The loss summed over the batch; "loss" is the cross-entropy of the next token alone.
 
-        "loss" is the cross-entropy of the next token alone, and "kl_at_T" the divergence of both
-        models' distributions at the temperature T. Evaluation also has it at temperature 1, and
-        "teacher_loss", the teacher's own cross-entropy.
+        "kl_at_T" is the KL divergence of both models' distributions at temperature T. In evaluation
+        there are also "kl_at_1" and "teacher_loss", the teacher's own cross-entropy.
         """
-        if other is None:
+        if teacher is None:
             raise InputError("distillation needs a teacher; set objective.teacher")
-        theirs = jax.lax.stop_gradient(other.params)
-        # Under FSDP gathered once, not once a chunk.
-        teacher_w_DV = constrain(output_weights(other.model.cfg, theirs), "-V")
+        theirs = jax.lax.stop_gradient(teacher.params)
+        # Under FSDP it is gathered once, and not once per chunk.
+        teacher_w_DV = constrain(output_weights(teacher.model.cfg, theirs), "-V")
         rest = {
             "targets": batch["targets"],
             "weights": batch["weights"],
-            "teacher": hidden(other.model, theirs, batch),
+            "teacher": hidden(teacher.model, theirs, batch),
         }
 
         def loss(hidden_BtD, w_DV, chunk):
@@ -74,7 +74,7 @@ class Distill(NextToken):
             next_token, cross_entropy = self.of_logits(
                 model.cfg, logits_BtV, chunk["targets"], weights_Bt
             )
-            theirs_BtV = logits(other.model.cfg, chunk["teacher"], teacher_w_DV)
+            theirs_BtV = logits(teacher.model.cfg, chunk["teacher"], teacher_w_DV)
             real_V = (jnp.arange(logits_BtV.shape[-1]) < model.cfg.V)[None, None]
 
             def divergence(temperature: float) -> jax.Array:
@@ -90,7 +90,7 @@ class Distill(NextToken):
             if key is None:
                 sums["kl_at_1"] = divergence(1.0)
                 sums["teacher_loss"] = self.of_logits(
-                    other.model.cfg, theirs_BtV, chunk["targets"], weights_Bt
+                    teacher.model.cfg, theirs_BtV, chunk["targets"], weights_Bt
                 )[1]
             return mixed, sums
 

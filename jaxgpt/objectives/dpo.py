@@ -1,4 +1,4 @@
-"""Preferences: make the better of two answers likelier than the worse, compared with the start."""
+"""Preference optimization: DPO and IPO."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
 from jaxgpt.objectives.instruct import located, rendered
 from jaxgpt.tokenizer import Tokenizer
@@ -18,13 +18,12 @@ from jaxgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class DPO(Objective):
-    """Direct preference optimisation (Rafailov et al. 2023), and IPO (Azar et al. 2023).
+    """Direct preference optimization (Rafailov et al. 2023), and IPO (Azar et al. 2023).
 
     With h = log p(chosen)/p_reference(chosen) - log p(rejected)/p_reference(rejected), summed over
     the answers' tokens, the loss of a pair is -log sigmoid(beta h), or (h - 1/(2 beta))^2 for IPO.
-    A record is `prompt`, `chosen`, `rejected`, each of them text or a list of messages; the prompt
-    may be in both lists instead, see `chat.read_preference`.
-    """
+    A record has `prompt`, `chosen` and `rejected`, each a text or a list of messages; the prompt
+    may be part of both lists instead, see `chat.read_preference`."""
 
     reads_records: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
@@ -34,28 +33,29 @@ class DPO(Objective):
     )
 
     loss: Literal["dpo", "ipo"] = "dpo"
-    """Which loss."""
+    """The loss: DPO or IPO."""
     beta: float = 0.1
-    """How much it costs to leave the reference."""
+    """The strength of the penalty for deviating from the reference; higher keeps the model
+    closer."""
     reference_free: bool = False
-    """Compare with nothing: the reference's log-probabilities are 0."""
+    """Train without a reference: its log-probabilities are taken as 0."""
     label_smoothing: float = 0.0
-    """dpo: the share of pairs believed to be the wrong way round (Mitchell 2023)."""
+    """dpo: the fraction of pairs assumed to be labeled the wrong way round (Mitchell 2023)."""
     chunk: int = 64
-    """Positions of each row whose logits exist at once."""
+    """Positions of each row whose logits are in memory at once."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """A request, the better and the worse answer."""
+        """The fields of the prompt, the better and the worse answer."""
         return ("prompt", "chosen", "rejected")
 
     @property
-    def compares_with(self) -> str:
-        """The model as training starts."""
-        return "" if self.reference_free else "reference"
+    def uses_reference(self) -> bool:
+        """Unless `reference_free`."""
+        return not self.reference_free
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if self.beta <= 0:
             raise InputError(f"objective.beta={self.beta}; set it above 0")
         if not 0 <= self.label_smoothing < 0.5:
@@ -68,16 +68,16 @@ class DPO(Objective):
             raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
-        """With the special tokens of ChatML, where those of no chat format are there."""
+        """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
     def example(self, record: Record) -> Any:
-        """The prompt and both answers, whichever fields hold them."""
+        """The prompt and both answers, in whichever fields they are."""
         with located(record):
             return chat.read_preference(record.values)
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """tokens, targets, weights [T], each for `chosen_` and `rejected_`."""
+        """tokens, targets, weights [T], each with the prefixes `chosen_` and `rejected_`."""
         pair: dict[str, np.ndarray] = {}
         with located(record):
             asked, *answers = chat.read_preference(record.values)
@@ -93,9 +93,10 @@ class DPO(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """The loss summed over pairs; rows without weights are no pairs."""
+        """The loss summed over pairs. Rows whose weights are all 0 are padding."""
 
         def answers(model: Any, params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             """log p of both answers of every pair, [B] each, in one pass over 2 B rows."""
@@ -108,8 +109,8 @@ class DPO(Objective):
             return chosen_B, rejected_B
 
         chosen_B, rejected_B = answers(model, params, key)
-        if other is not None:
-            chosen_reference_B, rejected_reference_B = answers(*other, None)
+        if reference is not None:
+            chosen_reference_B, rejected_reference_B = answers(*reference, None)
             chosen_B -= chosen_reference_B
             rejected_B -= rejected_reference_B
         h_B = chosen_B - rejected_B

@@ -1,4 +1,4 @@
-"""Rewards: answer, have the answers checked, and make those better than their group likelier."""
+"""Reinforcement learning with verifiable rewards (GRPO)."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, log_probs
 from jaxgpt.objectives.instruct import located
 from jaxgpt.tokenizer import Tokenizer
@@ -23,63 +23,67 @@ from jaxgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class GRPO(Objective):
-    """Group relative policy optimisation (Shao et al. 2024), with rewards that can be checked.
+    """Group relative policy optimization (GRPO, Shao et al. 2024), with verifiable rewards.
 
-    A batch is of problems. The model as it is answers each `group` times; an answer's advantage is
-    its reward less the group's mean, over the group's standard deviation. A token's loss is
-    -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta (q - log q - 1), with r the ratio of its
-    probability to the one it was drawn with, and q that of the reference's to its own.
+    A batch holds problems, and the current model samples `group` answers to each. The advantage A
+    of an answer is its reward minus the mean of its group, divided by the group's standard
+    deviation. The loss of a token is
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) + beta (q - log q - 1), where r is the ratio of
+    its probability to the probability it was sampled with, and q the ratio of the reference's
+    probability to the model's.
     """
 
     reads_records: ClassVar[bool] = True
-    annotates: ClassVar[bool] = True
+    uses_rollouts: ClassVar[bool] = True
     command: ClassVar[str] = "chat"
     optional_fields: ClassVar[tuple[str, ...]] = ("input", "system", "history", "tools")
 
     prompt: str = "instruction"
-    """The field of the problem: text, or a list of messages. `input`, `system` and `history` belong
-    to it, as in `chat.read_request`."""
+    """The field with the problem: text, or a list of messages. `input`, `system` and `history` are
+    read too, as in `chat.read_request`."""
     answer: str = "output"
-    """The field of what is right."""
+    """The field with the correct answer."""
     reward: Literal["exact", "number"] = "exact"
-    """1 for an answer equal to what is right but for spaces around it, or whose last number equals
-    the last number of what is right, as numbers: 1,000 and 1000.0 are equal."""
+    """exact: 1 for an answer equal to the correct one, apart from white space around it; number: 1
+    if the last numbers of both are equal as numbers (1,000 and 1000.0 are), else 0."""
     group: int = 8
-    """Answers to a problem."""
+    """The number of answers sampled for each problem."""
     tokens: int = 16
-    """Tokens of an answer, at most; one that does not end within them is wrong."""
+    """The most tokens of an answer; one that does not end within them has reward 0."""
     temperature: float = 1.0
-    """Of drawing the answers."""
+    """The sampling temperature of answers."""
     updates: int = 1
-    """Updates by the answers of one batch."""
+    """The number of updates made with the answers to one batch."""
     epsilon: float = 0.2
-    """How far a token's probability may move by one batch and still be pushed."""
+    """The clipping range of the probability ratio."""
     beta: float = 0.02
-    """How much it costs to leave the reference (Schulman's estimate of the divergence, k3)."""
+    """The weight of the KL divergence from the reference (Schulman's k3 estimate); 0: no
+    reference."""
     normalize: bool = True
-    """Divide advantages by the group's standard deviation; false: do not (Liu et al. 2025)."""
+    """Whether advantages are divided by the group's standard deviation (Liu et al. 2025: no)."""
     per: Literal["answer", "token"] = "answer"
-    """Whether every answer counts the same, or every token of all answers (Yu et al. 2025)."""
+    """Whether the loss is averaged over answers, or over the tokens of all answers (Yu et al.
+    2025)."""
     chunk: int = 64
-    """Positions of each row whose logits exist at once."""
+    """Positions of each row whose logits are in memory at once."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """A problem and what is right."""
+        """The fields of the problem and of the correct answer."""
         return (self.prompt, self.answer)
 
     @property
-    def compares_with(self) -> str:
-        """The model as training starts."""
-        return "reference" if self.beta else ""
+    def uses_reference(self) -> bool:
+        """If `beta` is above 0."""
+        return self.beta > 0
 
     @property
     def updates_per_batch(self) -> int:
-        """As the field says."""
+        """The option `updates`."""
         return self.updates
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if self.group < 2:
             raise InputError(f"objective.group={self.group} has nothing to compare; set it to 2 up")
         for name in ("tokens", "updates", "chunk"):
@@ -92,7 +96,7 @@ class GRPO(Objective):
             raise InputError(f"objective.beta={self.beta}; set it to 0 or more")
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
-        """With the special tokens of ChatML, where those of no chat format are there."""
+        """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
     def example(self, record: Record) -> Any:
@@ -138,11 +142,13 @@ class GRPO(Objective):
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 
-    def annotate(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
-        """Problems as `group` rows each, with answers drawn and scored.
+    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
+        """Samples and scores `group` answers to each problem, each in a row of its own.
 
-        tokens, targets, weights [B * group, T] as in next-token prediction, weights 1 on answers;
-        drawn [.., T] the log-probabilities they were drawn with; advantage and reward [..].
+        Returns:
+            tokens, targets, weights [B * group, T] as in next-token prediction, with weight 1 on
+            answers; drawn [B * group, T], the log-probabilities with which they were sampled;
+            advantage and reward [B * group].
         """
         lengths = batch["length"].tolist()
         rights = [bytes(row[row != 0]).decode() for row in batch["right"]]
@@ -188,9 +194,10 @@ class GRPO(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """The loss summed over answers, or over their tokens."""
+        """The loss, summed over answers or over their tokens (`per`)."""
         weights_BT = batch["weights"]
         log_p_BT = log_probs(model, params, batch, self.chunk, key, self.temperature)
         ratio_BT = jnp.exp(log_p_BT - batch["drawn"])
@@ -198,8 +205,8 @@ class GRPO(Objective):
         advantage_BT = batch["advantage"][:, None]
         loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
         kl_BT = jnp.zeros_like(loss_BT)
-        if other is not None:
-            reference_BT = log_probs(*other, batch, self.chunk, None, self.temperature)
+        if reference is not None:
+            reference_BT = log_probs(*reference, batch, self.chunk, None, self.temperature)
             log_q_BT = reference_BT - log_p_BT
             kl_BT = jnp.exp(log_q_BT) - log_q_BT - 1
             loss_BT = loss_BT + self.beta * kl_BT
@@ -220,7 +227,7 @@ class GRPO(Objective):
         }
 
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """The mean reward of greedy answers, to the first 256 problems unless `whole`."""
+        """The mean reward of greedy answers, to the first 256 problems or to all if `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
         answers, _, _ = draw_answers(trained, prompts, self.tokens, jax.random.key(0), 0.0)
@@ -233,7 +240,7 @@ class GRPO(Objective):
         for record in records[:5]:
             messages = chat.read_request(record.values, self.prompt).messages
             given = trained.answer(messages, self.tokens, temperature=0)
-            lines.append(f"{messages[-1].content} {given}  (right: {record.text(self.answer)})")
+            lines.append(f"{messages[-1].content} {given}  (correct: {record.text(self.answer)})")
         return "\n".join(lines)
 
 
@@ -257,7 +264,7 @@ _NUMBER = re.compile(
 def draw_answers(
     trained: Any, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
 ) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
-    """To each prompt an answer, None where it does not end, its ids and their log-probabilities."""
+    """An answer to each prompt (None if it does not end), its ids and their log-probabilities."""
     tokenizer = trained.tokenizer
     stops = chat.choose(tokenizer).stops(tokenizer)
     seed = int(jax.random.bits(key, dtype=jnp.uint32))

@@ -1,4 +1,4 @@
-"""Instructions and chat: next-token prediction of what the assistant says."""
+"""Instruction tuning and chat: next-token prediction of the assistant's messages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ from jaxgpt.tokenizer import Tokenizer
 class Instruct(NextToken):
     """Cross-entropy of the assistant's tokens in conversations.
 
-    A record is a conversation (`messages`), or a request and its answer (`instruction`, maybe with
-    an `input`, and `output`; Taori et al. 2023, Alpaca); `chat.read_conversation` has all layouts.
-    A message's `weight` multiplies its loss.
+    A record is a conversation (`messages`), or an instruction with its answer (`instruction`,
+    optionally `input`, and `output`: Alpaca, Taori et al. 2023); `chat.read_conversation` lists all
+    layouts. The `weight` of a message multiplies its loss.
     """
 
     reads_records: ClassVar[bool] = True
@@ -32,24 +32,24 @@ class Instruct(NextToken):
     )
 
     learn: Literal["assistant", "all"] = "assistant"
-    """Whose tokens are learned: the assistant's, its ends of turn included, or everybody's."""
+    """The tokens with a loss: those of the assistant, with its end-of-turn tokens, or all."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Those of a request and its answer."""
+        """The fields of an instruction and its answer."""
         return ("instruction", "output")
 
     def example(self, record: Record) -> Any:
-        """The conversation, whichever fields hold it."""
+        """The conversation, in whichever fields it is."""
         with located(record):
             return chat.read_conversation(record.values)
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
-        """With the special tokens of ChatML, where those of no chat format are there."""
+        """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """tokens, targets, weights [T] of a conversation, one after the other."""
+        """tokens, targets and weights [T] of a conversation."""
         with located(record):
             conversation = chat.read_conversation(record.values)
             last = conversation.messages[-1]
@@ -58,20 +58,20 @@ class Instruct(NextToken):
             return rendered(conversation, tokenizer, float(self.learn == "all"))
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """The answers to the first three held-out requests, beside what the records say."""
+        """Answers to the first three held-out requests, with those of the records."""
         if not records:
             return trained.answer([{"role": "user", "content": prompt}], tokens)
         said = []
         for record in records[:3]:
             *asked, answer = chat.read_conversation(record.values).messages
             given = trained.answer(asked, tokens, temperature=0)
-            said.append(f"{asked[-1].content}\n  there: {answer.content}\n  here:  {given}")
+            said.append(f"{asked[-1].content}\n  reference: {answer.content}\n  model:     {given}")
         return "\n\n".join(said)
 
 
 @contextmanager
 def located(record: Record) -> Iterator[None]:
-    """Puts the place of the record before the message of an InputError."""
+    """Prefixes the message of an InputError with the place of the record."""
     try:
         yield
     except InputError as error:
@@ -81,10 +81,15 @@ def located(record: Record) -> Iterator[None]:
 def rendered(
     conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """tokens, targets, weights [T] of a conversation in the tokenizer's chat format.
+    """tokens, targets and weights [T] of a conversation in the tokenizer's chat format.
 
-    `others` is the weight of what the assistant does not say. Raises InputError where there is
-    nothing to learn.
+    Args:
+        conversation: The messages, and the tools that are offered.
+        tokenizer: Has a chat format.
+        others: The weight of tokens that are not the assistant's.
+
+    Raises:
+        InputError: No token has a weight above 0, or a message is invalid.
     """
     messages, tools = conversation
     for position, message in enumerate(messages):
@@ -94,7 +99,9 @@ def rendered(
     template = chat.choose(tokenizer)
     tokens, weights = chat.render(template, tokenizer, messages, tools=tools, others=others)
     if not any(weights[1:]):
-        raise InputError("every answer has weight 0, so there is nothing to learn; leave it out")
+        raise InputError(
+            "every answer has weight 0, so there is nothing to learn; remove the record"
+        )
     return {
         "tokens": np.asarray(tokens[:-1], np.int32),
         "targets": np.asarray(tokens[1:], np.int32),

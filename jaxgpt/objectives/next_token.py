@@ -1,4 +1,4 @@
-"""Pretraining: predict the next token."""
+"""Pretraining: next-token prediction."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, Objective, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 
 
@@ -17,20 +17,22 @@ class NextToken(Objective):
     """Cross-entropy of the next token, in nats, with optional smoothing and z-loss."""
 
     label_smoothing: float = 0.0
-    """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    """The fraction of the target's probability that is spread evenly over the vocabulary (Szegedy
+    et al. 2016); 0: none."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, 5)."""
+    """The weight of the loss log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022,
+    section 5); 0: none."""
     chunk: int = 64
-    """Positions of each row whose logits exist at once; more is faster where memory allows."""
+    """Positions of each row whose logits are in memory at once; more may be faster."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         for name in ("label_smoothing", "z_loss"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"objective.{name}={value} is negative; set it to 0 or more")
         if self.label_smoothing >= 1:
             raise InputError(
-                f"objective.label_smoothing={self.label_smoothing} leaves nothing of the target; "
+                f"objective.label_smoothing={self.label_smoothing} leaves no weight on the target; "
                 "set it below 1"
             )
         if self.chunk < 1:
@@ -42,11 +44,12 @@ class NextToken(Objective):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """Loss sum over the batch, and "loss": the cross-entropy alone, weighted by `weights`.
+        """The loss summed over the batch; "loss" is the cross-entropy alone, without z-loss.
 
-        `batch` has tokens, targets, weights [B, T], and may have positions and segments.
+        `batch` has tokens, targets and loss weights [B, T], and may have positions and segments.
         """
         hidden_BTD = hidden(model, params, batch, key)
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
@@ -61,7 +64,7 @@ class NextToken(Objective):
     def of_logits(
         self, cfg: GPTConfig, logits_BTV: jax.Array, targets: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The objective and the cross-entropy of logits [B, T, V padded], summed over tokens."""
+        """The loss and the cross-entropy of logits [B, T, V padded], each summed over tokens."""
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
         ids_V = jnp.arange(logits_BTV.shape[-1])[None, None]
         # A comparison instead of an index: its gradient is a comparison, not a scatter.

@@ -1,7 +1,8 @@
-"""Translation: next-token prediction of a target, by a model that has read the source."""
+"""Translation: next-token prediction of the target, given the source (encoder-decoder)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
-from jaxgpt.generation.decode import beam_search
+from jaxgpt.evaluation.translation import bleu
+from jaxgpt.generation.beam import beam_search
 from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, Other, Sums
+from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum
 from jaxgpt.objectives.next_token import NextToken
 from jaxgpt.tokenizer import Tokenizer
@@ -22,9 +24,10 @@ MEASURED = 128  # held-out records translated for BLEU
 
 @dataclass(frozen=True)
 class Translate(NextToken):
-    """Cross-entropy of the target's tokens, with the source before the decoder's eyes.
+    """Cross-entropy of the target's tokens, given the source.
 
-    The original Transformer (Vaswani et al. 2017): an encoder and a decoder of the model's layers.
+    The model is the original Transformer (Vaswani et al. 2017): an encoder and a decoder, each with
+    the layers of the model's config.
     """
 
     reads_records: ClassVar[bool] = True
@@ -32,23 +35,25 @@ class Translate(NextToken):
     command: ClassVar[str] = "translate"
 
     label_smoothing: float = 0.1
-    """Share of the target's probability spread evenly over the vocabulary (Vaswani et al. 2017)."""
+    """The fraction of the target's probability that is spread evenly over the vocabulary (Vaswani
+    et al. 2017)."""
     source: str = "python"
-    """The field that is read."""
+    """The field with the source text."""
     target: str = "prefix"
-    """The field that is written."""
+    """The field with the target text."""
     beam: int = 5
-    """Beginnings kept while translating; 1: the likeliest token each time."""
+    """The beam width of translation; 1: greedy decoding."""
     length_penalty: float = 1.0
-    """A translation scores its log-probability over its length to this power; more: longer ones."""
+    """Beam search ranks translations by log-probability / length**length_penalty; higher values
+    prefer longer translations."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What is read and what is written."""
+        """The fields of the source and of the target."""
         return (self.source, self.target)
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         super().check()
         if self.source == self.target:
             raise InputError(
@@ -60,9 +65,10 @@ class Translate(NextToken):
             raise InputError(f"objective.length_penalty={self.length_penalty}; set it to 0 or more")
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        """source [S], and tokens, targets, weights [T] one after the other: "a b" and "x" become
+        """source [S]; tokens, targets and weights [T].
 
-        source: a b eot, tokens: eot x, targets: x eot, weights: 1 1.
+        The source "a b" with the target "x" becomes: source a b eot, tokens eot x, targets x eot,
+        weights 1 1.
         """
         read, written = (tokenizer.encode(record.text(field)) for field in self.fields)
         return {
@@ -82,13 +88,14 @@ class Translate(NextToken):
         params: Any,
         batch: Batch,
         key: jax.Array | None,
-        other: Other | None = None,
+        reference: FrozenModel | None = None,
+        teacher: FrozenModel | None = None,
     ) -> tuple[jax.Array, Sums]:
-        """Loss sum over the batch; "loss", the cross-entropy alone, and "accuracy" of tokens.
+        """The loss summed over the batch; "loss" is the cross-entropy, "accuracy" that of tokens.
 
         `batch` has tokens, targets, weights [B, T] and source [B, S], and may have positions,
-        segments, source_positions and source_segments: without them the padding of a source is
-        read too.
+        segments, source_positions and source_segments. Without segments, padding of a source is
+        attended to.
         """
         hidden_BTD = model.apply(
             {"params": params},
@@ -112,10 +119,15 @@ class Translate(NextToken):
         return total, {"loss": Mean(cross_entropy, count), "accuracy": Mean(right, count)}
 
     def translate(self, trained: Any, texts: Sequence[str], beam: int = 0) -> list[str]:
-        """The translation of each text, cut off where it does not end within the context.
+        """The translation of each text; one that does not end within the context is cut off.
 
-        `beam` is the objective's unless given. Raises InputError for a text that is empty, or does
-        not fit the context.
+        Args:
+            trained: The model.
+            texts: The source texts.
+            beam: The beam width; 0: that of the objective.
+
+        Raises:
+            InputError: A text is empty, or longer than the context.
         """
         model, tokenizer, width = trained.model, trained.tokenizer, beam or self.beam
         sources = []
@@ -127,7 +139,7 @@ class Translate(NextToken):
                     f"text {number} has {len(sources[-1])} tokens, with its end, and the context "
                     f"is {model.cfg.T}; shorten it"
                 )
-        # Of as many rows as a power of two, so that few programs are compiled.
+        # Batches are powers of two, so that few programs are compiled.
         size = min(1 << (len(sources) - 1).bit_length(), max(1, ROWS // width))
         found: list[list[int]] = []
         for start in range(0, len(sources), size):
@@ -146,29 +158,27 @@ class Translate(NextToken):
         return [tokenizer.decode(ids) for ids in found]
 
     def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """BLEU (Papineni et al. 2002), of greedy translations of the first records unless `whole`.
+        """BLEU: of greedy translations of the first records, of all by beam search if `whole`.
 
-        Where sacrebleu is not installed, nothing.
+        Without sacrebleu there is none.
         """
-        try:
-            from sacrebleu import corpus_bleu
-        except ImportError:
+        if find_spec("sacrebleu") is None:
             return {}
         texts, there = (
             [record.text(field) for record in records[: None if whole else MEASURED]]
             for field in self.fields
         )
         here = self.translate(trained, texts, beam=self.beam if whole else 1)
-        return {"bleu": corpus_bleu(here, [there]).score}
+        return {"bleu": bleu(here, there)}
 
     def argument(self, records: Sequence[Record], prompt: str) -> str:
         """The first held-out source, or `prompt` if there is none."""
         return records[0].text(self.source) if records else prompt
 
     def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
-        """The first three held-out sources and their translations, there and here."""
+        """The first three held-out sources, their references and the model's translations."""
         texts, there = ([record.text(field) for record in records[:3]] for field in self.fields)
         said = zip(texts, there, self.translate(trained, texts), strict=True)
         return "\n\n".join(
-            f"{text}\n  there: {right}\n  here:  {here}" for text, right, here in said
+            f"{text}\n  reference: {right}\n  model:     {here}" for text, right, here in said
         )

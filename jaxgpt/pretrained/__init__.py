@@ -100,6 +100,8 @@ def family_of(cfg: GPTConfig) -> ModuleType:
 
     Raises InputError with what stands in the way of the nearest.
     """
+    if type(cfg) is not GPTConfig:
+        raise InputError(f"no family of Hugging Face's holds a model of {type(cfg).__name__}")
     obstacles = {family.MODEL_TYPES[0]: _differences(family, cfg) for family in FAMILIES}
     name = min(obstacles, key=lambda name: len(obstacles[name]))
     if obstacles[name]:

@@ -1,12 +1,12 @@
-"""Which parameters a run trains, and how its tree is made from another's.
+"""Which parameters a run trains, and how its parameter tree is made from another model's.
 
-A tree is trained whole, in part, or through low-rank factors beside its matrices (LoRA, Hu et al.
-2021): leaves `lora_a`, `lora_b` and `lora_scale` next to a `w`, which the model adds up where it
-finds them. What is not trained has no gradient and no optimizer state, and may be held in int8.
+A run trains all parameters, some of them, or low-rank factors beside the matrices (LoRA, Hu et al.
+2021): leaves `lora_a`, `lora_b` and `lora_scale` next to a `w`, which the model uses if they are
+there. Parameters that are not trained have no gradient and no optimizer state, and may be int8.
 
     trained, rest = Tree(model, objective.leaves(cfg), tune).create(key)    # no leaf in common
     tree = merge(trained, rest)
-    tree = fold_lora(tree)    # as if there had never been LoRA or int8
+    tree = fold_lora(tree)    # plain float32 parameters, without LoRA factors and int8
 """
 
 import math
@@ -33,22 +33,23 @@ class TuneConfig:
     """Which parameters are trained."""
 
     parts: Literal["all", "head", "last", "lora"] = "all"
-    """All; the parameters of the objective's own (a classifier's head); these, the final norm and
-    the last blocks; these and low-rank factors beside the matrices (LoRA)."""
+    """all: every parameter; head: the parameters that the objective adds, such as a classifier's
+    head; last: these, the final norm and the last blocks; lora: these and low-rank factors beside
+    the matrices (LoRA)."""
     blocks: int = 1
-    """last: how many blocks."""
+    """last: the number of last blocks that are trained."""
     rank: int = 8
-    """lora: rows of the first factor and columns of the second, R."""
+    """lora: the rank R of the factors."""
     alpha: float = 16.0
-    """lora: the product of the factors is scaled by alpha / rank."""
+    """lora: the product of the factors is multiplied by alpha / rank."""
     matrices: tuple[str, ...] = ("blocks/*/q", "blocks/*/v")
-    """lora: patterns of the paths of the matrices that get factors; `blocks/*` is all of them."""
+    """lora: patterns for the paths of the matrices that get factors; `blocks/*` matches all."""
     base: Literal["float32", "int8"] = "float32"
-    """How matrices of the blocks that are not trained are held: int8 takes a quarter of the memory,
-    rounded to 1/127 of the largest weight of each output."""
+    """The format of the blocks' matrices that are not trained: int8 takes a quarter of the memory,
+    with one scale per output."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         for name in ("blocks", "rank", "alpha"):
             if getattr(self, name) <= 0:
                 raise InputError(f"tune.{name}={getattr(self, name)}; set it above 0")
@@ -56,18 +57,19 @@ class TuneConfig:
             used = {"blocks": "last", "rank": "lora", "alpha": "lora", "matrices": "lora"}
             if getattr(self, f.name) != f.default and self.parts != used.get(f.name, self.parts):
                 raise InputError(
-                    f"tune.{f.name}={getattr(self, f.name)!r} does nothing where tune.parts is "
+                    f"tune.{f.name}={getattr(self, f.name)!r} has no effect with tune.parts="
                     f"{self.parts}; set tune.parts={used[f.name]}"
                 )
         if self.parts == "lora" and not self.matrices:
             raise InputError("tune.matrices is empty; name matrices, such as blocks/*/q")
         if self.parts == "all" and self.base == "int8":
-            raise InputError("tune.base=int8 holds what is not trained; set tune.parts=lora")
+            raise InputError("tune.base=int8 is for untrained parameters; set tune.parts=lora")
 
     def factors(self, model: Leaves) -> Leaves:
-        """The leaves of LoRA that belong to these of the model, R standing for the rank.
+        """The LoRA factors beside a model's matrices, by path; the letter R is the rank.
 
-        Raises InputError for a pattern that matches no matrix, or some layers of a stacked one.
+        Raises:
+            InputError: A pattern matches no matrix, or only some layers of a stacked one.
         """
         if self.parts != "lora":
             return {}
@@ -104,9 +106,10 @@ class TuneConfig:
 
 
 def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[str, Any]:
-    """New leaves beside the model's: `w` and `lora_a` drawn, `lora_scale` alpha / rank, others 0.
+    """New values of leaves beside the model's own.
 
-    `lora_a` has the variance of PEFT's, 1 / (3 inputs); with `lora_b` 0 the model is unchanged.
+    `w` and `lora_a` are random, `lora_scale` is alpha / rank, and all others are 0. `lora_a` has
+    PEFT's variance, 1 / (3 * inputs); because `lora_b` is 0, the model is unchanged at first.
     """
     new: dict[Path, Any] = {}
     for number, (path, (names, shape)) in enumerate(sorted(leaves.items())):
@@ -125,7 +128,7 @@ def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[s
 
 
 def fold_lora(tree: Any) -> Any:
-    """The plain tree, of separate layers: factors multiplied and added on, int8 as float32."""
+    """The plain float32 tree of a model with separate layers: LoRA folded in, int8 dequantized."""
     if not isinstance(tree, dict):
         return tree
     plain = {name: fold_lora(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")}
@@ -139,7 +142,7 @@ def fold_lora(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Tree:
-    """The parameters of a run: the model's, the objective's own, and LoRA's factors."""
+    """The parameters of a run: those of the model, of the objective, and the LoRA factors."""
 
     model: Any
     own: Leaves
@@ -162,18 +165,18 @@ class Tree:
 
     @cached_property
     def leaves(self) -> Leaves:
-        """All of them, by path."""
+        """The letters and shapes of all parameters, by path."""
         base = letters(self.model)
         return base | self.own | self.cfg.factors(base)
 
     @cached_property
     def trained_leaves(self) -> Leaves:
-        """Those that are trained."""
+        """The letters and shapes of the trained parameters."""
         return {path: leaf for path, leaf in self.leaves.items() if self.trains(path)}
 
     @property
     def note(self) -> str:
-        """How many there are, on a terminal."""
+        """The number of parameters, as text."""
         total = count(self.model) + _size({path: shape for path, (_, shape) in self.own.items()})
         if self.cfg.parts == "all":
             return f"{total:,} parameters"
@@ -181,7 +184,7 @@ class Tree:
         return f"{total:,} parameters, {trained:,} trained ({self.cfg.parts})"
 
     def trains(self, path: Path) -> bool:
-        """Whether the leaf at `path` is trained."""
+        """Whether the parameter at `path` is trained."""
         cfg, L = self.cfg, self.model.cfg.L
         if cfg.parts == "all" or path in self.own:
             return True
@@ -191,7 +194,7 @@ class Tree:
         return cfg.parts == "lora" and path[-1] in LORA[:2]
 
     def create(self, key: jax.Array, given: Any = None) -> tuple[Any, Any]:
-        """What is trained and the rest, each a tree: new leaves, but for those that are given."""
+        """The trained parameters and the others, as two trees; those not in `given` are new."""
         there = flat(given or {})
         missing = {path: leaf for path, leaf in self.leaves.items() if path not in there}
         base = letters(self.model)
@@ -208,19 +211,19 @@ class Tree:
 
 @dataclass(frozen=True)
 class Diff:
-    """What becomes of each leaf when a run starts from another tree; shapes by path."""
+    """Which parameters are loaded when a run starts from another model; shapes by path."""
 
     loaded: dict[Path, Shape]
     grown: dict[Path, tuple[Shape, Shape]]
-    """Embeddings that get rows for new tokens: the shape there, and here."""
+    """Embeddings that get rows for new tokens: their shapes before and after."""
     left_out: dict[Path, Shape]
     new: dict[Path, Shape]
 
     def __str__(self) -> str:
         changed = {
             "grown": {path: f"{list(a)} to {list(b)}" for path, (a, b) in self.grown.items()},
-            "left out": {path: str(list(shape)) for path, shape in self.left_out.items()},
-            "made new": {path: str(list(shape)) for path, shape in self.new.items()},
+            "skipped": {path: str(list(shape)) for path, shape in self.left_out.items()},
+            "initialized": {path: str(list(shape)) for path, shape in self.new.items()},
         }
         lines = [f"loaded       {len(self.loaded)} arrays, {_size(self.loaded):,} parameters"]
         for what, leaves in changed.items():
@@ -229,7 +232,11 @@ class Diff:
 
 
 def compare(there: dict[Path, Shape], here: Leaves) -> Diff:
-    """The leaves of a plain tree against those wanted; InputError where a shape cannot be used."""
+    """Compares the shapes in a plain tree with those of a model.
+
+    Raises:
+        InputError: A parameter has another shape, and is not an embedding that can grow.
+    """
     diff = Diff({}, {}, {}, {})
     for path, shape in there.items():
         if path not in here:
@@ -242,7 +249,7 @@ def compare(there: dict[Path, Shape], here: Leaves) -> Diff:
             diff.grown[path] = shape, wanted
         else:
             raise InputError(
-                f"{'/'.join(path)} is {list(shape)} in what this starts from, and "
+                f"{'/'.join(path)} has shape {list(shape)} in the model to start from, and "
                 f"{list(wanted)} here; start from a model of this architecture"
             )
     diff.new.update({path: here[path][1] for path in here if path not in there})
@@ -250,10 +257,14 @@ def compare(there: dict[Path, Shape], here: Leaves) -> Diff:
 
 
 def resize_embeddings(tree: Any, diff: Diff, before: int, V: int) -> Any:
-    """A plain tree without what is left out, with V tokens in place of `before`.
+    """A plain tree without the skipped leaves, and with embeddings for V tokens.
 
-    The rows of new tokens are the mean of the others, so that each is as likely as the average
-    token (Hewitt 2021).
+    Args:
+        tree: Parameters of a model with `before` tokens.
+        diff: What is loaded and skipped.
+        before: The vocabulary size of `tree`.
+        V: The new vocabulary size. The rows of new tokens are the mean of the others, so that each
+            is as likely as an average token (Hewitt 2021).
     """
     leaves = {path: leaf for path, leaf in flat(tree).items() if path not in diff.left_out}
     for path, leaf in leaves.items():
@@ -270,7 +281,7 @@ def _size(shapes: dict[Path, Shape]) -> int:
 
 
 def _by_layer(leaves: dict[Path, str]) -> list[str]:
-    """A line for each kind of leaf: the layers' together, as `blocks/*/q/lora_a  4 x [128, 8]`."""
+    """A line for each kind of leaf, all layers in one, such as `blocks/*/q/w  4 x [2, 64, 128]`."""
     kinds = Counter(
         ("/".join("*" if name.isdecimal() else name for name in path), shape)
         for path, shape in leaves.items()

@@ -1,4 +1,4 @@
-"""The training loop: the objects of a run take steps, are evaluated, saved and reported on."""
+"""The training loop: steps, logging, evaluation, checkpoints, and the report at the end."""
 
 import shlex
 import time
@@ -15,10 +15,11 @@ from jaxgpt.pretrained.load import Trained, load
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.training import telemetry
+from jaxgpt.training.guard import highest_plausible_loss
+from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import mark_finished, read_metrics
-from jaxgpt.training.setup import Run, check_models, prepare
-from jaxgpt.training.step import highest_plausible_loss
+from jaxgpt.training.setup import Run, prepare
 
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
 RETRY_SECONDS = 10.0  # between tries to save when the disk is full
@@ -78,7 +79,7 @@ def run(cfg: config.Config, signals: Signals) -> int:
 
 
 class Training:
-    """A run being trained by this process: the loop, and what is done after the last step."""
+    """The training of a run in this process: the loop, and the report after the last step."""
 
     def __init__(
         self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
@@ -104,7 +105,7 @@ class Training:
         )
 
     def take_all_steps(self) -> int:
-        """Trains, saves and evaluates up to the last step; returns the exit status."""
+        """Trains, saves and evaluates until the last step; returns the exit status."""
         run, clock = self.run, self.clock
         with (
             self.log,
@@ -112,7 +113,7 @@ class Training:
             closing(data.prefetch(run.batch, run.start)) as feed,
         ):
             with clock("compile"):
-                self.batch = run.act(self.state, run.batch(run.start))
+                self.batch = run.rollout(self.state, run.batch(run.start))
                 self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
                 self.evaluate = run.compile_evaluate(self.state, self.batch)
             with self.signals.deferred():
@@ -139,14 +140,14 @@ class Training:
         return 128 + self.stopped if self.stopped else 0
 
     def loop(self, feed: Any) -> None:
-        """Takes steps, until the last one or a signal."""
+        """Takes steps until the last one, or until a signal."""
         train, run = self.cfg.train, self.run
         for step in range(run.start + 1, train.steps + 1):
-            if self.cfg.objective.annotates:  # it samples from the parameters of the step before
+            if self.cfg.objective.uses_rollouts:  # they sample from the newest parameters
                 with self.clock("step"):
                     jax.block_until_ready(self.state)
             with self.clock("data"):
-                self.batch = run.act(self.state, next(feed))
+                self.batch = run.rollout(self.state, next(feed))
             with self.clock("step"):
                 self.state, metrics = self.take_step(self.state, self.batch)
             self.step = step
@@ -176,7 +177,7 @@ class Training:
                 return
 
     def report(self, upto: int) -> None:
-        """Logs the steps up to one. Only here does the loop wait for the devices."""
+        """Logs all steps up to `upto`. Only here does the loop wait for the devices."""
         ready = [entry for entry in self.pending if entry[0] <= upto]
         del self.pending[: len(ready)]
         for step, metrics in jax.device_get(ready):
@@ -196,7 +197,7 @@ class Training:
                 )
 
     def advice(self) -> str:
-        """What to do after a divergence."""
+        """What the user can do after a divergence, for an error message."""
         with suppress(TrainingError):
             self.run.checkpoints.wait()
         if not (steps := self.run.checkpoints.steps()):
@@ -208,7 +209,7 @@ class Training:
         )
 
     def lacks_validation(self) -> bool:
-        """Whether the step to start from should have been evaluated and was not."""
+        """Whether the first step should have been evaluated already, and was not."""
         run = self.run
         if run.start == 0:
             return run.started_from is not None  # the model before fine-tuning, to compare with
@@ -216,7 +217,7 @@ class Training:
         return wanted and not self.was_measured("val")
 
     def validate(self) -> None:
-        """Evaluates on the validation set, and shows and stores what is measured."""
+        """Evaluates on the validation set, and logs the metrics."""
         values, _ = self.measure("val") or ({}, {})
         if values:
             self.run.checkpoints.record(self.step, values)
@@ -224,7 +225,7 @@ class Training:
             self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
 
     def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
-        """Numbers, which are logged, and sums of the set `val` or `test`; None if that fails."""
+        """Metrics, which are logged, and sums of the set "val" or "test"; None if that fails."""
         with self.clock("eval"):
             found = self.attempt(
                 f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
@@ -244,8 +245,12 @@ class Training:
     def save(self, wait: bool = False) -> None:
         """Saves the newest state, in the background unless `wait`.
 
-        While that fails, as on a full disk, it waits and tries again for `checkpoint.patience`.
-        Raises Diverged, and saves nothing, if the parameters' own loss is far above the history's.
+        If that fails, as on a full disk, it tries again for `checkpoint.patience` minutes.
+
+        Raises:
+            Diverged: The loss of the newest parameters is far above the last ones; they are not
+                saved.
+            TrainingError: The state could not be saved.
         """
         with self.clock("eval"):
             metrics = {"loss": self.own_loss(), "skipped": int(self.state.guard.skipped)}
@@ -303,8 +308,7 @@ class Training:
 
         Raises Diverged if it is not finite, or far above those of the last steps.
         """
-        frozen = () if self.state.frozen is None else (self.state.frozen,)
-        sums = jax.device_get(self.evaluate(self.state.params, self.batch, *frozen))
+        sums = jax.device_get(self.evaluate(self.state.params, self.batch, self.state.frozen))
         loss = self.cfg.objective.report(sums)["loss"]
         highest = highest_plausible_loss(self.state.guard)
         if not loss <= highest:
@@ -316,7 +320,7 @@ class Training:
         return loss
 
     def leave(self, error: Exception) -> NoReturn:
-        """After an error in one of several processes, ends this one."""
+        """Ends this process after an error in one of several processes."""
         if not isinstance(error, TrainingError | jax.errors.JaxRuntimeError):
             traceback.print_exception(error)
         steps = self.run.checkpoints.steps()
@@ -324,11 +328,11 @@ class Training:
         sharding.leave(
             f"step {self.step} failed, maybe because another process has ended: "
             f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
-            "one without sharding.processes"
+            "one without parallel.processes"
         )
 
     def rescue(self) -> None:
-        """After an error, saves the newest state if it is whole."""
+        """Saves the newest state after an error, if it is complete."""
         whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
         if self.step == self.run.start or not whole:
             return
@@ -344,7 +348,7 @@ class Training:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns; None, with a warning, if it fails, and None if a signal ends it."""
+        """What `work` returns; None if it fails, with a warning, or is ended by a signal."""
         try:
             # Evaluation on several processes is collective, so none of them may leave it.
             return work() if jax.process_count() > 1 else self.signals.run(work)
@@ -379,7 +383,7 @@ class Training:
             mark_finished(folder / "metrics.jsonl", self.step)
 
     def draw_loss(self) -> None:
-        """Draws the loss curve, and says where it is."""
+        """Plots the loss curve, and prints its path."""
         try:
             picture = telemetry.plot(self.cfg.folder)
         except Exception as error:  # of a library: a run never fails at a picture
@@ -389,7 +393,7 @@ class Training:
             print(f"\nloss curve   {picture}" if picture else "")
 
     def sample(self) -> bool:
-        """Prints what the saved model does, and the command that does it."""
+        """Prints a sample of the saved model, and the command to use it."""
         cfg, objective = self.cfg, self.cfg.objective
         records = self.run.dataset.records.get("val", [])
         words = ["python", "-m", "jaxgpt", objective.command, str(cfg.folder)]
@@ -403,5 +407,5 @@ class Training:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps, 0 for never, is done after this one."""
+    """Whether this step is one of every `every` steps; 0: never."""
     return every > 0 and step % every == 0

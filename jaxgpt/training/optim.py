@@ -1,8 +1,7 @@
-"""Optimizers: Optax's, put together from one dataclass, with the masks read off parameter paths.
+"""Optimizers and learning rate schedules, built with Optax from one dataclass.
 
-`build` gives the schedule and the gradient transformation; the step applies it. Matrices and
-embeddings decay, norms and biases do not; Muon takes the matrices of the blocks and leaves
-embeddings, output layer, norms and biases to AdamW.
+Weight decay applies to matrices and embeddings, not to norms and biases. Muon trains the matrices
+of the blocks; embeddings, output layer, norms and biases are left to AdamW.
 """
 
 from dataclasses import dataclass
@@ -19,41 +18,43 @@ from jaxgpt.model.params import first_contracted_axis
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer, its schedule and what guards it."""
+    """The optimizer, its learning rate schedule, and what happens to harmful steps."""
 
     name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
-    """AdamW, Muon for matrices (with AdamW for the rest), Lion or Adafactor."""
+    """The optimizer: AdamW; Muon for matrices, with AdamW for the rest; Lion; or Adafactor."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """The peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After warm-up: decay by cosine or linearly, or stay and decay at the end (wsd)."""
+    """The learning rate after the warm-up: cosine decay, linear decay, constant and then linear
+    decay (wsd: warmup, stable, decay), or constant."""
     warmup: int = 100
-    """Steps of linear warm-up from 0; a tenth of all steps if the run has no more than these."""
+    """Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."""
     final: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """The learning rate at the last step, as a fraction of the peak."""
     decay: float = 0.2
-    """Share of all steps in which wsd decays, linearly."""
+    """wsd: the fraction of all steps in which the learning rate decays."""
     beta1: float = 0.9
-    """Decay of the first moment (momentum)."""
+    """The decay rate of the first moment (momentum)."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """The decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, for numerical stability."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings, times the learning rate."""
+    """Decoupled weight decay of matrices and embeddings; it is multiplied by the learning rate."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping."""
+    """The global norm to which larger gradients are clipped; 0: no clipping."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of the matrices under Muon; the rest uses `learning_rate`."""
+    """muon: the peak learning rate of the matrices; the rest uses `learning_rate`."""
     ema: float = 0.0
-    """Decay of a running average of the parameters, which evaluation then uses; 0: none."""
+    """The decay rate of an exponential moving average of the parameters, which evaluation and the
+    saved model then use; 0: none."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """If the loss or gradient of a step is not finite: end the run, or skip the step."""
+    """What to do if the loss or gradient of a step is not finite: end the run, or skip the step."""
     spike: float = 0.0
     """Skip steps whose loss or gradient norm is more than this many standard deviations above the
     mean of the last 128 steps; 6 is usual, 0 never skips. Use it when training is unstable."""
     max_skips: int = 20
-    """Skipped steps in a row after which the run ends."""
+    """The run ends after so many skipped steps in a row."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
@@ -73,12 +74,12 @@ class OptimConfig:
                 raise InputError(f"optim.{name}={getattr(self, name)}; set it to 0 or more")
 
     def warmup_within(self, steps: int) -> int:
-        """Warm-up steps of a run of `steps` steps: a tenth of them if `warmup` leaves none."""
+        """The warm-up steps of a run of `steps` steps: `warmup`, or a tenth if that is too long."""
         return self.warmup if self.warmup < steps else steps // 10
 
 
 def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to `peak`, then the config's decay to `final` of it."""
+    """The learning rate by step: linear warm-up to `peak`, then the config's schedule."""
     warmup = cfg.warmup_within(steps)
     after = steps - warmup
     if cfg.schedule == "cosine":
@@ -96,7 +97,7 @@ def schedule(cfg: OptimConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransformation:
-    """The optimizer for parameters of these letters and paths, over so many steps."""
+    """The optimizer of parameters with these paths and letters, for a run of so many steps."""
     cfg.check()
     rate = schedule(cfg, cfg.learning_rate, steps)
     decays = {path: path[-1] not in ("b", "scale") for path in letters}
@@ -142,9 +143,9 @@ def _labels(letters: Leaves, params: Any) -> Any:
 
 
 def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
-    """Which axes of a block's matrix are summed over and which are its output, or None.
+    """The input and output axes of a block's matrix, for Muon; None for any other parameter.
 
-    The leading L of stacked leaves is neither, so each layer is orthogonalized by itself.
+    The leading L of stacked leaves is neither, so that each layer is orthogonalized by itself.
     """
     if path[0] != "blocks" or path[-1] != "w":
         return None

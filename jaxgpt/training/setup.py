@@ -1,234 +1,171 @@
-"""From a config to the objects of a run: its data, its model, its state, its steps.
+"""Sets a run up: from a config to its data, its model, its train state and its training step.
 
-`prepare` finds bad input before any device is touched. What a run goes on from, whether a
-checkpoint of its own, another run or a published model, becomes the same state here, and the loop
-in `train.py` steps over it.
+`prepare` calls the steps one after the other. Invalid input is found before any array is made on a
+device. A run may start from new parameters, from a published model, from another run, or resume
+from its own checkpoint; all of them become the same train state here.
 """
 
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
 from jaxgpt.model.params import merge
-from jaxgpt.objectives import Other
-from jaxgpt.pretrained.load import Source, Trained, check_exists, find_tokenizer, source, versions
+from jaxgpt.objectives import FrozenModel
+from jaxgpt.pretrained.load import Source, Trained
 from jaxgpt.training import checkpoint, finetune, optim
-from jaxgpt.training.step import TrainState, eval_step, from_saved, init_state, to_saved, train_step
+from jaxgpt.training.description import describe, print_summary
+from jaxgpt.training.evaluate import evaluate
+from jaxgpt.training.inputs import find_start, find_teacher, prepare_data
+from jaxgpt.training.step import (
+    NOTHING_FROZEN,
+    Frozen,
+    TrainState,
+    eval_step,
+    from_saved,
+    init_state,
+    repeated,
+    to_saved,
+    train_step,
+)
+
+
+class Teacher(NamedTuple):
+    """The model that an objective learns from."""
+
+    source: Source
+    model: Any
+
+
+class Network(NamedTuple):
+    """The model of a run, its parameter tree, and where the parameters lie."""
+
+    model: Any
+    tree: finetune.Tree
+    saved_tree: finetune.Tree
+    """The tree as checkpoints hold it, with separate leaves for every layer."""
+    teacher: Teacher | None
+    layout: sharding.Layout
+    saved_layout: sharding.Layout
+    note: str
+    """The devices and the implementation that were chosen, on a terminal."""
+
+    @property
+    def scanned(self) -> bool:
+        """Whether layers are scanned over stacked leaves."""
+        return self.model.compute.layers == "scan"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The objects of a run: what `train` steps over."""
+    """The objects of a run, over which the training loop steps."""
 
     cfg: config.Config
     tokenizer: tokenizer.Tokenizer
     checkpoints: checkpoint.Checkpoints
-    describe: dict[str, Any]
+    description: dict[str, Any]
+    """What a checkpoint says of itself."""
     dataset: data.Dataset
-    layout: sharding.Layout
+    network: Network
     loss_fn: Callable[..., Any]
     take_step: Callable[..., Any]
     start: int
     state: TrainState
 
     @property
+    def layout(self) -> sharding.Layout:
+        """The devices, and how steps and arrays are put on them."""
+        return self.network.layout
+
+    @property
     def started_from(self) -> Any:
         """The lineage of the parameters that the run began with; None for new ones."""
-        return self.describe["lineage"]["started_from"]
+        return self.description["lineage"]["started_from"]
 
     def batch(self, step: int) -> Any:
-        """Batch `step`, on the devices unless the model will act on it first."""
+        """Batch `step`; on the devices already, unless the objective rolls it out first."""
         batch = self.dataset.batch(step)
-        return batch if self.cfg.objective.annotates else self.layout.put(batch)
+        return batch if self.cfg.objective.uses_rollouts else self.layout.put(batch)
 
-    def act(self, state: TrainState, batch: Any) -> Any:
-        """The batch to learn from: where the objective says so, by the model's own doing."""
-        if not self.cfg.objective.annotates:
+    def rollout(self, state: TrainState, batch: Any) -> Any:
+        """The batch to train on: with samples of the current model, if the objective wants them."""
+        if not self.cfg.objective.uses_rollouts:
             return batch
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
         trained = self.trained(state._replace(ema=None))
-        return self.layout.put(self.cfg.objective.annotate(trained, batch, key))
+        return self.layout.put(self.cfg.objective.rollout(trained, batch, key))
 
     def trained(self, state: TrainState) -> Trained:
-        """The model as it is now, to use; the running average where there is one."""
-        params = state.params if state.ema is None else state.ema
-        params = merge(params, (state.frozen or {}).get("rest"))
-        if self.cfg.compute.layers == "scan":
+        """The current model, ready to use; with the moving average of the parameters, if any."""
+        params = merge(state.averaged_params, state.frozen.rest)
+        if self.network.scanned:
             params = model.unstack(params, self.cfg.model.L)
-        return Trained(self.cfg, params, self.tokenizer, self.describe["generation_config"])
+        return Trained(self.cfg, params, self.tokenizer, self.description["generation_config"])
 
     def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
-        """The function (params, batch, *frozen) -> the objective's sums, compiled."""
-        frozen = () if state.frozen is None else (state.frozen,)
+        """The compiled function (params, batch, frozen) -> the objective's sums."""
         step = partial(eval_step, loss_fn=self.loss_fn)
-        return self.layout.compile_eval(step, state.params, example, *frozen)
+        return self.layout.compile_eval(step, state.params, example, state.frozen)
 
     def evaluate(
-        self, state: TrainState, evaluate: Callable[..., Any], name: str
+        self, state: TrainState, eval_step: Callable[..., Any], name: str
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """Numbers and sums of a held-out set: `val_loss`, and `val_loss/PART` where it has parts.
+        """Metrics and sums of a held-out set, see `evaluate.evaluate`."""
 
-        Beside what the objective reports there are the bits per byte of text, and what it measures
-        by using the model. The numbers of a mixture are the means of its parts', weighted by their
-        shares; its bits per byte are those of text in which the parts have these shares of the
-        tokens.
-        """
-        params = state.params if state.ema is None else state.ema
-        frozen = () if state.frozen is None else (state.frozen,)
-        objective = self.cfg.objective
-        data, values = self.dataset, dict[str, float]()
-        mixture: dict[str, float] = {}
-        whole: dict[str, Any] = {}
-        for which, batches in data.held_out.items():
-            first, _, part = which.partition("/")
-            if first != name or objective.annotates:
-                continue
-            parts = [evaluate(params, self.layout.put(batch), *frozen) for batch in batches()]
-            sums = jax.tree.map(lambda *sums: sum(sums), *jax.device_get(parts))
-            numbers = objective.report(sums)
-            for k, v in numbers.items():
-                if which in data.shares:
-                    mixture[f"{name}_{k}"] = mixture.get(f"{name}_{k}", 0) + data.shares[which] * v
-            if size := data.bytes_per_token.get(which):
-                numbers["bits_per_byte"] = numbers["loss"] / math.log(2) / size
-            ending = f"/{part}" if part else ""
-            values |= {f"{name}_{k}{ending}": v for k, v in numbers.items()}
-            whole = whole or sums
-        if mixture:
-            size = sum(share * data.bytes_per_token[part] for part, share in data.shares.items())
-            mixture[f"{name}_bits_per_byte"] = mixture[f"{name}_loss"] / math.log(2) / size
-            values = mixture | values
-        limit = self.cfg.train.eval_batches * self.cfg.train.batch or None
-        if records := data.records.get(name, [])[:limit]:
-            measured = objective.measure(self.trained(state), records, whole=name == "test")
-            values |= {f"{name}_{k}": v for k, v in measured.items()}
-        return values, whole
+        def sums(batch: Any) -> Any:
+            return eval_step(state.averaged_params, self.layout.put(batch), state.frozen)
+
+        train = self.cfg.train
+        limit = train.eval_batches * train.batch or None
+        trained = partial(self.trained, state)
+        return evaluate(self.cfg.objective, self.dataset, name, sums, trained, limit)
 
     def save(
         self, step: int, state: TrainState, metrics: dict[str, float], recreate: bool = False
     ) -> None:
-        """Saves a state in the background, with what was measured and all that describes it.
+        """Saves a state in the background, with metrics and the run's description.
 
         See `Checkpoints.save` for `recreate` and for what is raised.
         """
-        scanned = self.cfg.compute.layers == "scan"
-        saved = to_saved(state, self.cfg.model.L, scanned)
-        self.checkpoints.save(step, saved, self.describe, metrics, recreate)
+        saved = to_saved(state, self.cfg.model.L, self.network.scanned)
+        self.checkpoints.save(step, saved, self.description, metrics, recreate)
 
 
 def prepare(cfg: config.Config) -> Run:
-    """Config -> objects. Bad input is found here, before any device work."""
+    """Sets the run of a config up. Raises InputError before any device work if it is invalid."""
     checkpoints = checkpoint.Checkpoints(cfg.folder / "checkpoints", cfg.checkpoint)
-    start, saved, goes_back = find_start(checkpoints, cfg.resume)
-
-    cfg, text, dataset, origin = prepare_data(cfg, saved)
+    resumed = find_start(checkpoints, cfg.resume)
+    cfg, text, dataset, origin = prepare_data(cfg, resumed.metadata)
     if cfg.train.epochs:
         steps = math.ceil(cfg.train.epochs * dataset.rows / cfg.train.batch)
         cfg = replace(cfg, train=replace(cfg.train, steps=steps))
     if jax.process_index() == 0:
         config.save(cfg, cfg.folder / "config.json")
 
-    mesh = sharding.make_mesh(cfg.parallel)
-    if cfg.objective.annotates and jax.process_count() > 1:
-        raise InputError(
-            f"{type(cfg.objective).__name__} acts with the model in one process, and there are "
-            f"{jax.process_count()}; set parallel.processes=1"
-        )
-    sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
-    masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
-    platform = mesh.devices.flat[0].platform
-    compute, chosen = cfg.compute.resolve(cfg.model, platform, masked, cfg.context)
-    scanned = compute.layers == "scan"
-    gpt = cfg.objective.build(cfg.model, compute)
-    tree = finetune.Tree(gpt, cfg.objective.leaves(cfg.model), cfg.tune)
-    # What is saved has every layer's leaves apart.
-    apart = replace(tree, model=gpt.clone(compute=replace(compute, layers="unrolled")))
-    diff = origin.compare(apart.leaves) if origin else None
-    teacher, other = find_teacher(cfg, text, saved), {}
-    if teacher:
-        its = replace(cfg.compute, layers="unrolled").resolve(
-            teacher.config.model, platform, masked, cfg.context
-        )
-        teacher_model = teacher.config.objective.build(teacher.config.model, its[0])
-        other = {("teacher", *path): leaf for path, leaf in model.letters(teacher_model).items()}
-    layout = sharding.Layout(cfg.parallel.mode, mesh, tree.leaves | other)
-    layout_apart = replace(layout, letters=apart.leaves | other)
+    teacher = find_teacher(cfg, text, resumed.metadata)
+    network = build_network(cfg, teacher)
+    diff = origin.compare(network.saved_tree.leaves) if origin else None
     updates = cfg.train.steps * cfg.objective.updates_per_batch
-    tx = optim.build(cfg.optim, tree.trained_leaves, updates)
-
-    def new_state(params: Any = None) -> TrainState:
-        init_key, train_key = jax.random.split(jax.random.key(cfg.seed))
-        params, rest = tree.create(init_key, params)
-        frozen = {"rest": rest} if rest else {}
-        if cfg.objective.compares_with == "reference":
-            frozen["reference"] = jax.tree.map(jnp.copy, params)
-        return init_state(params, tx, train_key, ema=cfg.optim.ema > 0, frozen=frozen or None)
-
-    if start is not None:
-        abstract = layout_apart.abstract(lambda: to_saved(new_state(), cfg.model.L, scanned))
-        if not any(path.startswith("guard/") for path in saved["leaves"]["train"]):
-            del abstract["train"]["guard"]  # a checkpoint of format 1
-        state = from_saved(checkpoints.restore(start, abstract), scanned, apart.trains)
-        state = jax.device_put(state, layout.shardings(state))
-    elif origin is not None and diff is not None:
-        params = origin.take(diff, cfg.model.V, layout_apart)
-        params = model.stack(params) if scanned else params
-        params = jax.device_put(params, layout.shardings(params))
-        state = layout.create(new_state, params)
+    tx = optim.build(cfg.optim, network.tree.trained_leaves, updates)
+    if resumed.step is not None:
+        state = restore_state(cfg, network, tx, checkpoints, resumed.step, resumed.metadata)
     else:
-        state = layout.create(new_state)
-    if teacher:
-        its_diff = teacher.compare(model.letters(teacher_model))
-        params = teacher.take(its_diff, cfg.model.V, layout, "teacher")
-        state = state._replace(frozen={**(state.frozen or {}), "teacher": params})
-
-    def loss_fn(params: Any, batch: Any, key: Any, frozen: Any = None) -> Any:
-        frozen = frozen or {}
-        rest, other = frozen.get("rest"), None
-        if "reference" in frozen:
-            other = Other(gpt, merge(frozen["reference"], rest))
-        elif "teacher" in frozen:
-            other = Other(teacher_model, frozen["teacher"])
-        return cfg.objective(gpt, merge(params, rest), batch, key, other)
+        state = create_state(cfg, network, tx, origin, diff)
+    if network.teacher:
+        params = load_teacher(cfg, network.teacher, network.layout)
+        state = state._replace(frozen=state.frozen._replace(teacher=params))
 
     if jax.process_index() == 0:
-        devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
-        print(config.summary(cfg))
-        if (warmup := cfg.optim.warmup_within(updates)) != cfg.optim.warmup:
-            print(
-                f"\nwarm-up      shortened from {cfg.optim.warmup} steps to {warmup}, a tenth of "
-                f"the run's {updates}"
-            )
-        print(f"\ndata         {dataset.note}")
-        print(f"model        {tree.note}" + (f", {origin.note}" if origin else ""))
-        if diff:
-            print(diff)
-        print(f"devices      {devices}: {chosen}")
-        print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))
-    before = saved.get("lineage", {})
-    describe = {
-        "config": config.to_dict(cfg),
-        "tokenizer": text.to_json(),
-        "data": dataset.fingerprint,
-        "versions": versions(),
-        "generation_config": (
-            origin.generation_config if origin else saved.get("generation_config", {})
-        ),
-        "lineage": {
-            "started_from": origin.lineage if origin else before.get("started_from"),
-            "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
-            "went_back_to": [*before.get("went_back_to", []), *([cfg.resume] * goes_back)],
-        }
-        | ({"teacher": {**teacher.lineage, "digest": teacher.digest()}} if teacher else {}),
-    }
+        notes = network.tree.note, network.note
+        print_summary(cfg, dataset, *notes, origin, diff, resumed.step)
+    loss_fn = build_loss(cfg, network)
     step = partial(
         train_step,
         loss_fn=loss_fn,
@@ -238,154 +175,125 @@ def prepare(cfg: config.Config) -> Run:
         spike=cfg.optim.spike,
         rate=optim.schedule(cfg.optim, cfg.optim.learning_rate, updates),
     )
-    take_step = repeated(step, cfg.objective.updates_per_batch)
     return Run(
-        cfg, text, checkpoints, describe, dataset, layout, loss_fn, take_step, start or 0, state
+        cfg,
+        text,
+        checkpoints,
+        describe(cfg, text, dataset, origin, teacher, resumed),
+        dataset,
+        network,
+        loss_fn,
+        repeated(step, cfg.objective.updates_per_batch),
+        resumed.step or 0,
+        state,
     )
 
 
-def check_models(cfg: config.Config) -> None:
-    """Raises InputError if a model that a new run needs does not exist; nothing is read."""
-    paths = {cfg.start, cfg.objective.compares_with} - {"", "reference"}
-    if not checkpoint.steps_in(cfg.folder / "checkpoints"):
-        for path in sorted(paths):
-            check_exists(path)
-
-
-def find_start(
-    checkpoints: checkpoint.Checkpoints, resume: int
-) -> tuple[int | None, dict[str, Any], bool]:
-    """The step to resume from, what its checkpoint says of itself, and if it was asked for.
-
-    A run that went back to step `resume` and has saved a later step since resumes from that, so
-    that the same command can be repeated.
-    """
-
-    def read(step: int | None) -> dict[str, Any]:
-        return {} if step is None else checkpoint.read(checkpoints.folder / str(step))
-
-    start = checkpoints.latest()
-    saved = read(start)
-    if not resume:
-        return start, saved, False
-    went_back = saved.get("lineage", {}).get("went_back_to", [])
-    if start != resume and went_back[-1:] == [resume]:
-        print(f"the run went back to step {resume} before, and now resumes from step {start}")
-        return start, saved, False
-    checkpoints.go_back(resume)
-    return resume, read(resume), True
-
-
-def prepare_data(
-    cfg: config.Config, saved: dict[str, Any]
-) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, Source | None]:
-    """Text or records become a tokenizer, and with it batches; the config, what they tell of it.
-
-    `saved` is what the checkpoint says that the run goes on from, if there is one. Last comes
-    where a new run's parameters are, if not new.
-    """
-    # A model that is missing is said before anything about the data.
-    origin = source(cfg.start, cfg.adapter) if cfg.start and not saved else None
-    splits = {}
-    if isinstance(cfg.data, data.RecordsConfig):
-        splits = data.read_splits(cfg.data, cfg.objective.reader)
-        cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
-    if saved:
-        text = tokenizer.from_json(saved["tokenizer"])
-        if cfg.start or cfg.tokenizer.source:
-            then = config.from_dict(config.Config, saved["config"])
-            if cfg.start:
-                cfg = config.adopt(cfg, then.model, then.tokenizer)
-            elif cfg.tokenizer.source == then.tokenizer.source:
-                cfg = replace(cfg, tokenizer=then.tokenizer)
-    elif origin:
-        text = origin.tokenizer
-        cfg = config.adopt(cfg, origin.config.model, origin.config.tokenizer)
-    elif cfg.tokenizer.source:
-        text, options = find_tokenizer(cfg.tokenizer.source)
-        cfg = replace(cfg, tokenizer=replace(options, source=cfg.tokenizer.source))
-    elif (path := cfg.objective.compares_with) not in ("", "reference"):
-        teacher = source(path)
-        text, cfg = teacher.tokenizer, replace(cfg, tokenizer=teacher.config.tokenizer)
-    else:
-        alphabet = cfg.tokenizer.kind == "characters"  # must hold the held-out text too
-        if isinstance(cfg.data, data.RecordsConfig):
-            sets = splits.values() if alphabet else [splits["train"]]
-            texts = data.strings([record for records in sets for record in records])
-        else:
-            texts = data.texts(cfg.data, held_out=alphabet)
-        text = tokenizer.build(cfg.tokenizer, texts)
-    if cfg.train.sample_tokens:
-        text.encode(cfg.train.prompt)  # raises now, not after training
-    text = cfg.objective.extend(text)
-    V = max(text.vocab_size, cfg.model.V if cfg.start else 0)
-    cfg = replace(cfg, model=replace(cfg.model, V=V))
-    if saved:
-        config.refuse_changed(saved["config"], cfg)
-    if isinstance(cfg.data, data.RecordsConfig):
-        encode = partial(cfg.objective.encode, tokenizer=text)
-        dataset = data.examples(
-            cfg.data,
-            splits,
-            encode,
-            cfg.objective.cut,
-            text.fingerprint,
-            packs=cfg.objective.packs,
-            **rows(cfg),
-        )
-    else:
-        dataset = data.streams(data.prepare(cfg.data, text), cfg.data, **rows(cfg))
-    if saved:
-        then, now = saved["versions"].get("python", "another version"), platform.python_version()
-        hint = ""
-        if then != now and any(path.partition(":")[0] == "python" for path in cfg.data.paths):
-            hint = f" (the library of Python {then}, which resumes the run; this is Python {now})"
-        data.refuse_changed(saved["data"], dataset.fingerprint, hint)
-    return cfg, text, dataset, origin
-
-
-def find_teacher(
-    cfg: config.Config, text: tokenizer.Tokenizer, saved: dict[str, Any]
-) -> Source | None:
-    """The other model that the objective names, if it does; InputError where it does not fit."""
-    path = cfg.objective.compares_with
-    if path in ("", "reference"):
-        return None
-    teacher = source(path)
-    if teacher.tokenizer.fingerprint != text.fingerprint or teacher.config.model.V != cfg.model.V:
+def build_network(cfg: config.Config, teacher: Source | None) -> Network:
+    """The model, its parameter tree, and its layout over the devices; no array is made."""
+    mesh = sharding.make_mesh(cfg.parallel)
+    if cfg.objective.uses_rollouts and jax.process_count() > 1:
         raise InputError(
-            f"the teacher {path} has {teacher.config.model.V} tokens of another vocabulary than "
-            f"the student, which has {cfg.model.V}; train one of them from the other's tokenizer"
+            f"{type(cfg.objective).__name__} samples from the model in one process, and there are "
+            f"{jax.process_count()}; set parallel.processes=1"
         )
-    then = saved.get("lineage", {}).get("teacher", {}).get("digest")
-    if then and then != teacher.digest():
-        raise InputError(
-            f"the teacher {path} is not the one this run began with; name the checkpoint of then, "
-            f"{saved['lineage']['teacher']}, or set another name"
-        )
-    return teacher
+    sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
+    masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
+    device = mesh.devices.flat[0]
+
+    def resolve(compute: model.ComputeConfig, of: model.GPTConfig) -> tuple[Any, str]:
+        return compute.resolve(of, device.platform, masked, cfg.context)
+
+    compute, chosen = resolve(cfg.compute, cfg.model)
+    network = cfg.objective.build(cfg.model, compute)
+    tree = finetune.Tree(network, cfg.objective.leaves(cfg.model), cfg.tune)
+    unrolled = network.clone(compute=replace(compute, layers="unrolled"))
+    saved_tree = replace(tree, model=unrolled)
+    leaves: model.Leaves = {}
+    found: Teacher | None = None
+    if teacher:
+        theirs = teacher.config
+        its_compute, _ = resolve(replace(cfg.compute, layers="unrolled"), theirs.model)
+        found = Teacher(teacher, theirs.objective.build(theirs.model, its_compute))
+        its_leaves = model.letters(found.model)
+        leaves = {("teacher", *path): leaf for path, leaf in its_leaves.items()}
+    layout = sharding.Layout(cfg.parallel.mode, mesh, tree.leaves | leaves)
+    return Network(
+        network,
+        tree,
+        saved_tree,
+        found,
+        layout,
+        replace(layout, letters=saved_tree.leaves | leaves),
+        f"{mesh.devices.size} x {device.device_kind}: {chosen}",
+    )
 
 
-def repeated(step: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """A step taken several times on one batch; the metrics are the last one's."""
-    if times == 1:
-        return step
-
-    def steps(state: TrainState, batch: Any, **settings: Any) -> Any:
-        for _ in range(times):
-            state, metrics = step(state, batch, **settings)
-        return state, metrics
-
-    return steps
+def new_state(
+    cfg: config.Config, network: Network, tx: optax.GradientTransformation, params: Any = None
+) -> TrainState:
+    """The state before the first step, with the given parameters and new ones for the others."""
+    init_key, train_key = jax.random.split(jax.random.key(cfg.seed))
+    params, rest = network.tree.create(init_key, params)
+    reference = jax.tree.map(jnp.copy, params) if cfg.objective.uses_reference else None
+    frozen = Frozen(rest=rest or None, reference=reference)
+    return init_state(params, tx, train_key, ema=cfg.optim.ema > 0, frozen=frozen)
 
 
-def rows(cfg: config.Config) -> dict[str, int]:
-    """The shape of batches, their order, and which rows of them this process makes."""
-    return {
-        "context": cfg.context,
-        "batch": cfg.train.batch,
-        "seed": cfg.seed,
-        "limit": cfg.train.eval_batches,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def create_state(
+    cfg: config.Config,
+    network: Network,
+    tx: optax.GradientTransformation,
+    origin: Source | None,
+    diff: finetune.Diff | None,
+) -> TrainState:
+    """The state of a new run, whose parameters are new or, as `diff` says, those of `origin`."""
+    make = partial(new_state, cfg, network, tx)
+    if origin is None or diff is None:
+        return network.layout.create(make)
+    params = origin.take(diff, cfg.model.V, network.saved_layout)
+    params = model.stack(params) if network.scanned else params
+    params = jax.device_put(params, network.layout.shardings(params))
+    return network.layout.create(make, params)
+
+
+def restore_state(
+    cfg: config.Config,
+    network: Network,
+    tx: optax.GradientTransformation,
+    checkpoints: checkpoint.Checkpoints,
+    step: int,
+    metadata: dict[str, Any],
+) -> TrainState:
+    """The state in the checkpoint of a step."""
+
+    def make() -> Any:
+        return to_saved(new_state(cfg, network, tx), cfg.model.L, network.scanned)
+
+    abstract = network.saved_layout.abstract(make)
+    if not any(path.startswith("guard/") for path in metadata["leaves"]["train"]):
+        del abstract["train"]["guard"]  # a checkpoint of format 1
+    arrays = checkpoints.restore(step, abstract)
+    state = from_saved(arrays, network.scanned, network.saved_tree.trains)
+    return jax.device_put(state, network.layout.shardings(state))
+
+
+def load_teacher(cfg: config.Config, teacher: Teacher, layout: sharding.Layout) -> Any:
+    """The parameters of the teacher."""
+    diff = teacher.source.compare(model.letters(teacher.model))
+    return teacher.source.take(diff, cfg.model.V, layout, "teacher")
+
+
+def build_loss(cfg: config.Config, network: Network) -> Callable[..., Any]:
+    """loss_fn(params, batch, key, frozen) -> (loss_sum, sums), for `train_step`."""
+
+    def loss_fn(params: Any, batch: Any, key: Any, frozen: Frozen = NOTHING_FROZEN) -> Any:
+        others = {}
+        if frozen.reference is not None:
+            reference = merge(frozen.reference, frozen.rest)
+            others["reference"] = FrozenModel(network.model, reference)
+        if network.teacher is not None:
+            others["teacher"] = FrozenModel(network.teacher.model, frozen.teacher)
+        return cfg.objective(network.model, merge(params, frozen.rest), batch, key, **others)
+
+    return loss_fn

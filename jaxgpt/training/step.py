@@ -1,6 +1,5 @@
-"""The train state and the one step that every objective shares."""
+"""The train state, and the training step that all objectives share."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,93 +10,48 @@ import optax
 from jaxgpt.model import stack, unstack
 from jaxgpt.model.params import merge, split
 from jaxgpt.objectives import Mean
-
-HISTORY = 128  # steps whose losses and gradient norms tell an ordinary step from a spike
-
-
-class Guard(NamedTuple):
-    """The recent history of a run by which a step that would damage the parameters is recognised.
-
-    The history is that of the last `HISTORY` updates, in a ring; skipped steps are not in it.
-    """
-
-    losses: jax.Array
-    """float32[HISTORY]: mean losses."""
-    norms: jax.Array
-    """float32[HISTORY]: norms of the gradients."""
-    updates: jax.Array
-    """int32: how many steps updated the parameters."""
-    skipped: jax.Array
-    """int32: how many steps were skipped."""
-    in_a_row: jax.Array
-    """int32: how many of the last steps were skipped, without an update after them."""
+from jaxgpt.training.guard import Guard, init_guard, is_spike, update_guard
 
 
-def init_guard() -> Guard:
-    """No history."""
-    ring, zero = jnp.zeros(HISTORY, jnp.float32), jnp.zeros((), jnp.int32)
-    return Guard(ring, jnp.zeros_like(ring), zero, jnp.zeros_like(zero), jnp.zeros_like(zero))
+class Frozen(NamedTuple):
+    """Parameters that no step changes; None is what the run does not have."""
+
+    rest: Any = None
+    """The parameters of the model that are not trained."""
+    reference: Any = None
+    """A copy of the trained parameters as they were at the start."""
+    teacher: Any = None
+    """The parameters of another model."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are none."""
+        return all(tree is None for tree in self)
 
 
-def is_spike(guard: Guard, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
-    """Whether a step's loss or gradient norm is far above those of the last steps.
-
-    Far is more than `sigmas` standard deviations above the mean; False until half of the history
-    is there. This is the rule of OLMo's `SkipStepOptimizer` (https://arxiv.org/abs/2501.00656).
-    """
-    count = jnp.minimum(guard.updates, HISTORY)
-    known = jnp.arange(HISTORY) < count
-
-    def is_far(value: jax.Array, ring: jax.Array) -> jax.Array:
-        mean = jnp.mean(ring, where=known)
-        return value > mean + sigmas * jnp.std(ring, where=known)
-
-    far = is_far(loss, guard.losses) | is_far(norm, guard.norms)
-    return (count >= HISTORY // 2) & far
-
-
-def update_guard(guard: Guard, loss: jax.Array, norm: jax.Array, updated: jax.Array) -> Guard:
-    """The history after one more step, which updated the parameters or was skipped."""
-    place = guard.updates % HISTORY
-    return Guard(
-        losses=jnp.where(updated, guard.losses.at[place].set(loss), guard.losses),
-        norms=jnp.where(updated, guard.norms.at[place].set(norm), guard.norms),
-        updates=guard.updates + updated,
-        skipped=guard.skipped + ~updated,
-        in_a_row=jnp.where(updated, 0, guard.in_a_row + 1),
-    )
-
-
-def highest_plausible_loss(guard: Guard) -> float:
-    """The loss above which parameters have diverged, by the history; infinite without one.
-
-    It is one nat and six standard deviations above the highest of the last losses. While there is
-    less than half of the history it is ten times the highest, because losses may overshoot at the
-    start of training.
-    """
-    losses = jax.device_get(guard.losses)[: min(int(guard.updates), HISTORY)]
-    if not len(losses):
-        return math.inf
-    highest = float(losses.max())
-    if len(losses) < HISTORY // 2:
-        return highest + 9 * abs(highest) + 1
-    return highest + 6 * float(losses.std()) + 1
+NOTHING_FROZEN = Frozen()
 
 
 class TrainState(NamedTuple):
-    """Everything that changes in training; with the config and the data, it is the run.
-
-    `frozen` are trees that nothing writes: "rest", the parameters that are not trained;
-    "reference", those that are as they were at the start; "teacher", another model's.
-    """
+    """Everything that changes in training, and the parameters that it reads without changing."""
 
     step: jax.Array
+    """int32: the number of steps taken."""
     params: Any
+    """The trained parameters."""
     opt: Any
+    """The optimizer's state."""
     key: jax.Array
+    """The random key of the run."""
     guard: Guard
     ema: Any = None
-    frozen: Any = None
+    """The exponential moving average of the parameters, if there is one."""
+    frozen: Frozen = NOTHING_FROZEN
+
+    @property
+    def averaged_params(self) -> Any:
+        """The moving average of the parameters if there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 def init_state(
@@ -105,7 +59,7 @@ def init_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     ema: bool = False,
-    frozen: dict[str, Any] | None = None,
+    frozen: Frozen = NOTHING_FROZEN,
 ) -> TrainState:
     """The state before the first step; `key` seeds all randomness of training."""
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -115,20 +69,19 @@ def init_state(
 
 
 def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
-    """The state as a checkpoint holds it: whole parameters apart, and every layer's leaves apart.
+    """The state in the form of a checkpoint: the whole parameters, with separate layers.
 
-    The form is the same for layers run unrolled and scanned (over stacked leaves, of L layers). A
-    teacher is not in it: it has a checkpoint of its own.
+    The form is the same for unrolled layers and for scanned ones (stacked leaves of L layers). The
+    teacher is not in it, because it has a checkpoint of its own.
     """
-    frozen = {name: tree for name, tree in (state.frozen or {}).items() if name != "teacher"}
-    state = state._replace(frozen=frozen)
+    state = state._replace(frozen=state.frozen._replace(teacher=None))
     state = unstack(state, L) if scanned else state
-    frozen = state.frozen
+    rest = state.frozen.rest
     saved = {
-        "params": merge(state.params, frozen.get("rest")),
+        "params": merge(state.params, rest),
         "train": {"step": state.step, "opt": state.opt, "key": state.key, "guard": state.guard},
-        "ema": merge(state.ema, frozen.get("rest")) if state.ema is not None else None,
-        "reference": frozen.get("reference"),
+        "ema": merge(state.ema, rest) if state.ema is not None else None,
+        "reference": state.frozen.reference,
     }
     return {name: tree for name, tree in saved.items() if tree is not None}
 
@@ -136,19 +89,20 @@ def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
 def from_saved(
     saved: dict[str, Any], scanned: bool, trains: Callable[[tuple[str, ...]], bool] | None = None
 ) -> TrainState:
-    """The inverse of `to_saved`; `trains` says which paths are trained: all, if None.
+    """The inverse of `to_saved`.
 
-    Checkpoints of format 1 have no guard; its history begins anew.
+    Args:
+        saved: The arrays of a checkpoint; those of format 1 have no guard, and it starts empty.
+        scanned: Whether the run scans over stacked layers.
+        trains: Whether the parameter at a path is trained; None: all are.
     """
-    params, ema, frozen = saved["params"], saved.get("ema"), {}
+    params, ema, rest = saved["params"], saved.get("ema"), None
     if trains is not None:
         params, rest = split(params, trains)
         ema = None if ema is None else split(ema, trains)[0]
-        frozen = {"rest": rest} if rest else {}
-    if "reference" in saved:
-        frozen["reference"] = saved["reference"]
+    frozen = Frozen(rest=rest or None, reference=saved.get("reference"))
     train = {"guard": init_guard()} | saved["train"]
-    state = TrainState(params=params, ema=ema, frozen=frozen or None, **train)
+    state = TrainState(params=params, ema=ema, frozen=frozen, **train)
     return stack(state) if scanned else state
 
 
@@ -164,25 +118,37 @@ def train_step(
     spike: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update of the parameters, by the gradient of (sum of losses) / (sum of counts).
+    """One update of the parameters, with the gradient of (sum of losses) / (sum of counts).
 
-    `loss_fn(params, batch, key[, frozen]) -> (loss_sum, {"loss": Mean, ...})`, with the frozen
-    trees where the state has some. The batch is taken in `micro` equal parts whose gradients add
-    up, and over the devices of the mapped `axis` where there is one; nothing is divided before the
-    end, so every split gives the same gradient. The randomness is that of (state.key, step, part,
-    device). If the loss or gradient is not finite, or, with `spike` above 0, so many standard
-    deviations above the last steps' (`is_spike`), the step is skipped: only its number and the
-    guard change. Metrics are the objective's sums, the norm of the gradient, the learning rate
-    if `rate` is given, `finite`, and how many steps were `skipped` in all and `in_a_row`.
+    Sums are divided once, at the end, so that every split of a batch over parts and devices gives
+    the same gradient. A step whose loss or gradient is not finite, or is a spike, is skipped: only
+    its number and the guard change. Randomness is a function of (state.key, step, part, device).
+
+    Args:
+        state: The state, which may be donated.
+        batch: Arrays with the rows first.
+        loss_fn: `loss_fn(params, batch, key[, frozen]) -> (loss_sum, {"loss": Mean, ...})`, with
+            `frozen` if the state has frozen parameters.
+        tx: The optimizer.
+        micro: Gradient accumulation: the number of parts of the batch, taken one by one.
+        ema: The decay of the moving average of the parameters; 0: none.
+        rate: The learning rate schedule, to report.
+        spike: A step is skipped if it is so many standard deviations above the last ones, see
+            `is_spike`; 0: never.
+        axis: The mapped axis under `pmap`.
+
+    Returns:
+        The new state; and the objective's sums with `grad_norm`, `learning_rate`, `finite`, and
+        how many steps were `skipped` in total and `in_a_row`.
     """
     key = jax.random.fold_in(state.key, state.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
     def part(rows: dict[str, jax.Array], key: jax.Array) -> Any:
-        held = () if state.frozen is None else (state.frozen,)
+        frozen = () if state.frozen.empty else (state.frozen,)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = value_and_grad(state.params, rows, key, *held)
+        (loss, metrics), grads = value_and_grad(state.params, rows, key, *frozen)
         return loss, metrics, grads
 
     if micro == 1:
@@ -237,12 +203,25 @@ def train_step(
 def eval_step(
     params: Any,
     batch: dict[str, jax.Array],
-    frozen: dict[str, Any] | None = None,
+    frozen: Frozen = NOTHING_FROZEN,
     *,
     loss_fn: Any,
     axis: str | None = None,
 ) -> dict[str, Mean]:
     """The objective's sums on one batch, without randomness."""
-    held = () if frozen is None else (frozen,)
+    held = () if frozen.empty else (frozen,)
     _, metrics = loss_fn(params, batch, None, *held)
     return metrics if axis is None else jax.lax.psum(metrics, axis)
+
+
+def repeated(step: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """A step that is taken several times on each batch; its metrics are those of the last time."""
+    if times == 1:
+        return step
+
+    def steps(state: TrainState, batch: Any, **settings: Any) -> Any:
+        for _ in range(times):
+            state, metrics = step(state, batch, **settings)
+        return state, metrics
+
+    return steps

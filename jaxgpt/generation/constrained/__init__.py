@@ -1,20 +1,24 @@
-r"""What a model may write: one of some choices, a regular expression, or JSON of a schema.
+r"""Constrained decoding: text that is one of some choices, a regular expression, or valid JSON.
 
     guide = choices(tokenizer, ["yes", "no"])
-    guide.allowed(0)                             # bool[V]: tokens that begin "yes" or "no"
+    guide.allowed(0)                             # bool[V]: tokens with which "yes" or "no" begins
     state = guide.after(0, tokenizer.encode("yes")[0])
 
-A guide is two tables, so that a decoding loop can follow it on the device: a token has a class, and
-a state and a class give the next state. Every text that is begun can be finished with the tokens
-there are, and an end token is allowed exactly where the text is complete.
+A guide is a finite automaton over tokens, stored as two tables, so that the decoding loop follows
+it on the device: each token has a class, and a state and a class give the next state. From every
+state that can be reached the text can be completed, and end tokens are allowed exactly in states
+where the text is complete.
 
-The text is what the tokens after a prompt add to it, their bytes in a row. A token may hold part of
-a character, and whatever tokens spell the text are allowed, not only those that encoding it gives.
+The constrained text is the bytes that the tokens add after the prompt. A token may hold a part of a
+character, and every tokenization of an allowed text is allowed.
 
-An expression becomes states by its derivatives (Brzozowski 1964) by classes of characters (Owens et
-al. 2009, "Regular-expression derivatives re-examined"), these become UTF-8, and its bytes become
-the tokenizer's tokens. Steps and states are counted: what is too complex ends in an InputError,
-whoever wrote it.
+A regular expression becomes an automaton over characters by derivatives (Brzozowski 1964; Owens et
+al. 2009, "Regular-expression derivatives re-examined"), then over UTF-8 bytes, then over tokens.
+Steps and states are counted, and an expression that needs too many raises InputError.
+
+The automata are our own because the decoding loop stays on the device, where libraries such as
+llguidance and xgrammar need the host at every token, and because all keywords of a schema must be
+either enforced or refused, where outlines-core ignores some.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,20 +48,26 @@ def choices(
     limit: int = LIMIT,
     context: Sequence[int] | None = None,
 ) -> Guide:
-    """One of some texts. `ends` are the ids that end it: if None, the tokenizer's eot and eos.
+    """Constrains the text to one of some options.
 
-    `context` are the ids before it, by which some tokenizers spell its first token: () where it
-    begins a text, None where it continues some text, as after a prompt.
+    Args:
+        tokenizer: The tokenizer.
+        options: The allowed texts.
+        ends: The token ids that end the text; None: the tokenizer's eot and eos.
+        limit: The most states, about one per character.
+        context: The ids before the text, on which the spelling of the first token depends in some
+            tokenizers: () at the beginning of a text, None after a prompt.
 
-    Raises InputError for no choices, an empty one, one given twice, one that the tokenizer has no
-    tokens for, and more than `limit` states, about one for each character.
+    Raises:
+        InputError: There is no option, an option is empty, repeated, or has characters for which
+            the tokenizer has no tokens; or there are more states than `limit`.
     """
     if isinstance(options, str) or not isinstance(options, Sequence) or not options:
         raise InputError(f"choices={options!r}; give a list with at least one text")
     seen: set[str] = set()
     for option in options:
         if not isinstance(option, str) or not option:
-            raise InputError(f"{option!r} is among the choices; give texts, none of them empty")
+            raise InputError(f"{option!r} is among the choices; give texts that are not empty")
         if option in seen:
             raise InputError(f"{short(option)} is twice among the choices; give it once")
         seen.add(option)
@@ -67,7 +77,7 @@ def choices(
     pieces = pieces_of(guide, tokenizer, context)
     for option in options:
         if not pieces.spell(option.encode()):
-            raise InputError(f"the tokenizer has no tokens for {short(option)}; leave it out")
+            raise InputError(f"the tokenizer has no tokens for {short(option)}; remove it")
     return guide
 
 
@@ -79,12 +89,15 @@ def regex(
     limit: int = LIMIT,
     context: Sequence[int] | None = None,
 ) -> Guide:
-    r"""Text that a regular expression matches as a whole: `re.fullmatch(pattern, text)`.
+    r"""Constrains the text to full matches of a regular expression: `re.fullmatch(pattern, text)`.
 
-    `ends` and `context` as in `choices`. No finite automaton follows references to groups, and none
-    here what looks ahead or behind, `\b`, atomic groups and possessive repetitions, flags but (?s)
-    and (?x), and ^ and $ inside of the pattern. Raises InputError for these, for what is no
-    pattern, for one that the tokenizer can write no match of, and for more than `limit` states.
+    Not supported are backreferences, lookahead and lookbehind, `\b`, atomic groups, possessive
+    quantifiers, flags other than (?s) and (?x), and ^ and $ within the pattern. Other arguments are
+    those of `choices`.
+
+    Raises:
+        InputError: The pattern is invalid or not supported, the tokenizer has no tokens for any
+            match, or there are more states than `limit`.
     """
     if not isinstance(pattern, str):
         raise InputError(f"pattern={pattern!r}; give the text of a regular expression")
@@ -102,21 +115,24 @@ def json_schema(
     limit: int = LIMIT,
     context: Sequence[int] | None = None,
 ) -> Guide:
-    r"""JSON that a schema (draft 2020-12), or the text of one, allows.
+    r"""Constrains the text to JSON that is valid for a schema (draft 2020-12).
 
-    `ends` and `context` are as in `choices`.
-    Of the many ways to write a value few are left to the model: after a colon or a comma a space or
-    none, and no other white space; properties in the schema's order, those not required or left
-    out, and no others where it names some; in strings every character as it is, but for the escapes
-    `\" \\ \b \f \n \r \t`; exponents of two digits. Where a schema leaves values open, arrays and
-    objects are DEPTH deep at most.
+    The formatting of the JSON is restricted: at most one space after a colon or a comma, and no
+    other white space; properties in the order of the schema, where optional ones may be missing,
+    and no others if the schema names some; strings with the escapes `\" \\ \b \f \n \r \t` only;
+    exponents of two digits. Where the schema allows any value, arrays and objects are nested at
+    most DEPTH deep.
 
-    Known are type, enum, const, anyOf, oneOf of what types or required constants tell apart, allOf
-    of one, $ref within the schema but not to what it is in; minLength, maxLength, pattern, format
-    (date, time, date-time, uuid, email, ipv4); minimum, maximum, exclusiveMinimum and
-    exclusiveMaximum, whole ones for numbers; items, prefixItems, minItems, maxItems; properties,
-    required, additionalProperties. Raises InputError for every other keyword but annotations, for
-    a schema that the tokenizer can write no value of, and for more than `limit` states.
+    Supported keywords: type, enum, const, anyOf, oneOf (if types or required constants tell the
+    alternatives apart), allOf with one schema, $ref within the schema (not recursive); minLength,
+    maxLength, pattern, format (date, time, date-time, uuid, email, ipv4); minimum, maximum,
+    exclusiveMinimum and exclusiveMaximum (integers, for numbers too); items, prefixItems, minItems,
+    maxItems; properties, required, additionalProperties. Annotations are ignored. Other arguments
+    are those of `choices`.
+
+    Raises:
+        InputError: The schema is invalid or has another keyword, the tokenizer has no tokens for
+            any value, or there are more states than `limit`.
     """
     with _bounded_depth("the schema"):
         graph = Expressions()

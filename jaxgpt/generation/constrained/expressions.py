@@ -1,4 +1,4 @@
-"""Regular expressions of characters, and the automata of bytes that they become."""
+"""Regular expressions over characters, and their automata over UTF-8 bytes."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,13 +13,13 @@ from jaxgpt.errors import InputError
 from jaxgpt.tokenizer.base import encoded
 
 LONGEST = 50_000
-"""Characters of a pattern, a schema, or all choices together, at most."""
+"""The most characters of a pattern, a schema, or all choices together."""
 STEPS = 1_000_000
-"""Steps from an expression to its states, at most."""
+"""The most steps of building an automaton."""
 
 
 def check_length(what: str, length: int) -> None:
-    """Raises InputError where a text is too long to look at."""
+    """Raises InputError if a text is too long."""
     if length > LONGEST:
         raise InputError(f"{what} {length:,} characters; shorten to {LONGEST:,} or less")
 
@@ -29,7 +29,7 @@ _check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: Non
 
 @contextmanager
 def interruptible(check: Callable[[], None]) -> Iterator[None]:
-    """Calls `check` often while a guide is compiled in the block; an exception of it ends that."""
+    """While guides are compiled in the block, calls `check` often, whose exception stops them."""
     token = _check.set(check)
     try:
         yield
@@ -38,17 +38,17 @@ def interruptible(check: Callable[[], None]) -> Iterator[None]:
 
 
 def short(value: Any) -> str:
-    """What an error shows of a value."""
+    """The beginning of a value, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
-# A set of characters is the ranges of its code points: sorted, and apart from each other.
+# A set of characters is a tuple of sorted, disjoint ranges of code points.
 Ranges = tuple[tuple[int, int], ...]
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The set of all that are in one of the ranges."""
+    """The set of the characters in any of the ranges."""
     apart: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if apart and low <= apart[-1][1] + 1:
@@ -59,7 +59,7 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def others(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """All other characters; halves of surrogate pairs are none."""
+    """The complement of a set; surrogates are not characters."""
     left, start = [], 0
     for low, high in joined([*ranges, (0xD800, 0xDFFF), (0x110000, 0x110000)]):
         if start < low:
@@ -69,7 +69,7 @@ def others(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def characters_of(characters: str) -> Ranges:
-    """The set of a text's characters."""
+    """The set of the characters of a text."""
     return joined((ord(character), ord(character)) for character in characters)
 
 
@@ -82,16 +82,15 @@ def category(letter: str, flags: int) -> Ranges:
 
 
 ANY = others([])
-NOTHING, EMPTY = 0, 1  # the expressions of no text at all, and of the empty text
+NOTHING, EMPTY = 0, 1  # the nodes that match nothing, and the empty text
 
 
 class Expressions:
-    """Regular expressions, known by number: equal ones have the same.
+    """Regular expressions as numbered nodes; equal expressions have the same number.
 
-    They are ("chars", ranges), ("cat", a, b), ("alt", a, b, ...), ("both", a, b) and
-    ("repeat", a, least, most), with None for no bound. An automaton's states are expressions: what
-    is left to match.
-    """
+    Nodes are ("chars", ranges), ("cat", a, b), ("alt", a, b, ...), ("both", a, b) (intersection)
+    and ("repeat", a, least, most), where None is no bound. The states of an automaton are nodes:
+    what remains to be matched."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -110,7 +109,7 @@ class Expressions:
         return number
 
     def count(self, steps: int) -> None:
-        """Counts steps; InputError where they are too many."""
+        """Counts steps. Raises InputError if there are too many."""
         self._check()
         self._steps += steps
         if self._steps > STEPS:
@@ -125,15 +124,15 @@ class Expressions:
         return self._node(("chars", ranges), False) if ranges else NOTHING
 
     def text(self, text: str) -> int:
-        """A text as it is."""
+        """A literal text."""
         encoded(text)
         return self.cat(*(self.chars(characters_of(character)) for character in text), EMPTY)
 
     def cat(self, *parts: int) -> int:
-        """One after the other."""
+        """The concatenation of nodes."""
         *left, whole = parts
         for part in reversed(left):
-            # A "cat" is never left of another, so that equal rows of parts are equal.
+            # The left part of a "cat" is never a "cat", so that equal concatenations have one node.
             heads = []
             while self._nodes[part][0] == "cat":
                 _, head, part = self._nodes[part]
@@ -150,7 +149,7 @@ class Expressions:
         return whole
 
     def alt(self, parts: Iterable[int]) -> int:
-        """One of them."""
+        """The union of nodes."""
         flat: set[int] = set()
         for part in parts:
             inner = self._nodes[part][1:] if self._nodes[part][0] == "alt" else (part,)
@@ -163,14 +162,14 @@ class Expressions:
         return self._node(("alt", *sorted(flat)), any(self._nullable[part] for part in flat))
 
     def both(self, a: int, b: int) -> int:
-        """What is the one and the other."""
+        """The intersection of two nodes."""
         a, b = sorted((a, b))
         if a in (NOTHING, b):
             return a
         return self._node(("both", a, b), self._nullable[a] and self._nullable[b])
 
     def repeat(self, part: int, least: int, most: int | None) -> int:
-        """`least` to `most` times."""
+        """A node repeated `least` to `most` times."""
         if self._nullable[part]:
             least = 0
         if most == 0 or part == EMPTY:
@@ -184,13 +183,18 @@ class Expressions:
         return self._node(("repeat", part, least, most), least == 0)
 
     def optional(self, part: int) -> int:
-        """Once or not."""
+        """A node once or not at all."""
         return self.alt([EMPTY, part])
 
     def automaton(self, root: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The states after bytes, int32[S, 256] with -1 for none, and which are complete, bool[S].
+        """The automaton of a node over bytes.
 
-        Between the bytes of a character a state is how many are to come, and where they lead.
+        Between the bytes of a character, a state is the number of bytes to come and where they
+        lead.
+
+        Returns:
+            The state after each byte, int32 [S, 256] with -1 for none; and whether each state is
+            complete, bool [S].
         """
         self._divide()
         keys: list[Any] = [root]
@@ -208,7 +212,7 @@ class Expressions:
             return number
 
         def fill(row: np.ndarray, base: int, level: int, targets: Sequence[_Target]) -> None:
-            """Bytes from `base` on; `level` more follow each."""
+            """Transitions for the bytes from `base` on, each followed by `level` more."""
             self.count(len(targets))
             for first, last, rest in _blocks(targets, 6 * level):
                 row[base + first : base + last + 1] = state((level, rest)) if level else rest[0][2]
@@ -232,7 +236,8 @@ class Expressions:
         return np.array(rows), np.array(complete)
 
     def _divide(self) -> None:
-        """Divides all characters into classes that no set tells apart; a bit of masks each."""
+        """Divides all characters into classes that no set of the node splits; each is a bit of
+        masks."""
         sets = [number for number, node in enumerate(self._nodes) if node[0] == "chars"]
         changes: dict[int, int] = {}
         for bit, number in enumerate(sets):
@@ -257,7 +262,8 @@ class Expressions:
             yield from self._classes[number]
 
     def _after(self, number: int) -> list[tuple[int, int]]:
-        """What is left after a character: masks of classes, apart from each other, and nodes."""
+        """The derivatives of a node: disjoint masks of classes, and the node that remains for
+        each."""
         if (known := self._moves.get(number)) is not None:
             return known
         kind, *parts = self._nodes[number]
@@ -283,7 +289,7 @@ class Expressions:
         return moves
 
     def _merged(self, moves: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Moves with masks apart from each other, from any."""
+        """The same moves with disjoint masks."""
         pieces: list[tuple[int, list[int]]] = []
         for mask, node in moves:
             self.count(len(pieces) + 1)
@@ -311,9 +317,11 @@ def _bits(mask: int) -> Iterator[int]:
         bit = digits.find("1", bit + 1)
 
 
-_Target = tuple[int, int, int]  # characters from and to, and the state they lead to
+_Target = tuple[
+    int, int, int
+]  # the first and last character of a range, and the state that it leads to
 
-# For characters of one to four bytes: what is added to the bits of the first, and their range.
+# For characters of one to four bytes: the prefix of the first byte, and their range.
 _UTF8 = (
     (0x00, 0x00, 0x7F),
     (0xC0, 0x80, 0x7FF),
@@ -333,7 +341,7 @@ def _clipped(targets: Sequence[_Target], low: int, high: int) -> list[_Target]:
 def _blocks(
     targets: Sequence[_Target], shift: int
 ) -> Iterator[tuple[int, int, tuple[_Target, ...]]]:
-    """The upper bits, from and to, and the targets of the `shift` bits below them."""
+    """Ranges of the upper bits, and the targets of the `shift` bits below them."""
     full = (1 << shift) - 1
     blocks: dict[int, list[_Target]] = {}
     for low, high, target in targets:

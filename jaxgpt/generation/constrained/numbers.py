@@ -1,20 +1,21 @@
-"""Patterns of the numbers within bounds."""
+"""Regular expressions of numbers within bounds."""
 
 
 def tightest(closed: int | None, open_: int | None, sign: int) -> tuple[int | None, bool]:
-    """The bound that leaves less, and whether it is left out itself; sign: of the way inside."""
+    """The stricter of two bounds, and whether it is exclusive; `sign` is the direction inside."""
     given = [(sign * bound, i) for i, bound in enumerate((closed, open_)) if bound is not None]
     bound, is_open = max(given, default=(None, 0))
     return bound if bound is None else sign * bound, bool(is_open)
 
 
 def integers(low: int, above: bool, high: int | None, below: bool) -> list[str]:
-    """Patterns of the integers from `low` >= 0 to `high`; `above`, `below`: without themselves."""
+    """Patterns of the integers from `low` >= 0 to `high`; `above`, `below`: bounds are
+    exclusive."""
     return _naturals(low + above, high if high is None else high - below)
 
 
 def _naturals(low: int, high: int | None) -> list[str]:
-    """A pattern for each length of the integers from `low` >= 0 to `high`."""
+    """Patterns of the integers from `low` >= 0 to `high`, one for each number of digits."""
     patterns = []
     while high is None or low <= high:
         digits = len(str(low))
@@ -27,7 +28,7 @@ def _naturals(low: int, high: int | None) -> list[str]:
 
 
 def _as_long(low: str, high: str) -> str:
-    """The pattern of digits from `low` to `high`, both of one length."""
+    """The pattern of the numbers from `low` to `high`, which have equally many digits."""
     if low == high:
         return low
     if low[0] == high[0]:
@@ -45,13 +46,13 @@ def _as_long(low: str, high: str) -> str:
     return f"(?:{'|'.join(patterns)})"
 
 
-# Six digits of a fraction, because a double tells them from a bound of up to 10**9.
+# Six fractional digits, which a double distinguishes from a bound of up to 10**9.
 _ZEROS, _FRACTION = r"(?:\.0{1,6})?", r"(?:\.[0-9]{1,6})?"
 _MORE = rf"\.(?:{'|'.join('0' * zeros + f'[1-9][0-9]{{0,{5 - zeros}}}' for zeros in range(6))})"
 
 
 def reals(low: int, above: bool, high: int | None, below: bool) -> list[str]:
-    """As `integers`, of all numbers."""
+    """As `integers`, for numbers with fractions."""
     if high is not None and low >= high:
         return [f"{low}{_ZEROS}"] if low == high and not (above or below) else []
     patterns = [f"{low}{_MORE if above else _FRACTION}"]

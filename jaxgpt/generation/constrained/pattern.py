@@ -1,4 +1,4 @@
-"""Regular expressions as they are written, read with Python's own parser."""
+"""Reads the syntax of regular expressions, with Python's own parser."""
 
 import importlib
 import re
@@ -32,11 +32,11 @@ _UNSUPPORTED = {
 
 
 class Pattern:
-    """Reads regular expressions, with Python's own parser.
+    """Converts patterns to nodes of `Expressions`.
 
-    `chars` makes the node of a set of characters, and `around` is what may stand at an end that the
-    pattern does not mark with ^ or $. With `strict` no character matches that ECMA-262 and Python
-    take differently.
+    `chars` makes the node of a set of characters. `around` is the node of what may stand before and
+    after a match at an end without ^ or $. With `strict`, characters that ECMA-262 and Python treat
+    differently do not match.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Pattern:
         try:
             parsed = _parser().parse(pattern)
         except (re.error, OverflowError, FutureWarning) as error:
-            raise InputError(f"{short(pattern)} is no regular expression: {error}") from None
+            raise InputError(f"{short(pattern)} is not a regular expression: {error}") from None
         flags = re.RegexFlag(parsed.state.flags) & ~(re.UNICODE | re.VERBOSE)
         if flags & ~re.DOTALL:
             self._refuse(f"flags ({flags & ~re.DOTALL!r})")
@@ -67,10 +67,10 @@ class Pattern:
         return self._row(list(parsed), True, True)
 
     def _refuse(self, what: str) -> NoReturn:
-        raise InputError(f"{short(self.pattern)} has {what}, which no guide follows; do without")
+        raise InputError(f"{short(self.pattern)} has {what}, which is not supported; remove it")
 
     def _row(self, items: list[Any], first: bool, last: bool) -> int:
-        """One item after the other; `first`, `last`: at an end, where ^ and $ may stand."""
+        """The node of a sequence; at its `first` and `last` end ^ and $ are allowed."""
         begins = ends = 0
         if first:
             begins = next(
@@ -150,6 +150,6 @@ def _parser() -> Any:
 
 
 def _at(item: Any) -> str:
-    """The name of ^, $ and their like; nothing for other items."""
+    """The name of an anchor such as ^ or $; "" for other items."""
     op, value = item
     return value.name if op.name == "AT" else ""

@@ -1,4 +1,4 @@
-"""JSON schemas, as expressions of the JSON that they allow."""
+"""Converts JSON schemas to regular expressions of the JSON that they allow."""
 
 import json
 import math
@@ -25,11 +25,11 @@ from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.tokenizer.base import encoded
 
 DEPTH = 3
-"""Arrays and objects in each other, at most, where a schema leaves open what a value is."""
+"""The deepest nesting of arrays and objects where a schema allows any value."""
 
 
 def parse(schema: Any) -> Any:
-    """A schema, or the text of one, as JSON has it; InputError where it is none."""
+    """A schema, parsed if it is text. Raises InputError if it is not JSON."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         check_length("the schema has", len(text))
@@ -56,7 +56,7 @@ _TYPES: dict[str, set[str]] = {
     "null": set(),
 }
 _WHOLE = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")
-"""Keywords beside which there is no other."""
+"""Keywords that cannot be combined with others."""
 
 _DATE = (  # RFC 3339, but for February 29
     "[1-9][0-9]{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
@@ -83,7 +83,7 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 
 
 class Schema:
-    """Makes expressions of the parts of a schema; `where` names a part in an error."""
+    """Converts the parts of a schema to nodes; `where` is the path of a part, for errors."""
 
     def __init__(self, graph: Expressions, root: Any) -> None:
         self.graph = graph
@@ -97,7 +97,7 @@ class Schema:
         self._anything: dict[int, int] = {}
 
     def value(self, schema: Any, where: str) -> int:
-        """The values that a schema allows."""
+        """The node of the values that a schema allows."""
         if schema is True:
             return self._any(DEPTH)
         if not isinstance(schema, dict):
@@ -123,7 +123,7 @@ class Schema:
         return self._patterns[pattern]
 
     def _chars(self, ranges: Ranges) -> int:
-        """A character of a string, as JSON writes it."""
+        """The node of a character of a JSON string, which may be an escape."""
         escaped = [
             letter
             for character, letter in _ESCAPES.items()
@@ -135,7 +135,7 @@ class Schema:
         return graph.alt([graph.chars(plain), escapes])
 
     def _types(self, schema: dict[str, Any], where: str) -> list[str]:
-        """The types that are named, or else those that the keywords are about."""
+        """The types in `type`, or else those to which the keywords apply."""
         if "type" not in schema:
             types = [name for name, keywords in _TYPES.items() if keywords & schema.keys()]
             return [name for name in types if name != "integer"]
@@ -187,7 +187,7 @@ class Schema:
         return node
 
     def _resolved(self, pointer: Any, where: str) -> Any:
-        """The part of the schema that a JSON pointer (RFC 6901) names."""
+        """The part of the schema at a JSON pointer (RFC 6901)."""
         if not isinstance(pointer, str) or not re.match("#(/|$)", pointer):
             self._refuse(where, f"{short(pointer)} is no #/... of this schema")
         part = self.root
@@ -204,7 +204,7 @@ class Schema:
         return part
 
     def _exclude(self, a: Any, b: Any) -> bool:
-        """Whether it is plain that no value meets both of two schemas that `value` has read."""
+        """Whether two schemas obviously have no value in common."""
         a, b = (self._referred(schema) for schema in (a, b))
         constants = [self._constants(schema) for schema in (a, b)]
         self.graph.count(10 + len(constants[0]) * len(constants[1]))
@@ -229,10 +229,10 @@ class Schema:
         return [schema["const"]] if "const" in schema else schema.get("enum", [])
 
     def _kinds(self, schema: Any) -> set[str]:
-        """The types of the values that a schema allows; none where that is not plain."""
+        """The types of the values that a schema allows; empty if that is not obvious."""
         if constants := self._constants(schema):
             return {name for name in _TYPES for one in constants if _is_a(one, name)}
-        # Without a type, keywords say nothing of values of other types, which are met too.
+        # Without a type, keywords do not constrain values of other types, which are valid then.
         if not isinstance(schema, dict) or "type" not in schema:
             return set()
         types = set(self._types(schema, "oneOf"))
@@ -290,7 +290,7 @@ class Schema:
         return graph.cat(graph.text('"'), inside, graph.text('"'))
 
     def _counts(self, schema: dict[str, Any], what: str, where: str) -> tuple[int, int | None]:
-        """The values of min... and max..."""
+        """The values of the keywords min... and max..., checked."""
         counts = []
         for name in (f"min{what}", f"max{what}"):
             count = schema.get(name)
@@ -359,7 +359,7 @@ class Schema:
         return graph.cat(graph.text("{"), first, graph.text("}"))
 
     def _map(self, values: Any, where: str) -> int:
-        """An object of any properties, whose values are of a schema."""
+        """The node of an object with any properties, whose values match a node."""
         graph = self.graph
         members = EMPTY
         if values is not False:
@@ -370,12 +370,12 @@ class Schema:
         return graph.cat(graph.text("{"), members, graph.text("}"))
 
     def _many(self, node: int) -> int:
-        """Any number, with commas between them."""
+        """The node of any number of items, separated by commas."""
         graph = self.graph
         return graph.optional(graph.cat(node, graph.repeat(graph.cat(self.comma, node), 0, None)))
 
     def _any(self, depth: int) -> int:
-        """Any value, with so many arrays and objects in each other at most."""
+        """The node of any value, with arrays and objects nested at most `depth` deep."""
         if depth not in self._anything:
             graph = self.graph
             name = self._string({}, "")
@@ -389,7 +389,7 @@ class Schema:
         return self._anything[depth]
 
     def _number(self, name: str, schema: dict[str, Any], where: str) -> str:
-        """The pattern of numbers within bounds."""
+        """The pattern of the numbers within bounds."""
         bounds: dict[str, int] = {}
         for keyword in sorted(_BOUNDS & schema.keys()):
             bound = schema[keyword]
@@ -421,7 +421,7 @@ class Schema:
 
 
 def _is_a(value: Any, name: str) -> bool:
-    """Whether a value is of a type of JSON schema's."""
+    """Whether a value has a type of JSON schema."""
     match value:
         case None:
             return name == "null"

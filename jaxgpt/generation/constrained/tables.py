@@ -1,4 +1,4 @@
-"""The tables of a guide: what tokens do to the states of an expression."""
+"""The tables of a guide: from an automaton over bytes to one over tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ from jaxgpt.generation.constrained.expressions import Expressions
 from jaxgpt.tokenizer.base import Tokenizer
 
 LIMIT = 4096
-"""States of a guide, at most, where `limit` does not say otherwise."""
+"""The default limit of the states of a guide."""
 LARGEST_LIMIT = 1 << 14
-"""The largest `limit`: what is known of each two states takes a byte."""
+"""The largest `limit`; building a guide takes a byte for each pair of states."""
 LARGEST_TABLE = 1 << 23
-"""States times classes, at most: 32 MB."""
+"""The largest product of states and classes, a table of 32 MB."""
 
 _NEVER, _END = 0, 1  # the classes of tokens that are never allowed, and of those that end
 
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """A deterministic automaton over a tokenizer's ids. State 0 is the start, the last is the end.
+    """A deterministic automaton over token ids. State 0 is the start, the last state is the end.
 
-    Class 0 is that of tokens that are never allowed, class 1 that of the end tokens.
+    Class 0 has the tokens that are never allowed, class 1 the end tokens.
     """
 
     classes_V: np.ndarray
-    """int32: the class of each id; ids that lead from every state to the same one share it."""
+    """int32[V]: the class of each id. Ids with equal transitions have the same class."""
     next_SC: np.ndarray
-    """int32: the state after a token of a class; -1: not allowed."""
+    """int32[S, C]: the state after a token of a class; -1: not allowed."""
 
     def allowed(self, state: int) -> np.ndarray:
-        """Which ids may follow in a state, bool[V]."""
+        """Whether each id is allowed in a state, bool[V]."""
         return self.next_SC[state, self.classes_V] >= 0
 
     def after(self, state: int, token: int) -> int:
-        """The state after a token; -1: it is not allowed."""
+        """The state after a token; -1 if it is not allowed."""
         return int(self.next_SC[state, self.classes_V[token]])
 
 
@@ -49,7 +49,7 @@ def guide_of(
     limit: int,
     context: Sequence[int] | None = None,
 ) -> Guide:
-    """The tables of an expression, for the tokens that there are and the ids of the text before."""
+    """The guide of an expression, for a tokenizer and the ids before the text."""
     if not 2 <= limit <= LARGEST_LIMIT:
         raise InputError(f"limit={limit}; set it from 2 to {LARGEST_LIMIT}")
     end_ids = _end_ids(tokenizer, ends)
@@ -65,7 +65,7 @@ def guide_of(
             tokenizer, next_SB, tokens, functions_FS, function_of
         )
 
-    # Keep the states from which tokens lead to a complete one, and that tokens lead to.
+    # Keep the states that tokens can reach, and from which they can reach a complete state.
     S = len(next_SB)
     leads_SS = np.zeros((S, S + 1), bool)
     for next_S in functions_FS:
@@ -74,7 +74,7 @@ def guide_of(
     alive_S = _reached(leads_SS.T, complete_S)
     if not alive_S[0]:
         raise InputError(
-            "no text can be written: none matches, or the tokenizer has no tokens for those that do"
+            "no text is possible: nothing matches, or the tokenizer has no tokens for it"
         )
     kept = np.flatnonzero(_reached(leads_SS & alive_S, np.arange(S) == 0))
     numbers = np.full(S + 1, -1, np.int32)
@@ -96,18 +96,17 @@ def guide_of(
 
 
 _SPACE, _SPACE_WITHIN = ord(" "), 0xFF
-"""A space, and the byte that stands for it at the end of the pieces of `Tokenizer.spaced`, which is
-not written at the end of a text. UTF-8 has no byte 0xFF."""
+"""A space, and the byte that stands for a space at the end of the pieces of `Tokenizer.spaced`,
+which is dropped at the end of a text. UTF-8 has no byte 0xFF."""
 
 
 def _with_spaces_within(
     next_SB: np.ndarray, complete_S: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The automaton with transitions for `_SPACE_WITHIN`, a space that the end of text removes.
+    """Adds transitions for `_SPACE_WITHIN`, a space that is dropped at the end of the text.
 
     The byte leads to the state after a space. From a complete state it leads to a copy of that
-    state that is complete too, because the text may end there, without the space.
-    """
+    state which is complete too, because the text may end there, without the space."""
     complete = np.flatnonzero(complete_S)
     after_S = next_SB[:, _SPACE].copy()
     next_SB = np.concatenate(
@@ -123,15 +122,15 @@ def _with_spaces_within(
 def _with_own_start(
     next_SB: np.ndarray, complete_S: np.ndarray, space: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The automaton with a copy of the start state to which no token leads.
+    """Adds a copy of the start state to which no token leads, for the first token of a text.
 
-    Only the first token of a text is read in it. With `space`, a space is read before that token.
+    With `space`, a space is read before that token.
     """
     start = int(next_SB[0, _SPACE_WITHIN]) if space else 0
     if start < 0:
         raise InputError(
-            "no text can be written: the tokenizer puts a space after the prompt, and none matches "
-            "that begins with one; begin the text with a space"
+            "no text is possible: the tokenizer puts a space after the prompt, and nothing that "
+            "begins with a space matches; begin the text with a space"
         )
     moved_SB = np.where(next_SB >= 0, next_SB + 1, -1)
     return (
@@ -147,7 +146,7 @@ def _spelled_first(
     functions_FS: np.ndarray,
     function_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The functions of `_token_functions`, with tokens spelled as the first one in state 0."""
+    """As `_token_functions`, but in state 0 tokens are spelled as the first one of a text."""
     S = len(next_SB)
     functions = list(functions_FS)
     numbers: dict[tuple[int, int], int] = {}
@@ -155,7 +154,7 @@ def _spelled_first(
     for i, token in enumerate(tokens.tolist()):
         if (piece := tokenizer.first_pieces.get(token)) is None:
             continue
-        # A piece of nothing leaves the start too: the token after it is not the first.
+        # A token without bytes leaves the start too: the token after it is not the first.
         state = 0 if piece else 1
         for byte in _within(piece, token in tokenizer.spaced):
             if (state := int(next_SB[state, byte])) < 0:
@@ -176,12 +175,19 @@ def _within(piece: bytes, spaced: bool) -> bytes:
 
 
 def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tables of a batch's rows: classes, int32[B, V], and next states, int32[B, S, C].
+    """The tables of the guides of a batch.
 
-    None is a row where everything is allowed, all in state 0. S and C are powers of two that hold
-    every guide of the batch, so that a loop is compiled for few sizes. `V` may be larger than the
-    tokenizer's vocabulary; ids beyond that are never allowed in a guided row. Raises InputError
-    where it is smaller.
+    Args:
+        guides: The guide of each row; None: everything is allowed, and the state stays 0.
+        V: The size of the logits. Ids beyond the tokenizer's vocabulary are never allowed in a row
+            with a guide.
+
+    Returns:
+        Classes, int32 [B, V], and next states, int32 [B, S, C]. S and C are powers of two, so that
+        the decoding loop is compiled for few sizes.
+
+    Raises:
+        InputError: V is smaller than the vocabulary of a guide.
     """
     given = [guide for guide in guides if guide is not None]
     if (ids := max((len(guide.classes_V) for guide in given), default=0)) > V:
@@ -200,7 +206,7 @@ def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndar
 
 
 def _power(size: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """The smallest power of two that is at least the number."""
     return 1 << (size - 1).bit_length()
 
 
@@ -217,10 +223,11 @@ def _end_ids(tokenizer: Tokenizer, ends: Sequence[int] | None) -> list[int]:
 def _token_functions(
     tokenizer: Tokenizer, ends: list[int], next_SB: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids that stand for text, what they do to states, and which of them does what.
+    """The ids of text tokens, their distinct transition functions, and the function of each id.
 
-    What a token does is a row of states, one for each that it is read in, S for none. Tokens are
-    read byte by byte, all at once, and those that do the same so far share the next step.
+    A function is a row with the state after each state, S if the token is not allowed there. All
+    tokens are read byte by byte at once, and tokens with equal functions so far share the next
+    step.
     """
     S = len(next_SB)
     step_KS, kind_B = _distinct(np.where(next_SB < 0, S, next_SB).T)
@@ -262,7 +269,7 @@ def _check_size(states: int, classes: int) -> None:
 
 
 def _text_tokens(tokenizer: Tokenizer, ends: list[int]) -> np.ndarray:
-    """The ids that stand for text: neither special, nor the end, nor of no token."""
+    """The ids of tokens with text: no special tokens, end tokens or unused ids."""
     nothing = "\ufffd".encode()
     try:
         real = tokenizer.encode("\ufffd")
@@ -280,14 +287,14 @@ def _text_tokens(tokenizer: Tokenizer, ends: list[int]) -> np.ndarray:
 
 
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different rows, and for each row which of them it is."""
+    """The distinct rows, and the number of the distinct row for each row."""
     numbers: dict[bytes, int] = {}
     which = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
     return rows[np.unique(which, return_index=True)[1]], which
 
 
 def _reached(leads_SS: np.ndarray, start_S: np.ndarray) -> np.ndarray:
-    """The states on a way from others."""
+    """The states that can be reached from some states."""
     leads_SS, reached_S, new_S = np.ascontiguousarray(leads_SS), start_S.copy(), start_S
     while new_S.any():
         new_S = leads_SS[new_S].any(0) & ~reached_S
@@ -296,7 +303,7 @@ def _reached(leads_SS: np.ndarray, start_S: np.ndarray) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-    """What tokens stand for, by where they are in a text."""
+    """The bytes of tokens, which may depend on the position in the text."""
 
     first: set[bytes]
     middle: set[bytes]
@@ -304,7 +311,7 @@ class Pieces(NamedTuple):
     only: set[bytes]
 
     def spell(self, text: bytes) -> bool:
-        """Whether some of the pieces in a row are the text."""
+        """Whether the text is a concatenation of pieces."""
         single = all(text[i : i + 1] in self.middle for i in range(1, len(text) - 1))
         if single and len(text) > 1 and text[:1] in self.first and text[-1:] in self.last:
             return True
@@ -321,7 +328,7 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(guide: Guide, tokenizer: Tokenizer, context: Sequence[int] | None) -> Pieces:
-    """What the tokens stand for that a guide allows anywhere."""
+    """The bytes of tokens in any position that a guide allows."""
     tokens = np.flatnonzero(guide.classes_V > _END).tolist()
     begins, space = tokenizer.place(context)
     middle = {token: tokenizer.pieces[token] for token in tokens}

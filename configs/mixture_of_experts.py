@@ -1,0 +1,34 @@
+"""A tiny mixture of experts: the example of another architecture.
+
+Command:   python train.py configs/mixture_of_experts.py
+Then:      python -m jaxgpt generate runs/mixture_of_experts "def main("
+Hardware:  a laptop
+Data:      the Python standard library of the running interpreter
+Time:      not measured
+Expect:    a validation loss a little below that of configs/default.py, from four experts per layer
+"""
+
+from dataclasses import replace
+
+from default import config as base
+
+from jaxgpt.model import MoEConfig
+
+config = replace(
+    base,
+    name="mixture_of_experts",
+    model=MoEConfig(
+        L=4,
+        D=128,
+        N=2,
+        F=176,
+        T=256,
+        E=4,
+        active=2,
+        position="rotary",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias=False,
+        qk_norm=True,
+    ),
+)

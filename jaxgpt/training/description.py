@@ -1,0 +1,63 @@
+"""What a run says of itself: in its checkpoints, and on a terminal before the first step."""
+
+from typing import Any
+
+from jaxgpt import config, data, tokenizer
+from jaxgpt.pretrained.load import Source, versions
+from jaxgpt.training.finetune import Diff
+from jaxgpt.training.inputs import Resumed
+
+
+def describe(
+    cfg: config.Config,
+    text: tokenizer.Tokenizer,
+    dataset: data.Dataset,
+    origin: Source | None,
+    teacher: Source | None,
+    resumed: Resumed,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself: config, tokenizer, data, versions and lineage."""
+    saved, start = resumed.metadata, resumed.step
+    before = saved.get("lineage", {})
+    lineage = {
+        "started_from": origin.lineage if origin else before.get("started_from"),
+        "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
+        "went_back_to": [*before.get("went_back_to", []), *([start] if resumed.went_back else [])],
+    }
+    if teacher:
+        lineage["teacher"] = {**teacher.lineage, "digest": teacher.digest()}
+    return {
+        "config": config.to_dict(cfg),
+        "tokenizer": text.to_json(),
+        "data": dataset.fingerprint,
+        "versions": versions(),
+        "generation_config": (
+            origin.generation_config if origin else saved.get("generation_config", {})
+        ),
+        "lineage": lineage,
+    }
+
+
+def print_summary(
+    cfg: config.Config,
+    dataset: data.Dataset,
+    model_note: str,
+    devices_note: str,
+    origin: Source | None,
+    diff: Diff | None,
+    start: int | None,
+) -> None:
+    """Prints what will be trained, on what, and where."""
+    print(config.summary(cfg))
+    updates = cfg.train.steps * cfg.objective.updates_per_batch
+    if (warmup := cfg.optim.warmup_within(updates)) != cfg.optim.warmup:
+        print(
+            f"\nwarm-up      shortened from {cfg.optim.warmup} steps to {warmup}, a tenth of "
+            f"the run's {updates}"
+        )
+    print(f"\ndata         {dataset.note}")
+    print(f"model        {model_note}" + (f", {origin.note}" if origin else ""))
+    if diff:
+        print(diff)
+    print(f"devices      {devices_note}")
+    print(f"run          {cfg.folder}" + (f", resumed after step {start}\n" if start else "\n"))

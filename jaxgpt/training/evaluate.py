@@ -1,0 +1,62 @@
+"""Evaluates an objective on a held-out set, in parts and as a whole."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxgpt.data import Dataset
+from jaxgpt.objectives import Objective
+
+
+def evaluate(
+    objective: Objective,
+    dataset: Dataset,
+    name: str,
+    sums_of: Callable[[Any], Any],
+    trained: Callable[[], Any],
+    limit: int | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The metrics of a held-out set, and the objective's sums over it.
+
+    Args:
+        objective: Names the metrics.
+        dataset: Has the batches and the records of the set.
+        name: "val" or "test".
+        sums_of: The objective's sums of one batch, on the devices.
+        trained: Makes the model for metrics that need it, such as BLEU.
+        limit: The most records for such metrics; None: all.
+
+    Returns:
+        Metrics such as `val_loss` and `val_bits_per_byte`, for a set of several parts also
+        `val_loss/PART`; and the sums of the first part. The metrics of a mixture are the means of
+        those of its parts, weighted by their shares of the batches; its bits per byte are those of
+        text in which the parts have these shares of the tokens.
+    """
+    values: dict[str, float] = {}
+    mixture: dict[str, float] = {}
+    whole: dict[str, Any] = {}
+    for which, batches in dataset.held_out.items():
+        first, _, part = which.partition("/")
+        if first != name or objective.uses_rollouts:
+            continue
+        some = [sums_of(batch) for batch in batches()]
+        sums = jax.tree.map(lambda *sums: sum(sums), *jax.device_get(some))
+        metrics = objective.report(sums)
+        for k, v in metrics.items():
+            if which in dataset.shares:
+                mixture[f"{name}_{k}"] = mixture.get(f"{name}_{k}", 0) + dataset.shares[which] * v
+        if size := dataset.bytes_per_token.get(which):
+            metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / size
+        ending = f"/{part}" if part else ""
+        values |= {f"{name}_{k}{ending}": v for k, v in metrics.items()}
+        whole = whole or sums
+    if mixture:
+        size = sum(share * dataset.bytes_per_token[part] for part, share in dataset.shares.items())
+        mixture[f"{name}_bits_per_byte"] = mixture[f"{name}_loss"] / math.log(2) / size
+        values = mixture | values
+    if records := dataset.records.get(name, [])[:limit]:
+        measured = objective.measure(trained(), records, whole=name == "test")
+        values |= {f"{name}_{k}": v for k, v in measured.items()}
+    return values, whole

@@ -1,0 +1,86 @@
+"""The layers of the package: imports go down the list, there are no cycles, one part uses Flax."""
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxgpt"
+
+# A module may import from its own line and from the lines above it. The most specific name counts.
+LAYERS = """
+errors
+paths strict_json manifest signals synonyms sharding
+model
+tokenizer
+chat
+data
+generation
+evaluation
+objectives
+training
+config
+pretrained
+terminal
+training.inputs training.description training.setup training.loop training.runs
+serve
+cli
+__main__
+""".splitlines()
+
+
+def modules():
+    """The modules of the package by name, without `jaxgpt.`."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return {name: path for name, path in found.items() if name != "__init__"}
+
+
+MODULES = modules()
+
+
+def imports(path, whole):
+    """The modules of the package that a file imports, in functions too if `whole`."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if whole else tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "jaxgpt":
+            parent = node.module.removeprefix("jaxgpt").lstrip(".")
+            for alias in node.names:
+                name = f"{parent}.{alias.name}".lstrip(".")
+                found.add(name if name in MODULES else parent)
+    return found - {""}
+
+
+def layer(name):
+    """The number of the line of `LAYERS` that a module belongs to."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        for number, line in enumerate(LAYERS):
+            if ".".join(parts[:length]) in line.split():
+                return number
+    raise AssertionError(f"{name} is in no layer; add it to LAYERS")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    upward = {each for each in imports(MODULES[name], whole=True) if layer(each) > layer(name)}
+    assert not upward
+
+
+def test_no_modules_import_each_other_in_a_cycle():
+    graph = {name: imports(path, whole=False) - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] != "model"])
+def test_only_the_model_uses_flax(name):
+    text = MODULES[name].read_text()
+    assert not re.search(r"^\s*(import|from) flax\b", text, re.MULTILINE)
