@@ -243,10 +243,11 @@ def tokenize(
     """Report the compression and the speed of a tokenizer on some text.
 
     Args:
-        paths: Files, folders, globs, 'tfds:NAME', or 'python' for the standard library. fields:
-            text=COLUMN names the field with the text in JSON lines, parquet or CSV (data.fields).
-            encoding: The encoding of files without a byte order mark (data.encoding). tokenizer:
-            The tokenizer to report on.
+        paths: Files, folders, globs, 'tfds:NAME', or 'python' for the standard library.
+        fields: text=COLUMN names the field with the text in JSON lines, parquet or CSV
+            (data.fields).
+        encoding: The encoding of files without a byte order mark (data.encoding).
+        tokenizer: The tokenizer to report on.
     """
     cfg = DataConfig(paths=paths, fields=fields, encoding=encoding)
     cfg.check()

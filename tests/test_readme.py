@@ -1,8 +1,13 @@
-"""Every command in the README runs. The first two blocks, which set all up, are what CI runs."""
+"""The commands of the README and of docs/ run, and what they name exists.
 
+The language of a code block says how it is tested: `bash` and `python` run, with small sizes; `sh`
+and `py`, which need a network, a server or the reader's files, are parsed; `text` is output. The
+README's first two blocks, which set everything up, are what CI runs.
+"""
+
+import functools
 import re
 import shlex
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -19,23 +24,38 @@ from jaxgpt.data import sources, synthetic
 from jaxgpt.serve import server
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+GUIDES = re.findall(r": (\S+[.]md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+PAGES = ["README.md", *(f"docs/{page}" for page in GUIDES)]
+OTHERS = ["CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/RESULTS.md"]
 BOUND = server._bind
 MAKE_MESH = sharding.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
 
+def blocks(page):
+    """The language and text of each code block of a page."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 def commands(text):
-    """The arguments of each command that runs Python, by the program it runs."""
+    """The program and arguments of each line that runs Python; None for other lines."""
     for line in text.splitlines():
-        program, *args = shlex.split(line)
-        assert program == ".venv/bin/python", line
-        yield (args[1], args[2:]) if args[0] == "-m" else (args[0], args[1:])
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"\w+=", words[0]):  # environment variables
+            del words[0]
+        if not words:
+            continue
+        if words[0] not in (".venv/bin/python", "python"):
+            yield None, words
+        elif words[1] == "-m":
+            yield words[2], words[3:]
+        else:
+            yield words[1], words[2:]
 
 
 def small(args, default):
-    """What the command line says, but for the sizes."""
+    """What the command line says, except for the sizes."""
     cfg = FROM_COMMAND_LINE(args, default)
     few = {"steps": 2, "batch": 4, "eval_batches": 1}
     few["sample_tokens"] = min(cfg.train.sample_tokens, 8)
@@ -52,12 +72,17 @@ def wait_until_ready(running, _):
 
 
 @pytest.fixture
-def newcomer(tmp_path, monkeypatch):
-    """A copy of the repository, in which the first command has been run; all is small."""
+def copy(tmp_path, monkeypatch):
+    """A copy of the repository as the working directory."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name != "runs":
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def newcomer(copy, monkeypatch):
+    """That copy after the first command, with small sizes."""
     monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
     monkeypatch.setattr(config, "from_command_line", small)
     root, files = sources.standard_library()
@@ -79,39 +104,76 @@ def newcomer(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(newcomer, capsys):
-    (first, setup_and_run), (_, setup_and_test), *rest = BLOCKS
+def test_every_command_runs(newcomer, capsys):
+    (first, setup_and_run), (_, setup_and_test) = blocks("README.md")[:2]
     assert first == "bash"
     assert setup_and_run.splitlines()[-1] == ".venv/bin/python train.py"
     assert setup_and_test.splitlines()[-1] == ".venv/bin/python -m pytest"
     ran = []
-    for language, text in rest:
-        if language == "python":
-            names: dict = {}
-            exec(text, names)
-            ran.append(language)
-            if "config" in names and isinstance(names["config"], config.Config):
-                assert text.count("\n") < 30
-                Path("own.py").write_text(text)
-                assert train.main(["own.py"]) == 0
-            continue
-        assert language == "bash"
-        for program, args in commands(text):
-            main = {"train.py": train.main, "jaxgpt": cli.main}[program]
-            assert main(args) == 0, (program, args)
-            ran.append(program)
-    assert ran.count("python") >= 1 and ran.count("jaxgpt") >= 2 and ran.count("train.py") >= 1
+    for page in PAGES:
+        for language, text in blocks(page)[2 if page == "README.md" else 0 :]:
+            if language == "python" and text not in ran:
+                ran.append(text)
+                names: dict = {}
+                exec(text, names)
+                if re.search("^config = ", text, re.MULTILINE):
+                    assert text.count("\n") < 30
+                    Path("own.py").write_text(text)
+                    assert train.main(["own.py"]) == 0
+            for program, args in commands(text) if language == "bash" else ():
+                if (program, args) not in ran:
+                    ran.append((program, args))
+                    main = {"train.py": train.main, "jaxgpt": cli.main}[program]
+                    assert main(args) == 0, (page, program, args)
+    assert len(ran) > 20
     assert "def main(" in capsys.readouterr().out
 
 
-def test_every_option_and_file_the_readme_names_exists():
-    known = set()
-    for path in re.findall(r"`((?:configs|notebooks|benchmarks|jaxgpt)/[\w./]*)`", README):
-        assert (ROOT / path).exists(), path
-        known.add(path)
-    assert "jaxgpt/model/gpt.py" in known
-    for command in re.findall(r"`(?:\.venv/bin/)?python (train\.py[^`]*)`", README):
+def check(program, args):
+    """Raises an error if a command has an option that does not exist, or a value it cannot have."""
+    if program == "train.py" and "--help" not in args:
+        FROM_COMMAND_LINE(args, train.DEFAULT).check()
+    if program == "jaxgpt":
+        assert cli.main(args) == 0
+    if program and program.startswith("benchmarks/"):
+        assert (ROOT / program).exists()
+
+
+@pytest.mark.parametrize("page", PAGES + OTHERS)
+def test_every_command_has_options_that_exist(page, copy, monkeypatch):
+    def idle(command):
+        return functools.wraps(command)(lambda *args, **kwargs: 0)
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: idle(c) for name, c in cli.COMMANDS.items()})
+    example = ""
+    for language, text in blocks(page):
+        assert language in ("bash", "sh", "python", "py", "text"), (page, language)
+        if language in ("python", "py"):
+            compile(text, page, "exec")
+            example = text
+        for program, args in commands(text) if language in ("bash", "sh") else ():
+            own = program == "train.py" and args and args[0].endswith(".py")
+            if own and not Path(args[0]).exists():  # a config that the page has just shown
+                Path(args[0]).write_text(example)
+            check(program, args)
+    inline = r"`(?:\.venv/bin/)?(python (?:train\.py|benchmarks/|-m jaxgpt [a-z])[^`]*)`"
+    for command in re.findall(inline, (ROOT / page).read_text()):
+        check(*next(commands(command)))
+
+
+def test_a_command_with_a_wrong_option_would_be_noticed(capsys):
+    for program, args in (("train.py", ["--train.stepz", "3"]), ("jaxgpt", ["runs", "--al"])):
         with pytest.raises(SystemExit) as done:
-            train.config.from_command_line([*shlex.split(command)[1:], "--help"], train.DEFAULT)
-        assert not done.value.code, command
-    assert sys.version_info >= (3, 11)
+            check(program, args)
+        assert done.value.code == 2
+
+
+@pytest.mark.parametrize("page", PAGES + OTHERS)
+def test_every_file_and_link_exists(page):
+    text = (ROOT / page).read_text()
+    folders = r"`((?:configs|notebooks|benchmarks|jaxgpt|tests|docs)/[\w./]*)`"
+    for path in re.findall(folders, text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
+        if not page.startswith("docs/"):  # there `mkdocs build --strict` checks them
+            assert (ROOT / page).parent.joinpath(link).exists(), link
