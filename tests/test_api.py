@@ -19,7 +19,7 @@ from jaxgpt import cli, model
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import Trained, Writing
+from jaxgpt.pretrained.load import GenerationConfig, Trained
 from jaxgpt.signals import Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.tokenizer import Bytes, TokenizerConfig
@@ -69,7 +69,7 @@ JUNK = st.one_of(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(["prompt", "tokens", *Writing.__dataclass_fields__]), JUNK)
+@given(st.sampled_from(["prompt", "tokens", *GenerationConfig.__dataclass_fields__]), JUNK)
 def test_any_argument_is_right_or_an_input_error(gpt, name, value):
     try:
         gpt.stream(**{"prompt": "a", "tokens": 2, name: value})  # checks; nothing is written yet

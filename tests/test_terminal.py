@@ -96,14 +96,14 @@ import fcntl, os, signal, sys, termios
 from jaxgpt import cli, signals
 from jaxgpt.generation import stream
 
-steps = stream.steps
+steps = stream.decode_steps
 
 def gated(*args, **rest):
     os.read(gate, 1)
     return steps(*args, **rest)
 
 gate = int(sys.argv[1])
-stream.steps = gated
+stream.decode_steps = gated
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 status = cli.main(sys.argv[2:])

@@ -22,7 +22,7 @@ from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
-from jaxgpt.pretrained.load import ModelSource, Writing, source, versions
+from jaxgpt.pretrained.load import GenerationConfig, ModelSource, source, versions
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
@@ -141,7 +141,11 @@ def generation_config(found: ModelSource, template: Template | None) -> dict[str
         template: The chat format in which it was trained, whose end tokens are added; or None.
     """
     tokenizer, given = found.tokenizer, found.generation_config
-    own: dict[str, Any] = {"do_sample": True, "temperature": Writing().temperature, "top_k": 0}
+    own: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": GenerationConfig().temperature,
+        "top_k": 0,
+    }
     fields = {name: value for name, value in given.items() if not name.startswith("_")}
     fields.pop("transformers_version", None)
     fields = fields or own

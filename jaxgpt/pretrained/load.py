@@ -21,7 +21,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.generation.stream import Pieces, search, write
+from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.model.params import flat, merge, nested, split
@@ -40,7 +40,7 @@ RUNS = Config().runs
 
 
 @dataclass(frozen=True)
-class Writing(Sampling):
+class GenerationConfig(Sampling):
     """Options of text generation: sampling, stop strings, constraints, decoding method."""
 
     temperature: float = 0.8
@@ -68,7 +68,7 @@ class Writing(Sampling):
             raise InputError(f"beam={self.beam} is invalid; use a whole number, 1 or more")
         if self.beam == 1:
             return
-        plain, fine = vars(Writing()), {"beam", "stop", "seed", "cache"}
+        plain, fine = vars(GenerationConfig()), {"beam", "stop", "seed", "cache"}
         asked = [
             name
             for name, value in vars(self).items()
@@ -107,7 +107,7 @@ class Writing(Sampling):
 
 
 def check_type(name: str, value: Any) -> None:
-    """Raises InputError if the value of an option of `Writing` has the wrong type."""
+    """Raises InputError if the value of an option of `GenerationConfig` has the wrong type."""
     texts = "a string or a list of strings", lambda x: _is_text(x) or all(map(_is_text, _items(x)))
     number = "a number", lambda x: isinstance(x, Real) and not isinstance(x, bool)
     whole = "a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)
@@ -204,7 +204,7 @@ class Trained:
         Args:
             prompt: A prompt, or a list of prompts. Each gets the text that it would get alone.
             tokens: The most tokens to generate.
-            options: The fields of `Writing`, see `stream`.
+            options: The fields of `GenerationConfig`, see `stream`.
 
         Returns:
             The prompt with its continuation; for several prompts, a list of texts.
@@ -230,15 +230,15 @@ class Trained:
         """The sampling settings in `generation_config`, by the names of `Sampling`'s fields."""
         return generation.sampling(self.generation_config)
 
-    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Pieces:
+    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> TextStream:
         """Streams the continuation of a prompt.
 
         Args:
             prompt: The prompt. As training documents do, it begins with the tokenizer's
                 beginning-of-document token.
             tokens: The most tokens to generate.
-            options: The fields of `Writing`. The defaults are the model's `generation_config`, then
-                those of `Writing`.
+            options: The fields of `GenerationConfig`. The defaults are the model's
+                `generation_config`, then those of `GenerationConfig`.
 
         Returns:
             An iterator over new text, without the prompt, up to the model's end-of-text token.
@@ -258,7 +258,7 @@ class Trained:
 
     def stream_chat(
         self, messages: Messages, tokens: int = 200, *, tools: Tools = (), **options: Any
-    ) -> Pieces:
+    ) -> TextStream:
         """Streams the assistant's answer to a conversation.
 
         Args:
@@ -266,7 +266,7 @@ class Trained:
             tokens: The most tokens to generate.
             tools: The functions that the assistant may call, as JSON schemas, for models whose
                 chat template has tools. A call is part of the answer's text.
-            options: The fields of `Writing`, see `stream`.
+            options: The fields of `GenerationConfig`, see `stream`.
 
         Returns:
             An iterator over the answer's text.
@@ -289,8 +289,8 @@ class Trained:
         tokens: int,
         options: dict[str, Any],
         continues: bool,
-    ) -> Pieces:
-        known = {f.name for f in fields(Writing)}
+    ) -> TextStream:
+        known = {f.name for f in fields(GenerationConfig)}
         if wrong := options.keys() - known:
             raise InputError(
                 f"{', '.join(sorted(wrong))}: unknown option; the options are "
@@ -301,15 +301,15 @@ class Trained:
         if not isinstance(tokens, Integral):
             raise InputError(f"tokens={tokens!r} is invalid; use a whole number, 1 or more")
         settings = self.sampling_defaults if options.get("beam", 1) == 1 else {}
-        how = Writing(**{**settings, **options})
+        how = GenerationConfig(**{**settings, **options})
         how.check(self.tokenizer.vocab_size)
         ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
-            by: Any = partial(search, width=how.beam)
+            by: Any = partial(stream_beam_search, width=how.beam)
         else:
             held = how.as_guide(self.tokenizer, ends, ids if continues else ())
             draft = None if how.draft is None else self._drafted_by(how.draft)
-            by = partial(write, sampling=how, guide=held, draft=draft)
+            by = partial(stream_text, sampling=how, guide=held, draft=draft)
         return by(
             self.model,
             self.params,

@@ -21,9 +21,17 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import Guide, stacked
-from jaxgpt.generation.decode import SHORTEST, Written, padded, prefill, start, steps, stops_of
-from jaxgpt.generation.sampling import Sampling, settings
-from jaxgpt.generation.stream import Text
+from jaxgpt.generation.decode import (
+    SHORTEST,
+    Generated,
+    decode_steps,
+    padded,
+    prefill,
+    prefill_with_hidden,
+    stops_of,
+)
+from jaxgpt.generation.sampling import Sampling, sampling_params
+from jaxgpt.generation.stream import IncrementalText
 from jaxgpt.model import GPTConfig, next_logits
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.pretrained.load import Trained
@@ -114,7 +122,7 @@ class Stream:
     def __init__(
         self,
         request: Request,
-        text: Text,
+        text: IncrementalText,
         listener: Callable[[Delta], None] | None,
         deadline: float,
     ) -> None:
@@ -250,7 +258,7 @@ class Engine:
         self.check(request)
         until = float("inf") if deadline is None else time.monotonic() + deadline
         context = request.prompt if request.continues else ()
-        text = Text(self.trained.tokenizer, request.stops, context)
+        text = IncrementalText(self.trained.tokenizer, request.stops, context)
         stream = Stream(request, text, listener, until)
         with self._change:
             if self._closing or not self._runs:
@@ -426,7 +434,7 @@ class Engine:
         size = self.trained.tokenizer.vocab_size
         return tuple(pair for pair in zip(ids, logprobs, strict=True) if pair[0] < size)
 
-    def _emit(self, written: Written, top: int) -> None:
+    def _emit(self, written: Generated, top: int) -> None:
         """Delivers the new tokens to the streams, and frees the slots of texts that have ended."""
         has_ended = False
         for slot, stream in [*self._running.items()]:
@@ -479,7 +487,7 @@ class Engine:
     def _empty_state(self, B: int) -> tuple[Any, Any]:
         """The decoding state, and the sampling settings and stop ids, of B empty slots."""
         prompts_BP, lengths_B = np.zeros((B, 1), np.int32), np.ones(B, np.int32)
-        state = start(
+        state = prefill(
             self._model,
             self.trained.params,
             prompts_BP,
@@ -503,7 +511,7 @@ class Engine:
         next_BSC = np.full((B, STATES, CLASSES), -1, np.int32)
         next_BSC[:, : few_BSC.shape[1], : few_BSC.shape[2]] = few_BSC
         samplings = [request.sampling for request in requests]
-        return settings(samplings, vocabulary, self._V, (few_BV, next_BSC))
+        return sampling_params(samplings, vocabulary, self._V, (few_BV, next_BSC))
 
     def _admit(self, slot: int, request: Request) -> "_PromptOutputs":
         """Prefills a prompt into a slot; the returned arrays are on the device."""
@@ -531,9 +539,9 @@ class Engine:
         taken_B = np.asarray([slot in self._running for slot in range(self._slots)])
         self._state = self._state._replace(left_B=_release_slots(self._state.left_B, taken_B))
 
-    def _step(self, top: int) -> tuple[Any, Written]:
+    def _step(self, top: int) -> tuple[Any, Generated]:
         at, stops_BE = self._at
-        return steps(
+        return decode_steps(
             self._model, self.trained.params, self._state, at, stops_BE, self._chunk, top=top
         )
 
@@ -554,7 +562,9 @@ class _PromptOutputs(NamedTuple):
 def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, cache, scores):
     """Prefills one prompt into a slot of the batch; returns the new state, settings and outputs."""
     P = prompts_1P.shape[1]
-    alone, hidden_1PD = prefill(model, params, prompts_1P, length_1, new_1, P, dtype=cache)
+    alone, hidden_1PD = prefill_with_hidden(
+        model, params, prompts_1P, length_1, new_1, P, dtype=cache
+    )
 
     def put(all_, one):
         return jax.lax.dynamic_update_slice(
@@ -589,15 +599,15 @@ def _score(
     next_P = jnp.roll(prompt_P, -1)
 
     def block(i: jax.Array, out: Any) -> Any:
-        start = jnp.minimum(i * size, P - size)
-        hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, start, size, 1)
-        next_X = jax.lax.dynamic_slice_in_dim(next_P, start, size)
+        prefill = jnp.minimum(i * size, P - size)
+        hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, prefill, size, 1)
+        next_X = jax.lax.dynamic_slice_in_dim(next_P, prefill, size)
         logprobs_XV = jax.nn.log_softmax(next_logits(cfg, params, hidden_1XD)[0])
         logprobs_X = jnp.take_along_axis(logprobs_XV, next_X[:, None], 1)[:, 0]
         top_logprobs_XA, top_ids_XA = jax.lax.top_k(logprobs_XV, MAX_LOGPROBS)
         new = logprobs_X, top_ids_XA, top_logprobs_XA
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_, one, start, 0)
+            jax.lax.dynamic_update_slice_in_dim(all_, one, prefill, 0)
             for all_, one in zip(out, new, strict=True)
         )
 
