@@ -12,7 +12,7 @@ from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import decode, generate, stops_of
-from jaxgpt.generation.decode import start as read_prompts
+from jaxgpt.generation.decode import prefill as read_prompts
 from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
 from jaxgpt.model.cache import _put_by_mask, _put_by_update, empty

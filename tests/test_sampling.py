@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
-from hypothesis import sampling_params as trials
+from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from jaxgpt.errors import InputError
