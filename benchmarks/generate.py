@@ -59,7 +59,7 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
 
     from jaxgpt import model as gpt
     from jaxgpt.generation.decode import generate, positions, stops_of
-    from jaxgpt.generation.sampling import Sampling, settings
+    from jaxgpt.generation.sampling import Sampling, sampling_params
     from jaxgpt.model.quantize import quantize_params
 
     cfg = gpt.GPTConfig(
@@ -83,7 +83,7 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
 
     def write(prompts: np.ndarray) -> None:
         B = len(prompts)
-        at = settings([Sampling(temperature=0)] * B, cfg.V, cfg.sizes["V"])
+        at = sampling_params([Sampling(temperature=0)] * B, cfg.V, cfg.sizes["V"])
         lengths = np.full(B, options.prompt, np.int32)
         written = generate(
             model, params, prompts, lengths, at, stops_of([[]] * B), options.new, S=S, dtype=cache

@@ -61,7 +61,7 @@ def write(options: Options, folder: Path) -> None:
         return random[: math.prod(lengths)].reshape(lengths)
 
     tensors.write_folder(folder, shapes, get)
-    fields = {**gpt2.write(cfg), "torch_dtype": options.dtype}
+    fields = {**gpt2.write_config(cfg), "torch_dtype": options.dtype}
     (folder / "config.json").write_text(json.dumps(fields))
 
 
@@ -69,7 +69,7 @@ def jaxgpt(folder: Path) -> int:
     """Loads with jaxgpt; the bytes of the parameters."""
     import jax
 
-    params = pretrained.read(folder).params()
+    params = pretrained.read_model(folder).params()
     return look([np.asarray(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(params))])
 
 
@@ -119,7 +119,7 @@ def write_tiny(options: Options, folder: Path) -> None:
     from jaxgpt.model import ComputeConfig, init
 
     cfg = replace(read(options.config).model, L=1, N=1, D=8, T=8, V=50)
-    pretrained.write(folder, cfg, init(cfg.build(ComputeConfig()), jax.random.key(0)))
+    pretrained.write_model(folder, cfg, init(cfg.build(ComputeConfig()), jax.random.key(0)))
 
 
 def main(options: Options) -> None:

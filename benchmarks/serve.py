@@ -98,8 +98,8 @@ def make(folder: Path) -> None:
     # Weights so large that the likeliest token is far ahead.
     cfg = GPTConfig(L=2, D=64, N=4, T=256, V=tokenizer.vocab_size, init_std=0.3)
     compute, _ = ComputeConfig().resolve(cfg, "cpu")
-    huggingface.write(tokenizer, folder, cfg.T)
-    pretrained.write(folder, cfg, init(cfg.build(compute), jax.random.key(0)))
+    huggingface.write_tokenizer(tokenizer, folder, cfg.T)
+    pretrained.write_model(folder, cfg, init(cfg.build(compute), jax.random.key(0)))
 
 
 def cases(trained: Any, options: Options) -> list[Case]:

@@ -71,8 +71,8 @@ def measure(
     """Prints a line for each temperature."""
     import jax
 
-    from jaxgpt.generation.decode import generate, padded, positions, start, stops_of
-    from jaxgpt.generation.sampling import Sampling, settings
+    from jaxgpt.generation.decode import generate, padded, positions, prefill, stops_of
+    from jaxgpt.generation.sampling import Sampling, sampling_params
     from jaxgpt.generation.speculative import speculative_steps
 
     cfg = large[0].cfg
@@ -83,7 +83,7 @@ def measure(
         return generate(*large, row, length, at, none, options.new, S=S).tokens_Bn, 0
 
     def together(row: Any, length: Any, at: Any) -> Any:
-        begin = partial(start, ahead=options.ahead + 1, new_B=left, S=S)
+        begin = partial(prefill, ahead=options.ahead + 1, new_B=left, S=S)
         state = begin(*large, prompts_BP=row, lengths_B=length)
         cache = begin(*small, prompts_BP=row, lengths_B=length).cache
         *_, written, right = speculative_steps(
@@ -96,7 +96,7 @@ def measure(
         for seed, ids in enumerate(prompts):
             row, length = padded([ids], cfg, 64, "a prompt")
             sampling = Sampling(temperature=temperature, seed=seed)
-            at = settings([sampling], vocabulary, cfg.sizes["V"])
+            at = sampling_params([sampling], vocabulary, cfg.sizes["V"])
             expected, _ = alone(row, length, at)
             found, right = together(row, length, at)
             if (np.asarray(expected) != np.asarray(found)).any():

@@ -3,14 +3,12 @@
     pip install libtpu==VERSION         # the one that `pip show jax` names in its tpu extra
     python benchmarks/tpu_decode.py
 
-`jaxgpt.generation.decode.steps` is compiled for one v5e chip, as `generate`, `chat` and `serve`
-run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256
-positions. For each
-batch the table shows the loops in a step, of which there should be none but those of drawing; the
-milliseconds in which its memory gives up the weights and the cache at its peak; and those that the
-compiler expects of a step but for the drawing, by the cycles for which it chose its programs, at
-1.5 GHz: they tell better programs from worse ones, and measure nothing.
-"""
+`jaxgpt.generation.decode.decode_steps` is compiled for one v5e chip, as `generate`, `chat` and
+`serve` run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256
+positions. For each batch the table shows the loops in a step, of which there should be none but
+those of drawing; the milliseconds in which its memory gives up the weights and the cache at its
+peak; and those that the compiler expects of a step but for the drawing, by the cycles for which it
+chose its programs, at 1.5 GHz: they tell better programs from worse ones, and measure nothing."""
 
 import json
 import re
@@ -28,8 +26,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxgpt import model
-from jaxgpt.generation.decode import start, steps
-from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.decode import decode_steps, prefill
+from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model.quantize import quantize_params
 
@@ -71,7 +69,7 @@ class Program:
 
 
 def compiled(dtype: str, B: int, options: Options) -> Program:
-    """`steps` for B rows on a v5e chip."""
+    """`decode_steps` for B rows on a v5e chip."""
     chip = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
     ).devices[0]
@@ -87,16 +85,16 @@ def compiled(dtype: str, B: int, options: Options) -> Program:
     else:
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     half = np.full(B, options.positions // 2, np.int32)
-    begin = partial(start, gpt, S=options.positions, dtype="int8" if dtype == "int8" else "same")
+    begin = partial(prefill, gpt, S=options.positions, dtype="int8" if dtype == "int8" else "same")
     state = jax.eval_shape(begin, params, np.zeros((B, half[0]), np.int32), half, half)
-    at = settings([Sampling()] * B, cfg.V, cfg.sizes["V"])
+    at = sampling_params([Sampling()] * B, cfg.V, cfg.sizes["V"])
 
     def there(tree: Any) -> Any:
         place = SingleDeviceSharding(chip)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     stops = np.zeros((B, 1), np.int32)
-    traced = steps.trace(gpt, *there((params, state, at, stops)), n=16)
+    traced = decode_steps.trace(gpt, *there((params, state, at, stops)), n=16)
     program: Any = traced.lower(lowering_platforms=("tpu",)).compile()
     text = program.as_text()
     loops = [line for line in text.splitlines() if " while(" in line and "branch_" not in line]

@@ -21,7 +21,7 @@ from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
-from jaxgpt.pretrained.load import Dtype, Trained, Writing, check_exists, load
+from jaxgpt.pretrained.load import Dtype, GenerationConfig, Trained, check_exists, load
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers
@@ -86,7 +86,7 @@ class Options:
         options["schema"] = _json(self.schema) if self.schema else None
         options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
         if self.beam == 1:
-            for line in generation.notes(trained.generation_config, Writing(), options):
+            for line in generation.notes(trained.generation_config, GenerationConfig(), options):
                 print(line, file=sys.stderr)
         return trained, options
 

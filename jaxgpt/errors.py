@@ -1,20 +1,20 @@
-"""The one error that says: the input is wrong, not the program."""
+"""The exceptions of this package: invalid input, and runs that cannot continue."""
 
 
 class InputError(ValueError):
-    """Bad input, found before any device work.
+    """The user's input is invalid, which is found before any device work.
 
-    The message says what was given, why it cannot be, and what to set instead. `train.py` and the
+    The message says what was passed, why it is invalid and what to use instead. `train.py` and the
     command line print it as one line and exit with status 2; in a notebook it is a ValueError.
     """
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: a loss that is not finite, a disk that is full.
+    """A run cannot continue, for example because the disk is full.
 
-    The message says what happened, at which step, and which checkpoint is good.
+    The message says what happened, at which step, and which checkpoint to resume from.
     """
 
 
 class Diverged(TrainingError):
-    """Training has diverged: its newest parameters are not worth saving."""
+    """Training has diverged, for example to a loss of NaN, so its parameters are not saved."""

@@ -1,9 +1,9 @@
-"""SHA-256 manifests: a folder's files are hashed when written and checked before they are trusted.
+"""SHA-256 manifests, with which damage to the files of a folder is detected before they are used.
 
-A manifest is the file `SHA256SUMS` in the folder it describes, in the format of `sha256sum`, so
-that `sha256sum --check SHA256SUMS` verifies the folder by hand. It is written last, by a rename: a
-folder that has one was written completely. Files that it does not list, such as `.DS_Store` or an
-editor's backup, are ignored.
+A manifest is the file `SHA256SUMS` in the folder that it describes, in the format of `sha256sum`,
+so that `sha256sum --check SHA256SUMS` verifies the folder by hand. It is written last and
+atomically, so a folder that has one is complete. Files that it does not list, such as `.DS_Store`
+or an editor's backup, are ignored.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ from jaxgpt.errors import InputError
 from jaxgpt.paths import inside, regular_file
 
 MANIFEST = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")  # with *: written by `sha256sum --binary`
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")  # `sha256sum --binary` writes the *
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. Raises OSError if it cannot be read."""
+    """Returns the SHA-256 of a file in hexadecimal; raises OSError if it cannot be read."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Hashes files of a folder, flushes them to the disk and writes the manifest atomically.
+    """Hashes the files of a folder, flushes them to disk and writes the manifest atomically.
 
     Args:
-        folder: The folder; a manifest it already has is replaced.
-        names: The files to list, relative to the folder; by default all files under it.
+        folder: The folder; an existing manifest is replaced.
+        names: The files to list, relative to the folder; by default all files below it.
 
     Raises:
         OSError: A file cannot be read, or the disk is full.
@@ -53,16 +53,19 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def add_to_manifest(folder: Path, name: str) -> None:
-    """Lists one more file in a folder's manifest, or lists it with its new hash, atomically."""
+    """Adds a file to a folder's manifest, or updates its hash, atomically."""
     _replace(folder, read_manifest(folder) | {name: file_sha256(folder / name)})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """The hashes that a folder's manifest lists, by file name relative to the folder.
+    """Reads the manifest of a folder.
+
+    Returns:
+        The hash of each listed file, by its name relative to the folder.
 
     Raises:
-        InputError: A line is not that of a hash and a name inside the folder, or the manifest is
-            not a regular file.
+        InputError: A line is not a hash and the name of a file inside the folder, or the manifest
+            is not a regular file.
         OSError: The manifest cannot be read.
     """
     path = folder / MANIFEST
@@ -75,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         name = PurePosixPath(match[2]).as_posix() if match else ""  # `sha256sum ./*` adds ./
         if match is None or name in digests:
-            raise InputError(f"{path}:{number} is not a hash and a new file name")
+            raise InputError(f"{path}:{number} is not a SHA-256 and a file name that is new")
         inside(folder, name)
         digests[name] = match[1]
     return digests
@@ -86,14 +89,14 @@ def find_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
     Args:
         folder: A folder with a manifest.
-        wanted: Which of the listed files to hash, by name; by default all.
+        wanted: A predicate that selects the listed files to check, by name; by default all.
 
     Returns:
-        What is wrong, such as `train/d/1b9f: changed`; empty if nothing is.
+        A description of each damage, such as `train/d/1b9f: changed`; empty if there is none.
 
     Raises:
-        InputError: A file exists and cannot be read. Reading it may succeed later, so this is not
-            reported as damage.
+        InputError: A file exists, but cannot be read. This is not reported as damage, because
+            reading it may succeed later.
     """
     try:
         digests = {name: digest for name, digest in read_manifest(folder).items() if wanted(name)}
@@ -119,10 +122,12 @@ def find_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
 
 def check_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Compares files that are about to be read with the manifest of their folder, if it has one.
+    """Checks files against the manifest of their folder, if it has one, before they are read.
 
-    Only files that are named here and that the manifest lists are compared: a README.md that was
-    edited does no harm.
+    Args:
+        folder: The folder.
+        names: The files that will be read. Other files, such as an edited README.md, are ignored,
+            and so are files that the manifest does not list.
 
     Raises:
         InputError: A file was changed or is missing, or the manifest itself is damaged.
@@ -130,15 +135,15 @@ def check_manifest(folder: Path, names: Iterable[str]) -> None:
     wanted = set(names)
     if os.path.lexists(folder / MANIFEST) and (damage := find_damage(folder, wanted.__contains__)):
         raise InputError(
-            f"{folder} is not what its {MANIFEST} says ({', '.join(damage)}); get the folder "
-            f"again, or delete {MANIFEST} if the change is yours"
+            f"{folder} does not match its {MANIFEST} ({', '.join(damage)}); download or copy the "
+            f"folder again, or delete {MANIFEST} if you made the change yourself"
         )
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(
-        f"{path} cannot be read: {error.strerror or error}; the file may be good: check the disk "
-        "or the mount, and try again"
+        f"{path} cannot be read: {error.strerror or error}; the file may be intact, so check the "
+        "disk or the mount, and try again"
     )
 
 

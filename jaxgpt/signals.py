@@ -1,9 +1,9 @@
-"""Signals that ask a run to end: SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP).
+"""Handles the signals that end a run: SIGTERM, Ctrl-C (SIGINT) and a closed terminal (SIGHUP).
 
-Python runs signal handlers in the main thread between two of its instructions, which may be inside
-a callback of jax, where an exception is swallowed or fatal, or minutes later, while XLA compiles.
-So the handler here does nothing; a thread learns of the signal at once, through a pipe, and either
-sets a flag that the training loop looks at or ends the process.
+Python runs signal handlers in the main thread, between two bytecode instructions. This may be
+inside a callback of JAX, where an exception is swallowed or fatal, or minutes later, after a
+compilation. So the handler here does nothing. Instead, a thread receives the signal immediately,
+through a pipe, and either sets a flag that the training loop checks or ends the process.
 """
 
 import os
@@ -18,35 +18,35 @@ Result = TypeVar("Result")
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
-_abandoned = threading.Event()  # a thread of this process still does what was interrupted
+_abandoned = threading.Event()  # set if a thread still runs the work that a signal interrupted
 
 
 class Interrupted(Exception):
-    """A signal came during work that can be done again."""
+    """A signal arrived during work that can be repeated."""
 
 
 class Signals:
-    """Signals of this process while the context is entered.
+    """A context manager that handles the signals of this process.
 
-    A signal ends the process at once with status 128 + its number, unless the context `deferred`
-    is entered: then the first one is only noted, in `received`, and the second ends the process.
+    A signal ends the process immediately with status 128 + its number. Inside the context
+    `deferred`, the first signal is only recorded in `received`, and a second one ends the process.
+    In threads other than the main thread, in which Python does not handle signals, it does nothing.
 
     Args:
-        ends_process: False never ends the process and notes Ctrl-C alone: for notebooks, whose
-            kernel lives on. Python lets only the main thread handle signals: in another thread,
-            nothing is handled or noted.
+        ends_process: Whether signals end the process. With False, for notebooks, only Ctrl-C is
+            handled, and it is only recorded.
     """
 
     def __init__(self, ends_process: bool = True) -> None:
         self._ends_process = ends_process
         self.received = 0
-        """The number of the signal that came; 0 for none."""
+        """The number of the signal that was received; 0: none."""
         self._deferred = False
-        self._lock = threading.Lock()  # of `_deferred` and `received`
+        self._lock = threading.Lock()  # protects `_deferred` and `received`
         self._event = threading.Event()
 
     def __enter__(self) -> "Signals":
-        # A signal that is ignored stays ignored, as SIGHUP is under nohup.
+        # Signals that are ignored, such as SIGHUP under nohup, stay ignored.
         handled = HANDLED if self._ends_process else [signal.SIGINT]
         if threading.current_thread() is not threading.main_thread():
             handled = []
@@ -66,11 +66,11 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._writer)  # which ends the thread
+        os.close(self._writer)  # ends the thread
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets the block, and what looks at `received` after it, react before the process ends."""
+        """Defers the end of the process, so that the block can check `received` and react."""
         self._deferred = True
         try:
             yield
@@ -79,13 +79,14 @@ class Signals:
                 self._deferred = False
 
     def wait(self, seconds: float) -> None:
-        """Sleeps, until a signal comes."""
+        """Sleeps for some seconds, or until a signal is received."""
         self._event.wait(seconds)
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns or raises, or Interrupted as soon as a signal comes.
+        """Runs a function in a thread, and returns or raises what it does.
 
-        It runs in a thread, which is abandoned then and ends with the process.
+        Raises:
+            Interrupted: A signal was received. The thread is abandoned and ends with the process.
         """
         results: list[Result] = []
         errors: list[BaseException] = []
@@ -121,7 +122,7 @@ class Signals:
 
 @contextmanager
 def python_handlers() -> Iterator[None]:
-    """Python's own handling of signals inside a `Signals` context, for code that runs no jax.
+    """Restores Python's own signal handlers inside a `Signals` context, for code without JAX.
 
     Ctrl-C raises KeyboardInterrupt, and other signals end the process.
     """
@@ -143,25 +144,25 @@ def python_handlers() -> Iterator[None]:
 
 
 def end_if_abandoned(status: int) -> None:
-    """Ends the process if `Signals.run` has abandoned a thread, which could hang a clean exit."""
+    """Ends the process if `Signals.run` has abandoned a thread, which could block a normal exit."""
     if _abandoned.is_set():
-        _say("")
+        _flush_and_print("")
         os._exit(status)
 
 
 def end_process(number: int) -> None:
-    """Ends this process at once as a signal's number says, whatever its other threads do."""
-    _say(f"ended by {signal.Signals(number).name}\n")
+    """Ends this process immediately with a signal's exit status, even if other threads are busy."""
+    _flush_and_print(f"ended by {signal.Signals(number).name}\n")
     os._exit(128 + number)
 
 
-def _say(text: str) -> None:
-    """Writes to stderr what is left to say; waits at most a second for whoever reads it."""
+def _flush_and_print(text: str) -> None:
+    """Flushes stdout and prints to stderr; gives up after a second if the output is not read."""
 
     def write() -> None:
-        with suppress(OSError, ValueError):  # nobody reads it
+        with suppress(OSError, ValueError):  # the output is closed
             if text and sys.stdout.isatty():
-                sys.stdout.write("\x1b[?25h")  # a live display hides the cursor
+                sys.stdout.write("\x1b[?25h")  # show the cursor, which a live display hides
             sys.stdout.flush()
             sys.stderr.write(text)
             sys.stderr.flush()

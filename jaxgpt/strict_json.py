@@ -1,7 +1,7 @@
-"""JSON as its standard has it (RFC 8259), for text that somebody else wrote.
+"""A strict JSON parser (RFC 8259) for untrusted text.
 
-Python's `json.loads` also accepts NaN and Infinity, reads 1e400 as infinity, and raises
-RecursionError, which is no ValueError, for text that is nested too deeply.
+Python's `json.loads` also accepts NaN and Infinity, parses 1e400 as infinity, and raises
+RecursionError, which is not a ValueError, for text that is nested too deeply.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 DEEPEST = 100
-"""Arrays and objects inside each other, at most: code that walks the values may be recursive."""
+"""Maximum nesting depth of arrays and objects, so that recursive code can process the values."""
 
 
 def loads(text: str | bytes, *, distinct: bool = False) -> Any:
@@ -17,7 +17,7 @@ def loads(text: str | bytes, *, distinct: bool = False) -> Any:
 
     Args:
         text: The text, or its bytes in UTF-8; a byte order mark is removed.
-        distinct: Refuse an object that has a name twice; else the last one counts.
+        distinct: Whether duplicate names in an object are an error; otherwise the last one is used.
 
     Raises:
         ValueError: The text is not UTF-8 or not JSON, a number is not finite or has more digits
@@ -57,7 +57,7 @@ def _finite(number: str) -> float:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("an object has a duplicate name")
     return table
 
 

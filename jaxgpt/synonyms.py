@@ -1,4 +1,4 @@
-"""Names that options have in other programs, to say what they are called here."""
+"""Suggests the right option when the command line has the name of another program's option."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ TRAINING = {
     "start": "init_from pretrained model_name_or_path",
     "tune.rank": "lora_rank lora_r",
 }
-"""Options of `train.py`, and what other trainers call them."""
+"""Options of `train.py`, and their names in other trainers."""
 
 GENERATION = {
     "tokens": "max_new_tokens max_tokens max_length length n_predict",
@@ -44,7 +44,7 @@ GENERATION = {
     "slots": "max_num_seqs parallel",
     "repetition_penalty": "repeat_penalty",
 }
-"""Options of `python -m jaxgpt`, and what other programs call them."""
+"""Options of `python -m jaxgpt`, and their names in other programs."""
 
 MODULES = {
     "jaxgpt.checkpoint": "jaxgpt.training.checkpoint",
@@ -67,7 +67,12 @@ MODULES = {
 
 @contextmanager
 def suggest(args: Sequence[str], table: Mapping[str, str]) -> Iterator[None]:
-    """After the error of a command line, says what an option of another program is called here."""
+    """Prints the right name for each option of another program, if parsing the options fails.
+
+    Args:
+        args: The command-line arguments.
+        table: For each option, its names in other programs, separated by spaces.
+    """
     try:
         yield
     except SystemExit as end:

@@ -22,8 +22,8 @@ from rich.text import Text
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.generation.stream import Pieces
-from jaxgpt.pretrained.load import Trained, Writing
+from jaxgpt.generation.stream import TextStream
+from jaxgpt.pretrained.load import GenerationConfig, Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
 
 MOMENT = 0.5  # seconds
@@ -151,7 +151,7 @@ class Conversation:
             )
         if tokens < 1:
             raise InputError(f"tokens={tokens}; set it to 1 or more")
-        Writing(**settings).check(trained.tokenizer.vocab_size)
+        GenerationConfig(**settings).check(trained.tokenizer.vocab_size)
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -160,7 +160,7 @@ class Conversation:
         """Removes all messages but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, messages: list[dict[str, str]]) -> Pieces:
+    def answer(self, messages: list[dict[str, str]]) -> TextStream:
         """The pieces of the answer to the last message, or of its continuation."""
         if self.chats:
             room = self._room(messages)
@@ -238,9 +238,9 @@ def converse(conversation: Conversation) -> None:
 
 def reply(conversation: Conversation, messages: list[dict[str, str]]) -> None:
     """Prints the answer to the last message, and keeps both if there is any text."""
-    answers: list[Pieces] = []
+    answers: list[TextStream] = []
 
-    def write() -> Pieces:
+    def write() -> TextStream:
         answers.append(conversation.answer(messages))
         return answers[0]
 
@@ -293,5 +293,5 @@ def setting(conversation: Conversation, text: str) -> None:
     except ValueError:
         raise InputError(f"/set {text}: give a name and a number, as in /set top_k 40") from None
     changed = {**conversation.settings, name: number}
-    Writing(**changed).check(conversation.trained.tokenizer.vocab_size)
+    GenerationConfig(**changed).check(conversation.trained.tokenizer.vocab_size)
     conversation.settings = changed

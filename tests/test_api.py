@@ -19,7 +19,7 @@ from jaxgpt import cli, model
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import Trained, Writing
+from jaxgpt.pretrained.load import GenerationConfig, Trained
 from jaxgpt.signals import Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.tokenizer import Bytes, TokenizerConfig
@@ -69,7 +69,7 @@ JUNK = st.one_of(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(["prompt", "tokens", *Writing.__dataclass_fields__]), JUNK)
+@given(st.sampled_from(["prompt", "tokens", *GenerationConfig.__dataclass_fields__]), JUNK)
 def test_any_argument_is_right_or_an_input_error(gpt, name, value):
     try:
         gpt.stream(**{"prompt": "a", "tokens": 2, name: value})  # checks; nothing is written yet
@@ -80,13 +80,13 @@ def test_any_argument_is_right_or_an_input_error(gpt, name, value):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"schema": '{"type":"boolean"}'}, "give a JSON schema as a dict"),
-        ({"temperature": None}, "temperature=None is not right; give a number"),
-        ({"tokens": 5.0}, "tokens=5.0; set it to a whole number"),
-        ({"seed": True}, "seed=True is not right"),
-        ({"stop": [1]}, "give a text or a list of texts"),
-        ({"prompt": 3}, "give a text, or a list of texts"),
-        ({"max_tokens": 3}, "max_tokens: no such setting"),
+        ({"schema": '{"type":"boolean"}'}, "use a JSON schema as a dict"),
+        ({"temperature": None}, "temperature=None is invalid; use a number"),
+        ({"tokens": 5.0}, "tokens=5.0 is invalid; use a whole number"),
+        ({"seed": True}, "seed=True is invalid"),
+        ({"stop": [1]}, "use a string or a list of strings"),
+        ({"prompt": 3}, "use a string or a list of strings"),
+        ({"max_tokens": 3}, "max_tokens: unknown option"),
     ],
 )
 def test_a_wrong_argument_says_what_to_give(gpt, options, says):
@@ -188,7 +188,7 @@ def test_output_that_cannot_be_written_ends_no_command_in_a_traceback(
 @pytest.mark.parametrize("options", [{"messages": 3}, {"messages": "Hello"}, {"tools": "f"}])
 def test_what_is_no_conversation_is_refused(gpt, options):
     given = {"messages": [{"role": "user", "content": "Hello"}], **options}
-    with pytest.raises(jaxgpt.InputError, match=f"{next(iter(options))}=.* give a list"):
+    with pytest.raises(jaxgpt.InputError, match=f"{next(iter(options))}=.* use a list"):
         gpt.chat(**given)
 
 

@@ -51,7 +51,7 @@ SPECIALS = {
     "gemma": ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
 }
 
-# The published formats, in words of our own.
+# The published formats, reimplemented.
 EACH = "{% for m in messages %}"
 LLAMA3 = (
     "{{ bos_token }}{% if date is defined %}{% set system = '' %}"
@@ -258,7 +258,7 @@ GOLDEN["qwen3 unthinking"] = GOLDEN["chatml"] + "<think>\n\n</think>\n\n"
 
 
 def marked(tokenizer, rendered):
-    """The text, with what is learned in braces."""
+    """The text, with the parts that have a loss in braces."""
     text, inside = "", 0.0
     for token, weight in zip(rendered.tokens, rendered.weights, strict=True):
         if weight != inside:
@@ -306,7 +306,7 @@ def test_a_family_has_its_own_default_system_text(template, text):
         (Qwen3(thinking=False), "<think>hm</think>4", "{<think>\nhm\n</think>\n\n4<|im_end|>}\n"),
     ],
 )
-def test_qwen3_learns_its_last_thought_and_forgets_earlier_ones(template, answer, text):
+def test_qwen3_keeps_and_learns_only_the_last_thought(template, answer, text):
     tokenizer = made("qwen3")
     messages = [*THOUGHT[:3], {"role": "assistant", "content": answer}]
     assert marked(tokenizer, render(template, tokenizer, messages)) == (
@@ -391,19 +391,25 @@ def test_an_answer_ends_at_the_end_of_turn_or_of_text(family, template, names):
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        ([], "0 messages without a user"),
-        ([{"role": "system", "content": "x"}], "1 messages without a user"),
-        ([{"role": "narrator", "content": "x"}], "message 0 has role 'narrator'; set it to system"),
-        ([{"role": None, "content": "x"}], r"message 0 has .*; give it role and content"),
-        ([{"role": "user"}], r"message 0 has \['role'\]; give it role and content"),
-        ([{"role": "user", "content": None}], "message 0 has content None; give it text"),
-        ([{"role": "user", "content": ""}], "message 0 has content ''; give it text"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"of parts \['image_url'\]"),
-        ([{"role": "user", "content": "x", "weight": -1}], "message 0 has weight -1; set it to a"),
+        ([], "none of the 0 messages is from the user"),
+        ([{"role": "system", "content": "x"}], "none of the 1 messages is from the user"),
+        (
+            [{"role": "narrator", "content": "x"}],
+            "message 0 has the unknown role 'narrator'; use system",
+        ),
+        ([{"role": None, "content": "x"}], r"message 0 has the fields .*; add role and content"),
+        ([{"role": "user"}], r"message 0 has the fields \['role'\]; add role and content"),
+        ([{"role": "user", "content": None}], "message 0 has content None; use text"),
+        (
+            [{"role": "user", "content": ""}],
+            "message 0 has content ''; a user's message needs text",
+        ),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"parts of type \['image_url'\]"),
+        ([{"role": "user", "content": "x", "weight": -1}], "message 0 has weight -1; use a number"),
         ([{"role": "user", "content": "x", "weight": True}], "message 0 has weight True"),
-        ([{"role": "user", "content": "x", "train": "no"}], "message 0 has train 'no'; set it to"),
-        ([{"role": "user", "content": "x", "images": ["a"]}], "has images, which is not rendered"),
-        ([{"role": "user", "content": "x", "name": 3}], "message 0 has name 3; give it text"),
+        ([{"role": "user", "content": "x", "train": "no"}], "message 0 has train 'no'; use true"),
+        ([{"role": "user", "content": "x", "images": ["a"]}], "has images, which is not supported"),
+        ([{"role": "user", "content": "x", "name": 3}], "message 0 has name 3; use text"),
         ([*says("x"), {"role": "assistant", "tool_calls": "f()"}], "message 1 has tool_calls 'f"),
         (
             [*says("x"), {"role": "assistant", "tool_calls": ["f()"]}],
@@ -411,12 +417,12 @@ def test_an_answer_ends_at_the_end_of_turn_or_of_text(family, template, names):
         ),
         (
             [*says("x"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
-            r"message 1 has the arguments \[1\]; give it a table",
+            r"message 1 has the tool call arguments \[1\]; use a JSON object",
         ),
         ([{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}], "only the assistant"),
         ([Message("user", 3)], "message 0 has content 3"),
-        (["x"], "message 0 has str"),
-        ("x", "message 0 has str"),
+        (["x"], "message 0 is str"),
+        ("x", "message 0 is str"),
     ],
 )
 def test_a_bad_conversation_is_refused_with_its_position(messages, error):
@@ -427,14 +433,17 @@ def test_a_bad_conversation_is_refused_with_its_position(messages, error):
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        (says("x", "y")[1:] + says("x"), "message 0 is of role assistant, but user is next"),
-        ([*says("x"), *says("y")], "message 1 is of role user, but assistant is next"),
-        ([*says("x", "y"), {"role": "system", "content": "z"}], "message 2 is of role system"),
-        ([{"role": "system", "content": "z"}] * 2 + says("x"), "message 1 is of role system"),
-        ([*says("x"), {"role": "tool", "content": "z"}], "message 1 is about tools, which Gemma"),
+        (says("x", "y")[1:] + says("x"), "message 0 has role assistant, but must have role user"),
+        ([*says("x"), *says("y")], "message 1 has role user, but must have role assistant"),
+        ([*says("x", "y"), {"role": "system", "content": "z"}], "message 2 has role system"),
+        ([{"role": "system", "content": "z"}] * 2 + says("x"), "message 1 has role system"),
+        (
+            [*says("x"), {"role": "tool", "content": "z"}],
+            "message 1 uses tools, which the chat format Gemma does not",
+        ),
     ],
 )
-def test_a_format_refuses_what_it_has_no_form_for(messages, error):
+def test_a_format_refuses_conversations_it_cannot_render(messages, error):
     with pytest.raises(InputError, match=error):
         render(Gemma(), made("gemma"), messages)
 
@@ -451,12 +460,12 @@ def test_turns_may_have_any_order_where_the_published_template_has_none(name):
 
 
 def test_an_answer_can_only_follow_a_question():
-    with pytest.raises(InputError, match="open=True .* message 1 is one"):
+    with pytest.raises(InputError, match="open=True .* message 1 is already one"):
         render(ChatML(), made("chatml"), says("Hi", "Hello"), open=True)
 
 
 def test_a_tokenizer_without_the_formats_tokens_is_refused():
-    with pytest.raises(InputError, match=r"Gemma is written with <bos>.*<\|im_start\|>"):
+    with pytest.raises(InputError, match=r"Gemma needs the special tokens <bos>.*<\|im_start\|>"):
         render(Gemma(), made("chatml"), says("Hi"))
 
 
@@ -554,7 +563,7 @@ def test_special_tokens_of_no_known_format_are_refused(specials):
 
 
 def test_choose_says_what_a_tokenizer_of_our_own_lacks():
-    with pytest.raises(InputError, match=r"<\|endoftext\|>; .*Llama3 \(<\|begin_of_text\|> "):
+    with pytest.raises(InputError, match=r"<\|endoftext\|>; .*: Llama3 \(<\|begin_of_text\|> "):
         choose(Bytes())
 
 
@@ -592,7 +601,7 @@ def test_a_template_gets_what_transformers_gives():
 @pytest.mark.parametrize("change", ["upper()", "replace('e', 'a')"])
 def test_a_template_may_not_change_what_messages_say(change):
     template = TURNS.replace("m.content", f"m.content.{change}")
-    with pytest.raises(InputError, match="leaves out, repeats or changes what message 0"):
+    with pytest.raises(InputError, match="omits, repeats or changes the text of message 0"):
         published(made("chatml", template), says("Hi there"))
 
 
@@ -612,13 +621,13 @@ def test_a_template_that_looks_into_messages_is_rendered_as_transformers_does(he
 
 def test_where_a_template_looks_into_messages_they_have_no_names_of_special_tokens():
     messages = says("Hi", "<think>hm</think>Fine <|im_end|>")
-    with pytest.raises(InputError, match=r"<\|im_end\|> in it could not be told"):
+    with pytest.raises(InputError, match=r"contains <\|im_end\|>, which cannot be distinguished"):
         published(made("chatml", LOOKS), messages)
 
 
 @pytest.mark.parametrize("template", ["<|im_start|>", "{{ messages[0].content * 2 }}"])
 def test_a_template_says_each_message_once(template):
-    with pytest.raises(InputError, match="leaves out, repeats"):
+    with pytest.raises(InputError, match="omits, repeats"):
         published(made("chatml", template), says("Hi"))
 
 
@@ -651,7 +660,7 @@ def test_the_sandbox_refuses(template, error):
 def test_a_template_cannot_run_for_long(monkeypatch):
     monkeypatch.setattr(chat.sandbox, "SECONDS", 1.0)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(InputError, match="took over 1 seconds"):
+    with pytest.raises(InputError, match="took more than 1 seconds"):
         published(made("chatml", loops), says("Hi"))
 
 
@@ -659,7 +668,7 @@ def test_a_template_needs_jinja2_without_known_holes(monkeypatch):
     tokenizer = made("chatml", TURNS + "{# not recognised before #}")
     chat.sandbox._process.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.1.4")
-    with pytest.raises(InputError, match="jinja2 is 3.1.4; .* 3.1.6"):
+    with pytest.raises(InputError, match="jinja2 3.1.4 is too old .* 3.1.6"):
         choose(tokenizer)
 
     def missing(name):

@@ -33,7 +33,7 @@ class Train(NamedTuple):
 
 
 def on(devices):
-    """A function that spreads an array's first dimension over so many devices."""
+    """A function that shards an array's first dimension over this many devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
     return lambda x: NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 8 == 0 else P())
 
@@ -56,7 +56,7 @@ def make_state(seed=0):
 
 
 def abstract(state, sharding=None):
-    """Shapes and dtypes alone; without a sharding, those that the arrays have."""
+    """A tree of ShapeDtypeStructs; by default with the arrays' own shardings."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=sharding(x) if sharding else x.sharding
@@ -66,7 +66,7 @@ def abstract(state, sharding=None):
 
 
 def numbers(leaf):
-    """An array as its bytes, so that equality is to the bit."""
+    """An array's bytes, for bit-exact comparison."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf).tobytes()
@@ -110,7 +110,7 @@ def test_a_state_saved_on_8_devices_restores_bit_equal(folder, devices):
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
         lambda x: x.sharding, target
     )
-    # The key is a key again: it draws the same numbers.
+    # The restored key is a typed key that gives the same random numbers.
     draws = [jax.random.uniform(s["train"].key, (4,)) for s in (state, restored)]
     np.testing.assert_array_equal(*draws)
 
@@ -122,7 +122,7 @@ def test_without_a_sharding_a_leaf_is_restored_on_the_first_device(folder):
     assert {d for x in jax.tree.leaves(restored) for d in x.devices()} == {jax.devices()[0]}
 
 
-def test_what_is_saved_is_the_state_at_the_call_though_its_buffers_are_reused(folder):
+def test_the_saved_state_is_that_at_the_call_even_if_buffers_are_donated(folder):
     overwrite = jax.jit(lambda x: -x, donate_argnums=0)
     spread = NamedSharding(on(8)(np.zeros(8)).mesh, P("data"))
     x = jax.device_put(np.arange(8 * 50_000, dtype=np.float32).reshape(8, -1), spread)
@@ -168,7 +168,7 @@ def test_sha256sum_checks_a_checkpoint_by_hand(folder):
     assert subprocess.run(check, cwd=folder / "5", capture_output=True).returncode == 1
 
 
-def test_20_of_20_flipped_bits_are_refused_by_the_name_of_the_file(folder):
+def test_20_of_20_flipped_bits_are_rejected_by_the_name_of_the_file(folder):
     checkpoints, target, choose = save(folder, 5), abstract(make_state()), random.Random(0)
     files = [f for f in sorted((folder / "5").rglob("*")) if f.is_file()]
     for file in choose.choices(files, k=20):
@@ -188,7 +188,7 @@ def test_20_of_20_flipped_bits_are_refused_by_the_name_of_the_file(folder):
         (lambda file: os.truncate(file, 10), "params/_METADATA: changed"),
     ],
 )
-def test_missing_and_truncated_files_are_refused_by_name(folder, harm, said):
+def test_missing_and_truncated_files_are_rejected_by_name(folder, harm, said):
     checkpoints = save(folder, 5)
     harm(folder / "5" / "params" / "_METADATA")
     with pytest.raises(InputError, match=said):
@@ -197,7 +197,7 @@ def test_missing_and_truncated_files_are_refused_by_name(folder, harm, said):
         checkpoint.load_params(folder / "5")
 
 
-def test_latest_passes_over_a_damaged_step_and_says_so(folder, caplog):
+def test_latest_skips_a_damaged_step_with_a_warning(folder, caplog):
     checkpoints = save(folder, 5, 10)
     (folder / "10" / "train" / "_METADATA").unlink()
     assert checkpoints.latest() == 5
@@ -219,7 +219,7 @@ def test_files_that_the_manifest_does_not_list_are_ignored_and_stay(folder):
     assert checkpoints.latest() == 5
     assert same(checkpoints.restore(5, abstract(make_state())), make_state(5))
     assert same(checkpoint.load_params(folder), make_state(5)["params"])
-    assert "notes" not in checkpoint.read(folder)
+    assert "notes" not in checkpoint.read_metadata(folder)
     checkpoints.save(10, make_state(10), {})
     checkpoints.wait()
     assert checkpoints.latest() == 10 and all(stray.exists() for stray in strays)
@@ -255,7 +255,7 @@ def test_a_step_without_its_manifest_is_moved_aside(folder, caplog):
         lambda step: shutil.rmtree(step / "train"),
     ],
 )
-def test_where_no_checkpoint_is_intact_nothing_is_changed(folder, harm):
+def test_if_no_checkpoint_is_intact_nothing_is_changed(folder, harm):
     checkpoints = save(folder, 5, 10)
     for step in ("5", "10"):
         harm(folder / step)
@@ -294,21 +294,25 @@ def test_going_back_renames_the_later_checkpoints(folder):
     assert checkpoints.latest() == 10
 
 
-def test_what_is_measured_after_a_save_is_part_of_the_checkpoint(folder):
+def test_metrics_measured_after_a_save_are_part_of_the_checkpoint(folder):
     checkpoints = save(folder, 5)
     digest = checkpoint.open_checkpoint(folder).digest()
     checkpoints.record(5, {"val_loss": 2.5, "val_accuracy": float("nan")})
     checkpoints.wait()
-    assert checkpoint.read(folder)["metrics"] == {"step": 5, "val_loss": 2.5, "val_accuracy": None}
+    assert checkpoint.read_metadata(folder)["metrics"] == {
+        "step": 5,
+        "val_loss": 2.5,
+        "val_accuracy": None,
+    }
     assert checkpoints.best() == 5 and checkpoints.latest() == 5
     # The digest identifies the arrays, which have not changed.
     assert checkpoint.open_checkpoint(folder).digest() == digest
     flip_a_bit(folder / "5" / "evaluation.json")
     with pytest.raises(InputError, match=r"evaluation.json: changed"):
-        checkpoint.read(folder / "5")
+        checkpoint.read_metadata(folder / "5")
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused(folder, monkeypatch):
+def test_a_checkpoint_of_a_newer_format_is_rejected(folder, monkeypatch):
     save(folder, 4).close()
     monkeypatch.setattr(writer, "FORMAT", 99)
     checkpoints = save(folder, 5)
@@ -370,7 +374,7 @@ def test_the_latest_and_the_best_are_kept(folder):
 def test_an_old_checkpoint_whose_measurements_are_damaged_is_not_deleted(folder, caplog):
     checkpoints = save(folder, 1, 2, losses=[1.0, 2.0], keep=1)
     file = folder / "1" / "metrics.json"
-    file.write_text(file.read_text().replace("1.0", "9.0"))  # it was the best
+    file.write_text(file.read_text().replace("1.0", "9.0"))  # step 5 had the best loss
     checkpoints.save(3, make_state(3), {}, {"val_loss": 3.0})
     checkpoints.wait()
     assert sorted(os.listdir(folder)) == ["1.damaged", "2", "3"]
@@ -398,7 +402,7 @@ def test_without_a_validation_loss_there_is_no_best(folder):
         (lambda p: {"blocks": p["blocks"]}, "nothing"),
     ],
 )
-def test_another_shape_dtype_or_tree_is_refused_by_path(folder, change, said):
+def test_another_shape_dtype_or_tree_is_rejected_by_path(folder, change, said):
     target = abstract(make_state())
     target["params"] = change(target["params"])
     message = rf"params/wte: saved bfloat16\[8,16\], wanted {said}"
@@ -408,26 +412,26 @@ def test_another_shape_dtype_or_tree_is_refused_by_path(folder, change, said):
         checkpoint.load_params(folder, target["params"])
 
 
-def test_a_leaf_that_was_not_saved_is_refused_by_path(folder):
+def test_a_leaf_that_was_not_saved_is_rejected_by_path(folder):
     target = abstract(make_state())
     target["params"]["head"] = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with pytest.raises(InputError, match=r"params/head/w: saved nothing, wanted float32\[2\]"):
         save(folder, 5).restore(5, target)
 
 
-def test_another_kind_of_key_is_refused(folder):
+def test_another_kind_of_key_is_rejected(folder):
     target = abstract(make_state())
     target["train"] = target["train"]._replace(key=jax.eval_shape(lambda: jax.random.key(0)))
     with pytest.raises(InputError, match=r"train/key: saved key<rbg>\[\], wanted key<fry>\[\]"):
         save(folder, 5).restore(5, target)
 
 
-def test_an_item_that_was_not_saved_is_refused(folder):
+def test_an_item_that_was_not_saved_is_rejected(folder):
     with pytest.raises(InputError, match="no 'ema'; it has params, train"):
         save(folder, 5).restore(5, {"ema": {}})
 
 
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(folder):
+def test_an_unknown_step_is_rejected_with_a_list_of_steps(folder):
     with pytest.raises(InputError, match=r"no checkpoint of step 7; .* has: 5, 10"):
         save(folder, 5, 10).restore(7, abstract(make_state()))
 
@@ -454,29 +458,29 @@ def test_a_checkpoint_describes_itself(folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(5, make_state(), describe, {"val_loss": np.float32(1.5)})
     checkpoints.wait()
-    described = checkpoint.read(folder.parent)
+    described = checkpoint.read_metadata(folder.parent)
     assert described["leaves"]["params"]["wte"] == "bfloat16[8,16]"
     assert described["metrics"] == {"step": 5, "val_loss": 1.5}
     assert {name: described[name] for name in describe} == describe
     assert json.loads((folder / "5" / "tokenizer.json").read_text()) == describe["tokenizer"]
 
 
-def test_a_wrong_path_is_refused_with_the_runs_there_are(folder, monkeypatch):
+def test_a_wrong_path_is_rejected_with_suggested_runs(folder, monkeypatch):
     save(folder, 5)
-    monkeypatch.chdir(folder.parent.parent)  # where no other runs are
+    monkeypatch.chdir(folder.parent.parent)  # a folder without other runs
     with pytest.raises(InputError, match=r"looked for .*did you mean .*/runs/shakespeare\?"):
         checkpoint.load_params(folder.parent.with_name("shakespear"))
     with pytest.raises(InputError, match=r"there are .*/runs/shakespeare"):
-        checkpoint.read(folder.parent.with_name("zzz"))
+        checkpoint.read_metadata(folder.parent.with_name("zzz"))
 
 
-def test_a_run_without_a_checkpoint_yet_is_refused(folder):
+def test_a_run_without_a_checkpoint_yet_is_rejected(folder):
     folder.mkdir(parents=True)
     with pytest.raises(InputError, match="no complete checkpoint"):
-        checkpoint.read(folder.parent)
+        checkpoint.read_metadata(folder.parent)
 
 
-def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
+def test_a_run_with_only_damaged_checkpoints_is_rejected(folder):
     save(folder, 5)
     (folder / "5" / "params" / "_METADATA").unlink()
     with pytest.raises(InputError, match=r"no checkpoint in .* is intact: 5 is damaged"):
@@ -490,17 +494,17 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(folder):
         ({"params": {"w": np.ones(2)}}, {"config": {"x": float("nan")}}, "config.*JSON"),
         ({"params": {"w": np.ones(2)}}, {"metrics": {}}, "metrics are reserved"),
         ({"params": {"w": 1.0}}, {}, "params/w is a float"),
-        ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "same path"),
+        ({"params": {"a.b": {"c": np.ones(2)}, "a": {"b.c": np.ones(2)}}}, {}, "differ only"),
     ],
 )
-def test_what_cannot_be_saved_exactly_is_refused(folder, state, describe, said):
+def test_state_that_cannot_be_saved_exactly_is_rejected(folder, state, describe, said):
     with pytest.raises(InputError, match=said):
         Checkpoints(folder).save(1, state, describe)
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("options", [{"every": -1}, {"keep": 0}, {"patience": -1.0}])
-def test_a_config_that_cannot_be_is_refused(folder, options):
+def test_an_invalid_config_is_rejected(folder, options):
     with pytest.raises(InputError, match=next(iter(options))):
         Checkpoints(folder, CheckpointConfig(**options))
 
@@ -518,7 +522,7 @@ def test_saving_a_step_again_keeps_it_and_replaces_a_damaged_one(folder):
 
 
 def test_a_step_before_the_newest_is_not_saved(folder):
-    with pytest.raises(InputError, match=r"holds step 20; .* go back with --resume"):
+    with pytest.raises(InputError, match=r"has the later step 20; .* go back with --resume"):
         save(folder, 10, 20).save(15, make_state(15), {})
 
 
@@ -609,21 +613,22 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):
     out, err = worker.communicate()
     assert worker.returncode == 0, err
     assert out.splitlines() == [
-        f"the checkpoint of step {step} was not saved: File too large; step 1 in {folder} is good"
+        f"the checkpoint of step {step} was not saved: File too large; "
+        f"the last checkpoint is step 1 in {folder}"
         for step in (2, 3)
     ]
     assert "_SignalingThread" not in err
-    expect_step(folder, 1)  # which opens the folder, and so sweeps it
+    expect_step(folder, 1)  # opening the folder sweeps it
     expect_step(folder, 5)
     assert sorted(os.listdir(folder)) == ["1", "5"]
 
 
-def test_what_a_failed_save_wrote_late_goes_with_the_next_that_is_good(folder, monkeypatch):
+def test_late_files_of_a_failed_save_are_deleted_by_the_next_save(folder, monkeypatch):
     def write_late(*args):
         (folder / "3.saving.orbax-checkpoint-tmp" / "train").mkdir(parents=True, exist_ok=True)
         return write(*args)
 
-    write = writer.write_manifest  # what a save does last
+    write = writer.write_manifest  # the last call of a save
     monkeypatch.setattr(writer, "write_manifest", write_late)
     save(folder, 5).close()
     assert os.listdir(folder) == ["5"]

@@ -1,4 +1,4 @@
-"""Which column of a file is which field: by option, by name, or an error that says what to type."""
+"""The columns of fields: set by an option, guessed by name, or an error with the option to use."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from jaxgpt.data.columns import match, parse_fields, rename
+from jaxgpt.data.columns import match_columns, parse_fields, rename
 from jaxgpt.data.records import RecordsConfig, open_records, read_splits
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
@@ -32,7 +32,7 @@ def read(path, objective, **options):
 
 
 def obey(path, objective, error):
-    """The records after the option that an error tells to type."""
+    """Reads the records with the option that an error suggests."""
     typed = shlex.split(str(error).split("--data.", 1)[1].partition(" (if")[0])
     values = [word for word in typed[1:] if not word.startswith("--")]
     return read(path, objective, **{typed[0]: tuple(values)})
@@ -66,7 +66,7 @@ def test_columns_are_named_by_one_option_for_every_objective(tmp_path, objective
 )
 def test_common_names_are_guessed(objective, header, guess):
     reads = OBJECTIVES[objective]
-    found, unclear = match(header.split(","), reads.fields, reads.optional_fields)
+    found, unclear = match_columns(header.split(","), reads.fields, reads.optional_fields)
     assert not unclear
     assert {f: c for f, c in found.items() if f != c} == parse_fields(guess.split(), ())
 
@@ -77,21 +77,26 @@ def test_a_guess_is_said_once(tmp_path, capsys):
     )
     read_splits(RecordsConfig(paths, val_fraction=0.5), Classify().reader)
     assert capsys.readouterr().err == (
-        "data: reading label from 'Category', text from 'Message', by the names of the columns; "
-        "--data.fields label=Category text=Message says so\n"
+        "data: reading label from 'Category', text from 'Message', guessed from the column names; "
+        "same as --data.fields label=Category text=Message\n"
     )
 
 
 @pytest.mark.parametrize(
     ("objective", "header", "says", "option"),
     [
-        ("instruct", "question,answer,response", "output may be answer or response", "output="),
-        ("classify", "Title,Body,Comment,label", "text may be Body or Comment", "text="),
-        ("classify", "v1,v2", "which is label and which is text", "label="),
-        ("translate", "English words,German words", "which is en and which is de", "en="),
+        (
+            "instruct",
+            "question,answer,response",
+            "candidates for output: answer, response",
+            "output=",
+        ),
+        ("classify", "Title,Body,Comment,label", "candidates for text: Body, Comment", "text="),
+        ("classify", "v1,v2", "which one is label and which one is text", "label="),
+        ("translate", "English words,German words", "which one is en and which one is de", "en="),
     ],
 )
-def test_what_is_ambiguous_shows_the_columns_and_what_to_type(
+def test_an_ambiguous_field_shows_the_columns_and_the_option(
     tmp_path, objective, header, says, option
 ):
     names = header.split(",")
@@ -132,11 +137,14 @@ def test_a_column_takes_the_name_and_the_place_of_the_field():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (("text",), "write FIELD=COLUMN"),
-        (("text=",), "write FIELD=COLUMN"),
-        (("body=text",), "names 'body', and the objective reads label, text"),
-        (("text=a", "text=b"), "names text twice"),
-        (("text=nothing",), "has no column 'nothing', which data.fields says is text; there are"),
+        (("text",), "use FIELD=COLUMN"),
+        (("text=",), "use FIELD=COLUMN"),
+        (("body=text",), "sets 'body', but the objective reads label, text"),
+        (("text=a", "text=b"), "sets text twice"),
+        (
+            ("text=nothing",),
+            "has no column 'nothing', which data.fields sets for text; its columns are",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused(tmp_path, fields, says):
@@ -160,7 +168,7 @@ def test_a_header_is_never_a_record(tmp_path, header, index, empty, separator, c
     try:
         found = read(path, Classify(), columns=tuple(columns.split()))
     except InputError as error:
-        assert "data.columns" not in str(error) or "leave data.columns out" in str(error)
+        assert "data.columns" not in str(error) or "remove data.columns" in str(error)
         found = obey(path, Classify(), error) if "--data" in str(error) else read(path, Classify())
     assert [(values["text"], values["label"]) for values in found] == ROWS
 
@@ -169,31 +177,33 @@ def test_a_header_over_sentences_is_no_record_for_data_columns(tmp_path):
     rows = [(f"Go {n}!", f"Va {n} !") for n in range(5)]
     path = write(tmp_path / "a.csv", rows, ("English words/sentences", "French words/sentences"))
     reads = Translate(source="en", target="fr")
-    with pytest.raises(InputError, match="is a header .*leave data.columns out") as error:
+    with pytest.raises(InputError, match="is a header .*remove data.columns") as error:
         read(path, reads, columns=("en", "fr"))
     assert [(v["en"], v["fr"]) for v in obey(path, reads, error.value)] == rows
 
 
 def test_a_header_in_the_middle_of_a_file_is_refused(tmp_path):
     path = write(tmp_path / "a.csv", [*ROWS, ("\ufefftext", "label"), *ROWS], ("text", "label"))
-    with pytest.raises(InputError, match="a.csv:10 is the header once more; remove the line"):
+    with pytest.raises(InputError, match="a.csv:10 repeats the header; remove the line"):
         read(path, Classify())
 
 
-def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as R's write.table does
+def test_an_index_whose_name_is_left_out_is_no_column(tmp_path):  # as in R's write.table
     path = write(tmp_path / "a.csv", [(n, *row) for n, row in enumerate(ROWS)], ("text", "label"))
     assert [(values["text"], values["label"]) for values in read(path, Classify())] == ROWS
 
 
 def test_a_text_with_a_comma_is_no_index(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\none, two,a\nthree, four,b\n")
-    with pytest.raises(InputError, match="a.csv:2 has 3 columns, and there are 2: text, label"):
+    with pytest.raises(InputError, match="a.csv:2 has 3 columns, not 2 \\(text, label\\)"):
         read(str(tmp_path / "a.csv"), Classify())
 
 
 def test_a_line_above_the_header_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("# exported\ntext,label\none,a\n")
-    with pytest.raises(InputError, match="a.csv:1 has 1 column .*begin the file with a line that"):
+    with pytest.raises(
+        InputError, match="a.csv:1 has 1 column .*add columns for them, with a header"
+    ):
         read(str(tmp_path / "a.csv"), Classify())
 
 
@@ -206,7 +216,7 @@ def test_columns_without_a_name_are_counted(tmp_path, capsys):
     rows = [(n, *row, "", ("", "more")[n == 3]) for n, row in enumerate(ROWS)]
     path = write(tmp_path / "a.csv", rows, ("", "text", "label", "", ""))
     assert set(read(path, Classify())[0]) == {"text", "label"}
-    assert "not read (1, 4, 5 of 5; 9 of their cells are not empty)" in capsys.readouterr().err
+    assert "without a name (1, 4, 5 of 5), which have 9 non-empty cells" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -230,13 +240,13 @@ def test_a_file_without_a_header_is_recognised(tmp_path, objective, rows, column
 def test_a_first_line_that_may_be_either_is_asked_about(tmp_path):
     path = write(tmp_path / "a.csv", [("cat", "Katze"), ("dog", "Hund"), ("bird", "Vogel")])
     reads = OBJECTIVES["translate"]
-    with pytest.raises(InputError, match=r"not clear .*fields en=cat de=Katze;.*columns en de"):
+    with pytest.raises(InputError, match=r"unclear .*fields en=cat de=Katze;.*columns en de"):
         read(path, reads)
     assert len(read(path, reads, columns=("en", "de"))) == 3
     assert len(read(path, reads, fields=("en=cat", "de=Katze"))) == 2
 
 
-# Tables of other programs
+# Tables written by other programs
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])

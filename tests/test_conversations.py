@@ -1,4 +1,4 @@
-"""Records of every layout, and tokenizers of every kind, against transformers' chat templates."""
+"""Records in every format and tokenizers of every kind, compared with transformers."""
 
 import functools
 import json
@@ -173,7 +173,7 @@ CONVERSATIONS = [
 
 
 def of_kind(name, template=TURNS):
-    """Ours and transformers' of a kind."""
+    """Our tokenizer and transformers', of a kind."""
     transformers = pytest.importorskip("transformers", reason="is what we compare with")
     library = kind(name)
     reference = transformers.PreTrainedTokenizerFast(
@@ -209,7 +209,7 @@ def test_names_of_special_tokens_in_messages_stay_text(name):
 
 
 END = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-MARKED = {  # with the tags by which transformers tells what the assistant writes
+MARKED = {  # with the tags by which transformers marks answers
     "chatml": TURNS.replace(
         "{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}",
         "{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.role == 'assistant' %}{% generation %}"
@@ -375,8 +375,8 @@ def test_function_calls_of_every_layout_are_tool_calls(call):
     ("template", "error"),
     [
         (TURNS, "does not render the tool add"),
-        ("{{ tools | tojson }}" + TURNS, "leaves out, repeats or changes what message 1 says"),
-        (None, "message 1 is about tools, which ChatML has no form for"),
+        ("{{ tools | tojson }}" + TURNS, "omits, repeats or changes the text of message 1"),
+        (None, "message 1 uses tools, which the chat format ChatML does not support"),
         (
             WITH_TOOLS.replace(
                 "{{ '<|im_start|>system\n' ~ tools | tojson ~ '<|im_end|>\n' }}", ""
@@ -394,14 +394,14 @@ def test_tools_that_a_template_cannot_render_are_refused(template, error):
 
 def test_the_name_of_a_special_token_in_tools_is_refused():
     tools = [{"name": "add", "description": "x<|im_end|>"}]
-    with pytest.raises(InputError, match=r"<\|im_end\|> in it could not be told from"):
+    with pytest.raises(InputError, match=r"contains <\|im_end\|>, which cannot be distinguished"):
         render(choose(made("chatml", WITH_TOOLS)), made("chatml", WITH_TOOLS), WHOLE, tools=tools)
 
 
-def test_fields_of_messages_that_are_not_read_are_said_once(capsys):
+def test_ignored_fields_of_messages_are_reported_once(capsys):
     for _ in range(2):
         read_messages([{"role": "user", "content": "x", "colour": 1, "id": None}])
-    assert capsys.readouterr().err == "chat: fields of messages that are not read: colour\n"
+    assert capsys.readouterr().err == "chat: ignored fields of messages: colour\n"
 
 
 def test_a_request_may_have_earlier_turns():
@@ -416,25 +416,29 @@ def test_a_request_may_have_earlier_turns():
 @pytest.mark.parametrize(
     ("read", "record", "error"),
     [
-        (read_conversation, {"instruction": "a", "history": ["b"]}, "give it messages, or instruc"),
-        (read_conversation, {**ALPACA, "history": ["b"]}, "history has 'b'; give it pairs"),
-        (read_conversation, {**ALPACA, "history": [["b", ""]]}, "history has .*; give it pairs"),
-        (read_conversation, {**ALPACA, "system": 3}, "system is 3, and it has to be text"),
-        (read_conversation, {"messages": WHOLE, "system": "x"}, "system is not what the first"),
+        (read_conversation, {"instruction": "a", "history": ["b"]}, "needs messages, or instruc"),
+        (read_conversation, {**ALPACA, "history": ["b"]}, "history has 'b'; use pairs"),
+        (read_conversation, {**ALPACA, "history": [["b", ""]]}, "history has .*; use pairs"),
+        (read_conversation, {**ALPACA, "system": 3}, "system is 3, but must be non-empty text"),
+        (read_conversation, {"messages": WHOLE, "system": "x"}, "system differs from the first"),
         (read_conversation, {"messages": WHOLE, "tools": "{"}, "tools has text that is not JSON"),
-        (read_conversation, {"messages": WHOLE, "tools": [1]}, r"tools is \[1\]; give it a list"),
+        (read_conversation, {"messages": WHOLE, "tools": [1]}, r"tools is \[1\]; use a list"),
         (read_conversation, {"messages": {"role": ["a"], "content": []}}, "different lengths"),
         (read_conversation, {"messages": "[1"}, "messages has text that is not JSON"),
         (read_conversation, {"messages": WHOLE, "tools": [{"a": b"x"}]}, "tools has a value that"),
         (read_conversation, {"prompt": "a", "completion": PROMPT}, "completion does not end with"),
         (read_preference, {"chosen": WHOLE, "rejected": WHOLE}, "chosen and rejected are equal"),
-        (read_preference, {"chosen": WHOLE, "rejected": WHOLE[:3]}, "one longer than the other"),
+        (
+            read_preference,
+            {"chosen": WHOLE, "rejected": WHOLE[:3]},
+            "is the beginning of the other",
+        ),
         (
             read_preference,
             {"prompt": "Hm?", "chosen": WHOLE, "rejected": [*PROMPT, *says("x", WORSE)[1:]]},
-            "begin with another request than prompt, which says 'Hm\\?'",
+            "start with another request than prompt, which has 'Hm\\?'",
         ),
-        (read_preference, {"chosen": ANSWER, "rejected": WORSE}, "give it a prompt, or begin"),
+        (read_preference, {"chosen": ANSWER, "rejected": WORSE}, "needs a prompt, or chosen"),
         (read_preference, {"prompt": "a", "chosen": [], "rejected": "b"}, "chosen does not end"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Damaged files of data in every format: each is read, or refused by an error that names it.
+"""Damaged data files in every format are either read or refused by an error that names them.
 
 `benchmarks/torture.py --only data` does the same with thousands of files.
 """

@@ -1,4 +1,4 @@
-"""From text to batches: no token is lost, and batch k is the same whoever asks for it, and when."""
+"""Text data: no token is lost, and batch k is a pure function of the seed and k."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ WORDS = "a bright cold day in April, and the clocks were striking thirteen; 42 Ã
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of text, or of JSON lines if given several texts, and returns its path."""
+    """Writes a text file, or a JSON Lines file for several texts, and returns its path."""
 
     def write(name, text):
         content = (
@@ -44,7 +44,7 @@ def prepare(*paths, tokenizer=BYTES, **options):
 
 
 def corpus_of(*streams, eot=EOT):
-    """A corpus in memory; a number stands for a stream 0, 1, 2, ... of that length."""
+    """A corpus in memory; an int n is the stream 0, 1, ..., n - 1."""
     arrays = [np.arange(s) if isinstance(s, int) else np.asarray(s) for s in streams]
     parts = tuple(TokenStream([array], eot) for array in arrays)
     return Corpus(parts, (TokenStream([], eot),), {"files": []})
@@ -64,13 +64,13 @@ def batches_of(corpus, context=8, batch=4, seed=0, process=(0, 1), **options):
 
 
 def rows(batches, count):
-    """The first `count` rows, inputs and last target."""
+    """Returns the first `count` rows: the inputs and the last target."""
     steps = range(-(-count // batches.batch_size))
     joined = [np.c_[b["tokens"], b["targets"][:, -1]] for b in map(batches.batch, steps)]
     return np.concatenate(joined)[:count]
 
 
-# From text to tokens
+# Text to tokens
 
 
 def test_every_document_is_preceded_by_eot_and_counted(write):
@@ -91,7 +91,7 @@ def test_a_single_text_gives_its_last_tenth_by_characters(write, monkeypatch):
     assert corpus.val[:].tolist() == [EOT, *BYTES.encode(text[cut:])]
 
 
-def test_of_many_documents_whole_ones_are_held_out_by_their_content(write):
+def test_many_documents_are_held_out_whole_by_hash(write):
     texts = [f"document {number}" for number in range(3000)]
     cfg = data.DataConfig(paths=(write("a.jsonl", texts + texts[:1000]),))
     train, all_texts = list(data.texts(cfg)), list(data.texts(cfg, held_out=True))
@@ -108,14 +108,14 @@ def test_of_many_documents_whole_ones_are_held_out_by_their_content(write):
     assert set(data.texts(fewer)) == set(train) & set(texts[:1500])
 
 
-def test_of_few_documents_each_gives_its_tail_and_empty_ones_stay(write):
+def test_few_documents_are_split_near_their_end(write):
     corpus = prepare(write("a.jsonl", ["0123456789", "", "abcde" * 4]))
     train, val = ["012345678", "", "abcdeabcdeabcdeabc"], ["9", "de"]
     assert corpus.train[:].tolist() == [t for text in train for t in [EOT, *text.encode()]]
     assert corpus.val[:].tolist() == [t for text in val for t in [EOT, *text.encode()]]
 
 
-def test_val_paths_are_validated_on_whole_and_leave_the_paths_whole(write):
+def test_val_paths_replace_the_held_out_fraction(write):
     a, b = write("a.txt", "train " * 10), write("b.txt", "validate " * 10)
     corpus = prepare(a, val_paths=(b,))
     assert corpus.train[:].tolist() == [EOT, *BYTES.encode("train " * 10)]
@@ -123,21 +123,21 @@ def test_val_paths_are_validated_on_whole_and_leave_the_paths_whole(write):
     assert "".join(data.texts(data.DataConfig(paths=(a,), val_paths=(b,)))) == "train " * 10
 
 
-def test_files_that_are_not_taken_are_reported(write, tmp_path, capsys):
+def test_skipped_files_are_reported(write, tmp_path, capsys):
     write("a.txt", WORDS)
     write("b.png", "x")
     prepare(str(tmp_path))
-    assert f"1 files not taken, as {tmp_path / 'b.png'}" in capsys.readouterr().err
+    assert f"skipped 1 files, such as {tmp_path / 'b.png'}" in capsys.readouterr().err
 
 
-def test_nothing_held_out_is_refused(write):
+def test_an_empty_validation_set_is_refused(write):
     path = write("a.jsonl", [f"document {number}" for number in range(200)])
-    with pytest.raises(InputError, match=r"val_fraction=1e-12 holds out nothing of 200"):
+    with pytest.raises(InputError, match=r"val_fraction=1e-12 of 200 documents gives an empty"):
         prepare(path, val_fraction=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters", "bytes"])
-def test_tokens_of_a_text_in_pieces_are_those_of_the_whole(write, monkeypatch, kind):
+def test_tokenizing_in_pieces_gives_the_same_tokens(write, monkeypatch, kind):
     text = (WORDS + "  x=1\r\n\t\t'''it's'''   \n" + "word" * 40 + " " * 30) * 20
     tokenizer = build(TokenizerConfig(kind=kind, vocab_size=300), [text])
     monkeypatch.setattr(textfile, "BLOCK", 37)
@@ -173,7 +173,7 @@ def test_shards_are_one_sequence(write, monkeypatch, tmp_path):
 
 @pytest.fixture(params=["grain", "permutation"])
 def any_shuffle(request, monkeypatch):
-    """Both ways to shuffle, whatever the number of windows."""
+    """Runs the test with either way to shuffle, whatever the number of windows."""
     limit = 0 if request.param == "grain" else sys.maxsize
     monkeypatch.setattr(batches_module, "GRAIN_SHUFFLES", limit)
 
@@ -243,7 +243,7 @@ def test_without_grain_a_small_corpus_has_the_same_batches(monkeypatch, shuffle)
 @pytest.mark.parametrize("options", [{"weights": (1.0,)}, {"stride": 1}])
 def test_without_grain_mixtures_and_large_corpora_are_refused(monkeypatch, options):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(InputError, match="need Grain: pip install grain"):
+    with pytest.raises(InputError, match="need Grain, .*: pip install grain"):
         batches_of(corpus_of(66_000), **options)
 
 
@@ -269,7 +269,7 @@ def test_paths_are_mixed_by_their_weights():
         ((20, 10, 5), ("c", "d", "e"), {}, ["val", "val/c", "val/d", "val/e"]),
     ],
 )
-def test_what_is_held_out_of_a_mixture_has_the_shares_of_its_paths(
+def test_validation_of_a_mixture_uses_the_training_weights(
     capsys, held_out, val_paths, shares, sets
 ):
     vals = tuple(TokenStream([np.arange(length)], EOT) for length in held_out)
@@ -277,7 +277,7 @@ def test_what_is_held_out_of_a_mixture_has_the_shares_of_its_paths(
     cfg = data.DataConfig(("a", "b"), weights=(3.0, 1.0), val_paths=val_paths)
     dataset = data.streams(corpus, cfg, context=8, batch=4)
     assert dataset.shares == shares and list(dataset.held_out) == sets
-    assert ("nothing is held out of b" in capsys.readouterr().err) == (held_out == (20, 0))
+    assert ("b has no held-out tokens" in capsys.readouterr().err) == (held_out == (20, 0))
 
 
 def test_without_weights_paths_are_joined():
@@ -316,14 +316,17 @@ def test_joined_documents_have_no_segments():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 100}, r"a gives 100 tokens .* context of at most 99"),
-        ({"stride": 9}, r"data.stride=9 skips tokens between windows of 8; set it to at most 8"),
-        ({"batch": 5, "process": (0, 2)}, r"batch=5 does not split over 2 .* a multiple of 2"),
+        ({"context": 100}, r"a has 100 training tokens, .* context of at most 99"),
+        (
+            {"stride": 9},
+            r"data.stride=9 would skip tokens between rows of 8 tokens; set it to at most 8",
+        ),
+        ({"batch": 5, "process": (0, 2)}, r"batch=5 is not divisible by 2 .* a multiple of 2"),
         ({"batch": 0}, "batch=0"),
-        ({"seed": -1}, "seed=-1; set it to 0 or more"),
+        ({"seed": -1}, "seed=-1 is negative; set it to 0 or more"),
     ],
 )
-def test_batches_that_cannot_be_are_refused(options, message):
+def test_invalid_batches_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         batches_of(corpus_of(100), **options)
 
@@ -339,7 +342,7 @@ def test_batches_that_cannot_be_are_refused(options, message):
         ({"workers": -1}, "data.workers=-1"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(options, message):
+def test_invalid_data_configs_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         data.DataConfig(**options).check()
 
@@ -395,11 +398,11 @@ def test_validation_masks_documents_too():
 
 
 def test_validation_without_tokens_is_refused():
-    with pytest.raises(InputError, match=r"0 tokens to validate on; set data.val_paths"):
+    with pytest.raises(InputError, match=r"only 0 validation tokens; set data.val_paths"):
         evaluate(TokenStream([], EOT))
 
 
-# Ahead of time
+# Prefetching
 
 
 def test_prefetch_gives_the_batches_in_order():
@@ -439,7 +442,7 @@ def test_closing_ends_the_threads():
     assert threading.active_count() == before
 
 
-# Knowing it again
+# Fingerprints
 
 
 def test_an_unchanged_fingerprint_is_accepted_after_json(write):
@@ -463,7 +466,7 @@ def test_an_unchanged_fingerprint_is_accepted_after_json(write):
 )
 def test_a_changed_batch_is_refused_by_field(change, message):
     corpus = corpus_of(100)
-    with pytest.raises(InputError, match=f"{message}. Set it back"):
+    with pytest.raises(InputError, match=f"{message}. Restore it"):
         data.refuse_changed(
             batches_of(corpus).fingerprint, batches_of(corpus, **change).fingerprint
         )

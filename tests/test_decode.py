@@ -13,7 +13,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import decode, generate, stops_of
 from jaxgpt.generation.decode import start as read_prompts
-from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
 from jaxgpt.model.cache import _put_by_mask, _put_by_update, empty
 from jaxgpt.model.rotary import RopeScaling
@@ -190,7 +190,7 @@ def test_decoding_is_compiled_once_for_parameters_that_change():
 
     for step in range(3):
         params = jax.tree.map(lambda x, step=step: x + 0.01 * step, random_params(gpt))
-        at = settings([Sampling(seed=3), Sampling(seed=4)], 50, 128)
+        at = sampling_params([Sampling(seed=3), Sampling(seed=4)], 50, 128)
         written = sample(params, np.ones((2, 4), np.int32), np.array([4, 2]), at)
         prompts = [[1] * 4, [1] * 2]
         alone = decode(gpt, params, prompts, 4, sampling=Sampling(seed=3), stops=(7,))[0]
@@ -229,9 +229,9 @@ def test_scanned_layers_are_refused_with_what_to_set():
 )
 def test_impossible_requests_are_refused(change, says):
     gpt = GPT2.build(PLAIN)
-    settings = {"prompts": PROMPTS, "new": 3} | change
+    sampling_params = {"prompts": PROMPTS, "new": 3} | change
     with pytest.raises(InputError, match=says):
-        decode(gpt, None, **settings)
+        decode(gpt, None, **sampling_params)
 
 
 # Every option of the architecture, in prompts around the lengths that they are padded to.
@@ -426,8 +426,13 @@ def log_p(gpt, source, target, prompt=(BOS,)):
 
 
 def search(gpt, sources, new, width, penalty=1.0, eos=EOS):
-    settings = {"width": width, "length_penalty": penalty, "stops": (eos,), "sources": sources}
-    return beam_search(gpt, random_params(gpt), [[BOS]] * len(sources), new, **settings)
+    options = {
+        "width": width,
+        "length_penalty": penalty,
+        "stops": (eos,),
+        "sources": sources,
+    }
+    return beam_search(gpt, random_params(gpt), [[BOS]] * len(sources), new, **options)
 
 
 def best(gpt, new, penalty, source, prompt=(BOS,)):
@@ -515,9 +520,9 @@ def test_a_translation_does_not_depend_on_what_is_translated_with_it():
     ids=str,
 )
 def test_impossible_searches_are_refused(change, says):
-    settings = {"prompts": [[BOS]], "new": 3, "width": 2, "sources": SOURCES[:1]} | change
+    sampling_params = {"prompts": [[BOS]], "new": 3, "width": 2, "sources": SOURCES[:1]} | change
     with pytest.raises(InputError, match=says):
-        beam_search(translator(), None, **settings)
+        beam_search(translator(), None, **sampling_params)
 
 
 def test_an_encoder_decoder_cannot_write_without_a_source():

@@ -224,10 +224,13 @@ def test_a_prompt_may_be_text_or_messages():
         ({"chosen": ""}, "chosen is ''"),
         ({"rejected": " \n"}, "rejected is"),
         ({"chosen": None}, "chosen is None"),
-        ({"prompt": None}, "give it a prompt, or begin chosen and rejected with the same"),
+        ({"prompt": None}, "needs a prompt, or chosen and rejected that start with the same"),
         ({"prompt": 3}, "prompt is 3"),
-        ({"prompt": []}, r"prompt is \[\]; give it a list of messages"),
-        ({"prompt": [{"role": "assistant", "content": "1"}]}, "2 messages without a user's"),
+        ({"prompt": []}, r"prompt is \[\]; use a list of messages"),
+        (
+            {"prompt": [{"role": "assistant", "content": "1"}]},
+            "none of the 2 messages is from the user",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_is_named(values, says):

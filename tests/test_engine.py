@@ -1,4 +1,4 @@
-"""The engine of the server: many texts at once, each as if it were alone."""
+"""The generation engine: continuous batching that does not change any text."""
 
 import queue
 import threading
@@ -45,7 +45,7 @@ def trained():
     config = Config(model=CFG.__class__(**{**vars(CFG), "V": tokenizer.vocab_size}))
     gpt = config.model.build(model.ComputeConfig("float32", attention="plain"))
     params = model.init(gpt, jax.random.key(3))
-    # As `load` puts them: jax compiles anew for arrays whose place was named.
+    # Without explicit shardings, as `load` returns them; jit recompiles for other ones.
     return Trained(config, jax.device_put(params, jax.devices()[0]), tokenizer)
 
 
@@ -53,7 +53,7 @@ def trained():
 def engine(trained):
     made = Engine(trained, slots=3, queue=40, chunk=4)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(engines, "SCORED", 24)  # several blocks, the last of them not whole
+        monkeypatch.setattr(engines, "SCORED", 24)  # several blocks, the last one partial
         made.start()
     yield made
     made.stop()
@@ -64,7 +64,7 @@ def prompt(length):
 
 
 def alone(trained, request):
-    """What `decode` writes for a request, with its log-probabilities."""
+    """The tokens and log-probabilities that `decode` generates for a request."""
     tokens, logprobs, lengths = decode(
         trained.model,
         trained.params,
@@ -77,12 +77,12 @@ def alone(trained, request):
     return tokens[0, : lengths[0]].tolist(), logprobs[0, : lengths[0]]
 
 
-def ids_of(pieces):
-    return [token.id for piece in pieces for token in piece.tokens]
+def ids_of(deltas):
+    return [token.id for delta in deltas for token in delta.tokens]
 
 
 @pytest.mark.slow
-def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, trained):
+def test_every_text_equals_the_one_generated_alone_whatever_else_is_in_the_batch(engine, trained):
     requests = [
         Request(
             prompt(int(RNG.integers(1, 40))),
@@ -94,23 +94,23 @@ def test_every_text_is_what_it_would_be_alone_however_many_come_and_go(engine, t
     ]
     streams = [engine.submit(request) for request in requests]
     for stream, request in zip(streams, requests, strict=True):
-        pieces = list(stream)
+        deltas = list(stream)
         ids, logprobs = alone(trained, request)
         ended = ids[-1] in request.stop_ids
-        assert ids_of(pieces) == (ids[:-1] if ended else ids)
-        assert pieces[-1].finish == ("stop" if ended else "length")
-        assert "".join(piece.text for piece in pieces) == trained.tokenizer.decode(ids_of(pieces))
-        said = [token.logprob for piece in pieces for token in piece.tokens]
+        assert ids_of(deltas) == (ids[:-1] if ended else ids)
+        assert deltas[-1].finish == ("stop" if ended else "length")
+        assert "".join(delta.text for delta in deltas) == trained.tokenizer.decode(ids_of(deltas))
+        said = [token.logprob for delta in deltas for token in delta.tokens]
         np.testing.assert_allclose(said, logprobs[: len(said)], atol=1e-4)
     assert engine.stats["running"] == engine.stats["waiting"] == 0
 
 
-def test_nothing_is_compiled_once_it_has_started(engine, compiled):
+def test_nothing_is_compiled_after_start(engine, compiled):
     choice = constrained.choices(engine.trained.tokenizer, ["yes", "no"])
     requests = [
         Request(prompt(n), t, Sampling(temperature=1, top_p=0.5), top_logprobs=n % 3, guide=g)
         for n, t, g in (
-            (1, 40, None),  # goes on while others end and come
+            (1, 40, None),  # runs while others end and start
             (31, 3, choice),
             (32, 3, None),
             (33, 3, None),
@@ -126,11 +126,11 @@ def test_nothing_is_compiled_once_it_has_started(engine, compiled):
     for stream in [engine.submit(request) for request in requests]:
         assert list(stream)[-1].finish
     assert compiled == []
-    jax.jit(lambda x: x * 3.5)(np.ones(7))  # what would have been noticed
+    jax.jit(lambda x: x * 3.5)(np.ones(7))  # a compilation that the fixture notices
     assert compiled
 
 
-def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
+def test_a_guide_constrains_its_own_text_only(engine, trained):
     options = ["blue", "green", "greenish"]
     held = constrained.choices(trained.tokenizer, options, ends=[trained.tokenizer.eot])
     end = (trained.tokenizer.eot,)
@@ -143,51 +143,51 @@ def test_a_guide_holds_one_text_and_not_the_one_beside_it(engine, trained):
     ]
     beside = engine.submit(free)
     for text in texts:
-        pieces = list(text)
-        assert "".join(piece.text for piece in pieces) in options and pieces[-1].finish == "stop"
+        deltas = list(text)
+        assert "".join(delta.text for delta in deltas) in options and deltas[-1].finish == "stop"
     ids, _ = alone(trained, free)
     assert ids_of(beside) == ids[: len(ids) - (ids[-1] in end)]
 
 
-def test_the_likeliest_are_told_where_they_are_asked_for(engine, trained):
+def test_top_logprobs_are_reported_if_requested(engine, trained):
     asked = Request(prompt(6), 5, Sampling(temperature=0), top_logprobs=4)
     others = [engine.submit(Request(prompt(6), 5)) for _ in range(2)]
-    tokens = [token for piece in engine.submit(asked) for token in piece.tokens]
+    tokens = [token for delta in engine.submit(asked) for token in delta.tokens]
     for token in tokens:
         assert len(token.top) == 4
         assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-5))
         assert sorted(token.top, key=lambda pair: -pair[1]) == list(token.top)
     for other in others:
-        assert all(token.top == () for piece in other for token in piece.tokens)
+        assert all(token.top == () for delta in other for token in delta.tokens)
 
 
 @pytest.mark.parametrize("length", [1, 2, 24, 33, 50, 64])
-def test_a_prompt_is_scored_and_embedded_as_a_forward_pass_has_it(engine, trained, length):
+def test_prompt_logprobs_and_embeddings_equal_those_of_a_forward_pass(engine, trained, length):
     ids = prompt(length)
     request = Request(ids, 0, top_logprobs=2, scores=True, embeds=True)
-    (piece,) = engine.submit(request)
+    (delta,) = engine.submit(request)
     apply = partial(trained.model.apply, {"params": trained.params}, np.asarray([ids]))
     hidden_TD, logits_TV = apply(method="hidden")[0], apply()[0]
     logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
-    scored = piece.prompt.tokens
-    assert (piece.finish, piece.text, piece.tokens) == ("length", "", ())
+    scored = delta.prompt.tokens
+    assert (delta.finish, delta.text, delta.tokens) == ("length", "", ())
     assert [token.id for token in scored] == list(ids[1:])
     expected = logprobs_TV[np.arange(length - 1), ids[1:]]
     np.testing.assert_allclose([token.logprob for token in scored], expected, atol=1e-4)
     for token, row in zip(scored, logprobs_TV, strict=False):
         assert [id for id, _ in token.top] == np.argsort(-row)[:2].tolist()
-    np.testing.assert_allclose(piece.prompt.mean, hidden_TD.mean(0), atol=1e-5)
-    np.testing.assert_allclose(piece.prompt.last, hidden_TD[-1], atol=1e-5)
+    np.testing.assert_allclose(delta.prompt.mean, hidden_TD.mean(0), atol=1e-5)
+    np.testing.assert_allclose(delta.prompt.last, hidden_TD[-1], atol=1e-5)
 
 
-def test_a_text_follows_a_prompt_that_was_scored_as_any_other(engine, trained):
+def test_scoring_the_prompt_does_not_change_the_text(engine, trained):
     plain = Request(prompt(9), 6, Sampling(temperature=0))
-    pieces = list(engine.submit(replace(plain, scores=True)))
-    assert [bool(piece.prompt) for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert ids_of(pieces) == alone(trained, plain)[0]
+    deltas = list(engine.submit(replace(plain, scores=True)))
+    assert [bool(delta.prompt) for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+    assert ids_of(deltas) == alone(trained, plain)[0]
 
 
-def test_the_token_that_ends_a_text_is_told_and_is_no_part_of_it(engine, trained):
+def test_the_end_token_is_reported_and_not_part_of_the_text(engine, trained):
     asked = Request(prompt(6), 9, Sampling(temperature=0))
     ids, logprobs = alone(trained, asked)
     last = list(engine.submit(replace(asked, stop_ids=(ids[0],))))[-1]
@@ -195,16 +195,16 @@ def test_the_token_that_ends_a_text_is_told_and_is_no_part_of_it(engine, trained
     assert last.end.logprob == pytest.approx(logprobs[0], abs=1e-4)
 
 
-def test_a_stop_string_ends_a_text_and_is_not_shown(engine, trained):
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(engine, trained):
     free = Request((97, 98, 99), 30, Sampling(seed=5))
-    whole = "".join(piece.text for piece in engine.submit(free))
+    whole = "".join(delta.text for delta in engine.submit(free))
     stop = whole[7:9]
-    pieces = list(engine.submit(replace(free, stops=(stop,))))
-    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
-    assert pieces[-1].finish == "stop"
+    deltas = list(engine.submit(replace(free, stops=(stop,))))
+    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish == "stop"
 
 
-def test_matrices_and_cache_in_a_byte_write_what_they_write_alone(trained):
+def test_int8_weights_and_cache_give_the_same_text_as_without_a_batch(trained):
     small = trained.held_in("int8")
     made = Engine(small, slots=2, queue=4, chunk=4, cache="int8")
     made.start()
@@ -239,7 +239,7 @@ def test_matrices_and_cache_in_a_byte_write_what_they_write_alone(trained):
         ),
     ],
 )
-def test_smaller_matrices_are_a_part_of_the_memory_and_nearly_the_same(trained, dtype, share):
+def test_small_weights_save_memory_and_give_nearly_the_same_logits(trained, dtype, share):
     small = trained.held_in(dtype)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(t.params)) for t in (trained, small)]
     assert sizes[1] <= share * sizes[0]
@@ -256,7 +256,7 @@ def test_smaller_matrices_are_a_part_of_the_memory_and_nearly_the_same(trained, 
 
 
 def slow(engine, monkeypatch, seconds=0.05):
-    """Makes chunks take so long that one can act between them."""
+    """Slows chunks down, so that a test can act between them."""
     step = engine._step
     monkeypatch.setattr(engine, "_step", lambda top: (time.sleep(seconds), step(top))[1])
 
@@ -286,25 +286,25 @@ def test_a_text_that_is_cancelled_while_it_waits_is_counted(engine, monkeypatch)
     assert engine.stats["cancelled_total"] == before + 4
 
 
-def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
+def test_a_deadline_ends_running_and_waiting_requests(engine, monkeypatch):
     slow(engine, monkeypatch)
     streams = [engine.submit(Request(prompt(2), 60), deadline=0.2) for _ in range(5)]
     assert [list(stream)[-1].finish for stream in streams] == ["deadline"] * 5
 
 
-def test_a_listener_gets_the_pieces_in_order_and_no_more_than_the_queue_wait(trained, monkeypatch):
+def test_a_listener_gets_deltas_in_order_and_the_queue_is_limited(trained, monkeypatch):
     small = Engine(trained, slots=1, queue=2, chunk=4, context=32)
     small.start()
     slow(small, monkeypatch)
     heard = queue.SimpleQueue()
     small.submit(Request(prompt(2), 12), heard.put)
     more = [small.submit(Request(prompt(2), 12)) for _ in range(2)]
-    with pytest.raises(Busy, match="2 wait"):
+    with pytest.raises(Busy, match="2 are waiting"):
         small.submit(Request(prompt(2), 12))
-    pieces = [heard.get(timeout=10)]
-    while not pieces[-1].finish:
-        pieces.append(heard.get(timeout=10))
-    assert len(ids_of(pieces)) == 12
+    deltas = [heard.get(timeout=10)]
+    while not deltas[-1].finish:
+        deltas.append(heard.get(timeout=10))
+    assert len(ids_of(deltas)) == 12
     draining = threading.Thread(target=small.drain, args=(20,))
     draining.start()
     assert [list(stream)[-1].finish for stream in more] == ["length"] * 2
@@ -314,7 +314,7 @@ def test_a_listener_gets_the_pieces_in_order_and_no_more_than_the_queue_wait(tra
         small.submit(Request(prompt(2), 12))
 
 
-def test_what_is_left_when_time_is_up_is_ended(trained, monkeypatch):
+def test_draining_cancels_requests_that_are_left_at_the_time_limit(trained, monkeypatch):
     small = Engine(trained, slots=1, queue=2, chunk=1, context=32)
     small.start()
     slow(small, monkeypatch)
@@ -323,12 +323,12 @@ def test_what_is_left_when_time_is_up_is_ended(trained, monkeypatch):
     assert [list(stream)[-1].finish for stream in streams] == ["cancelled"] * 2
 
 
-def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
+def test_a_failing_engine_ends_all_requests_with_an_error(trained, monkeypatch):
     small = Engine(trained, slots=1, queue=2, chunk=1, context=32)
     small.start()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(small, "_step", partial(int, "no number"))
-    assert [piece.finish for piece in small.submit(Request(prompt(2), 3))] == ["error"]
+    assert [delta.finish for delta in small.submit(Request(prompt(2), 3))] == ["error"]
     small._thread.join(timeout=5)
     assert not small.alive
     with pytest.raises(Stopped):
@@ -340,23 +340,23 @@ def test_an_engine_that_fails_says_so_to_everybody(trained, monkeypatch):
     [
         (Request((), 3), "prompt: it has no tokens"),
         (Request((1, 999), 3), "prompt: it has ids outside"),
-        (Request((1,) * 64, 3), "64 tokens, and the context is 64"),
-        (Request((1,) * 60, 5), "max_tokens=5 .*set max_tokens to 4 at most"),
-        (Request((1,) * 65, 0), "65 tokens, and the context is 64"),
+        (Request((1,) * 64, 3), "64 tokens does not fit in the context of 64"),
+        (Request((1,) * 60, 5), "max_tokens=5 .*use 4 or less"),
+        (Request((1,) * 65, 0), "65 tokens do not fit in the context of 64"),
         (Request((1,), -1), "max_tokens=-1"),
         (Request((1,), 3, top_logprobs=21), "top_logprobs=21"),
-        (Request((1,), 3, stops=("",)), "stop: a string is empty"),
-        (Request((1,), 3, stop_ids=tuple(range(9))), "9 ids"),
+        (Request((1,), 3, stops=("",)), "stop: a stop string is empty"),
+        (Request((1,), 3, stop_ids=tuple(range(9))), "9 stop_ids"),
         (Request((1,), 3, Sampling(temperature=-1)), "temperature=-1"),
     ],
     ids=str,
 )
-def test_impossible_requests_are_refused_before_they_are_queued(engine, request_, says):
+def test_invalid_requests_are_rejected_before_they_are_queued(engine, request_, says):
     with pytest.raises(InputError, match=says):
         engine.submit(request_)
 
 
 @pytest.mark.parametrize("change", [{"slots": 0}, {"queue": -1}, {"chunk": 0}, {"context": 65}])
-def test_impossible_engines_are_refused(trained, change):
+def test_invalid_engine_options_are_rejected(trained, change):
     with pytest.raises(InputError, match=next(iter(change))):
         Engine(trained, **change)

@@ -1,4 +1,4 @@
-"""From records to rows: packing loses nothing, and batch k is the same whoever asks, and when."""
+"""Record data: packing loses nothing, and batch k is a pure function of the seed and k."""
 
 import json
 from collections import Counter
@@ -40,12 +40,12 @@ def with_source(record: Record) -> dict[str, np.ndarray]:
 
 
 def with_label(record: Record) -> dict[str, np.ndarray]:
-    """The same with a number for the whole example."""
+    """The same with a scalar."""
     return {**encode(record), "label": np.asarray(record.values["length"], np.int32)}
 
 
 def cut(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The end of an example, to be told from its beginning."""
+    """Keeps the end of an example, which differs from its beginning."""
     return {name: array[-length:] for name, array in example.items()}
 
 
@@ -71,13 +71,13 @@ def dataset_of(splits, encode=encode, batch=4, context=T, seed=0, packs=False, *
 
 
 def epoch(dataset, rows: int, batch: int = 1) -> dict[str, np.ndarray]:
-    """The first rows of training, over batches."""
+    """Returns the first rows of training."""
     batches = [dataset.batch(step) for step in range(-(-rows // batch))]
     return {name: np.concatenate([b[name] for b in batches])[:rows] for name in batches[0]}
 
 
 def rows_in(dataset) -> int:
-    """The number of rows that the note tells of, or else of examples."""
+    """Returns the number of rows in the note, or of examples without one."""
     text = dataset.note.split("(in ")[-1] if "(in " in dataset.note else dataset.note.split(": ")[1]
     return int(text.split()[0].replace(",", ""))
 
@@ -105,7 +105,7 @@ def test_unpacked_each_example_has_a_row_padded_with_zeros():
     )
 
 
-def test_packed_examples_are_told_apart():
+def test_packed_examples_have_segments_and_positions():
     batch = dataset_of(splits_of([3, 6, 2]), batch=2, shuffle=False, packs=True).batch(0)
     assert batch["tokens"].tolist() == [[1, 2, 3, 10, 11, 0, 0, 0], [4, 5, 6, 7, 8, 9, 0, 0]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
@@ -175,7 +175,7 @@ def test_a_source_has_rows_of_its_own_and_keeps_its_type():
     assert batch["source"].dtype == np.int16
 
 
-def test_a_number_for_an_example_is_a_number_for_a_row():
+def test_a_scalar_of_an_example_is_a_scalar_of_its_row():
     batch = dataset_of(splits_of([2, 5]), with_label, batch=2, shuffle=False).batch(0)
     assert batch["label"].tolist() == [2, 5] and batch["label"].dtype == np.int32
 
@@ -283,18 +283,18 @@ def test_a_limited_evaluation_is_spread_over_all_that_is_held_out(limit):
     assert firsts.tolist() == [n * 10 // wanted for n in range(wanted)]
 
 
-def test_nothing_held_out_is_no_set():
+def test_an_empty_split_is_not_a_held_out_set():
     assert dataset_of(splits_of([1, 2], [], [])).held_out == {}
 
 
-# What is said
+# Messages
 
 
 def test_the_note_counts_examples_and_the_rows_they_share():
     splits = splits_of([2] * 1200, [1] * 3, [1])
     packed = dataset_of(splits, packs=True).note
-    assert packed == "examples: 1,200 to train on (in 300 rows), 3 to validate on, 1 to test on"
-    assert dataset_of({"train": splits["train"]}).note == "examples: 1,200 to train on"
+    assert packed == "examples: 1,200 training (in 300 rows), 3 validation, 1 test"
+    assert dataset_of({"train": splits["train"]}).note == "examples: 1,200 training"
 
 
 def test_records_are_passed_on():
@@ -318,7 +318,7 @@ CHANGES = {
 def test_the_fingerprint_tells_every_change_of_the_batches(change):
     saved = json.loads(json.dumps(dataset_of(splits_of([1, 2], [1])).fingerprint))
     refuse_changed(saved, dataset_of(splits_of([1, 2], [1])).fingerprint)
-    with pytest.raises(InputError, match="the data is not what this run was trained on"):
+    with pytest.raises(InputError, match="the data differs from the data this run was trained on"):
         refuse_changed(saved, CHANGES[change]().fingerprint)
 
 
@@ -331,7 +331,9 @@ def test_the_fingerprint_tells_which_columns_were_read(tmp_path):
         found.append(
             examples(cfg, splits, encode_text, cut, "bytes", context=T, batch=1).fingerprint
         )
-    with pytest.raises(InputError, match="the data is not what this run was trained on: records"):
+    with pytest.raises(
+        InputError, match="the data differs from the data this run was trained on: records"
+    ):
         refuse_changed(*found)
 
 
@@ -346,7 +348,7 @@ def test_the_fingerprint_is_of_content_not_of_places():
 
 
 @pytest.mark.parametrize("packs", [False, True])
-def test_what_is_too_long_is_cut_as_the_objective_says_and_counted(packs, capsys):
+def test_long_examples_are_truncated_by_the_objective_and_counted(packs, capsys):
     splits = splits_of([3, 10, 12], [9])
     dataset = dataset_of(splits, batch=3, shuffle=False, packs=packs, truncate=True)
     assert dataset.batch(0)["tokens"].tolist() == [
@@ -355,8 +357,8 @@ def test_what_is_too_long_is_cut_as_the_objective_says_and_counted(packs, capsys
         list(range(18, 26)),
     ]
     assert capsys.readouterr().err == (
-        "data: 2 of 3 examples of train are cut to 8 tokens\n"
-        "data: 1 of 1 examples of val are cut to 8 tokens\n"
+        "data: truncated 2 of 3 train examples to 8 tokens\n"
+        "data: truncated 1 of 1 val examples to 8 tokens\n"
     )
 
 
@@ -366,7 +368,7 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused():
         arrays["weights"][1:] = 0
         return arrays
 
-    with pytest.raises(InputError, match=r"train.tsv:2 has 9 tokens, and nothing is learned"):
+    with pytest.raises(InputError, match=r"train.tsv:2 has 9 tokens, and .* no token with a loss"):
         dataset_of(splits_of([8, 9]), first, truncate=True)
 
 
@@ -377,15 +379,19 @@ def uneven(record):
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([3, 9], {}, r"train.tsv:2 has 9 tokens, and a row 8; raise train.context .*truncate"),
-        ([3, 0], {}, r"train.tsv:2: tokens is empty; leave the record out"),
-        ([3], {"seed": -1}, "seed=-1; set it to 0 or more"),
-        ([3], {"batch": 3, "process_count": 2}, "batch=3 does not split over 2 processes"),
-        ([3], {"encode": with_label, "packs": True}, "label is one number for an example"),
-        ([3], {"encode": uneven, "packs": True}, "weights has 1 entries, .* beside it 3"),
+        (
+            [3, 9],
+            {},
+            r"train.tsv:2 has 9 tokens, more than a row of 8; increase train.context .*truncate",
+        ),
+        ([3, 0], {}, r"train.tsv:2: tokens is empty; remove the record"),
+        ([3], {"seed": -1}, "seed=-1 is negative; set it to 0 or more"),
+        ([3], {"batch": 3, "process_count": 2}, "batch=3 is not divisible by 2 processes"),
+        ([3], {"encode": with_label, "packs": True}, "label is a scalar, which cannot be packed"),
+        ([3], {"encode": uneven, "packs": True}, "weights has 1 entries, .* has 3"),
     ],
 )
-def test_what_cannot_be_a_row_is_refused(lengths, options, message):
+def test_an_invalid_example_is_refused(lengths, options, message):
     with pytest.raises(InputError, match=message):
         dataset_of(splits_of(lengths), **options)
 
@@ -394,5 +400,5 @@ def test_a_source_longer_than_a_row_is_refused_too():
     def long(record):
         return {**encode(record), "source": np.ones(9, np.int32)}
 
-    with pytest.raises(InputError, match=r"train.tsv:1 has 9 tokens, and a row 8"):
+    with pytest.raises(InputError, match=r"train.tsv:1 has 9 tokens, more than a row of 8"):
         dataset_of(splits_of([3]), long)

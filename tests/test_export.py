@@ -1,4 +1,4 @@
-"""What is exported chats in transformers and PEFT as it does here, and keeps what it came with."""
+"""Exported models and adapters chat in transformers and PEFT as in jaxgpt, and keep settings."""
 
 import functools
 import json
@@ -19,11 +19,10 @@ from jaxgpt.model import ComputeConfig, GPTConfig, init, letters
 from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
-from jaxgpt.pretrained.load import Source, Trained
-from jaxgpt.serve.api import Served
+from jaxgpt.pretrained.load import ModelSource, Trained
+from jaxgpt.serve.api import ServedModel
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import read as read_tokenizer
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import read_tokenizer, write_tokenizer
 from jaxgpt.training.finetune import TuneConfig
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -63,7 +62,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def chat_model():
-    """A model that has learned to say what it is asked to say, and to end its turn."""
+    """A model trained to repeat what it is asked to say, and to end its turn."""
     cfg = replace(LLAMA, V=CHAT.vocab_size)
     gpt, said = cfg.build(PLAIN), [[*asked(w), {"role": "assistant", "content": w}] for w in WORDS]
     rows = [render(ChatML(), CHAT, messages) for messages in said]
@@ -92,12 +91,12 @@ def chat_model():
 
 
 def as_run(cfg, params, tokenizer, monkeypatch, objective, **more):
-    """Lets exports find a run that ended with these parameters."""
+    """Makes `export` find a run with these parameters."""
     config = Config(name="run", model=cfg, objective=objective)
     about = {"metrics": {"step": 9, "val_loss": None}, "data": {}, "versions": {}, "lineage": {}}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     lineage = {"path": "runs/run", "step": 9, "item": "params"}
-    found = Source(config, tokenizer, lambda: params, abstract, lineage, str, metadata=about)
+    found = ModelSource(config, tokenizer, lambda: params, abstract, lineage, str, metadata=about)
     found = replace(found, **more)
     monkeypatch.setattr(export, "source", lambda *_: found)
     return found
@@ -159,7 +158,7 @@ def test_an_exported_chat_template_gives_the_ids_of_training(format, transformer
     assert type(choose(read_tokenizer(tmp_path))) is format
 
 
-# What a published model brings along.
+# Settings of published models
 
 PUBLISHED = {
     "bos_token_id": EOT,
@@ -175,16 +174,16 @@ PUBLISHED = {
 
 @pytest.fixture
 def published(tmp_path):
-    """A folder of Hugging Face's layout with settings of generation."""
+    """A folder in the layout of Hugging Face with generation_config.json."""
     folder = tmp_path / "published"
     folder.mkdir()
-    pretrained.write(folder, LLAMA, random_params(LLAMA))
+    pretrained.write_model(folder, LLAMA, random_params(LLAMA))
     write_tokenizer(PLAIN_TEXT, folder, LLAMA.T)
     (folder / "generation_config.json").write_text(json.dumps(PUBLISHED))
     return folder
 
 
-def test_the_settings_of_a_published_model_are_exported_as_they_were(
+def test_the_settings_of_a_published_model_are_exported_unchanged(
     published, transformers, tmp_path
 ):
     export.to_hf(published, tmp_path / "out")
@@ -197,7 +196,7 @@ def test_the_settings_of_a_published_model_are_exported_as_they_were(
     assert (config["eos_token_id"], config["pad_token_id"]) == ([EOT, 7], 0)
 
 
-def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_its_ends(
+def test_a_run_keeps_the_settings_of_its_published_model_and_adds_end_tokens(
     chat_model, published, tmp_path, monkeypatch
 ):
     settings = load.source(published).generation_config
@@ -208,7 +207,7 @@ def test_a_run_that_started_from_a_published_model_keeps_its_settings_and_adds_i
     assert (after["pad_token_id"], after["top_k"]) == (0, 20)
 
 
-def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(published, monkeypatch):
+def test_the_models_end_tokens_and_sampling_settings_are_the_defaults(published, monkeypatch):
     gpt, asked = jaxgpt.load(published), []
     monkeypatch.setattr(load, "write", lambda *_, **how: asked.append(how) or iter(()))
     gpt("a")
@@ -219,9 +218,9 @@ def test_texts_end_and_are_sampled_as_the_model_says_unless_told_otherwise(publi
     assert (second.temperature, second.top_k, second.repetition_penalty) == (0, 3, 1.1)
 
 
-def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
+def test_the_models_sampling_settings_are_the_servers_defaults(published):
     config = jaxgpt.load(published).generation_config
-    served = Served("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
+    served = ServedModel("m", PLAIN_TEXT, 64, 8, None, 4, 4, True, config)
     body = {"prompt": "a", "temperature": 1}
     for field in ({}, {"top_k": 5}):
         (request,) = served.completion(json.dumps(body | field).encode()).requests
@@ -231,14 +230,14 @@ def test_the_server_samples_as_the_model_says_unless_a_request_does(published):
         assert sampling.top_k == field.get("top_k", 20)
 
 
-def test_the_command_line_says_once_which_settings_are_the_models(published, capsys, monkeypatch):
+def test_the_command_line_prints_the_models_settings_once(published, capsys, monkeypatch):
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
     (published / "generation_config.json").write_text(json.dumps({**PUBLISHED, "typical_p": 0.9}))
     _, how = cli.Options(top_k=0).load(str(published))
     assert "temperature" not in how and how["top_k"] == 0
     said = capsys.readouterr().err
     assert "generation_config.json: temperature=0.6, repetition_penalty=1.1\n" in said
-    assert "not applied, of generation_config.json: typical_p\n" in said
+    assert "not supported, ignored from generation_config.json: typical_p\n" in said
 
 
 @pytest.mark.parametrize(
@@ -249,29 +248,29 @@ def test_the_command_line_says_once_which_settings_are_the_models(published, cap
         ({"top_p": 2.0}, "top_p=2.0; set it above 0"),
     ],
 )
-def test_invalid_settings_are_refused_by_name(published, change, message):
+def test_invalid_settings_are_rejected_by_name(published, change, message):
     (published / "generation_config.json").write_text(json.dumps(PUBLISHED | change))
     with pytest.raises(InputError, match=f"generation_config.json: {message}"):
         jaxgpt.load(published)
 
 
-def test_ids_that_the_model_lacks_end_nothing(published):
+def test_end_tokens_outside_of_the_vocabulary_are_ignored(published):
     (published / "generation_config.json").write_text('{"eos_token_id": [7, 50256]}')
     assert jaxgpt.load(published).generation_config == {"eos_token_id": [7]}
 
 
-# Adapters of runs with new tokens.
+# Adapters of runs with new tokens
 
 
 @pytest.fixture
 def adapted(published, chat_model, monkeypatch, request):
-    """A LoRA run from a published model, with the tokens of ChatML; tied or not."""
+    """A LoRA run from a published model with added ChatML tokens, tied or untied."""
     tied = request.param
     cfg = replace(LLAMA, tied=tied)
-    pretrained.write(published, cfg, random_params(cfg))
+    pretrained.write_model(published, cfg, random_params(cfg))
     grown = replace(cfg, V=CHAT.vocab_size)
     noise = np.random.default_rng(1)
-    leaves = flat(pretrained.read(published).params())
+    leaves = flat(pretrained.read_model(published).params())
     for name in ("wte", "head")[: 2 - tied]:
         leaves[(name,)] = np.array(leaves[(name,)])
         leaves[(name,)][V : V + 2] = noise.normal(size=(2, cfg.D)) * 0.1
@@ -289,7 +288,7 @@ def adapted(published, chat_model, monkeypatch, request):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("adapted", [True, False], indirect=True, ids=["tied", "untied"])
-def test_an_adapter_with_new_tokens_answers_in_peft_as_here(
+def test_an_adapter_with_new_tokens_gives_the_same_answer_in_peft(
     adapted, published, transformers, tmp_path
 ):
     library = pytest.importorskip("peft", reason="compares with PEFT: pip install peft")
@@ -319,7 +318,7 @@ def test_an_adapter_with_new_tokens_answers_in_peft_as_here(
 
 
 @pytest.mark.parametrize("adapted", [False], indirect=True, ids=["untied"])
-def test_an_adapter_with_new_tokens_is_read_back_if_they_have_names(adapted, published, tmp_path):
+def test_an_adapter_with_new_tokens_needs_its_tokenizer(adapted, published, tmp_path):
     export.to_peft("runs/run", tmp_path / "out")
     again = jaxgpt.load(published, tmp_path / "out")
     assert again.tokenizer.specials == CHAT.specials and again.config.model.V == V + 2
@@ -333,7 +332,7 @@ def test_an_adapter_with_new_tokens_is_read_back_if_they_have_names(adapted, pub
 
 
 @pytest.mark.parametrize("adapted", [True], indirect=True)
-def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, tmp_path):
+def test_an_adapter_whose_base_peft_cannot_load_is_rejected(adapted, published, tmp_path):
     began = adapted.metadata["lineage"]
     cases = [
         (
@@ -342,8 +341,8 @@ def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, t
             "is a run, which PEFT cannot load",
         ),
         ({"path": str(published), "adapter": "a"}, "", "with the adapter a merged into it"),
-        (None, "", "started from new weights"),
-        ({"path": str(tmp_path / "gone")}, "", "is not here"),
+        (None, "", "started from random weights"),
+        ({"path": str(tmp_path / "gone")}, "", "does not exist"),
     ]
     for started, base, message in cases:
         began["started_from"] = started
@@ -351,12 +350,12 @@ def test_an_adapter_whose_base_peft_cannot_load_is_refused(adapted, published, t
             export.to_peft("runs/run", tmp_path / "out", base)
     other = tmp_path / "other"
     other.mkdir()
-    pretrained.write(other, LLAMA, random_params(LLAMA, 7))
+    pretrained.write_model(other, LLAMA, random_params(LLAMA, 7))
     write_tokenizer(PLAIN_TEXT, other, LLAMA.T)
     with pytest.raises(InputError, match="is not the model that the run started from"):
         export.to_peft("runs/run", tmp_path / "out", str(other))
     assert export.to_peft("runs/run", tmp_path / "out", str(published))
     values = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert values["base_model_name_or_path"] == str(published.resolve())
-    with pytest.raises(InputError, match="is a LoRA adapter, which belongs to a model"):
+    with pytest.raises(InputError, match="is a LoRA adapter for the model"):
         jaxgpt.load(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A model in another program's format: the error says what it is and how to convert it."""
+"""Errors for models in other programs' formats say how to convert them."""
 
 import json
 import zipfile
@@ -15,7 +15,7 @@ from jaxgpt.training import checkpoint
 
 
 def torch_file(*names):
-    """Writes a file as torch.save does, whose pickle names these."""
+    """Writes a file like torch.save, whose pickle contains these names."""
 
     def write(path):
         with zipfile.ZipFile(path, "w") as archive:
@@ -61,7 +61,7 @@ FOLDERS = {
     ),
     "weights of another name": (
         {"config.json": text("{}"), "llama.safetensors": SAFETENSORS},
-        ["are called llama.safetensors", "mv {}/llama.safetensors {}/model.safetensors"],
+        ["are named llama.safetensors", "mv {}/llama.safetensors {}/model.safetensors"],
     ),
     "parts without an index": (
         {"config.json": text("{}"), "model-00001-of-00002.safetensors": SAFETENSORS},
@@ -78,7 +78,7 @@ def make(folder, files):
 
 
 @pytest.mark.parametrize(("files", "says"), FOLDERS.values(), ids=FOLDERS)
-def test_a_folder_or_a_file_of_another_program_is_said_to_be_one(files, says, tmp_path):
+def test_models_of_other_programs_are_recognized(files, says, tmp_path):
     make(tmp_path / "found", files)
     with pytest.raises(InputError) as caught:
         jaxgpt.load(tmp_path / "found")
@@ -107,11 +107,11 @@ def test_the_command_line_ends_with_status_2(tmp_path, capsys):
     assert "error: " in (said := capsys.readouterr().err) and "nanoGPT" in said
 
 
-# Where models are.
+# Paths of models
 
 
 def make_run(folder, losses):
-    """The checkpoints of a run, with nothing in them but what was measured."""
+    """Makes a run whose checkpoints have only metrics."""
     for step, loss in losses.items():
         path = folder / "checkpoints" / str(step)
         path.mkdir(parents=True)
@@ -122,7 +122,9 @@ def make_run(folder, losses):
 
 def test_a_step_of_a_run_is_found_by_its_number_and_by_its_loss(tmp_path):
     make_run(tmp_path / "run", {100: 3.0, 200: 2.0, 300: 2.5})
-    found = {step: checkpoint.find_step(tmp_path / "run", step).name for step in ("100", "best")}
+    found = {
+        step: checkpoint.find_checkpoint(tmp_path / "run", step).name for step in ("100", "best")
+    }
     assert found == {"100": "100", "best": "200"}
     with pytest.raises(InputError, match="run@150: no such checkpoint; .* steps 100, 200, 300"):
         jaxgpt.load(f"{tmp_path / 'run'}@150")
@@ -135,7 +137,7 @@ def test_a_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
         jaxgpt.load("~/found")
 
 
-def test_names_near_runs_and_models_are_suggested(tmp_path, monkeypatch):
+def test_similar_names_of_runs_and_models_are_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "default", {1: 1.0})
     for path, near in (("runs/defalt", "runs/default"), ("defualt", "runs/default")):
@@ -152,7 +154,7 @@ def test_names_near_runs_and_models_are_suggested(tmp_path, monkeypatch):
         jaxgpt.load("run/default")
 
 
-def test_a_missing_start_is_said_before_other_conflicts(tmp_path, monkeypatch, capsys):
+def test_a_missing_start_is_reported_before_other_errors(tmp_path, monkeypatch, capsys):
     from train import main as train
 
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
-"""A name on the hub becomes a folder, or an error that says what to do.
+"""Models on the hub are downloaded to the cache, or an error says what to do.
 
-The hub is a server of this test that answers as huggingface.co does; nothing leaves the machine.
+The hub is a local server that answers like huggingface.co; no test uses the network.
 """
 
 import errno
@@ -83,7 +83,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if token == "wrong":
             return self.send(401, X_Error_Message="Invalid credentials in Authorization header")
         if name not in self.server.repositories:
-            # As huggingface.co: strangers are not told whether there is a private one.
+            # Like huggingface.co, which answers alike for private and missing repositories.
             if token:
                 return self.send(404, X_Error_Code="RepoNotFound")
             return self.send(401, X_Error_Message="Invalid username or password.")
@@ -131,7 +131,7 @@ def refused(*args):
     return str(caught.value)
 
 
-def test_what_a_model_needs_is_downloaded_and_nothing_else(server, tmp_path):
+def test_only_the_needed_files_are_downloaded(server, tmp_path):
     needed = {**GPT2, "model.safetensors": b"weights", "generation_config.json": b"{}"}
     needed |= {"chat_template.jinja": b"{{ messages }}", "SHA256SUMS": b""}
     needed |= {"chat_template.json": b"{}"}
@@ -153,11 +153,11 @@ def test_a_tokenizer_comes_without_the_weights(server, monkeypatch):
         assert contents(found)["tokenizer.json"] == b"{}"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub.fetch("owner/tokenizer", weights=False) == found
-    with pytest.raises(InputError, match="owner/model at main is not whole in the cache"):
+    with pytest.raises(InputError, match="owner/model at main is not complete in the cache"):
         hub.fetch("owner/model")
 
 
-def test_a_repository_without_a_tokenizer_is_refused(server):
+def test_a_repository_without_a_tokenizer_is_rejected(server):
     server.add("owner/model", {"config.json": b"{}", "model.safetensors": b"", "vocab.json": b"{}"})
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.json with merges"):
         hub.fetch("owner/model", weights=False)
@@ -172,12 +172,12 @@ def test_chat_templates_of_other_names_are_downloaded_too(server):
     assert [path.name for path in beside.iterdir()] == ["a.jinja"]
 
 
-def test_a_repository_of_an_adapter_alone_is_said_to_be_one(server):
+def test_a_repository_of_an_adapter_is_recognized(server):
     server.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
-    assert "is a LoRA adapter, which belongs to a model" in refused("me/lora")
+    assert "is a LoRA adapter, not a model" in refused("me/lora")
 
 
-def test_the_second_time_nothing_is_downloaded(server):
+def test_cached_files_are_not_downloaded_again(server):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
     snapshot = hub.fetch("me/mine")
     server.asked.clear()
@@ -186,7 +186,7 @@ def test_the_second_time_nothing_is_downloaded(server):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_what_is_in_the_cache_works_without_network(server, monkeypatch, capsys, offline):
+def test_the_cache_works_without_network(server, monkeypatch, capsys, offline):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
     snapshot = hub.fetch("me/mine")
     server.stop()
@@ -194,10 +194,10 @@ def test_what_is_in_the_cache_works_without_network(server, monkeypatch, capsys,
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     capsys.readouterr()
     assert hub.fetch("me/mine") == hub.fetch("me/mine", COMMIT) == snapshot
-    assert ("does not answer" in capsys.readouterr().err) == (not offline)
+    assert ("did not answer" in capsys.readouterr().err) == (not offline)
 
 
-def test_what_transformers_has_cached_under_the_short_name_works_without_network(server, tmp_path):
+def test_files_that_transformers_cached_under_the_short_name_work_without_network(server, tmp_path):
     server.stop()
     model = tmp_path / "home/hub/models--gpt2"
     (model / "refs").mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_what_transformers_has_cached_under_the_short_name_works_without_network
     assert hub.fetch("gpt2").folder == folder
 
 
-def test_a_new_commit_of_main_replaces_the_old_one_only_when_it_is_whole(server, monkeypatch):
+def test_a_new_commit_of_main_replaces_the_old_one_only_when_it_is_complete(server, monkeypatch):
     server.add("me/mine", {**GPT2, "model.safetensors": b"old"})
     old = hub.fetch("me/mine")
     server.main = "c" * 40
@@ -234,7 +234,7 @@ def test_a_new_commit_of_main_replaces_the_old_one_only_when_it_is_whole(server,
     assert hub.fetch("me/mine") == new
 
 
-def test_a_pinned_commit_is_what_comes(server):
+def test_a_pinned_commit_is_downloaded(server):
     server.add("me/mine", {**GPT2, "model.safetensors": b"new"})
     server.add("me/mine", {**GPT2, "model.safetensors": b"old"}, OLD)
     snapshot = hub.fetch("me/mine", OLD)
@@ -243,7 +243,7 @@ def test_a_pinned_commit_is_what_comes(server):
     assert contents(hub.fetch("me/mine"))["model.safetensors"] == b"new"
 
 
-def test_the_shards_that_an_index_names_come_with_it(server, monkeypatch):
+def test_the_shards_listed_in_an_index_are_downloaded(server, monkeypatch):
     index = json.dumps({"weight_map": {"wte.weight": SHARDS[0], "wpe.weight": SHARDS[1]}})
     whole = {name: name.encode() for name in SHARDS}
     index = {"model.safetensors.index.json": index.encode()}
@@ -252,26 +252,29 @@ def test_the_shards_that_an_index_names_come_with_it(server, monkeypatch):
     assert contents(snapshot).keys() == GPT2.keys() - {"README.md"} | index.keys() | whole.keys()
     (snapshot.folder / SHARDS[1]).unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "is not whole in the cache" in refused("me/mine")
+    assert "is not complete in the cache" in refused("me/mine")
 
 
 @pytest.mark.parametrize(
     ("shard", "reason"),
     [
-        ("../../config.safetensors", "no weight_map to safetensors files beside it"),
-        ("pytorch_model.bin", "no weight_map to safetensors files beside it"),
-        (7, "no weight_map to safetensors files beside it"),
-        ("model-9.safetensors", "has no model-9.safetensors, which its model.safetensors.index"),
+        ("../../config.safetensors", "no weight_map to safetensors files in the same folder"),
+        ("pytorch_model.bin", "no weight_map to safetensors files in the same folder"),
+        (7, "no weight_map to safetensors files in the same folder"),
+        (
+            "model-9.safetensors",
+            "has no model-9.safetensors, which its model.safetensors.index.json lists",
+        ),
     ],
 )
-def test_an_index_that_names_other_files_is_refused(server, shard, reason):
+def test_an_index_that_lists_invalid_files_is_rejected(server, shard, reason):
     index = json.dumps({"weight_map": {"wte.weight": shard}}).encode()
     server.add("me/mine", {**GPT2, "model.safetensors.index.json": index, "pytorch_model.bin": b""})
     assert reason in refused("me/mine")
     assert "pytorch_model.bin" not in server.asked_for("GET")
 
 
-def test_flax_weights_come_where_there_are_no_safetensors(server):
+def test_flax_weights_are_downloaded_if_there_are_no_safetensors(server):
     server.add("me/mine", {**GPT2, "flax_model.msgpack": b"flax", "pytorch_model.bin": b"!"})
     assert contents(hub.fetch("me/mine"))["flax_model.msgpack"] == b"flax"
     assert "pytorch_model.bin" not in server.asked_for("GET")
@@ -286,22 +289,22 @@ def test_a_pickle_is_never_downloaded(server, file):
 
 def test_a_repository_without_weights_or_config_says_what_is_missing(server):
     server.add("me/adapter", {**GPT2, "adapter_model.safetensors": b"!"})
-    assert "but adapter_model.safetensors for weights" in refused("me/adapter")
+    assert "(its weights: adapter_model.safetensors)" in refused("me/adapter")
     server.add("me/none", GPT2)
-    assert "but none for weights" in refused("me/none")
+    assert "(its weights: none)" in refused("me/none")
     server.add("me/bare", {"model.safetensors": b"!"})
     assert "has no config.json" in refused("me/bare")
 
 
-def test_a_name_that_is_not_there_gets_the_nearest(server, monkeypatch):
+def test_an_unknown_name_gets_a_suggestion(server, monkeypatch):
     assert "did you mean gpt2-medium?" in refused("gpt2-meduim")
     assert "did you mean gpt2?" in refused("openai/GPT2")
-    assert "known ones are gpt2, gpt2-medium" in refused("someone/something")
+    assert "Examples are gpt2, gpt2-medium" in refused("someone/something")
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert "(HTTP 404)" in refused("gpt2-meduim")
 
 
-def test_a_gated_model_says_where_its_licence_is_and_opens_with_a_token(server, monkeypatch):
+def test_a_gated_model_names_its_license_page_and_is_downloaded_with_a_token(server, monkeypatch):
     server.add("meta/llama", {**GPT2, "model.safetensors": b"weights"})
     server.gated.add("meta/llama")
     server.tokens.add("hf_good")
@@ -311,27 +314,27 @@ def test_a_gated_model_says_where_its_licence_is_and_opens_with_a_token(server, 
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert "is gated or private (HTTP 403)" in refused("meta/llama")
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    assert "does not know the token in HF_TOKEN" in refused("meta/llama")
+    assert "rejected the token in HF_TOKEN" in refused("meta/llama")
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert hub.fetch("meta/llama").revision == COMMIT
 
 
-def test_a_revision_that_is_not_there_is_named(server):
+def test_an_unknown_revision_is_named(server):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
-    assert "has no revision 'v2'; set it to a branch" in refused("me/mine", "v2")
+    assert "has no revision 'v2'; use a branch" in refused("me/mine", "v2")
 
 
 @pytest.mark.parametrize(
     "name", ["a/b/c", "..", "../gpt2", "my model", "", "a--b", "/a", "a/", "é"]
 )
-def test_what_cannot_be_a_name_is_never_asked_for(server, name):
-    assert f"{name!r} is neither a folder here nor a name on the hub" in refused(name)
+def test_an_invalid_name_is_never_requested(server, name):
+    assert f"{name!r} is neither a local folder nor a name on the hub" in refused(name)
     assert not server.asked
 
 
 @pytest.mark.parametrize("revision", ["", "../../main", "/etc", "a b", "main\n"])
-def test_what_cannot_be_a_revision_is_never_asked_for(server, revision):
-    assert f"revision={revision!r} cannot be one" in refused("gpt2", revision)
+def test_an_invalid_revision_is_never_requested(server, revision):
+    assert f"revision={revision!r} is invalid" in refused("gpt2", revision)
     assert not server.asked
 
 
@@ -348,18 +351,18 @@ def test_names_are_those_that_huggingface_hub_accepts():
         assert hub.looks_like_name(name) == valid, name
 
 
-def test_a_hub_that_never_answers_ends_in_time(server, monkeypatch):
+def test_a_hub_that_never_answers_is_an_error_in_time(server, monkeypatch):
     server.silent = True
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
     start = time.monotonic()
     message = refused("gpt2", "v1")
     assert time.monotonic() - start < 10
-    assert f"{server.endpoint}/openai-community/gpt2 does not answer" in message
+    assert f"{server.endpoint}/openai-community/gpt2 did not answer" in message
     assert "`hf download openai-community/gpt2 --revision v1 --local-dir gpt2`" in message
     assert 'load("gpt2")' in message
 
 
-def test_a_look_up_of_the_host_that_never_ends_ends_in_time(server, monkeypatch):
+def test_a_dns_look_up_that_never_ends_is_an_error_in_time(server, monkeypatch):
     done = threading.Event()
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
@@ -367,7 +370,7 @@ def test_a_look_up_of_the_host_that_never_ends_ends_in_time(server, monkeypatch)
     message = refused("gpt2")
     assert time.monotonic() - start < 10
     done.set()
-    assert "does not answer (no answer within 0.3 seconds)" in message
+    assert "did not answer (no answer within 0.3 seconds)" in message
 
 
 def test_a_host_that_does_not_exist_is_named(server, monkeypatch):
@@ -377,31 +380,32 @@ def test_a_host_that_does_not_exist_is_named(server, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     message = refused("gpt2")
-    assert "http://hub.invalid/openai-community/gpt2 does not answer" in message
+    assert "http://hub.invalid/openai-community/gpt2 did not answer" in message
     assert "Name or service not known" in message
 
 
-def test_offline_without_the_model_says_so_and_asks_nobody(server, monkeypatch):
+def test_offline_mode_without_the_model_is_an_error_without_network(server, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refused("gpt2")
     assert message.startswith("HF_HUB_OFFLINE is set, and openai-community/gpt2 at main is not")
-    assert "unset it, or where there is network" in message
+    assert "unset it, or on a machine with network" in message
     assert not server.asked
 
 
-def test_a_hub_that_is_down_leaves_the_cache(server, capsys):
+def test_the_cache_is_used_if_the_hub_is_down(server, capsys):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
     snapshot = hub.fetch("me/mine")
     server.status = 503
     assert hub.fetch("me/mine") == snapshot
-    assert "answers HTTP 503" in capsys.readouterr().err
-    assert "answers HTTP 503, and openai-community/gpt2 at main is not whole" in refused("gpt2")
+    assert "answered with HTTP status 503" in capsys.readouterr().err
+    message = refused("gpt2")
+    assert "answered with HTTP status 503, and openai-community/gpt2 at main is not" in message
 
 
-def test_what_is_no_hub_is_refused(server):
+def test_an_endpoint_that_is_not_a_hub_is_rejected(server):
     server.main = "../evil"
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"}, server.main)
-    assert "gives no commit, '../evil'; see HF_ENDPOINT" in refused("me/mine")
+    assert "returned '../evil' instead of a commit; check HF_ENDPOINT" in refused("me/mine")
 
 
 @pytest.mark.filterwarnings("default")
@@ -410,7 +414,7 @@ def test_a_full_disk_is_found_before_the_download(server, monkeypatch, tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     message = refused("me/mine")
-    assert f"the disk of {tmp_path / 'home' / 'hub'} has no room for me/mine" in message
+    assert f"the disk of {tmp_path / 'home' / 'hub'} has too little space for me/mine" in message
     assert "HF_HOME" in message
     assert "model.safetensors" not in server.asked_for("GET")
 
@@ -418,16 +422,19 @@ def test_a_full_disk_is_found_before_the_download(server, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "has no room for me/mine ([Errno 28]"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "has too little space for me/mine ([Errno 28]",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             "cannot write to /x (Permission",
         ),
-        (ConnectionResetError(errno.ECONNRESET, "reset by peer"), "does not answer ([Errno 104]"),
-        (RuntimeError("first\nsecond"), "does not answer (first)"),
+        (ConnectionResetError(errno.ECONNRESET, "reset by peer"), "did not answer ([Errno 104]"),
+        (RuntimeError("first\nsecond"), "did not answer (first)"),
     ],
 )
-def test_a_download_that_breaks_says_why(server, monkeypatch, error, reason):
+def test_a_failed_download_says_why(server, monkeypatch, error, reason):
     server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
 
     def fail(*_, **__):

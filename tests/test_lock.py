@@ -31,11 +31,11 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path, holder):
+def test_a_second_process_is_rejected_with_the_name_of_the_first(tmp_path, holder):
     said = rf"run is being trained by process {holder.pid} on host {socket.gethostname()}; wait"
     with pytest.raises(InputError, match=said), RunLock(tmp_path / "run"):
         pass
-    # A refused start takes nothing away from the one that runs.
+    # The rejected process does not remove the running one's lock.
     with pytest.raises(InputError), RunLock(tmp_path / "run"):
         pass
 
@@ -58,7 +58,7 @@ def test_a_folder_with_nothing_but_the_lock_is_removed_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "runs" / "a")) == ["config.json", "lock"]
 
 
-def test_a_file_system_without_locks_is_said_and_works(tmp_path, capsys, monkeypatch):
+def test_a_file_system_without_locks_is_a_warning(tmp_path, capsys, monkeypatch):
     def flock(fd, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_said_and_works(tmp_path, capsys, monkeyp
     assert "file system without locks" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_written_is_rejected(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(InputError, match="runs/a cannot be written"), RunLock(tmp_path / "runs/a"):
         pass
@@ -80,7 +80,7 @@ def test_a_folder_that_disappears_or_is_replaced_is_noticed(tmp_path, put):
         lock.check()
         (tmp_path / "run").rename(tmp_path / "away")
         put(tmp_path / "run")
-        with pytest.raises(TrainingError, match="has disappeared or is another folder now"):
+        with pytest.raises(TrainingError, match="has disappeared or was replaced"):
             lock.check()
         if (tmp_path / "run").exists():
             (tmp_path / "run").rmdir()

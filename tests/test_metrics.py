@@ -51,7 +51,7 @@ def test_an_incomplete_last_line_is_moved_away(path):
     assert path.with_name("metrics.abandoned.jsonl").read_bytes() == b'{"step": 3, "lo\n'
 
 
-def test_a_line_that_is_no_record_is_skipped_with_a_warning_and_stays(path, caplog):
+def test_a_line_that_is_not_a_record_is_skipped_with_a_warning_and_kept(path, caplog):
     write(path, 1)
     with path.open("ab") as file:
         file.write(b"\xff garbage\n[1]\n" + b'{"step": 2}\n')
@@ -77,7 +77,7 @@ def test_records_wait_while_the_disk_is_full_and_are_written_after(path):
     assert steps_of(path) == [1, 2, 3, 4]
 
 
-def test_half_a_line_is_never_left(path, monkeypatch):
+def test_a_failed_write_leaves_no_partial_line(path, monkeypatch):
     file = MetricsFile(path, 0)
     file.write({"step": 1})
 

@@ -1,4 +1,4 @@
-"""Orphaned Flax files of GPT-2 come in whole, or not at all and with a reason."""
+"""Flax files of GPT-2 are read completely, or rejected with a reason."""
 
 import copy
 import functools
@@ -73,7 +73,7 @@ def packed(shape, dtype, content, code=1):
 
 
 def damaged(value, *path):
-    """The tree in msgpack with `value` in the place of the path; None takes it out."""
+    """The tree in msgpack with `value` at the path; None removes the entry."""
     values = msgpack.unpackb(flax.serialization.msgpack_serialize(tree()))
     node = at(values, *path[:-1])
     if value is None:
@@ -185,43 +185,47 @@ def chunks(shape, *parts, flag=True, **more):
 @pytest.mark.parametrize(
     ("value", "path", "reason"),
     [
-        (None, ("transformer", "ln_f"), "transformer lacks 'ln_f'"),
-        (None, ("transformer", "h", "0"), "transformer/h has '1', .* and lacks '0'"),
-        (None, ("transformer", "h", "1", "mlp", "c_fc", "bias"), "h/1/mlp/c_fc lacks 'bias'"),
-        ({}, ("transformer", "h"), "transformer/h lacks '0'"),
+        (None, ("transformer", "ln_f"), "transformer has no 'ln_f'"),
+        (None, ("transformer", "h", "0"), "transformer/h has '1', .* and has no '0'"),
+        (None, ("transformer", "h", "1", "mlp", "c_fc", "bias"), "h/1/mlp/c_fc has no 'bias'"),
+        ({}, ("transformer", "h"), "transformer/h has no '0'"),
         ({}, ("transformer", "h", "1", "crossattention"), "h/1 has 'crossattention', which"),
         ({}, ("params",), "the tree has 'params'"),
         (1.5, WTE, "wte/embedding is of type float, not an array"),
         (msgpack.ExtType(2, msgpack.packb((1.0, 2.0))), WTE, "is a complex number"),
         (msgpack.ExtType(9, b""), WTE, "unknown code 9"),
         (msgpack.Timestamp(0), WTE, "is of type Timestamp"),
-        (packed([], "float32", bytes(4), 3), WTE, r"wte/embedding is \[\], .* 2 dimensions"),
-        (packed([44], "float32", bytes(176)), WTE, r"is \[44\], and in GPT-2 it has 2 dim"),
-        (packed([8, V, D], "float32", bytes(1408)), WTE, r"is \[8, 11, 4\]"),
+        (packed([], "float32", bytes(4), 3), WTE, r"embedding has shape \[\], .* 2 dimensions"),
+        (packed([44], "float32", bytes(176)), WTE, r"shape \[44\], and in GPT-2 it has 2 dim"),
+        (packed([8, V, D], "float32", bytes(1408)), WTE, r"has shape \[8, 11, 4\]"),
         (packed([V, D], "float32", bytes(175)), WTE, r"float32\[11, 4\] and has 175 bytes"),
         (packed([V, D], "float64", bytes(352)), WTE, "dtype 'float64', not one of float32"),
         (packed([V, D], "O", bytes(352)), WTE, "dtype 'O'"),
         (packed([V, D], ["float32"], bytes(176)), WTE, "dtype "),
-        (packed([V, D], "float32", "x" * 176), WTE, "of type str where its bytes"),
+        (packed([V, D], "float32", "x" * 176), WTE, "of type str instead of its bytes"),
         (packed([-V, -D], "float32", bytes(176)), WTE, r"shape \[-11, -4\]"),
         (packed([V, 0], "float32", b""), WTE, r"shape \[11, 0\]"),
         (packed([True, 4], "float32", bytes(16)), WTE, "shape "),
         (packed([V, 4.0], "float32", bytes(176)), WTE, "shape "),
         (packed(44, "float32", bytes(176)), WTE, "shape 44"),
         (packed([1 << 62] * 9, "float32", bytes(8)), WTE, "and has 8 bytes"),
-        (packed([1] * 99, "float32", bytes(4)), WTE, "is not a whole array: 99 exceeds"),
-        (msgpack.ExtType(1, b"\x93"), WTE, "is not a whole array"),
-        (msgpack.ExtType(1, b"\xc0"), WTE, "is not a shape, a dtype and bytes"),
-        (msgpack.ExtType(1, CHUNK.data + b"\x00"), WTE, "not a whole array: .*extra data"),
-        (chunks({"0": 2, "1": 2}, CHUNK, flag=False), WTE, "is a table of names"),
-        (chunks({"0": 2, "1": 2}, CHUNK, more=1), WTE, "is a table of names"),
-        (chunks({"0": 2, "1": 2}, CHUNK), WTE, r"\[2, 2\] by its shape, and its chunks hold 2"),
+        (packed([1] * 99, "float32", bytes(4)), WTE, "is not a complete array: 99 exceeds"),
+        (msgpack.ExtType(1, b"\x93"), WTE, "is not a complete array"),
+        (msgpack.ExtType(1, b"\xc0"), WTE, "is not a list of shape, dtype and bytes"),
+        (msgpack.ExtType(1, CHUNK.data + b"\x00"), WTE, "not a complete array: .*extra data"),
+        (chunks({"0": 2, "1": 2}, CHUNK, flag=False), WTE, "is a map of names"),
+        (chunks({"0": 2, "1": 2}, CHUNK, more=1), WTE, "is a map of names"),
+        (chunks({"0": 2, "1": 2}, CHUNK), WTE, r"shape \[2, 2\], and its chunks have 2"),
         (chunks({"0": 2, "1": 2}), WTE, "has chunks that are not numbered"),
         (chunks({"0": 2, "2": 2}, CHUNK), WTE, "has shape that are not numbered"),
         (chunks({"0": 2, "1": "2"}, CHUNK), WTE, "has shape "),
         (chunks({str(i): 1 for i in range(99)}, CHUNK), WTE, "has 99 dimensions"),
-        (chunks({"0": 2}, packed([1, 2], "float32", bytes(8))), WTE, "not rows of one dtype"),
-        (chunks({"0": 4}, CHUNK, packed([2], "float16", bytes(4))), WTE, "not rows of one dtype"),
+        (chunks({"0": 2}, packed([1, 2], "float32", bytes(8))), WTE, "not one-dimensional and of"),
+        (
+            chunks({"0": 4}, CHUNK, packed([2], "float16", bytes(4))),
+            WTE,
+            "not one-dimensional and of",
+        ),
         (chunks({"0": 2}, chunks({"0": 2}, CHUNK)), WTE, "of type dict, not an array"),
     ],
 )
@@ -236,14 +240,14 @@ def test_damage_is_named_with_the_tensor(write, value, path, reason):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a whole msgpack file"),
-        (b"\xc1", "not a whole msgpack file: FormatError"),
+        (b"", "not a complete msgpack file"),
+        (b"\xc1", "not a complete msgpack file: FormatError"),
         (b"\x80\x80", "extra data"),
-        (b"\x91" * 5000, "not a whole msgpack file"),
+        (b"\x91" * 5000, "not a complete msgpack file"),
         (b"\xc0", "the tree is of type NoneType"),
         (b"\x07", "the tree is of type int"),
-        (b"\x82\xa1a\xc0\xa1a\xc0", "a name stands in it twice"),
-        (b"\x81\x07\xc0", "not a whole msgpack file"),
+        (b"\x82\xa1a\xc0\xa1a\xc0", "a name appears twice"),
+        (b"\x81\x07\xc0", "not a complete msgpack file"),
         (b"\x81\xc4\x00\xc0", "the tree has b''"),
         (b"\xdd\xff\xff\xff\xff", "exceeds max_array_len"),
         (b"\xc9\xff\xff\xff\xff\x01", "exceeds max_ext_len"),
@@ -257,7 +261,7 @@ def test_a_file_of_something_else_is_refused(write, content, reason):
 def test_a_file_cut_short_is_refused_wherever_it_was_cut(write):
     content = flax.serialization.msgpack_serialize(tree())
     for length in range(0, len(content), 7):
-        with pytest.raises(InputError, match="not a whole msgpack file"):
+        with pytest.raises(InputError, match="not a complete msgpack file"):
             tensors(write(content[:length]))
 
 

@@ -1,4 +1,4 @@
-"""Adapters in and out: those of PEFT give its logits, and it loads those that are written here."""
+"""LoRA adapters of PEFT give PEFT's logits when loaded, and PEFT loads exported ones."""
 
 import copy
 import functools
@@ -53,7 +53,7 @@ def leaves_of(cfg):
 
 
 def adapter(cfg, *matrices, rank=3, alpha=5.0, seed=0):
-    """Random leaves beside the matrices that the patterns match."""
+    """Random LoRA factors for the matrices that the patterns match."""
     tune = TuneConfig(parts="lora", rank=rank, alpha=alpha, matrices=matrices)
     noise = np.random.default_rng(seed)
     return nested(
@@ -69,7 +69,7 @@ def joined(*trees):
 
 
 def deltas(tree):
-    """What an adapter adds to each matrix."""
+    """The matrices that an adapter adds to the weights."""
     leaves = flat(tree)
     return {
         path[:-1]: leaves[*path[:-1], "lora_scale"]
@@ -87,30 +87,30 @@ EVERY = [f"blocks/*/{name}" for name in ("q", "k", "v", "o", "up", "gate", "down
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_what_is_written_reads_back_bit_for_bit(name, tmp_path):
+def test_written_adapters_are_read_back_bit_exactly(name, tmp_path):
     cfg = CONFIGS[name]
     tree = joined(adapter(cfg, *EVERY), adapter(cfg, "blocks/1/[qo]", rank=5, alpha=0.7))
     plain = {"wte": np.zeros(3), "blocks": {"0": {"q": {"w": np.zeros(3)}}}}
-    peft.write(tmp_path / "new", cfg, joined(plain, tree), "base")
-    again = peft.read(tmp_path / "new", cfg)
+    peft.write_adapter(tmp_path / "new", cfg, joined(plain, tree), "base")
+    again = peft.read_adapter(tmp_path / "new", cfg)
     assert_equal(again, tree)
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {np.dtype(np.float32)}
 
 
-def test_gpt2_reads_back_bit_for_bit_but_for_queries_keys_and_values(tmp_path):
+def test_gpt2_adapters_are_read_back_bit_exactly_except_q_k_and_v(tmp_path):
     tree = adapter(GPT2, "blocks/*/o", "blocks/1/up", "blocks/0/down")
-    peft.write(tmp_path, GPT2, tree, "gpt2")
-    assert_equal(peft.read(tmp_path, GPT2), tree)
+    peft.write_adapter(tmp_path, GPT2, tree, "gpt2")
+    assert_equal(peft.read_adapter(tmp_path, GPT2), tree)
 
 
-def test_queries_and_values_become_one_matrix_that_adds_the_same(tmp_path):
+def test_adapters_of_q_and_v_are_combined_without_changing_the_sum(tmp_path):
     tree = joined(
         adapter(GPT2, "blocks/*/q"),
         adapter(GPT2, "blocks/*/v", rank=5, alpha=40.0, seed=1),
         adapter(GPT2, "blocks/1/k", rank=2, alpha=0.1, seed=2),
     )
-    peft.write(tmp_path, GPT2, tree, "gpt2")
-    again = peft.read(tmp_path, GPT2)
+    peft.write_adapter(tmp_path, GPT2, tree, "gpt2")
+    again = peft.read_adapter(tmp_path, GPT2)
     assert again["blocks"]["0"]["q"]["lora_a"].shape == (8, 32)
     assert again["blocks"]["1"]["q"]["lora_a"].shape == (10, 32)
     before, after = deltas(tree), deltas(again)
@@ -119,11 +119,11 @@ def test_queries_and_values_become_one_matrix_that_adds_the_same(tmp_path):
     assert not after["blocks", "0", "k"].any()
 
 
-def test_an_adapter_that_was_read_is_written_as_it_was(tmp_path):
+def test_an_adapter_that_was_read_is_written_unchanged(tmp_path):
     tree = joined(adapter(GPT2, "blocks/*/[qkv]"), adapter(GPT2, "blocks/0/o", rank=7))
     for name in ("a", "b"):
-        peft.write(tmp_path / name, GPT2, tree, "gpt2")
-        tree = peft.read(tmp_path / name, GPT2)
+        peft.write_adapter(tmp_path / name, GPT2, tree, "gpt2")
+        tree = peft.read_adapter(tmp_path / name, GPT2)
     for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -131,7 +131,7 @@ def test_an_adapter_that_was_read_is_written_as_it_was(tmp_path):
 def test_the_config_names_modules_ranks_and_alphas(tmp_path):
     cfg = LLAMA
     tree = adapter(cfg, "blocks/*/[qv]", rank=4, alpha=6.0)
-    paths = peft.write(tmp_path, cfg, tree, "some/model")
+    paths = peft.write_adapter(tmp_path, cfg, tree, "some/model")
     assert paths == [tmp_path / CONFIG, tmp_path / WEIGHTS]
     values = json.loads((tmp_path / CONFIG).read_text())
     assert values["target_modules"] == ["q_proj", "v_proj"]
@@ -140,7 +140,7 @@ def test_the_config_names_modules_ranks_and_alphas(tmp_path):
     assert (values["fan_in_fan_out"], values["base_model_name_or_path"]) == (False, "some/model")
 
     odd = adapter(cfg, "blocks/*/o", "blocks/1/up", rank=2, alpha=0.5)
-    peft.write(tmp_path, cfg, joined(tree, odd), "some/model")
+    peft.write_adapter(tmp_path, cfg, joined(tree, odd), "some/model")
     values = json.loads((tmp_path / CONFIG).read_text())
     up = "model.layers.1.mlp.up_proj"
     assert values["target_modules"] == [up, "o_proj", "q_proj", "v_proj"]
@@ -148,18 +148,18 @@ def test_the_config_names_modules_ranks_and_alphas(tmp_path):
     assert values["alpha_pattern"] == {"o_proj": 0.5, up: 0.5}
 
 
-# What cannot be kept.
+# Unsupported adapters
 
 
 @pytest.fixture
 def folder(tmp_path):
     """An adapter of queries and values of Llama."""
-    peft.write(tmp_path, LLAMA, adapter(LLAMA, "blocks/*/[qv]"), "base")
+    peft.write_adapter(tmp_path, LLAMA, adapter(LLAMA, "blocks/*/[qv]"), "base")
     return tmp_path
 
 
 def read_all(folder, cfg):
-    return peft.read(folder, cfg), peft.read_rows(folder, cfg)
+    return peft.read_adapter(folder, cfg), peft.read_rows(folder, cfg)
 
 
 def change(folder, **fields):
@@ -192,26 +192,26 @@ def change(folder, **fields):
     ],
     ids=str,
 )
-def test_a_field_that_cannot_be_kept_is_named(fields, folder):
+def test_an_unsupported_field_is_named(fields, folder):
     change(folder, **fields)
     (name,) = fields
     with pytest.raises(InputError, match=f"{CONFIG}.*({name}|q_proj|NaN)|{name} of {CONFIG}"):
         read_all(folder, LLAMA)
 
 
-def test_fields_that_change_nothing_are_no_obstacle(folder):
-    before = peft.read(folder, LLAMA)
+def test_harmless_fields_are_accepted(folder):
+    before = peft.read_adapter(folder, LLAMA)
     change(
         folder,
         **{"lora_dropout": 0.1, "layers_to_transform": [0, 1], "task_type": None},
         **{"use_dora": False, "modules_to_save": [], "loftq_config": {}, "eva_config": None},
         **{"init_lora_weights": "gaussian", "qalora_group_size": 16, "peft_version": "0.1"},
     )
-    assert_equal(peft.read(folder, LLAMA), before)
+    assert_equal(peft.read_adapter(folder, LLAMA), before)
 
 
 def rewrite(folder, edit):
-    """Writes the adapter's tensors anew, after `edit` of a dict of them."""
+    """Rewrites the adapter's tensors after `edit(tensors)`."""
     library = pytest.importorskip("safetensors.numpy", reason="pip install safetensors")
     tensors = library.load_file(folder / WEIGHTS)
     edit(tensors)
@@ -221,10 +221,12 @@ def rewrite(folder, edit):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-def test_rows_of_another_model_are_refused(folder):
+def test_rows_of_another_model_are_rejected(folder):
     name = "base_model.model.model.embed_tokens.weight"
     rewrite(folder, lambda tensors: tensors.update({name: tensors[Q]}))
-    with pytest.raises(InputError, match=r"rows of 200 tokens are F32\[3, 32\], .* \[200, 32\]"):
+    with pytest.raises(
+        InputError, match=r"rows of 200 tokens are F32\[3, 32\], .* needs \[200, 32\]"
+    ):
         read_all(folder, LLAMA)
 
 
@@ -239,57 +241,59 @@ def test_rows_of_another_model_are_refused(folder):
         Q.replace("q_proj", "c_attn"),
     ],
 )
-def test_a_tensor_beside_no_matrix_of_the_blocks_is_named(name, folder):
+def test_a_tensor_that_is_not_a_lora_factor_is_named(name, folder):
     rewrite(folder, lambda tensors: tensors.update({name: tensors[Q]}))
-    with pytest.raises(InputError, match=f"{WEIGHTS}: '{name}', F32, is no factor"):
-        peft.read(folder, LLAMA)
+    with pytest.raises(InputError, match=f"{WEIGHTS}: '{name}', F32, is not a LoRA factor"):
+        peft.read_adapter(folder, LLAMA)
 
 
 def test_a_factor_of_another_type_or_shape_or_that_is_missing_is_named(folder):
-    with pytest.raises(InputError, match=r"lora_A of .*q_proj is \[3, 32\], .* it is \[3, 64\]"):
-        peft.read(folder, replace(LLAMA, D=64))
+    with pytest.raises(
+        InputError, match=r"lora_A of .*q_proj has shape \[3, 32\], .* need \[3, 64\]"
+    ):
+        peft.read_adapter(folder, replace(LLAMA, D=64))
     rewrite(folder, lambda tensors: tensors.update({Q: tensors[Q].astype(np.int32)}))
     with pytest.raises(InputError, match=f"'{Q}', I32"):
-        peft.read(folder, LLAMA)
+        peft.read_adapter(folder, LLAMA)
     rewrite(folder, lambda tensors: tensors.pop(Q))
     with pytest.raises(InputError, match="layers.0.self_attn.q_proj has no lora_A"):
-        peft.read(folder, LLAMA)
+        peft.read_adapter(folder, LLAMA)
     rewrite(folder, dict.clear)
-    with pytest.raises(InputError, match="holds no tensor"):
-        peft.read(folder, LLAMA)
+    with pytest.raises(InputError, match="has no tensors"):
+        peft.read_adapter(folder, LLAMA)
 
 
 def test_a_pickle_is_not_read(folder):
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model.bin is a pickle, which is not read"):
-        peft.read(folder, LLAMA)
+    with pytest.raises(InputError, match=r"adapter_model.bin is a pickle, which is not supported"):
+        peft.read_adapter(folder, LLAMA)
     (folder / WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(InputError, match="is a pickle"):
-        peft.read(folder, LLAMA)
+        peft.read_adapter(folder, LLAMA)
 
 
-def test_an_empty_folder_says_what_it_lacks(tmp_path):
+def test_an_empty_folder_names_the_missing_file(tmp_path):
     with pytest.raises(InputError, match=f"{CONFIG} cannot be read"):
-        peft.read(tmp_path, LLAMA)
+        peft.read_adapter(tmp_path, LLAMA)
 
 
-def test_a_tree_without_an_adapter_of_this_model_is_refused(tmp_path):
+def test_a_tree_without_an_adapter_of_this_model_is_rejected(tmp_path):
     good = adapter(LLAMA, "blocks/*/q")
-    with pytest.raises(InputError, match="no lora_a; give those of a run with tune.parts=lora"):
-        peft.write(tmp_path, LLAMA, {"blocks": {"0": {"q": {"w": np.zeros(3)}}}}, "base")
-    with pytest.raises(InputError, match=r"blocks/2/q/lora_a is beside no matrix"):
-        peft.write(tmp_path, LLAMA, adapter(replace(LLAMA, L=3), "blocks/2/q"), "base")
+    with pytest.raises(InputError, match="no lora_a; use those of a run with tune.parts=lora"):
+        peft.write_adapter(tmp_path, LLAMA, {"blocks": {"0": {"q": {"w": np.zeros(3)}}}}, "base")
+    with pytest.raises(InputError, match=r"blocks/2/q/lora_a does not belong to a matrix"):
+        peft.write_adapter(tmp_path, LLAMA, adapter(replace(LLAMA, L=3), "blocks/2/q"), "base")
     with pytest.raises(InputError, match=r"blocks/0/q has .* lora_a \['R', 64\]"):
-        peft.write(tmp_path, replace(LLAMA, D=64), good, "base")
+        peft.write_adapter(tmp_path, replace(LLAMA, D=64), good, "base")
     del good["blocks"]["1"]["q"]["lora_b"]
     with pytest.raises(InputError, match="blocks/1/q has .* lora_b"):
-        peft.write(tmp_path, LLAMA, good, "base")
-    with pytest.raises(InputError, match="no family of Hugging Face's"):
-        peft.write(tmp_path, replace(LLAMA, mlp="relu2"), good, "base")
+        peft.write_adapter(tmp_path, LLAMA, good, "base")
+    with pytest.raises(InputError, match="no model family of Hugging Face"):
+        peft.write_adapter(tmp_path, replace(LLAMA, mlp="relu2"), good, "base")
     assert not any(tmp_path.iterdir())
 
 
-# Against PEFT. It asks transformers for what that has renamed.
+# Comparisons with PEFT, which uses names that transformers has deprecated
 
 against_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -324,7 +328,7 @@ def library():
 
 @pytest.fixture(scope="module", params=SHAPES)
 def imported(request, library, tmp_path_factory):
-    """A random model of transformers with its folder, and ours with its parameters."""
+    """A random model of transformers, its folder, and the same model in jaxgpt."""
     import torch
     import transformers
 
@@ -338,13 +342,13 @@ def imported(request, library, tmp_path_factory):
             leaf.mul_(3)
     base = tmp_path_factory.mktemp("base")
     model.save_pretrained(base)
-    found = pretrained.read(base)
+    found = pretrained.read_model(base)
     return model, base, found.cfg, found.params()
 
 
 @pytest.fixture
 def theirs(imported):
-    """The same, of which PEFT may change the model."""
+    """The fixture's model, copied because PEFT changes it."""
     return copy.deepcopy(imported[0]), *imported[1:]
 
 
@@ -377,7 +381,7 @@ OPTIONS = {
 
 @against_peft
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path):
+def test_logits_with_an_adapter_equal_pefts(theirs, library, options, tmp_path):
     import torch
 
     model, _, cfg, params = theirs
@@ -399,8 +403,8 @@ def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path)
                 leaf.normal_(0, 0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = their_logits(adapted, TOKENS)
-    assert np.abs(expected - plain).max() > 0.1  # else it would be no comparison
-    tree = peft.read(tmp_path / "adapter", cfg)
+    assert np.abs(expected - plain).max() > 0.1  # the adapter has an effect
+    tree = peft.read_adapter(tmp_path / "adapter", cfg)
     assert np.abs(our_logits(cfg, params, tree, TOKENS) - expected).max() < 1e-4
 
 
@@ -408,14 +412,14 @@ def test_an_adapter_of_peft_gives_its_logits(theirs, library, options, tmp_path)
 @pytest.mark.parametrize(
     "parts", [EVERY, ["blocks/*/q", "blocks/*/v"], ["blocks/1/v", "blocks/0/o"]], ids=len
 )
-def test_peft_loads_what_we_write(theirs, library, parts, tmp_path):
+def test_peft_loads_written_adapters(theirs, library, parts, tmp_path):
     model, base, cfg, params = theirs
     there = [part for part in parts if cfg.mlp != "gelu" or "gate" not in part]
     one, *rest = (
         adapter(cfg, part, rank=3 + i, alpha=8.0 - i, seed=i) for i, part in enumerate(there)
     )
     tree = joined(one, *rest)
-    peft.write(tmp_path / "adapter", cfg, tree, str(base))
+    peft.write_adapter(tmp_path / "adapter", cfg, tree, str(base))
     plain = their_logits(model, TOKENS)
     adapted = library.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     written = pretrained.tensors.read_header(tmp_path / "adapter" / WEIGHTS)
@@ -424,5 +428,5 @@ def test_peft_loads_what_we_write(theirs, library, parts, tmp_path):
     assert not result.unexpected_keys
     assert not [name for name in result.missing_keys if "again" in name]
     expected = our_logits(cfg, params, tree, TOKENS)
-    assert np.abs(expected - plain).max() > 0.1  # else it would be no comparison
+    assert np.abs(expected - plain).max() > 0.1  # the adapter has an effect
     assert np.abs(their_logits(adapted, TOKENS) - expected).max() < 1e-4

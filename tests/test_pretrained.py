@@ -1,4 +1,4 @@
-"""Weights in and out: equal to transformers', bit for bit in the files, and nothing believed."""
+"""Models in the layout of Hugging Face equal those of transformers, bit for bit in the files."""
 
 import json
 from dataclasses import replace
@@ -106,7 +106,7 @@ def transformers():
 
 @pytest.fixture(scope="module", params=SHAPES)
 def theirs(request, transformers, tmp_path_factory):
-    """A random model of transformers, and the folder it is saved in."""
+    """A random model of transformers, and the folder in which it is saved."""
     import torch
 
     name, options = SHAPES[request.param]
@@ -141,9 +141,9 @@ def random_tokens(V, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, V, shape)
 
 
-def test_logits_are_those_of_transformers_at_every_length(theirs):
+def test_logits_equal_transformers_at_every_length(theirs):
     model, folder = theirs
-    found = pretrained.read(folder)
+    found = pretrained.read_model(folder)
     params = found.params()
     for length in (1, 7, T):
         tokens = random_tokens(found.cfg.V, 2, length, seed=length)
@@ -163,9 +163,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_scaled_rotary_positions_are_those_of_transformers_in_any_context(
-    scaling, transformers, tmp_path
-):
+def test_rope_scaling_equals_transformers_in_any_context(scaling, transformers, tmp_path):
     import torch
 
     options = {**small, "num_hidden_layers": 1, "max_position_embeddings": 20}
@@ -176,7 +174,7 @@ def test_scaled_rotary_positions_are_those_of_transformers_in_any_context(
         for leaf in model.parameters():
             leaf.mul_(3)
     model.save_pretrained(tmp_path)
-    found = pretrained.read(tmp_path)
+    found = pretrained.read_model(tmp_path)
     assert found.cfg.T == 80
     params, unscaled = found.params(), replace(found, cfg=replace(found.cfg, rope_scaling=NONE))
     for length in (19, 21, 80):
@@ -186,8 +184,8 @@ def test_scaled_rotary_positions_are_those_of_transformers_in_any_context(
         if length > 20 or scaling["rope_type"] == "yarn":
             assert np.abs(our_logits(unscaled, params, tokens) - expected).max() > 1e-2
     (out := tmp_path / "out").mkdir()
-    pretrained.write(out, found.cfg, params)
-    assert pretrained.read(out).cfg == found.cfg
+    pretrained.write_model(out, found.cfg, params)
+    assert pretrained.read_model(out).cfg == found.cfg
     again = type(model).from_pretrained(out).eval()
     assert np.array_equal(their_logits(again, tokens), expected)
 
@@ -196,7 +194,7 @@ def test_padded_batches_agree_with_transformers(theirs):
     import torch
 
     model, folder = theirs
-    found = pretrained.read(folder)
+    found = pretrained.read_model(folder)
     params = found.params()
     tokens = random_tokens(found.cfg.V, 3, 20)
     lengths = np.array([20, 7, 1])
@@ -215,11 +213,11 @@ def test_padded_batches_agree_with_transformers(theirs):
     assert np.abs(ours - expected)[left].max() < 1e-4
 
 
-def test_greedy_tokens_are_those_of_transformers(theirs):
+def test_greedy_decoding_equals_transformers(theirs):
     import torch
 
     model, folder = theirs
-    found = pretrained.read(folder)
+    found = pretrained.read_model(folder)
     prompt = random_tokens(found.cfg.V, 7)
     expected = model.generate(
         torch.tensor(prompt[None]), max_new_tokens=64, do_sample=False, eos_token_id=None
@@ -229,11 +227,11 @@ def test_greedy_tokens_are_those_of_transformers(theirs):
     assert ours[0].tolist() == expected[0, 7:].tolist()
 
 
-def test_beams_are_those_of_transformers(theirs):
+def test_beam_search_equals_transformers(theirs):
     import torch
 
     model, folder = theirs
-    found = pretrained.read(folder)
+    found = pretrained.read_model(folder)
     prompts = [random_tokens(203, n, seed=n).tolist() for n in (1, 7, 40)]
     ends = tuple(range(0, 203, 11))
     ours = beam_search(
@@ -260,10 +258,10 @@ def test_beams_are_those_of_transformers(theirs):
         assert ids == expected[:length]
 
 
-def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):
+def test_transformers_loads_written_models_bit_exactly(theirs, tmp_path):
     model, folder = theirs
-    found = pretrained.read(folder)
-    pretrained.write(tmp_path, found.cfg, found.params(), shard_bytes=40_000)
+    found = pretrained.read_model(folder)
+    pretrained.write_model(tmp_path, found.cfg, found.params(), shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -276,17 +274,17 @@ def test_transformers_loads_what_we_write_bit_for_bit(theirs, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_files_of_half_precision_come_and_go_bit_for_bit(theirs, tmp_path, dtype):
+def test_half_precision_files_round_trip_bit_exactly(theirs, tmp_path, dtype):
     import torch
 
     model, _ = theirs
     half = type(model)(model.config).to(getattr(torch, dtype))
     half.load_state_dict(model.state_dict())
     half.save_pretrained(tmp_path / "in")
-    found = pretrained.read(tmp_path / "in")
+    found = pretrained.read_model(tmp_path / "in")
     assert found.dtype == dtype
     (tmp_path / "out").mkdir()
-    pretrained.write(tmp_path / "out", found.cfg, found.params(), dtype=dtype)
+    pretrained.write_model(tmp_path / "out", found.cfg, found.params(), dtype=dtype)
     files = [tmp_path / where / "model.safetensors" for where in ("in", "out")]
     before, after = (pretrained.tensors.read_header(file) for file in files)
     assert before.keys() == after.keys()
@@ -338,7 +336,7 @@ def random_params(cfg, seed=0):
 
 
 def real_rows(cfg, params):
-    """The same with vocabulary padding set to 0, as it is after a file."""
+    """Parameters with the vocabulary padding set to 0, as after loading from files."""
     mask = (np.arange(cfg.sizes["V"]) < cfg.V)[:, None].astype(np.float32)
     return {name: leaf * mask if name in ("wte", "head") else leaf for name, leaf in params.items()}
 
@@ -347,24 +345,24 @@ def assert_equal(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), one, other)
 
 
-def test_what_is_written_reads_back_equal(cfg, tmp_path):
+def test_written_models_are_read_back_equal(cfg, tmp_path):
     params = random_params(cfg)
-    pretrained.write(tmp_path, cfg, params)
-    found = pretrained.read(tmp_path)
+    pretrained.write_model(tmp_path, cfg, params)
+    found = pretrained.read_model(tmp_path)
     assert pretrained.family_of(found.cfg) is found.family
     assert_equal(found.params(), real_rows(cfg, params))
-    pretrained.write(tmp_path, found.cfg, found.params())
-    assert pretrained.read(tmp_path).cfg == found.cfg
+    pretrained.write_model(tmp_path, found.cfg, found.params())
+    assert pretrained.read_model(tmp_path).cfg == found.cfg
 
 
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}], ids=["data", "fsdp", "both"]
 )
-def test_tensors_go_straight_into_any_sharding(cfg, tmp_path, monkeypatch, sizes):
+def test_parameters_are_loaded_directly_to_any_sharding(cfg, tmp_path, monkeypatch, sizes):
     monkeypatch.setattr(pretrained.weights, "PIECE", 1000)
     params = random_params(cfg)
-    pretrained.write(tmp_path, cfg, params)
-    found = pretrained.read(tmp_path)
+    pretrained.write_model(tmp_path, cfg, params)
+    found = pretrained.read_model(tmp_path)
     gpt = found.cfg.build(PLAIN)
     mesh = make_mesh(ParallelConfig(**sizes))
     layout = Layout("jit", mesh, letters_of(gpt))
@@ -375,10 +373,10 @@ def test_tensors_go_straight_into_any_sharding(cfg, tmp_path, monkeypatch, sizes
     assert_equal(placed, real_rows(cfg, params))
 
 
-def test_safetensors_reads_what_we_write(cfg, tmp_path):
+def test_the_safetensors_library_reads_written_files(cfg, tmp_path):
     library = pytest.importorskip("safetensors", reason="pip install safetensors")
     params = random_params(cfg)
-    pretrained.write(tmp_path, cfg, params, shard_bytes=30_000)
+    pretrained.write_model(tmp_path, cfg, params, shard_bytes=30_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     found = dict(pretrained.tensors.read_folder(tmp_path))
     assert found.keys() == index["weight_map"].keys()
@@ -393,7 +391,7 @@ def test_safetensors_reads_what_we_write(cfg, tmp_path):
 
 
 def sizes(L, D, heads, keys, H, F, T, V, **more):
-    """The fields that all but GPT-2 have."""
+    """The fields of config.json that all families except GPT-2 have."""
     return {
         "num_hidden_layers": L,
         "hidden_size": D,
@@ -450,9 +448,9 @@ def test_published_configs_have_their_published_sizes(name, caplog, tmp_path):
     values, parameters = PUBLISHED[name]
     fields = pretrained.Fields(values, tmp_path)
     family = next(f for f in pretrained.FAMILIES if values["model_type"] in f.MODEL_TYPES)
-    cfg = family.read(fields)
+    cfg = family.read_config(fields)
     fields("model_type", kind=str)
-    fields.rest()
+    fields.warn_unread()
     cfg.check()
     assert not caplog.text
     alike = replace(cfg, window=0, global_every=0, rope_local_theta=0.0)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 GUIDES = re.findall(r": (\S+[.]md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 PAGES = ["README.md", *(f"docs/{page}" for page in GUIDES)]
 OTHERS = ["CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/RESULTS.md"]
-BOUND = server._bound
+BOUND = server._bind
 MAKE_MESH = sharding.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
@@ -89,12 +89,14 @@ def newcomer(copy, monkeypatch):
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")
     for module in (synthetic, sources):
         monkeypatch.setattr(module, "standard_library", lambda: (f"{root}/asyncio", files))
-    few = {name: lambda make=make: islice(make(), 200) for name, make in synthetic.MADE.items()}
-    monkeypatch.setattr(synthetic, "MADE", few)
+    few = {
+        name: lambda make=make: islice(make(), 200) for name, make in synthetic.SYNTHETIC.items()
+    }
+    monkeypatch.setattr(synthetic, "SYNTHETIC", few)
     synthetic._docstrings.cache_clear()
     # Nobody types, and nobody calls the server; it is loaded and started.
     monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
-    monkeypatch.setattr(server, "_bound", lambda host, _: BOUND(host, 0))
+    monkeypatch.setattr(server, "_bind", lambda host, _: BOUND(host, 0))
     monkeypatch.setattr(server.Server, "run", wait_until_ready)
     assert train.main([]) == 0
     yield

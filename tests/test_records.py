@@ -1,4 +1,4 @@
-"""From a path to named fields: every format says the same, and what is held out is decided once."""
+"""Records: all formats give the same records, and the split depends on content alone."""
 
 import ast
 import csv
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import objectives
-from jaxgpt.data import made as made_module
+from jaxgpt.data import synthetic as synthetic_module
 from jaxgpt.data.records import (
     Reader,
     Record,
@@ -25,7 +25,7 @@ from jaxgpt.data.records import (
     read_splits,
     strings,
 )
-from jaxgpt.data.synthetic import MADE, REQUEST
+from jaxgpt.data.synthetic import REQUEST, SYNTHETIC
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
 
@@ -213,28 +213,28 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", b"", "a.tsv holds no records"),
-        ("a.tsv", b"label\ttext\n", "a.tsv holds no records"),
-        ("a.csv", b"", "a.csv holds no records"),
-        ("a.jsonl", b"\n \n", "a.jsonl holds no records"),
-        ("a.json", b"[]", "a.json holds no records"),
-        ("a.tsv", b"a\tb\nx\ty\nz\n", "a.tsv:3 has 1 columns, and there are 2: a, b"),
-        ("a.csv", b"a,b\nx,y\nz\n", "a.csv:3 has 1 columns, and there are 2: a, b"),
+        ("a.tsv", b"", "a.tsv contains no records"),
+        ("a.tsv", b"label\ttext\n", "a.tsv contains no records"),
+        ("a.csv", b"", "a.csv contains no records"),
+        ("a.jsonl", b"\n \n", "a.jsonl contains no records"),
+        ("a.json", b"[]", "a.json contains no records"),
+        ("a.tsv", b"a\tb\nx\ty\nz\n", "a.tsv:3 has 1 columns, not 2 \\(a, b\\)"),
+        ("a.csv", b"a,b\nx,y\nz\n", "a.csv:3 has 1 columns, not 2 \\(a, b\\)"),
         ("a.csv", b'a\n"x', "a.csv:2 is not CSV: unexpected end"),
         ("a.csv", b'a\n"x"y\n', "a.csv:2 is not CSV"),
-        ("a.csv", b"a,a\nx,y\n", "a.csv:1 names two columns 'a'; rename one"),
+        ("a.csv", b"a,a\nx,y\n", "a.csv:1 has two columns named 'a'; rename one"),
         ("a.csv", b",\nx,y\n", "a.csv:1 names no column"),
         ("a.csv", b"a\0,\0b\nx,y\n", "a.csv:1 has a NUL .*set data.encoding=utf-16-le"),
         ("a.tsv", b"a\nx\n\xff\n", "a.tsv:3 is not UTF-8 at byte 4"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2 is list, not named fields"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2 is list, not an object with named fields"),
         ("a.jsonl", b'{"a": {"b": ["\\ud800"]}}\n', "a.jsonl:1 is not text in UTF-8"),
         ("a.json", b'{"a": 1}', "a.json is dict, not a list"),
-        ("a.json", b'[{"a": 1}, "b"]', "a.json:1 is str, not named fields"),
+        ("a.json", b'[{"a": 1}, "b"]', "a.json:1 is str, not an object with named fields"),
         ("a.json", b"[", "a.json is not JSON"),
-        ("a.parquet", b"PAR2", "a.parquet is not parquet"),
-        ("a.txt", b"text", "a.txt is read by the end of its name, .*mv .*a.txt .*a.txt.tsv"),
-        ("nothing", None, "nothing is no file of records .*.tsv.*python:packages"),
+        ("a.parquet", b"PAR2", "a.parquet is not Parquet"),
+        ("a.txt", b"text", "a.txt is unknown, because its suffix .*mv .*a.txt .*a.txt.tsv"),
+        ("nothing", None, "nothing is not a file of records .*.tsv.*python:packages"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
@@ -247,23 +247,25 @@ def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, messag
 def test_parallel_files_that_do_not_pair_up_are_refused(tmp_path):
     (tmp_path / "a.en").write_text("one\ntwo\n")
     with pytest.raises(
-        InputError, match=r"a is no file of records .*nor are there .*a.en and .*a."
+        InputError, match=r"a is not a file of records .*a.en and .*a.de do not exist"
     ):
         open_records(str(tmp_path / "a"), Reader(("en", "de")))
     for text, count in (("eins\n", 1), ("", 0)):
         (tmp_path / "a.de").write_text(text)
-        with pytest.raises(InputError, match=rf"do not pair up: .*a.en has 2, .*a.de has {count}"):
+        with pytest.raises(
+            InputError, match=rf"differ in their number of lines: .*a.en has 2, .*a.de has {count}"
+        ):
             open_records(str(tmp_path / "a"), Reader(("en", "de")))
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 3, ["a"]])
 def test_a_field_without_text_is_refused_by_place(value):
     record = Record("spam.tsv:17", {"text": value, "label": "ham"})
-    with pytest.raises(InputError, match=r"spam.tsv:17: text is .*there are text, label"):
+    with pytest.raises(InputError, match=r"spam.tsv:17: text is .*has the fields text, label"):
         record.text("text")
 
 
-def test_strings_are_all_there_are_however_deep():
+def test_strings_finds_nested_text():
     nested = {"a": "one", "b": [{"c": ("two", 3)}, "three"], "d": None}
     records = [Record("", nested), Record("", {"a": "four"})]
     assert list(strings(records)) == ["one", "two", "three", "four"]
@@ -281,7 +283,7 @@ def test_strings_are_all_there_are_however_deep():
         (3, 0.3, 0.3, (1, 1, 1)),
     ],
 )
-def test_exactly_the_wanted_shares_are_held_out_in_file_order(tmp_path, count, val, test, sizes):
+def test_held_out_fractions_are_exact_and_in_file_order(tmp_path, count, val, test, sizes):
     cfg = RecordsConfig((numbered(tmp_path, count),), val_fraction=val, test_fraction=test)
     splits = read_splits(cfg)
     assert list(splits) == ["train", "val", "test"]
@@ -305,7 +307,7 @@ def kind(objective):
 
 
 @pytest.mark.parametrize("objective", EXAMPLES, ids=kind)
-def test_what_is_held_out_is_the_smallest_hashes_of_what_is_read(tmp_path, objective):
+def test_the_examples_with_the_smallest_hashes_are_held_out(tmp_path, objective):
     table = [EXAMPLES[objective](n) for n in range(20)]
     file = write_jsonl(tmp_path / "a.jsonl", [{**each, "id": n} for n, each in enumerate(table)])
     splits = read_splits(RecordsConfig((str(file),), test_fraction=0.2), objective.reader)
@@ -362,7 +364,7 @@ def test_a_record_in_the_training_set_too_is_found_by_what_is_read(tmp_path, cap
     train, val = ([{"text": "a", "label": n % 2, "id": i} for n in range(4)] for i in range(2))
     paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", t)) for i, t in enumerate((train, val))]
     read_splits(RecordsConfig((paths[0],), val_paths=(paths[1],)), Classify().reader)
-    assert "4 of 4 records of val are in the training set too" in capsys.readouterr().err
+    assert "4 of 4 val records are also in the training set" in capsys.readouterr().err
 
 
 def test_the_order_of_the_files_does_not_matter_to_what_is_held_out(tmp_path):
@@ -383,7 +385,7 @@ def test_equal_records_are_never_on_two_sides(tmp_path, numbers):
     file = write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in numbers])
     try:
         splits = read_splits(RecordsConfig((str(file),), val_fraction=0.3, test_fraction=0.3))
-    except InputError:  # too few are different
+    except InputError:  # there are too few distinct records
         return
     sides = [{record.values["n"] for record in records} for records in splits.values()]
     assert sum(map(len, sides)) == len(set(numbers)) and all(sides)
@@ -395,8 +397,8 @@ def test_paths_of_their_own_are_held_out_whole_and_overlap_is_said(tmp_path, cap
     cfg = RecordsConfig((train,), val_paths=(val,), test_paths=(test,))
     assert [len(records) for records in read_splits(cfg).values()] == [8, 9, 5]
     assert capsys.readouterr().err == (
-        "data: 8 of 9 records of val are in the training set too\n"
-        "data: 5 of 5 records of test are in the training set too\n"
+        "data: 8 of 9 val records are also in the training set\n"
+        "data: 5 of 5 test records are also in the training set\n"
     )
 
 
@@ -407,7 +409,7 @@ def test_balancing_keeps_equally_many_and_says_so(tmp_path, capsys):
     kept = [record.values for records in splits.values() for record in records]
     assert Counter(each["label"] for each in kept) == {"ham": 10, "spam": 10}
     assert [len(records) for records in splits.values()] == [16, 4, 0]
-    assert "label: 10 of each of 2 values are kept, of 10 of spam, 40 of ham" in (
+    assert "label: kept 10 for each of 2 values, out of 10 of spam, 40 of ham" in (
         capsys.readouterr().err
     )
 
@@ -416,53 +418,57 @@ def test_balancing_keeps_equally_many_and_says_so(tmp_path, capsys):
     ("count", "options", "message"),
     [
         (4, {"paths": ()}, "data.paths is empty"),
-        (4, {"val_fraction": 1.0}, "data.val_fraction=1.0; set it from 0 to below 1"),
+        (
+            4,
+            {"val_fraction": 1.0},
+            "data.val_fraction=1.0 is invalid; set it to at least 0 and below",
+        ),
         (4, {"test_fraction": -0.1}, "data.test_fraction=-0.1"),
-        (4, {"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
-        (4, {"columns": ("a", "a")}, "data.columns=.* has a name twice"),
-        (4, {"val_fraction": 0.1}, "data.val_fraction=0.1 holds out nothing of 4 records"),
-        (4, {"test_fraction": 0.1}, "data.test_fraction=0.1 holds out nothing"),
-        (1, {"val_fraction": 0.9}, "nothing is left to train on"),
-        (4, {"balance": "label"}, "4.jsonl:1 has no 'label'; set data.balance to one of n"),
+        (4, {"val_fraction": 0.5, "test_fraction": 0.5}, "leave no training records"),
+        (4, {"columns": ("a", "a")}, "data.columns=.* has a duplicate name"),
+        (4, {"val_fraction": 0.1}, "data.val_fraction=0.1 of 4 records gives an empty val set"),
+        (4, {"test_fraction": 0.1}, "data.test_fraction=0.1 of 4 records gives an empty test set"),
+        (1, {"val_fraction": 0.9}, "no training records are left"),
+        (4, {"balance": "label"}, "4.jsonl:1 has no field 'label'; set data.balance to one of n"),
     ],
 )
-def test_splits_that_cannot_be_are_refused(tmp_path, count, options, message):
+def test_invalid_splits_are_refused(tmp_path, count, options, message):
     cfg = RecordsConfig(**{"paths": (numbered(tmp_path, count),), **options})
     with pytest.raises(InputError, match=message):
         read_splits(cfg)
 
 
-# Made here
+# Synthetic datasets
 
 
 @pytest.fixture(scope="module")
-def made():
-    """All of them, the library cut to some packages for speed."""
-    root, files = made_module.standard_library()
+def synthetic():
+    """The synthetic datasets, made from a few packages of the library for speed."""
+    root, files = synthetic_module.standard_library()
     few = [file for file in files if Path(file).relative_to(root).parts[0] in PACKAGES]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made_module, "standard_library", lambda: (root, few))
-        made_module._docstrings.cache_clear()
-        yield {name: open_records(name) for name in MADE}
-        made_module._docstrings.cache_clear()
+        patch.setattr(synthetic_module, "standard_library", lambda: (root, few))
+        synthetic_module._docstrings.cache_clear()
+        yield {name: open_records(name) for name in SYNTHETIC}
+        synthetic_module._docstrings.cache_clear()
 
 
-def test_what_is_made_here_knows_its_place(made):
-    for name, records in made.items():
+def test_synthetic_records_know_where_they_are_from(synthetic):
+    for name, records in synthetic.items():
         assert [record.where for record in records[:2]] == [f"{name} 0", f"{name} 1"]
 
 
-def test_the_label_of_a_docstring_is_its_package_one_of_the_eight_with_the_most(made):
+def test_the_label_of_a_docstring_is_its_package_one_of_the_eight_with_the_most(synthetic):
     import email.message
 
-    labels = Counter(record.values["label"] for record in made["python:packages"])
+    labels = Counter(record.values["label"] for record in synthetic["python:packages"])
     assert len(labels) == 8 and set(labels) < PACKAGES and min(labels.values()) > 10
     text = email.message.Message.attach.__doc__.split("\n\n")[0]
     wanted = {"text": " ".join(text.split()), "label": "email"}
-    assert wanted in [record.values for record in made["python:packages"]]
+    assert wanted in [record.values for record in synthetic["python:packages"]]
 
 
-def test_instructions_ask_for_the_docstring_of_a_real_function(made):
+def test_instructions_ask_for_the_docstring_of_a_real_function(synthetic):
     import json.decoder
 
     wanted = {
@@ -470,20 +476,20 @@ def test_instructions_ask_for_the_docstring_of_a_real_function(made):
         "input": "def raw_decode(self, s, idx=0):",
         "output": " ".join(json.decoder.JSONDecoder.raw_decode.__doc__.split("\n\n")[0].split()),
     }
-    assert wanted in [record.values for record in made["python:instructions"]]
+    assert wanted in [record.values for record in synthetic["python:instructions"]]
 
 
-def test_preferences_are_between_two_docstrings(made):
-    answers = {each.values["output"] for each in made["python:instructions"]}
-    for record in made["python:preferences"]:
+def test_preferences_are_between_two_docstrings(synthetic):
+    answers = {each.values["output"] for each in synthetic["python:instructions"]}
+    for record in synthetic["python:preferences"]:
         chosen, rejected = record.text("chosen"), record.text("rejected")
         assert chosen != rejected and {chosen, rejected} <= answers
         assert record.text("prompt").startswith(f"{REQUEST}\n\ndef ")
 
 
-def test_prefix_forms_are_of_thousands_of_different_short_expressions(made):
-    pairs = {r.values["python"]: r.values["prefix"] for r in made["python:prefix"]}
-    assert len(pairs) == len(made["python:prefix"]) > 3000
+def test_prefix_forms_are_of_thousands_of_different_short_expressions(synthetic):
+    pairs = {r.values["python"]: r.values["prefix"] for r in synthetic["python:prefix"]}
+    assert len(pairs) == len(synthetic["python:prefix"]) > 3000
     assert max(map(len, pairs)) <= 60 and all(form[0] == "(" for form in pairs.values())
 
 
@@ -498,18 +504,18 @@ def test_prefix_forms_are_of_thousands_of_different_short_expressions(made):
     ],
 )
 def test_a_prefix_form_names_the_operator_first(python, form):
-    assert made_module._prefix(ast.parse(python, mode="eval").body) == form
+    assert synthetic_module._prefix(ast.parse(python, mode="eval").body) == form
 
 
-def test_arithmetic_is_all_of_it_and_right(made):
-    problems = {r.values["instruction"]: r.values["output"] for r in made["arithmetic"]}
+def test_arithmetic_is_complete_and_correct(synthetic):
+    problems = {r.values["instruction"]: r.values["output"] for r in synthetic["arithmetic"]}
     assert len(problems) == 2 * 90 * 90
     assert all(eval(asked.removesuffix("=")) == int(answer) for asked, answer in problems.items())
 
 
-def test_what_is_made_is_the_same_every_time(made):
+def test_synthetic_datasets_are_deterministic(synthetic):
     for name in ("python:preferences", "arithmetic"):
-        assert open_records(name) == made[name]
+        assert open_records(name) == synthetic[name]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="has no file that gives EIO")

@@ -20,7 +20,7 @@ from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
 from jaxgpt.pretrained.load import find_tokenizer
 from jaxgpt.tokenizer import TokenizerConfig
-from jaxgpt.tokenizer.huggingface import write
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 from jaxgpt.training import checkpoint, loop
 from jaxgpt.training.finetune import TuneConfig
 from jaxgpt.training.optim import OptimConfig
@@ -106,7 +106,7 @@ def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
     assert re.search(r"initialized +classifier/w +\[2, 16\]", said)
     assert run(replace(ASKED, name="then", start="runs/first")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"left out +classifier/w +\[2, 16\]", said)
+    assert re.search(r"skipped +classifier/w +\[2, 16\]", said)
     assert "initialized" not in said
 
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_is_taken_from_a_run_without_its_weights(place):
 
 def test_a_folder_with_a_tokenizer_alone_has_a_tokenizer(place):
     base = load("runs/base").tokenizer
-    write(base, Path("only-tokenizer"), 48)
+    write_tokenizer(base, Path("only-tokenizer"), 48)
     found, options = find_tokenizer("only-tokenizer")
     assert [found.encode(word) for word in WORDS] == [base.encode(word) for word in WORDS]
     assert options == TokenizerConfig("huggingface")
@@ -203,7 +203,7 @@ def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
     assert run(replace(BASE, name="teacher", train=replace(BASE.train, steps=2))) == 0
     assert run(replace(cfg, train=replace(cfg.train, steps=2))) == 0
     assert load("runs/student").tokenizer.fingerprint == load("runs/teacher").tokenizer.fingerprint
-    assert "teacher" not in checkpoint.read("runs/student")["leaves"]
+    assert "teacher" not in checkpoint.read_metadata("runs/student")["leaves"]
     assert run(replace(BASE, name="teacher")) == 0  # it learns on
     with pytest.raises(InputError, match="is not the one this run began with"):
         run(cfg)
@@ -233,7 +233,7 @@ def test_the_loss_of_a_mixture_is_weighted_and_decides_which_checkpoint_is_best(
     last = [m for m in metrics("domain") if "val_loss" in m][-1]
     new, old = last["val_loss/new.txt"], last["val_loss/old.txt"]
     assert last["val_loss"] == pytest.approx(0.75 * new + 0.25 * old) and abs(new - old) > 0.1
-    measured = checkpoint.read("runs/domain/checkpoints/4")["metrics"]
+    measured = checkpoint.read_metadata("runs/domain/checkpoints/4")["metrics"]
     assert measured["val_loss"] == last["val_loss"]
     bytes_of = {}  # of a token on average, from the text itself
     tokenizer = load("runs/domain").tokenizer
@@ -266,7 +266,7 @@ def test_a_classifier_is_tested_and_used_from_its_folder(place, capsys):
         (replace(LABELS, objective=NextToken()), "does not read RecordsConfig"),
         (replace(STAGE, objective=Classify()), "does not read DataConfig"),
         (replace(STAGE, tune=TuneConfig(parts="head")), "trains nothing"),
-        (replace(STAGE, tune=TuneConfig(rank=4)), "tune.rank=4 does nothing"),
+        (replace(STAGE, tune=TuneConfig(rank=4)), "tune.rank=4 has no effect"),
         (replace(STAGE, start="", adapter="folder"), "set start"),
         (
             replace(STAGE, tune=TuneConfig(parts="lora", matrices=("blocks/*/x",))),

@@ -23,7 +23,7 @@ def flip(file):
 
 def token_entry():
     cfg = config.read("runs/a/config.json")
-    return data.token_entries(cfg.data, checkpoint.read("runs/a")["data"])[0]
+    return data.token_entries(cfg.data, checkpoint.read_metadata("runs/a")["data"])[0]
 
 
 def test_an_intact_run_is_verified_with_its_checkpoints_tokens_and_metrics(trained, capsys):
@@ -38,7 +38,7 @@ def test_an_intact_run_is_verified_with_its_checkpoints_tokens_and_metrics(train
 
 def test_damage_is_named_and_the_exit_status_is_1(trained, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
-    assert run("--train.steps", "7") == 0  # its tokens are in that cache now
+    assert run("--train.steps", "7") == 0  # adds its tokens to the cache
     metrics = Path("runs/a/metrics.jsonl")
     for file, said in {
         Path("runs/a/checkpoints/3/config.json"): "config.json: changed",
@@ -59,14 +59,14 @@ def test_damage_is_named_and_the_exit_status_is_1(trained, capsys, monkeypatch, 
     assert main(["verify", "runs/a"]) == 0
 
 
-def test_what_is_not_a_run_is_refused(trained, capsys):
+def test_a_folder_that_is_not_a_run_is_rejected(trained, capsys):
     assert main(["verify", "nowhere"]) == 2
     assert "nowhere is not a run's folder" in capsys.readouterr().err
     assert main(["runs", "nowhere"]) == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
 
 
-def test_the_table_of_runs_says_how_far_each_is(trained, capsys):
+def test_the_table_of_runs_shows_progress_and_damage(trained, capsys):
     shutil.copytree("runs/a", "runs/stopped")
     shutil.rmtree("runs/stopped/checkpoints/6")
     shutil.copytree("runs/a", "runs/damaged")
@@ -81,7 +81,7 @@ def test_the_table_of_runs_says_how_far_each_is(trained, capsys):
     assert (stopped.step, stopped.state) == (3, "stopped")
     assert damaged.damaged == ("5.damaged", "6")
     assert states["empty"].state == "empty"
-    metrics = checkpoint.read("runs/a")["metrics"]
+    metrics = checkpoint.read_metadata("runs/a")["metrics"]
     assert done.val_loss == pytest.approx(metrics["val_loss"])
     assert done.best == pytest.approx(min(metrics["val_loss"], done.val_loss))
     assert done.bytes == size_of(Path("runs/a"))

@@ -6,18 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
-from hypothesis import settings as trials
+from hypothesis import sampling_params as trials
 from hypothesis import strategies as st
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
-from jaxgpt.generation.sampling import Memory, Sampling, draw, settings
+from jaxgpt.generation.sampling import Sampling, TokenHistory, sample_tokens, sampling_params
 from jaxgpt.tokenizer import Bytes
 
 V = 8
 RNG = np.random.default_rng(0)
 NOTHING = np.zeros(V, np.int32)
-DRAW = jax.jit(draw)
+DRAW = jax.jit(sample_tokens)
 
 
 def probabilities(logits, sampling, written=NOTHING, given=NOTHING, vocabulary=V):
@@ -55,15 +55,15 @@ def probabilities(logits, sampling, written=NOTHING, given=NOTHING, vocabulary=V
 
 def memory(B, written=NOTHING, given=NOTHING):
     rows = (np.broadcast_to(counts, (B, V)) for counts in (written, given > 0))
-    return Memory(*rows, np.zeros(B, np.int32))
+    return TokenHistory(*rows, np.zeros(B, np.int32))
 
 
 def drawn(logits, samplings, positions, *, past=None, vocabulary=V, draw=DRAW):
     """The token of each row; one row of logits, or one sampling, is for all."""
     B = max(len(samplings), len(positions))
-    at = settings(samplings * (B // len(samplings)), vocabulary, V)
+    at = sampling_params(samplings * (B // len(samplings)), vocabulary, V)
     logits = np.broadcast_to(np.float32(logits), (B, V))
-    tokens, _ = draw(logits, at, past or memory(B), np.int32(positions))
+    tokens, _ = sample_tokens(logits, at, past or memory(B), np.int32(positions))
     return np.asarray(tokens)
 
 
@@ -75,9 +75,9 @@ def possible():
         patch.setattr(
             jax.random, "gumbel", lambda i, shape: jnp.where(jnp.arange(*shape) == i, 1e4, 0)
         )
-        at = settings([Sampling()] * V, V, V)
+        at = sampling_params([Sampling()] * V, V, V)
         arguments = np.zeros((V, V), np.float32), at, memory(V), np.arange(V)
-        favoured = jax.jit(lambda *arguments: draw(*arguments)).lower(*arguments).compile()
+        favoured = jax.jit(lambda *arguments: sample_tokens(*arguments)).lower(*arguments).compile()
 
     def possible(logits, sampling, written=NOTHING, given=NOTHING, vocabulary=V):
         rows = sampling if isinstance(sampling, list) else [sampling]
@@ -248,8 +248,10 @@ def test_at_any_temperature_what_is_banned_is_never_drawn():
 def test_what_is_drawn_is_remembered():
     B = 3
     before = memory(B, np.full(V, 2), np.int32([1, 0, 0, 0, 0, 0, 0, 1]))
-    at = settings([Sampling(seed=seed) for seed in range(B)], V, V)
-    tokens, after = draw(jnp.zeros((B, V)), at, jax.tree.map(jnp.asarray, before), jnp.arange(B))
+    at = sampling_params([Sampling(seed=seed) for seed in range(B)], V, V)
+    tokens, after = sample_tokens(
+        jnp.zeros((B, V)), at, jax.tree.map(jnp.asarray, before), jnp.arange(B)
+    )
     np.testing.assert_array_equal(after.written_BV - before.written_BV, np.eye(V)[tokens])
     np.testing.assert_array_equal(after.given_BV, before.given_BV)
 
@@ -257,11 +259,11 @@ def test_what_is_drawn_is_remembered():
 def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
     tokenizer, size = Bytes(), 384
     held = constrained.choices(tokenizer, ["ab", "ac", "b"])
-    at = settings([Sampling(seed=5)] * 2, 257, size, constrained.stacked([held, None], size))
+    at = sampling_params([Sampling(seed=5)] * 2, 257, size, constrained.stacked([held, None], size))
     zeros = jnp.zeros((2, size))
-    one_draw, free, texts = jax.jit(draw), set(), set()
+    one_draw, free, texts = jax.jit(sample_tokens), set(), set()
     for start in range(0, 60, 3):
-        state, ids = Memory(zeros.astype(int), zeros > 0, jnp.zeros(2, int)), []
+        state, ids = TokenHistory(zeros.astype(int), zeros > 0, jnp.zeros(2, int)), []
         for position in range(start, start + 3):
             tokens, state = one_draw(zeros, at, state, jnp.full(2, position))
             ids.append(int(tokens[0]))
@@ -274,10 +276,10 @@ def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
 def test_what_a_guide_asks_for_is_drawn_even_if_it_is_banned():
     tokenizer, size = Bytes(), 384
     tables = constrained.stacked([constrained.choices(tokenizer, ["a"])], size)
-    at = settings([Sampling(logit_bias={97: -100.0})], 257, size, tables)
+    at = sampling_params([Sampling(logit_bias={97: -100.0})], 257, size, tables)
     zeros = jnp.zeros((1, size))
-    past = Memory(zeros.astype(int), zeros > 0, jnp.zeros(1, int))
-    assert draw(zeros, at, past, jnp.zeros(1, int))[0].tolist() == [97]
+    past = TokenHistory(zeros.astype(int), zeros > 0, jnp.zeros(1, int))
+    assert sample_tokens(zeros, at, past, jnp.zeros(1, int))[0].tolist() == [97]
 
 
 def test_a_ban_holds_against_the_strongest_penalties():
@@ -361,7 +363,7 @@ def test_transformers_leaves_the_same(possible):
 )
 def test_settings_that_cannot_be_are_refused(change, says):
     with pytest.raises(InputError, match=says):
-        settings([Sampling(), Sampling(**change)], V, V)
+        sampling_params([Sampling(), Sampling(**change)], V, V)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_settings_that_cannot_be_are_refused(change, says):
     ids=str,
 )
 def test_settings_at_their_bounds_are_taken(change):
-    settings([Sampling(**change)], V, V)
+    sampling_params([Sampling(**change)], V, V)
 
 
 @pytest.mark.parametrize("V", [128, 384, 1000])
@@ -389,6 +391,6 @@ def test_the_likeliest_is_the_first_of_equals_in_any_vocabulary(V):
     logits[:32] *= np.random.default_rng(1).random((32, V)) < 0.01  # few are not equal
     logits[0], logits[1, : V // 2] = -np.inf, -np.inf
     rest = np.zeros((64, V), np.int32), np.zeros((64, V), bool), np.zeros(64, np.int32)
-    at = settings([Sampling(temperature=0)] * 64, V, V)
-    tokens, _ = DRAW(logits, at, Memory(*rest), np.arange(64, dtype=np.int32))
+    at = sampling_params([Sampling(temperature=0)] * 64, V, V)
+    tokens, _ = DRAW(logits, at, TokenHistory(*rest), np.arange(64, dtype=np.int32))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))

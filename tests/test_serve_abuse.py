@@ -1,4 +1,4 @@
-"""Clients that abuse the server do not keep it from answering the others.
+"""Abusive clients do not keep the server from answering others.
 
 The server is a real one, on this machine; the engine is the fake one of test_serve.py.
 """
@@ -35,21 +35,21 @@ def expensive(number):
 
 
 def seconds(port, path, body=None):
-    """How long a call takes that is answered as it should be."""
+    """The seconds that a successful call takes."""
     start = time.monotonic()
     assert call(port, path, body)[0] == 200
     return time.monotonic() - start
 
 
 def check_answers(port, limit=1.0):
-    """A plain request and /health are answered in time; the best of three, for a busy machine."""
+    """Checks that a request and /health are answered in time; best of three, for slow machines."""
     for path, body in (("/v1/completions", PLAIN), ("/health", None)):
         assert min(seconds(port, path, body) for _ in range(3)) < limit
 
 
 @contextlib.contextmanager
 def clients(port, number, content=b""):
-    """Connections that have sent the same, or each its own."""
+    """Opens connections that each send `content`, or `content(i)` if it is a function."""
     with contextlib.ExitStack() as stack:
         opened = []
         for i in range(number):
@@ -60,7 +60,7 @@ def clients(port, number, content=b""):
 
 
 def is_closed(client, wait=0.0):
-    """Whether the server has closed a connection, now or after so many seconds."""
+    """Whether the server closes a connection within `wait` seconds."""
     client.settimeout(wait or 1e-6)
     try:
         while client.recv(1 << 16):
@@ -73,7 +73,7 @@ def is_closed(client, wait=0.0):
 
 
 def status_of(client):
-    """The status of the answer that comes on a connection; 0 if it is closed without one."""
+    """The HTTP status received on a connection; 0 if it is closed without one."""
     client.settimeout(20)
     try:
         return int(client.recv(1 << 16).split()[1])
@@ -82,7 +82,7 @@ def status_of(client):
 
 
 class Slow:
-    """A stand-in for `constrained.regex` that compiles until it is released."""
+    """A replacement for `constrained.regex` that compiles until `go` is set."""
 
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
@@ -115,7 +115,7 @@ def guided(pattern):
 # Constraints
 
 
-def test_a_storm_of_expensive_constraints_does_not_hold_up_others():
+def test_many_expensive_constraints_do_not_delay_other_requests():
     with (
         serving(FakeEngine()) as port,
         clients(port, 48, lambda i: post("/v1/completions", expensive(i))),
@@ -123,7 +123,7 @@ def test_a_storm_of_expensive_constraints_does_not_hold_up_others():
         check_answers(port)
 
 
-def test_more_constraints_than_may_wait_are_told_when_to_come_again(slow, monkeypatch):
+def test_too_many_waiting_constraints_get_429_with_retry_after(slow, monkeypatch):
     monkeypatch.setattr(constraints, "WAITING", 2)
 
     def different(number):
@@ -145,7 +145,7 @@ def test_a_constraint_that_is_not_compiled_at_the_deadline_is_interrupted(slow):
         until(lambda: slow.ended == 1)
 
 
-def test_a_constraint_of_a_client_that_leaves_is_interrupted_or_not_begun(slow):
+def test_a_disconnect_interrupts_or_removes_its_constraint(slow):
     with serving(FakeEngine()) as port:
         with clients(
             port, 3, lambda i: post("/v1/completions", json.dumps(guided(f"a{i}")).encode())
@@ -158,7 +158,7 @@ def test_a_constraint_of_a_client_that_leaves_is_interrupted_or_not_begun(slow):
     assert len(slow.patterns) == 2 and slow.patterns[1] == "b"
 
 
-def test_real_compiling_is_interruptible():
+def test_compilation_is_interruptible():
     asked = 0
 
     def check():
@@ -175,7 +175,7 @@ def test_real_compiling_is_interruptible():
     assert constrained.regex(BASE, "a").allowed(0).sum() == 1
 
 
-def test_the_same_constraint_is_compiled_once_for_all_who_wait_and_for_who_comes_later(slow):
+def test_identical_constraints_are_compiled_once(slow):
     engine = FakeEngine()
     with serving(engine) as port, ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(call, port, "/v1/completions", guided("ab")) for _ in range(4)]
@@ -188,7 +188,7 @@ def test_the_same_constraint_is_compiled_once_for_all_who_wait_and_for_who_comes
     assert len({id(request.guide) for request in engine.requests}) == 1
 
 
-def test_who_waits_for_the_same_constraint_gets_it_though_another_leaves(slow):
+def test_a_disconnect_does_not_interrupt_a_constraint_that_others_wait_for(slow):
     content = post("/v1/completions", json.dumps(guided("ab")).encode())
     with serving(FakeEngine()) as port, clients(port, 1, content) as stays:
         until(lambda: slow.patterns)
@@ -200,7 +200,7 @@ def test_who_waits_for_the_same_constraint_gets_it_though_another_leaves(slow):
     assert slow.patterns == ["ab"]
 
 
-def test_a_constraint_that_was_refused_is_refused_again_without_compiling(slow):
+def test_an_invalid_constraint_is_rejected_again_without_compiling(slow):
     slow.go.set()
     with serving(FakeEngine()) as port:
         answers = [call(port, "/v1/completions", guided("bad")) for _ in range(3)]
@@ -220,12 +220,12 @@ def test_a_constraint_that_was_refused_is_refused_again_without_compiling(slow):
     [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: ", CHUNKED + b"1\r\n{\r\n"],
     ids=["silent", "half a head", "half a body"],
 )
-def test_hundreds_of_connections_that_wait_do_not_keep_others_out(content):
+def test_hundreds_of_idle_connections_do_not_block_others(content):
     with serving(FakeEngine(BASE, "x")) as port, clients(port, 300, content):
         check_answers(port)
 
 
-def test_connections_are_limited_for_each_address_and_in_all(monkeypatch):
+def test_connections_are_limited_per_address_and_in_total(monkeypatch):
     monkeypatch.setattr(connections, "PER_ADDRESS", 5)
     monkeypatch.setattr(connections, "CONNECTIONS", 8)
     with serving(FakeEngine()) as port, contextlib.ExitStack() as stack:
@@ -236,12 +236,12 @@ def test_connections_are_limited_for_each_address_and_in_all(monkeypatch):
                 client = socket.create_connection(address, 20, source_address=(host, 0))
                 opened.append(stack.enter_context(client))
         until(lambda: sum(map(is_closed, opened)) == 10)
-        # Those that have waited longest have made room: of the address if it has too many.
+        # The connections that have waited longest were replaced, first those of the same address.
         still_open = [i for i, client in enumerate(opened) if not is_closed(client)]
         assert still_open == [9, 10, 11, *range(13, 18)]
 
 
-def test_over_the_limit_only_the_health_is_told(monkeypatch):
+def test_connections_over_the_limit_get_health_only(monkeypatch):
     monkeypatch.setattr(connections, "PER_ADDRESS", 3)
     engine = FakeEngine(pause=0.2)
     content = post("/v1/completions", json.dumps({**PLAIN, "max_tokens": 99}).encode())
@@ -259,26 +259,26 @@ def test_over_the_limit_only_the_health_is_told(monkeypatch):
 @pytest.mark.parametrize(
     "before", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"], ids=["new", "kept alive"]
 )
-def test_a_head_that_does_not_arrive_in_time_closes_the_connection(monkeypatch, before):
+def test_headers_that_do_not_arrive_in_time_close_the_connection(monkeypatch, before):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     with serving(FakeEngine()) as port, clients(port, 2, before) as (silent, slow):
         start = time.monotonic()
         closed = False
         with contextlib.suppress(ConnectionError):
             while not closed and time.monotonic() < start + 10:
-                slow.sendall(b"G")  # a byte at a time, which is no reason to wait longer
+                slow.sendall(b"G")  # a byte at a time does not extend the limit
                 closed = is_closed(slow, 0.05)
         assert is_closed(silent, 1) and 0.3 < time.monotonic() - start < 5
 
 
-def test_a_request_that_is_being_answered_is_not_closed_for_being_silent(monkeypatch):
+def test_a_connection_is_not_closed_while_its_request_is_answered(monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
     with serving(FakeEngine(BASE, "abc", pause=0.2)) as port:
         assert call(port, "/v1/completions", {**PLAIN, "max_tokens": 3})[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_who_never_reads_is_let_go(monkeypatch, path):
+def test_a_client_that_never_reads_is_disconnected(monkeypatch, path):
     monkeypatch.setattr(connections, "SECONDS", 0.3)
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     with serving(FakeEngine()) as port, socket.socket() as client:
@@ -300,7 +300,7 @@ def test_who_never_reads_is_let_go(monkeypatch, path):
         check_answers(port)
 
 
-def test_a_body_that_never_ends_is_let_go_also_where_none_is_read(monkeypatch):
+def test_an_endless_body_is_disconnected_on_every_path(monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(guard, "SECONDS", 0.3)
     head = b"GET /health HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -315,7 +315,7 @@ def test_a_body_that_never_ends_is_let_go_also_where_none_is_read(monkeypatch):
                         client.sendall(b"1\r\n \r\n")
 
 
-def test_a_body_in_many_tiny_chunks_is_refused_early():
+def test_a_body_in_many_tiny_chunks_is_rejected_early():
     whole = json.dumps({**PLAIN, "user": "x" * 300_000}).encode()
     with serving(FakeEngine()) as port:
         for size, status in ((1, 400), (64, 400), (1024, 200)):
@@ -340,7 +340,7 @@ def test_a_body_in_many_tiny_chunks_is_refused_early():
         (CHUNKED + b"fffffffffffffffffffff\r\n", 400),
     ],
 )
-def test_what_is_not_http_is_refused_at_once(shared, content, status):
+def test_invalid_http_is_rejected_at_once(shared, content, status):
     with clients(shared, 1) as (client,):
         with contextlib.suppress(ConnectionError):
             client.sendall(content)
@@ -349,7 +349,7 @@ def test_what_is_not_http_is_refused_at_once(shared, content, status):
     check_answers(shared)
 
 
-def test_garbage_after_a_request_leaves_no_exception(shared, caplog):
+def test_invalid_bytes_after_a_request_cause_no_exception(shared, caplog):
     content = post("/v1/completions", json.dumps(PLAIN).encode())
     for garbage in (content + b"\0\0\r\n\r\n", CHUNKED + b"1\r\n{\r\nzz\r\n"):
         with clients(shared, 1, garbage) as (client,):
@@ -358,7 +358,7 @@ def test_garbage_after_a_request_leaves_no_exception(shared, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_expect_100_continue_is_told_to_go_on(shared):
+def test_expect_100_continue_is_answered(shared):
     content = json.dumps(PLAIN).encode()
     head = HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(content)
     with clients(shared, 1, head) as (client,):
@@ -373,7 +373,7 @@ def shared():
         yield port
 
 
-def test_large_bodies_wait_for_each_other_and_not_for_them_the_small_ones(monkeypatch):
+def test_large_bodies_are_parsed_one_at_a_time_and_do_not_delay_small_ones(monkeypatch):
     engine = FakeEngine(text="x")
     parsing, go = threading.Event(), threading.Event()
     encode = CHAT.encode
@@ -426,14 +426,14 @@ def test_open_files_are_enough_for_all_connections(monkeypatch):
         ),
     ],
 )
-def test_a_key_given_twice_is_refused_by_its_name(shared, content, param):
+def test_a_duplicate_key_is_rejected_by_name(shared, content, param):
     status, _, answer = call(shared, "/v1/completions", content)
     assert (status, answer["error"]["param"]) == (400, param)
     assert repr(param) in answer["error"]["message"] and "twice" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("key", [" 1", "1 ", "+1", "-0", "01", "1_0", "1.0", "1e1", "", "\u0661"])
-def test_a_bias_is_for_an_id_in_plain_digits(shared, key):
+def test_keys_of_logit_bias_are_decimal_digits(shared, key):
     status, _, answer = call(shared, "/v1/completions", {**PLAIN, "logit_bias": {key: 1}})
     assert status == 400 and answer["error"]["param"].startswith("logit_bias")
 
@@ -463,7 +463,7 @@ SCHEMA = b'"response_format": {"type": "json_schema", "json_schema": {"schema": 
     ],
     ids=lambda field: repr(field[:70])[2:-1],
 )
-def test_numbers_and_nesting_beyond_all_bounds_are_a_bad_request(shared, field):
+def test_huge_numbers_and_deep_nesting_are_a_bad_request(shared, field):
     content = b'{"prompt": "a", "max_tokens": 2, ' + field + b"}"
     if field.startswith(b'"max_tokens"'):
         content = b'{"prompt": "a", ' + field + b"}"
@@ -473,7 +473,7 @@ def test_numbers_and_nesting_beyond_all_bounds_are_a_bad_request(shared, field):
     assert time.monotonic() - start < 5
 
 
-def test_lists_to_embed_leave_places_in_the_queue_to_others():
+def test_long_embedding_lists_do_not_fill_the_queue():
     engine = FakeEngine(text="x", pause=0.02, places=app.EMBEDDING + 1)
     content = post("/v1/embeddings", json.dumps({"input": [[1], [2]] * 500}).encode())
     with serving(engine) as port, clients(port, 3 * app.EMBEDDING, content):

@@ -1,4 +1,4 @@
-"""What is served fits the memory of the device, as computed before anything is allocated."""
+"""The server's memory plan fits in the device's memory and is computed before any allocation."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ TOKENIZER = build(TokenizerConfig("bytes"), ())
 SMALL = GPTConfig(
     L=2, D=32, N=4, K=2, T=64, V=257, position="rotary", window=16, global_every=2, bias=False
 )
-# The shape of Qwen3-0.6B, which a server once gave 8 slots of 40,960 tokens in 22 GB.
+# The architecture of Qwen3-0.6B, of which 8 slots of 40,960 tokens do not fit in 22 GB.
 LONG = GPTConfig(
     L=28,
     D=1024,
@@ -38,7 +38,7 @@ FREE = 22 * 10**9
 
 
 def found(cfg):
-    """A model's source, as far as it is read before its parameters."""
+    """The parts of a `ModelSource` that are known before the parameters are loaded."""
     shapes = {
         path: jax.ShapeDtypeStruct(shape, np.float32)
         for path, (_, shape) in letters(cfg.build(PLAIN)).items()
@@ -52,45 +52,45 @@ def long():
 
 
 @pytest.mark.parametrize("cache", ["same", "int8"])
-def test_a_slot_is_counted_to_the_byte(cache):
+def test_the_memory_of_a_slot_is_exact(cache):
     params = jax.jit(init, static_argnums=0)(SMALL.build(PLAIN), jax.random.key(0))
     engine = Engine(Trained(Config(model=SMALL), params, TOKENIZER), slots=3, cache=cache)
-    arrays = jax.tree.leaves(engine._empty(3))
-    plan = memory.choose(found(SMALL), "float32", cache, 3, 64, None)
+    arrays = jax.tree.leaves(engine._empty_state(3))
+    plan = memory.choose_plan(found(SMALL), "float32", cache, 3, 64, None)
     assert 3 * plan.slot == sum(array.nbytes for array in arrays)
     assert plan.parameters == sum(array.nbytes for array in jax.tree.leaves(params))
 
 
 def test_by_default_a_long_context_is_shortened_until_some_slots_fit(long):
-    plan = memory.choose(long, "float32", "same", 0, 0, FREE)
+    plan = memory.choose_plan(long, "float32", "same", 0, 0, FREE)
     assert plan.needed < FREE
     assert plan.slots >= 4 and plan.context >= 8192 and LONG.T % plan.context == 0
-    roomy = memory.choose(long, "float32", "same", 0, 0, 10 * FREE)
+    roomy = memory.choose_plan(long, "float32", "same", 0, 0, 10 * FREE)
     assert (roomy.slots, roomy.context) == (8, LONG.T)
 
 
 @pytest.mark.parametrize(
     ("slots", "context", "option"), [(8, 40_960, "--context"), (64, 4096, "--slots")]
 )
-def test_what_does_not_fit_says_how_much_it_needs_and_what_does(long, slots, context, option):
+def test_a_plan_that_does_not_fit_is_rejected_with_options_that_do(long, slots, context, option):
     with pytest.raises(InputError, match="need .* GB") as refused:
-        memory.choose(long, "float32", "same", slots, context, FREE)
+        memory.choose_plan(long, "float32", "same", slots, context, FREE)
     told = str(refused.value)
     number = int(told.split(option)[1].split()[0])
     advised = {"slots": slots, "context": context, option.removeprefix("--"): number}
-    assert memory.choose(long, "float32", "same", **advised, free=FREE).needed < FREE
+    assert memory.choose_plan(long, "float32", "same", **advised, free=FREE).needed < FREE
 
 
-def test_a_model_that_is_too_large_for_the_device_is_refused(long):
+def test_a_model_that_is_too_large_for_the_device_is_rejected(long):
     with pytest.raises(InputError, match="larger device"):
-        memory.choose(long, "float32", "same", 0, 0, 10**9)
-    # Three copies less fit than one: int8 is made of float32.
+        memory.choose_plan(long, "float32", "same", 0, 0, 10**9)
+    # The float32 parameters, from which int8 ones are made, do not fit either.
     with pytest.raises(InputError, match="larger device"):
-        memory.choose(long, "int8", "int8", 0, 0, 25 * 10**8)
+        memory.choose_plan(long, "int8", "int8", 0, 0, 25 * 10**8)
 
 
-def test_where_the_memory_is_unknown_what_was_asked_for_is_served(long):
-    plan = memory.choose(long, "float32", "same", 0, 0, None)
+def test_if_the_memory_is_unknown_the_request_is_served(long):
+    plan = memory.choose_plan(long, "float32", "same", 0, 0, None)
     assert (plan.slots, plan.context) == (8, LONG.T)
 
 

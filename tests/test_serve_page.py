@@ -39,7 +39,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tab(browser):
-    """The one tab of all tests, and what it has logged."""
+    """The browser tab that all tests share, and its log."""
     tab, logged = browser.new_page(), []
     tab.set_default_timeout(10_000)
     tab.on("console", lambda message: logged.append(message.text))
@@ -49,7 +49,7 @@ def tab(browser):
 
 @pytest.fixture
 def page(tab):
-    """The tab as if it were new, which may log nothing but network errors."""
+    """The tab with cleared state; a test fails if it logs more than network errors."""
     page, logged = tab
     logged.clear()
     page.set_viewport_size({"width": 1100, "height": 700})
@@ -69,7 +69,7 @@ def server():
 
 @pytest.fixture
 def engine(page, server):
-    """The shared engine, as if it were new, after the page has been opened on its server."""
+    """The shared engine with reset state, after the page was opened on its server."""
     engine, port = server
     engine.text, engine.pause, engine.error, engine.finish = lambda request: TEXT, 0, None, ""
     engine.streams.clear()
@@ -83,7 +83,7 @@ def visit(page, port):
 
 
 def answer(engine, *texts):
-    """Lets the engine answer with these texts, one after the other."""
+    """Makes the engine answer with these texts, one after the other."""
     rest = list(texts)
     engine.text = lambda request: rest.pop(0)
 
@@ -96,7 +96,7 @@ def ask(page, text, count=None):
 
 
 def finished(page, count=None):
-    """The conversation's text once the answer, of turn `count`, is complete."""
+    """Waits for the answer of turn `count`, and returns the conversation's text."""
     page.wait_for_selector("#send:not([data-stops])")
     turn = f":nth-child({count})" if count else ".last"
     page.wait_for_selector(f"#turns .turn{turn} .actions .quiet", state="attached")
@@ -104,7 +104,7 @@ def finished(page, count=None):
 
 
 def prompt(*contents, system=""):
-    """The tokens of a conversation of these messages, the first a user's."""
+    """The tokens of a conversation with these messages; the first one is the user's."""
     roles = ["user", "assistant"] * len(contents)
     messages = [{"role": "system", "content": system}] if system else []
     for role, content in zip(roles, contents, strict=False):
@@ -113,7 +113,7 @@ def prompt(*contents, system=""):
 
 
 def menu(page, words):
-    """Chooses an action of the first conversation in the list."""
+    """Selects an action in the menu of the first conversation in the list."""
     page.click("#list li:first-child summary")
     page.click(f"#list li:first-child >> button:text-is('{words}')")
 

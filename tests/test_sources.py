@@ -1,4 +1,4 @@
-"""From a path to its documents: everything arrives as it is, and what is not text is refused."""
+"""Sources of text: documents are read unchanged, and files that are not text are refused."""
 
 import errno
 import gzip
@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt.data import formats, textfile
 from jaxgpt.data.records import open_records
-from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
+from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
 from jaxgpt.errors import InputError
 
 TEXTS = ["first\r\ndocument", "zweites Dokument: äöü 🙂", "", "the last one\n"]
@@ -36,7 +36,7 @@ def write_parquet(file: Path, columns, **options) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A TFDS data set of TEXTS, prepared in both formats that need no TensorFlow."""
+    """A TFDS dataset of TEXTS, prepared in both formats that need no TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets")
     tfds.disable_progress_bar()
 
@@ -104,7 +104,7 @@ def test_the_encoding_is_an_option(tmp_path, encoding):
     assert "".join(document) == text
 
 
-def test_the_encoding_is_part_of_what_the_tokens_are_named_by(tmp_path):
+def test_the_encoding_is_part_of_the_content_digest(tmp_path):
     (tmp_path / "a.txt").write_text("é")
     latin = open_source(str(tmp_path / "a.txt"), encoding="latin-1")
     assert content_digest(latin) != content_digest(open_source(str(tmp_path / "a.txt")))
@@ -115,7 +115,7 @@ def test_the_encoding_is_part_of_what_the_tokens_are_named_by(tmp_path):
     [
         ("caf\xe9".encode("latin-1"), r"--data.encoding latin-1.*iconv -f ISO-8859-1 -t UTF-8 "),
         ("\u201cyes\u201d".encode("cp1252"), r"--data.encoding cp1252.*iconv -f CP1252 -t UTF-8 "),
-        ("äöüß".encode() + b"\xff", r"looks like UTF-8, so it is damaged there: .*iconv -c"),
+        ("äöüß".encode() + b"\xff", r"looks like UTF-8, so this byte is damaged; .*iconv -c"),
     ],
 )
 def test_text_in_another_encoding_is_refused_with_the_remedy(tmp_path, content, remedy):
@@ -126,7 +126,7 @@ def test_text_in_another_encoding_is_refused_with_the_remedy(tmp_path, content, 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
-def test_gzip_is_read_as_what_it_holds(tmp_path, name):
+def test_gzip_files_are_decompressed(tmp_path, name):
     plain = tmp_path / name
     plain.write_text({"a.txt": "é", "a.csv": "text\né\n"}.get(name, '["é"]'))
     if name == "a.jsonl":
@@ -140,7 +140,7 @@ def test_damaged_gzip_is_named(tmp_path):
     whole = gzip.compress(b"text " * 1000)
     for content in (whole[:30], whole[:-4], whole[:20] + b"\xff" * 8 + whole[28:], whole[:3]):
         (tmp_path / "a.txt.gz").write_bytes(content)
-        with pytest.raises(InputError, match=r"a.txt.gz is gzip and damaged"):
+        with pytest.raises(InputError, match=r"a.txt.gz is a damaged gzip file"):
             measure(open_source(str(tmp_path / "a.txt.gz")))
 
 
@@ -157,9 +157,7 @@ def test_damaged_gzip_is_named(tmp_path):
         ("a.tar.gz", gzip.compress(b"a" + b"\0" * 256 + b"ustar", mtime=0), "is a tar archive"),
     ],
 )
-def test_what_holds_text_in_another_form_is_refused_with_the_remedy(
-    tmp_path, name, content, message
-):
+def test_binary_formats_are_refused_with_a_conversion_command(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     for read_it in (open_source, open_records):
         with pytest.raises(InputError, match=rf"{name} {message}"):
@@ -170,12 +168,10 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
     for content in ('["one", "two"]', '[{"text": "one"},\n{"text": "two"}]'):
         (tmp_path / "a.json").write_text(content)
         assert read(tmp_path / "a.json") == ["one", "two"]
-    write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # as some tools call it
+    write_jsonl(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])  # some tools write this
     assert read(tmp_path / "a.json") == ["one", "two"]
     (tmp_path / "a.json").write_text('{"data": [{"text": "one"}], "version": 2}')
-    with pytest.raises(
-        InputError, match=r"is dict, not a list .*write the list under 'data' alone"
-    ):
+    with pytest.raises(InputError, match=r"is dict, not a list .*keep only the list under 'data'"):
         read(tmp_path / "a.json")
 
 
@@ -183,24 +179,25 @@ def test_json_is_an_array_of_texts_or_of_records_or_lines(tmp_path):
 def test_a_column_of_a_table_is_read_if_it_is_asked_for(tmp_path, name):
     content = "id,body\n1,one\n2,two\n".replace(",", "\t" if name == "a.tsv" else ",")
     (tmp_path / name).write_text(content)
-    said = []
-    (document,) = open_source(str(tmp_path / name), say=said.append).documents()
-    assert "".join(document) == content and "is read as plain text" in said[0]
+    notes = []
+    (document,) = open_source(str(tmp_path / name), note=notes.append).documents()
+    assert "".join(document) == content and "is read as plain text" in notes[0]
     assert read(tmp_path / name, "text=body") == ["one", "two"]
     with pytest.raises(InputError, match="no column 'text'.* one of: id, body"):
         read(tmp_path / name, "text=text")
 
 
 def test_the_column_of_the_text_is_guessed_by_its_name_and_said(tmp_path):
-    said = []
+    notes = []
     file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "content": "one"}] * 2)
-    source = open_source(str(file), say=said.append)
+    source = open_source(str(file), note=notes.append)
     assert ["".join(document) for document in source.documents()] == ["one", "one"]
-    assert said == [
-        f"{file}: the text is in 'content', by its name; --data.fields text=content says so"
+    assert notes == [
+        f"{file}: reading text from 'content', guessed from its name; same as --data.fields "
+        "text=content"
     ]
     write_jsonl(file, [{"body": "one", "content": "two"}])
-    with pytest.raises(InputError, match="not clear .*body, content; .*--data.fields text=body"):
+    with pytest.raises(InputError, match="unclear .*body, content; .*--data.fields text=body"):
         open_source(str(file))
 
 
@@ -300,9 +297,9 @@ def test_the_digest_is_of_content_and_reading_not_of_names(tmp_path):
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1, field 'text', is int, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1, field 'text', is not text in UTF-8"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1 is list, not an object"),
-        ("a.jsonl", b"\n\n", "holds no text"),
-        ("a.jsonl", b'{"text": ""}\n', "holds no text"),
-        ("a.parquet", b"PAR2", "a.parquet is not parquet"),
+        ("a.jsonl", b"\n\n", "contains no text"),
+        ("a.jsonl", b'{"text": ""}\n', "contains no text"),
+        ("a.parquet", b"PAR2", "a.parquet is not Parquet"),
     ],
 )
 def test_what_is_not_text_is_refused_by_place(tmp_path, name, content, message):
@@ -326,12 +323,12 @@ def test_parquet_without_a_string_is_refused_by_row(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing.txt", "there is no .*missing.txt"),
+        ("missing.txt", "missing.txt does not exist"),
         ("nothing*.txt", "no file matches"),
-        ("folder", "folder holds no text: of its 1 files"),
+        ("folder", "folder contains no text: none of its 1 files"),
     ],
 )
-def test_a_path_to_nothing_is_refused(tmp_path, path, message):
+def test_a_missing_path_is_refused(tmp_path, path, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "photo.png").write_bytes(b"x")
     with pytest.raises(InputError, match=message):
@@ -373,7 +370,7 @@ def test_a_file_that_vanishes_is_named(tmp_path, suffix, read_it):
 @pytest.mark.parametrize("read_it", [measure, content_digest])
 def test_a_disk_that_fails_while_a_file_is_read_is_named(read_it):
     file = "/proc/self/mem"  # its first byte cannot be read
-    source = Source(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
+    source = TextSource(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
     with pytest.raises(InputError, match=rf"{file} cannot be read: Input/output error; check"):
         read_it(source)
 

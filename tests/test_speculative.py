@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.generation.decode import generate, positions, start, stops_of
-from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.decode import generate, positions, prefill, stops_of
+from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import ComputeConfig, GPTConfig
 
@@ -50,7 +50,7 @@ def test_a_text_is_token_for_token_what_the_large_model_writes_alone(cfg, noise)
         Sampling(temperature=0, repetition_penalty=1.4, presence_penalty=0.3),
         Sampling(temperature=0.8, top_p=0.7, frequency_penalty=0.2, seed=8),
     ]
-    at, stops_BE = settings(rows, 50, 128), stops_of([[7], [], [3, 4], [9]])
+    at, stops_BE = sampling_params(rows, 50, 128), stops_of([[7], [], [3, 4], [9]])
     prompts_BP = np.zeros((4, 12), np.int32)
     for row, prompt in enumerate(PROMPTS):
         prompts_BP[row, : len(prompt)] = prompt
@@ -59,7 +59,7 @@ def test_a_text_is_token_for_token_what_the_large_model_writes_alone(cfg, noise)
 
     S = positions(12 + new, cfg) + ahead
     new_B = np.full(4, new, np.int32)
-    begin = partial(start, gpt, prompts_BP=prompts_BP, lengths_B=lengths_B, new_B=new_B, S=S)
+    begin = partial(prefill, gpt, prompts_BP=prompts_BP, lengths_B=lengths_B, new_B=new_B, S=S)
     state = begin(params, ahead=ahead + 1)
     cache = begin(small_params, ahead=ahead + 1).cache
     found, said, right = [], [], 0

@@ -1,4 +1,4 @@
-"""Decoders that spell a token by its place: compared with the tokenizers library."""
+"""Decoders whose bytes of a token depend on its position, compared with the tokenizers library."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from tokenizers import decoders
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
-from jaxgpt.generation.stream import Text
+from jaxgpt.generation.stream import IncrementalText
 from jaxgpt.tokenizer import HuggingFace
 
 SPECIAL = {
@@ -90,7 +90,11 @@ def test_text_and_streams_are_spelled_as_the_library_spells(name, before, after,
     tokenizer = TOKENIZERS[name]
     before, after = ([n % tokenizer.vocab_size for n in ids] for ids in (before, after))
     whole = library(name, after)
-    assert tokenizer.decode(after) == streamed(Text(tokenizer, (), ()), after, sizes) == whole
+    assert (
+        tokenizer.decode(after)
+        == streamed(IncrementalText(tokenizer, (), ()), after, sizes)
+        == whole
+    )
     if "\ufffd" not in whole:
         spelled = tokenizer.spell(after)
         assert len(spelled) == len(after)
@@ -98,7 +102,7 @@ def test_text_and_streams_are_spelled_as_the_library_spells(name, before, after,
     # What follows other text; the bytes of a character may be on both sides.
     text = tokenizer.decode(before)
     assume("\ufffd" not in text and not tokenizer.place(before)[0])
-    rest = streamed(Text(tokenizer, (), before), after, sizes)
+    rest = streamed(IncrementalText(tokenizer, (), before), after, sizes)
     assume("\ufffd" not in rest)
     assert text + rest == library(name, [*before, *after])
 
@@ -111,11 +115,11 @@ def test_a_stop_string_is_found_in_the_text_as_spelled(name, ids, stops, sizes):
     ids = [n % tokenizer.vocab_size for n in ids]
     whole = library(name, ids)
     end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
-    assert streamed(Text(tokenizer, stops, ()), ids, sizes) == whole[:end]
+    assert streamed(IncrementalText(tokenizer, stops, ()), ids, sizes) == whole[:end]
 
 
 def walks(tokenizer, found, ends, seed):
-    """Random tokens that a guide allows, up to the end."""
+    """Random tokens that constrained decoding allows, up to the end."""
     rng, state, ids = random.Random(seed), 0, []
     while len(ids) < 30:
         allowed = np.flatnonzero(found.allowed(state)).tolist()
@@ -193,7 +197,7 @@ def test_a_decoder_whose_text_is_not_known_is_refused(decoder):
         shape(WORDS, decoder)
 
 
-def test_what_the_library_spells_in_another_way_is_refused(monkeypatch):
+def test_a_decoder_that_disagrees_with_the_library_is_refused(monkeypatch):
     monkeypatch.setattr("jaxgpt.tokenizer.spelling._cleaned", lambda text: text)
-    with pytest.raises(InputError, match="writes .* where its steps say"):
+    with pytest.raises(InputError, match="decodes some ids to .* instead of"):
         shape(PIECES, decoders.WordPiece())

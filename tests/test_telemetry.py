@@ -20,7 +20,7 @@ from jaxgpt.training.telemetry import Goodput, Telemetry, TelemetryConfig
 
 
 class Now:
-    """A clock that stands still until it is told."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.seconds = 100.0
@@ -54,7 +54,7 @@ def open_telemetry(folder, *, start=0, steps=2000, clock=None, devices=(CPU,), *
 
 
 def records(folder):
-    """The file's lines, by the strict standard: Python alone also reads NaN."""
+    """The file's records, parsed strictly: Python's json also accepts NaN by default."""
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
@@ -75,7 +75,7 @@ def test_every_record_is_in_the_file_as_soon_as_it_is_logged(folder):
         assert (record["step"], record["loss"]) == (1, 3.5) and record["time"] > 1.7e9
 
 
-def test_what_is_not_finite_is_written_as_null(folder):
+def test_nan_and_infinity_are_written_as_null(folder):
     with open_telemetry(folder) as log:
         log.log(1, {"loss": math.nan, "grad_norm": math.inf, "rate": 1e-3})
     assert {"loss": None, "grad_norm": None, "rate": 1e-3}.items() <= records(folder)[0].items()
@@ -99,7 +99,7 @@ def test_a_run_from_the_start_begins_a_new_file(folder):
     assert [r["step"] for r in records(folder) if "loss" in r] == [5]
 
 
-def test_a_torn_last_line_is_left_out_and_not_written_to(folder, caplog):
+def test_an_incomplete_last_line_is_ignored_and_not_continued(folder, caplog):
     with open_telemetry(folder) as log:
         log.log(10, {"loss": 1.0})
     file = folder / "metrics.jsonl"
@@ -110,7 +110,7 @@ def test_a_torn_last_line_is_left_out_and_not_written_to(folder, caplog):
     assert not caplog.text
 
 
-def test_a_damaged_line_is_left_out_with_a_warning_and_those_after_it_stay(folder, caplog):
+def test_a_damaged_line_is_skipped_with_a_warning(folder, caplog):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n7\n{"step": 3}\n')
     assert telemetry.read_metrics(folder / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
@@ -118,7 +118,7 @@ def test_a_damaged_line_is_left_out_with_a_warning_and_those_after_it_stay(folde
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
-def test_on_a_full_disk_records_wait_and_a_warning_says_so_once(folder, capsys):
+def test_on_a_full_disk_records_are_kept_with_one_warning(folder, capsys):
     with open_telemetry(folder) as log:
         on_disk = log._file._file
         with Path("/dev/full").open("r+b", buffering=0) as log._file._file:
@@ -130,19 +130,19 @@ def test_on_a_full_disk_records_wait_and_a_warning_says_so_once(folder, capsys):
         log.flush()
     assert [r["step"] for r in records(folder) if "loss" in r] == [7, 8]
     said = capsys.readouterr().err
-    assert said.count("cannot be written") == 1 and "2 records that waited are written" in said
+    assert said.count("cannot be written") == 1 and "2 pending records are now written" in said
 
 
-def test_records_that_cannot_be_written_in_the_end_are_said_to_be_missing(folder, capsys):
+def test_records_that_cannot_be_written_at_the_end_are_reported(folder, capsys):
     with Path("/dev/full").open("r+b", buffering=0) as full, open_telemetry(folder) as log:
         log._file._file.close()
         log._file._file = full
         log.log(7, {"loss": 1.0})
-    assert "2 records are not in" in capsys.readouterr().err
+    assert "2 records are missing in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("closed file")])
-def test_a_display_whose_terminal_is_gone_is_switched_off(folder, capsys, monkeypatch, error):
+def test_a_display_on_a_closed_terminal_is_turned_off(folder, capsys, monkeypatch, error):
     def fail(*args, **settings):
         raise error
 
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_is_a_training_error(folder):
         open_telemetry(folder)
 
 
-def test_inner_time_is_not_counted_twice_and_all_adds_up_to_the_wall():
+def test_nested_buckets_add_up_to_the_wall_time():
     now = Now()
     clock = Goodput(now)
     now.pass_(1)
@@ -191,7 +191,7 @@ def test_inner_time_is_not_counted_twice_and_all_adds_up_to_the_wall():
     assert sum(seconds.values()) == now.seconds - 100
 
 
-def test_the_table_shows_seconds_and_shares_of_the_wall_time():
+def test_the_table_shows_seconds_and_fractions_of_the_wall_time():
     now = Now()
     clock = Goodput(now)
     with clock("step"):
@@ -203,12 +203,12 @@ def test_the_table_shows_seconds_and_shares_of_the_wall_time():
     assert rows[-1] == ["wall", "100.0", "s", "100.0%"]
 
 
-def test_a_bucket_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="no bucket 'evil'; there are init"), Goodput()("evil"):
+def test_a_bucket_that_does_not_exist_is_rejected():
+    with pytest.raises(ValueError, match="no bucket 'evil'; use one of init"), Goodput()("evil"):
         pass
 
 
-def test_the_last_record_says_where_the_time_went(folder):
+def test_the_last_record_is_the_goodput(folder):
     now = Now()
     with open_telemetry(folder, clock=Goodput(now)) as log:
         with log.clock("step"):
@@ -219,7 +219,7 @@ def test_the_last_record_says_where_the_time_went(folder):
     assert set(last["goodput"]) == set(telemetry.BUCKETS)
 
 
-def test_speed_is_that_of_training_alone(folder):
+def test_tokens_per_second_counts_only_training_time(folder):
     now = Now()
     with open_telemetry(folder, clock=Goodput(now)) as log:
         for bucket, seconds in {"compile": 60, "data": 1, "step": 4, "eval": 30, "save": 9}.items():
@@ -232,7 +232,7 @@ def test_speed_is_that_of_training_alone(folder):
         assert log.rate(20) == {}
 
 
-def test_mfu_is_the_share_of_the_peak_of_all_devices(folder):
+def test_mfu_is_the_fraction_of_the_peak_of_all_devices(folder):
     now = Now()
     devices = [device("NVIDIA H200")] * 4
     with open_telemetry(folder, clock=Goodput(now), devices=devices) as log:
@@ -262,7 +262,7 @@ def test_peaks_are_of_exactly_the_device_named(kind, tflops):
     assert peak == (None if tflops is None else tflops * 1e12)
 
 
-def test_where_the_peak_is_unknown_there_is_no_mfu(folder):
+def test_without_a_known_peak_there_is_no_mfu(folder):
     now = Now()
     with open_telemetry(folder, clock=Goodput(now), devices=jax.devices()) as log:
         with log.clock("step"):
@@ -270,7 +270,7 @@ def test_where_the_peak_is_unknown_there_is_no_mfu(folder):
         assert set(log.rate(1)) == {"tokens_per_second"}
 
 
-def test_not_on_a_terminal_a_line_is_printed_per_call(folder, capsys):
+def test_without_a_terminal_a_line_is_printed_per_update(folder, capsys):
     now = Now()
     with open_telemetry(folder, clock=Goodput(now), progress="auto") as log:
         log.log(1, {"loss": 4.2})
@@ -284,7 +284,7 @@ def test_not_on_a_terminal_a_line_is_printed_per_call(folder, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "compiling the training step ...",
         "step     1/2000 | loss 4.2000",
-        "step   100/2000 | loss 3.2123 | val 3.3012 | 10,000 tok/s | 0:03:10 left",
+        "step   100/2000 | loss 3.2123 | val_loss 3.3012 | 10,000 tok/s | 0:03:10 left",
         "saved",
     ]
 
@@ -320,7 +320,7 @@ def test_on_a_terminal_the_display_is_live(folder):
     try:
         while part := os.read(parent, 4096):
             shown += part
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # on Linux: the other end is closed
         pass
     os.close(parent)
     assert process.wait() == 0, shown
@@ -330,7 +330,7 @@ def test_on_a_terminal_the_display_is_live(folder):
 
 
 def events(folder):
-    """TensorBoard's scalars (tag, step, value): records are length, CRC, protobuf, CRC."""
+    """Reads TensorBoard's scalars (tag, step, value); a record is length, CRC, protobuf, CRC."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -351,7 +351,7 @@ def test_tensorboard_reads_what_was_logged(folder):
     assert events(folder) == [("loss", 1, 3.5), ("learning_rate", 1, 0.25), ("loss", 2, 3.25)]
 
 
-def test_tensorboard_on_a_full_disk_is_switched_off(folder, capfd, monkeypatch):
+def test_tensorboard_on_a_full_disk_is_turned_off(folder, capfd, monkeypatch):
     from tensorboardX.event_file_writer import EventsWriter
 
     def full(self, event):
@@ -385,7 +385,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake_wandb(monkeypatch):
-    """Stands where `import wandb` looks; its `init` can be replaced."""
+    """A fake module for `import wandb`; tests may replace its `init`."""
     module = types.ModuleType("wandb")
     module.run = FakeRun()
     module.init = lambda **kwargs: (setattr(module, "kwargs", kwargs), module.run)[1]
@@ -394,7 +394,7 @@ def fake_wandb(monkeypatch):
     return module
 
 
-def test_wandb_gets_what_was_logged_and_is_never_asked_for_a_key(folder, fake_wandb):
+def test_wandb_gets_all_records_and_never_asks_for_a_key(folder, fake_wandb):
     with open_telemetry(folder, wandb=True, wandb_project="mine") as log:
         log.log(1, {"loss": 3.5})
     assert fake_wandb.kwargs["project"] == "mine" and fake_wandb.kwargs["name"] == "shakespeare"
@@ -414,7 +414,7 @@ def exits(*_, **__):
 
 @pytest.mark.parametrize("failure", [fails, exits])
 @pytest.mark.parametrize("place", ["init", "log", "finish"])
-def test_wandb_failing_anywhere_is_said_once_and_the_run_goes_on(
+def test_wandb_failing_anywhere_is_one_warning(
     folder, fake_wandb, monkeypatch, capsys, failure, place
 ):
     monkeypatch.setattr(fake_wandb if place == "init" else fake_wandb.run, place, failure)
@@ -443,20 +443,20 @@ def test_wandb_hanging_anywhere_does_not_hold_up_the_run(
     forever.set()
 
 
-def test_a_sink_that_does_not_keep_up_is_switched_off(folder, fake_wandb, monkeypatch, capsys):
+def test_a_slow_sink_is_turned_off(folder, fake_wandb, monkeypatch, capsys):
     forever = threading.Event()
     monkeypatch.setattr(fake_wandb, "init", lambda **_: forever.wait())
     with open_telemetry(folder, wandb=True) as log:
         for step in range(1002):
             log.log(step, {"loss": 1.0})
     assert capsys.readouterr().err == (
-        "warning: wandb is off: it does not keep up: 1000 records wait\n"
+        "warning: wandb is off: it is too slow, and 1000 records are waiting\n"
     )
     forever.set()
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_an_option_that_is_not_installed_is_off(folder, monkeypatch, capsys, name, module):
+def test_a_logger_that_is_not_installed_is_turned_off(folder, monkeypatch, capsys, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with open_telemetry(folder, **{name: True}) as log:
         log.log(1, {"loss": 1.0})
@@ -465,7 +465,7 @@ def test_an_option_that_is_not_installed_is_off(folder, monkeypatch, capsys, nam
     assert len(error.splitlines()) == 1
 
 
-def test_the_picture_shows_both_losses(folder, monkeypatch):
+def test_the_plot_shows_both_losses(folder, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = {}
@@ -481,27 +481,27 @@ def test_the_picture_shows_both_losses(folder, monkeypatch):
                 log.log(step, {"val_loss": loss + 0.1})
     picture = telemetry.plot(folder)
     assert picture == folder / "loss.png" and picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    steps, losses = drawn["training"]
+    steps, losses = drawn["training loss"]
     assert steps == tuple(s for s in range(1, 101) if s != 50)
     np.testing.assert_allclose(losses, 1.5 + 3 * np.exp(-np.array(steps) / 20))
-    assert drawn["validation"][0] == (50, 100)
+    assert drawn["validation loss"][0] == (50, 100)
 
 
-def test_without_a_loss_there_is_no_picture(folder):
+def test_without_a_loss_there_is_no_plot(folder):
     with open_telemetry(folder) as log:
         log.log(1, {"loss": math.nan})
     assert telemetry.plot(folder) is None and not (folder / "loss.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_a_warning(folder, capsys):
+def test_a_plot_that_cannot_be_written_is_a_warning(folder, capsys):
     with open_telemetry(folder) as log:
         log.log(1, {"loss": 2.0})
     (folder / "loss.png").mkdir()
     assert telemetry.plot(folder) is None
-    assert "loss.png is not drawn" in capsys.readouterr().err
+    assert "loss.png could not be written" in capsys.readouterr().err
 
 
-def test_drawing_leaves_pyplot_alone(folder):
+def test_plotting_does_not_import_pyplot(folder):
     code = f"""
         import sys
         from pathlib import Path

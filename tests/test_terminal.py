@@ -28,7 +28,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.terminal import printable
 from jaxgpt.tokenizer import BPE, EOT, PATTERN
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It
 # knows which byte comes after which, so none is in it twice; the next best is a line break.
@@ -68,7 +68,7 @@ def save(folder, tokenizer):
     for before, after in zip(b"\n" + SENT, SENT + SENT[:1], strict=True):
         params["head"][after, before] = 6 / np.sqrt(cfg.D)
         params["head"][10, before] = 5 / np.sqrt(cfg.D)
-    pretrained.write(folder, cfg, params)
+    pretrained.write_model(folder, cfg, params)
     write_tokenizer(tokenizer, folder, T)
     return folder
 
@@ -96,14 +96,14 @@ import fcntl, os, signal, sys, termios
 from jaxgpt import cli, signals
 from jaxgpt.generation import stream
 
-steps = stream.steps
+steps = stream.decode_steps
 
 def gated(*args, **rest):
     os.read(gate, 1)
     return steps(*args, **rest)
 
 gate = int(sys.argv[1])
-stream.steps = gated
+stream.decode_steps = gated
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 status = cli.main(sys.argv[2:])
@@ -338,10 +338,10 @@ def test_a_message_is_answered_again_in_another_way(chat, said):
         ("/set min_p nan", "min_p=nan"),
         ("/retry", "there is no message to answer again"),
         ("/save", "/save needs a file's name"),
-        ("/save said.jsonl", "nothing has been said"),
+        ("/save said.jsonl", "there is no answer to save"),
         ("/hlep", "/hlep is no command; /help lists them"),
         ("/", "/ is no command"),
-        ("Hello " * 40, rf"the conversation has \d+ tokens with this message, .* {T}; /reset"),
+        ("Hello " * 40, rf"the conversation has \d+ tokens with this message, .* {T}; use /reset"),
         (b"\xff", "can't decode byte 0xff"),
     ],
     ids=lambda value: str(value)[:20],
@@ -524,7 +524,10 @@ def test_a_beam_takes_the_likeliest_text(run, goes_on):
     assert run("generate", goes_on, "12A", *likeliest) == (0, "12ABCDEFGHI\n", "")
     _, out, _ = run("chat", goes_on, *likeliest, given="12A\n/set top_k 3\n/retry\n")
     assert out.splitlines()[1] == "> BCDEFGHI"
-    assert "error: beam=3 takes the likeliest text as it is; leave out top_k" in out
+    assert (
+        "error: beam=3 searches the most likely text, without sampling or constraints; remove top_k"
+        in out
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -556,13 +559,13 @@ def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
         (["generate", "--schema", "odd.json"], "type"),
         (["generate", "--regex", "(a"], "pattern"),
         (["generate", "--choices", "a", "a"], "'a' is twice among the choices"),
-        (["generate", "--choices", "a", "--regex", "a"], "choices and regex at once"),
+        (["generate", "--choices", "a", "--regex", "a"], "choices and regex cannot be combined"),
         (["generate", "--stop", ""], "a stop string is empty"),
         (["generate", "--tokens", "0"], "tokens=0"),
         (["generate", "--temperature", "-1"], "temperature=-1"),
         (["generate", "A" * T], f"{T + 1} tokens, .* context of {T}"),
         (["generate", "--beam", "0"], "beam=0"),
-        (["generate", "--beam", "2", "--regex", "a"], "leave out regex"),
+        (["generate", "--beam", "2", "--regex", "a"], "remove regex"),
         (["generate", "--beam", "2", "--tokens", "300"], "tokens=300 .* set tokens to 1 to 256"),
         (["chat", "--tokens", "0"], "tokens=0"),
         (["chat", "--top_p", "0"], "top_p=0"),

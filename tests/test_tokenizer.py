@@ -196,7 +196,7 @@ def test_vocab_size_without_room_is_refused():
 
 
 def test_a_corpus_too_small_says_which_vocab_size_it_supports():
-    with pytest.raises(InputError, match="supports only 5 merges; set it to 262 or less"):
+    with pytest.raises(InputError, match="has only 5 merges; set it to 262 or less"):
         build(TokenizerConfig("bpe", vocab_size=4096), ["hello hello"])
     assert build(TokenizerConfig("bpe", vocab_size=262), ["hello hello"]).vocab_size == 262
 
@@ -209,7 +209,9 @@ def test_an_empty_corpus_is_refused(kind, documents):
 
 
 def test_an_unknown_kind_is_refused_by_name():
-    with pytest.raises(InputError, match="'gpt4'; set it to one of bpe, bytes, characters, gpt2"):
+    with pytest.raises(
+        InputError, match="'gpt4' is unknown; set it to one of bpe, bytes, characters, gpt2"
+    ):
         build(TokenizerConfig("gpt4"), [])
 
 
@@ -233,8 +235,8 @@ def test_ids_outside_the_vocabulary_are_refused_with_their_position(tokenizer):
 
 
 @pytest.mark.parametrize("wrong", [[1.5], [[1, 2]], [1 << 70], 3])
-def test_what_is_not_a_row_of_ids_is_refused(wrong):
-    with pytest.raises(InputError, match="one row of ids"):
+def test_only_a_one_dimensional_list_of_ids_is_decoded(wrong):
+    with pytest.raises(InputError, match="pass a one-dimensional list of ids"):
         Bytes().decode(wrong)
 
 
@@ -301,7 +303,7 @@ def test_a_missing_or_ill_typed_field_of_the_json_is_named(tokenizer):
 )
 def test_a_damaged_field_of_the_json_is_named(name, damage):
     values = json.loads(json.dumps(trained().to_json()))
-    with pytest.raises(InputError, match=f"not a tokenizer: {name}"):
+    with pytest.raises(InputError, match=f"not a valid tokenizer: {name}"):
         from_json({**values, name: damage(values[name])})
 
 
@@ -319,7 +321,7 @@ def test_any_other_change_of_the_json_is_found():
             from_json({**values, **change})
     with pytest.raises(InputError, match="merges is not a field"):
         from_json({**values, "merges": []})
-    with pytest.raises(InputError, match="list is not a table"):
+    with pytest.raises(InputError, match="list is not an object"):
         from_json([])
 
 
@@ -354,7 +356,9 @@ def test_endless_white_space_is_refused_before_tiktoken_panics(kind):
     enough = bpe.LONGEST_SPACE - 1
     text = "a" + " " * enough + "b"
     assert trained(kind).decode(trained(kind).encode(text)) == text
-    with pytest.raises(InputError, match="500,000 characters from position 1;"):
+    with pytest.raises(
+        InputError, match="500,000 or more white-space characters in a row from position 1;"
+    ):
         trained(kind).encode("a" + " " * (enough + 1) + "b")
 
 
@@ -427,7 +431,7 @@ def test_a_tokenizer_with_added_tokens_survives_json():
 
 @pytest.mark.parametrize(
     "name, message",
-    [("", "without a name"), ("a", "'a' is a token that text yields"), ("\ud83d", "surrogate")],
+    [("", "has an empty name"), ("a", "'a' is already an ordinary token"), ("\ud83d", "surrogate")],
 )
 def test_a_name_that_no_special_token_can_have_is_refused(name, message):
     with pytest.raises(InputError, match=message):
@@ -436,9 +440,7 @@ def test_a_name_that_no_special_token_can_have_is_refused(name, message):
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
 def test_bytes_and_characters_take_no_more_special_tokens(kind):
-    with pytest.raises(
-        InputError, match=rf"kind={kind} has no special .* <tool> would be new; use"
-    ):
+    with pytest.raises(InputError, match=rf"kind={kind} cannot have special .* <tool>; use"):
         ALL[kind].extended(["<tool>"])
 
 
@@ -538,7 +540,9 @@ def test_a_published_vocabulary_is_downloaded_once(serve, monkeypatch, capsys):
 def test_a_download_with_another_hash_is_refused_and_not_kept(serve, monkeypatch, tmp_path):
     vocab, encoder, _ = gpt2_files()
     publish(monkeypatch, serve({"/vocab.bpe": vocab[:-10]}), vocab, encoder)
-    with pytest.raises(InputError, match=r"vocab.bpe, which did not arrive \(its [\d,]+ bytes do"):
+    with pytest.raises(
+        InputError, match=r"vocab.bpe, which could not be downloaded \(its [\d,]+ bytes do"
+    ):
         build(TokenizerConfig("gpt2"), [])
     assert not (tmp_path / "cache").exists()
 
@@ -551,7 +555,7 @@ def test_a_truncated_cache_file_is_named(serve, monkeypatch):
     build(TokenizerConfig("gpt2"), [])
     path = published._cache_folder() / file.cached_as
     path.write_bytes(vocab[:-10])
-    with pytest.raises(InputError, match=f"{path} is not {file.url} .* delete it"):
+    with pytest.raises(InputError, match=f"{path} is not a copy of {file.url} .* delete it"):
         build(TokenizerConfig("gpt2"), [])
     assert path.exists()
 

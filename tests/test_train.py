@@ -83,7 +83,7 @@ def trained(here, runs):
 def on_devices(monkeypatch, number):
     """Runs take so many of the tests' eight devices."""
     some = partial(MAKE_MESH, devices=jax.devices()[:number])
-    monkeypatch.setattr(train.parallel, "make_mesh", some)
+    monkeypatch.setattr(sharding, "make_mesh", some)
 
 
 def run(*options: str, name: str = "a", config: str = "tiny.py") -> int:
@@ -94,7 +94,7 @@ def state_of(name: str, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, by path; of the random key, its numbers."""
     folder = Path("runs") / name / "checkpoints" / str(step)
     state = {}
-    for item in checkpoint.read(folder)["leaves"]:
+    for item in checkpoint.read_metadata(folder)["leaves"]:
         tree = checkpoint.load_params(folder, item=item)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -167,7 +167,7 @@ def test_resume_is_bit_exact_after_sigkill(here):
     output, _ = cut.communicate()
     assert cut.returncode == -signal.SIGKILL, output
     assert run("--train.steps", "9", name="cut") == 0
-    assert checkpoint.read("runs/cut")["lineage"]["resumed_after"] in ([3], [6])
+    assert checkpoint.read_metadata("runs/cut")["lineage"]["resumed_after"] in ([3], [6])
     assert_same_run("whole", "cut", 9)
 
 
@@ -319,7 +319,7 @@ def test_steps_that_do_not_log_never_wait_for_the_device(here, monkeypatch):
         monkeypatch.setattr(array, name, spy)
 
     reads_at: dict[int, int] = {}
-    layout = train.parallel.Layout
+    layout = sharding.Layout
     compile_step = layout.compile_step
 
     def watched(self, *args):
@@ -365,7 +365,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_where_asked(here, mon
     more = ("--train.steps", "12", "--optim.nonfinite", "skip")
     assert run(*more) == 0
     assert all(np.isfinite(leaf).all() for leaf in state_of("a", 12).values())
-    metrics = checkpoint.read("runs/a")["metrics"]
+    metrics = checkpoint.read_metadata("runs/a")["metrics"]
     assert 0 < metrics["skipped"] < 12
     assert f"{metrics['skipped']:.0f} skipped" in capsys.readouterr().out
     assert run(*more, "--optim.max_skips", "1", name="b") == 1
@@ -445,7 +445,7 @@ def test_training_further_goes_on_from_the_last_step(trained, capsys):
     assert run("--train.steps", "9") == 0
     assert "resumed after step 6" in capsys.readouterr().out
     assert max(losses_of("a")) == 9
-    assert checkpoint.read("runs/a")["lineage"]["resumed_after"] == [6]
+    assert checkpoint.read_metadata("runs/a")["lineage"]["resumed_after"] == [6]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained, caplog):

@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_stays(trained, caplog):
     assert {file.name: file.read_bytes() for file in CHECKPOINTS.glob("6.damaged/params/d/*")} == (
         damaged
     )
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
+    assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 6
 
 
 def test_stray_files_in_checkpoints_change_nothing(trained):
@@ -138,7 +138,7 @@ def test_what_is_not_training_never_ends_a_run(here, monkeypatch, capsys, what):
     monkeypatch.setattr(*place, fail)
     assert run("--train.sample_tokens", "3", "--train.prompt", "the") == 0
     assert "warning: " in capsys.readouterr().err
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
+    assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 6
     monkeypatch.undo()
     os.chdir(here)
 
@@ -155,7 +155,7 @@ def test_a_step_is_saved_before_it_is_evaluated(here, monkeypatch):
     monkeypatch.setattr(Run, "evaluate", watched)
     assert run() == 0
     assert seen[:2] == [[3], [3, 6]]
-    assert checkpoint.read(CHECKPOINTS / "3")["metrics"]["val_loss"] > 0
+    assert checkpoint.read_metadata(CHECKPOINTS / "3")["metrics"]["val_loss"] > 0
 
 
 def test_an_error_in_the_loop_saves_the_last_finished_step(here, monkeypatch, capsys):
@@ -240,7 +240,7 @@ def test_a_save_that_fails_in_the_background_is_made_with_a_later_step(here, mon
     monkeypatch.setattr(checkpoint.writer, "write_manifest", full)
     assert run("--train.steps", "300", "--checkpoint.every", "299") == 0
     assert "step 299 was not saved: " in capsys.readouterr().err
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 300
+    assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 300
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(here, monkeypatch, capsys):
@@ -269,7 +269,7 @@ def test_a_folder_that_disappears_and_comes_back_is_waited_for(here, capfd):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert "has disappeared" in output
-    step = checkpoint.read("runs/a")["metrics"]["step"]
+    step = checkpoint.read_metadata("runs/a")["metrics"]["step"]
     assert sorted(losses_of("a")) == list(range(1, step + 1))
 
 
@@ -279,7 +279,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_its_state_saved(here):
     Path("runs/a").rename("gone")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "has disappeared" in output, output
-    step = checkpoint.read("runs/a")["metrics"]["step"]
+    step = checkpoint.read_metadata("runs/a")["metrics"]["step"]
     assert f"step {step} is saved" in output
 
 
@@ -298,12 +298,12 @@ def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
     assert run("--train.steps", "12") == 1
     error = capsys.readouterr().err
     assert "the loss of the parameters after step 9" in error and "--resume 6" in error
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
+    assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 6
     monkeypatch.setattr(loop.Training, "save", update)
     lower = ("--optim.learning_rate", "1e-3", "--train.steps", "12")
     assert run(*lower, "--resume", "3") == 0
     assert [p.name for p in CHECKPOINTS.iterdir() if not p.name.isdecimal()] == ["6.abandoned"]
-    assert checkpoint.read("runs/a")["lineage"]["went_back_to"] == [3]
+    assert checkpoint.read_metadata("runs/a")["lineage"]["went_back_to"] == [3]
     assert [r["step"] for r in records_of() if "loss" in r] == list(range(1, 13))
 
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_format_1_is_resumed(trained):
     state = state_of("a", 3)
     assert any("guard" in path for path in state)
     folder = Path("runs/b/checkpoints/3")
-    about = checkpoint.read(folder)
+    about = checkpoint.read_metadata(folder)
     leaves = about.pop("leaves")
     items = {}
     for item, paths in leaves.items():
@@ -350,7 +350,7 @@ def test_a_checkpoint_of_format_1_is_resumed(trained):
 def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
     flip(largest(CHECKPOINTS / "6" / "ema"))
     assert run("--start", "runs/a", "--train.steps", "3", name="child") == 0
-    lineage = checkpoint.read("runs/child")["lineage"]["started_from"]
+    lineage = checkpoint.read_metadata("runs/child")["lineage"]["started_from"]
     assert (lineage["step"], lineage["item"]) == (3, "ema") and "6 is damaged" in caplog.text
     started = loop.load("runs/a").params["wte"]
     np.testing.assert_array_equal(started, state_of("a", 3)["ema/['wte']"])
@@ -360,7 +360,7 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
     options = ("--train.steps", "100000", "--checkpoint.every", "20", "--train.eval_every", "0")
-    soon = SLOW.replace("sys.exit", "train.parallel.HEARTBEAT = 5\nsys.exit")
+    soon = SLOW.replace("sys.exit", "train.sharding.HEARTBEAT = 5\nsys.exit")
     survivor, killed = spawn_two(*options, name="a", program=("-c", soon))
     wait_for_step("a", 30)  # step 20 is saved by now
     killed.kill()
@@ -369,11 +369,11 @@ def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
     # It finds out by a failed collective, or jax does by the missing heartbeat.
     assert survivor.returncode not in (0, None), output
     assert "maybe because another process has ended" in output or "another task died" in output
-    step = checkpoint.read("runs/a")["metrics"]["step"]
+    step = checkpoint.read_metadata("runs/a")["metrics"]["step"]
     assert step == 20
     again = (*options, "--train.steps", str(step + 2))
     assert run(*again) == 0
-    assert checkpoint.read("runs/a")["lineage"]["resumed_after"] == [step]
+    assert checkpoint.read_metadata("runs/a")["lineage"]["resumed_after"] == [step]
     assert sorted(losses_of("a")) == list(range(1, step + 3))
 
 
@@ -420,6 +420,6 @@ def test_a_signal_after_the_last_step_is_obeyed(here, monkeypatch):
 
     monkeypatch.setattr(loop.Training, "finish_saving", interrupted)
     assert run() == 143
-    assert checkpoint.read("runs/a")["metrics"]["step"] == 6
+    assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 6
     monkeypatch.setattr(loop.Training, "finish_saving", finish_saving)
     assert run() == 0 and any(record.get("finished") == 6 for record in records_of())

@@ -23,7 +23,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.pretrained.export import to_hf
 from jaxgpt.pretrained.load import source
 from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 from jaxgpt.training import checkpoint
 from jaxgpt.training.telemetry import read_metrics
 from train import main
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "small-qwen"
     folder.mkdir()
     params = jax.jit(init, static_argnums=0)(QWEN.build(ComputeConfig()), jax.random.key(1))
-    pretrained.write(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
+    pretrained.write_model(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
     write_tokenizer(build(TokenizerConfig("bytes"), ()), folder, QWEN.T)
     return folder
 
@@ -115,7 +115,7 @@ def test_fine_tuning_goes_on_from_a_folder_in_one_command(folder, text, capsys):
     tuned = jaxgpt.load("runs/finetune")
     assert tuned.config.model == start.config.model
     assert tuned.tokenizer.fingerprint == start.tokenizer.fingerprint
-    lineage = checkpoint.read("runs/finetune")["lineage"]
+    lineage = checkpoint.read_metadata("runs/finetune")["lineage"]
     assert lineage["started_from"] == {"path": str(folder), "dtype": "float32"}
     distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, tuned.params)
     assert 0 < max(jax.tree.leaves(distance)) < 0.01
@@ -132,7 +132,7 @@ def first_batch():
     from jaxgpt import config, data, tokenizer
 
     cfg = config.read("runs/finetune/config.json")
-    about = checkpoint.read("runs/finetune")
+    about = checkpoint.read_metadata("runs/finetune")
     corpus = data.prepare(cfg.data, tokenizer.from_json(about["tokenizer"]))
     return data.Batches(corpus, cfg.data, seed=cfg.seed, context=16, batch=8).batch(0)
 
@@ -158,7 +158,7 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
     assert tune(moved, "--name", "parts", "--train.steps", "4", "--optim.schedule", "constant") == 0
     moved.unlink()
     assert tune(moved, "--name", "parts", "--train.steps", "8", "--optim.schedule", "constant") == 0
-    assert checkpoint.read("runs/parts")["lineage"]["started_from"]["path"] == str(moved)
+    assert checkpoint.read_metadata("runs/parts")["lineage"]["started_from"]["path"] == str(moved)
     assert jax.tree.structure(whole) == jax.tree.structure(jaxgpt.load("runs/parts").params)
 
 
@@ -171,7 +171,7 @@ def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, o
 
 def test_a_run_is_a_start_too(tuned):
     assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
-    about = checkpoint.read("runs/again")["lineage"]["started_from"]
+    about = checkpoint.read_metadata("runs/again")["lineage"]["started_from"]
     assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
 
 
@@ -182,7 +182,7 @@ def test_a_run_says_that_an_older_step_is_better_and_gives_it(tuned):
         path = steps / "2" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         add_to_manifest(steps / "2", name)
-    assert source("runs/finetune").note.endswith(": runs/finetune@best takes that")
+    assert source("runs/finetune").note.endswith("; use runs/finetune@best to load it")
     assert "(step 4, item params); its step 2 has a lower" in source("runs/finetune").note
     for name in ("best", "2"):
         assert source(f"runs/finetune@{name}").lineage["step"] == 2
@@ -226,13 +226,13 @@ def test_a_name_is_downloaded_at_its_revision(folder, text, monkeypatch):
     jaxgpt.load("Qwen/Qwen3-0.6B")
     assert tune("gpt2@v1") == 0
     assert asked == [("Qwen/Qwen3-0.6B", "main"), ("gpt2", "v1")]
-    about = checkpoint.read("runs/finetune")["lineage"]["started_from"]
+    about = checkpoint.read_metadata("runs/finetune")["lineage"]["started_from"]
     assert about == {"path": "gpt2", "revision": "c0ffee", "dtype": "float32"}
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     params = init(GPTConfig(L=1, D=8, N=1, T=8, V=100).build(ComputeConfig()), jax.random.key(0))
-    pretrained.write(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
+    pretrained.write_model(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
     write_tokenizer(build(TokenizerConfig("bytes"), ()), tmp_path, 8)
     with pytest.raises(InputError, match="the tokenizer has 257 ids, and the model only 100"):
         jaxgpt.load(tmp_path)
@@ -252,10 +252,10 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
     assert names >= {"tokenizer.json", "tokenizer_config.json"}
     assert all(name in done.stdout for name in names)
     card = (out / "README.md").read_text()
-    about = checkpoint.read("runs/finetune")
+    about = checkpoint.read_metadata("runs/finetune")
     loss = about["metrics"]["val_loss"]
     for part in (
-        "4 steps of 8 x 16 tokens, 512 in all",
+        "4 steps of 8 x 16 tokens, 512 tokens in total",
         f"{loss:.4f} nats",
         about["data"]["files"][0],
         str(folder),
@@ -293,7 +293,7 @@ def test_a_model_that_no_family_holds_is_not_exported(text, tmp_path, capsys):
     options += ["--tokenizer.kind", "bytes", "--train.steps", "2", "--data.paths", "text.txt"]
     options += ["--model.mlp", "relu2", "--model.F", "32"]
     assert main([*options, *FAST, "--name", "odd"]) == 0
-    with pytest.raises(InputError, match=r"is the nearest, where .*model.mlp would be"):
+    with pytest.raises(InputError, match=r"is the closest, where .*model.mlp would be"):
         to_hf("runs/odd", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -302,5 +302,7 @@ def test_a_run_of_another_version_is_refused(tuned, monkeypatch):
     monkeypatch.setattr(
         "jaxgpt.pretrained.load.letters", lambda model: {("wte",): (("D", "V"), (3, 5))}
     )
-    with pytest.raises(InputError, match=r"wte is \[\d+, \d+\], and \[3, 5\] .*, or train again"):
+    with pytest.raises(
+        InputError, match=r"wte has shape \[\d+, \d+\], .* \[3, 5\]; .*, or train again"
+    ):
         jaxgpt.load("runs/finetune")

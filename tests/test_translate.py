@@ -281,7 +281,7 @@ def test_a_model_that_knows_the_pairs_translates_them(memorised, beam):
 def test_held_out_translations_are_measured_and_shown(memorised, monkeypatch):
     shown = OBJECTIVE.sample(memorised, RECORDS, "", 0)
     assert shown.startswith("a dog\n  reference: ein Hund\n  model:     ein Hund\n\ncats")
-    assert shown.count("here:") == 6
+    assert shown.count("model:") == 3
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     assert OBJECTIVE.measure(memorised, RECORDS, whole=False) == {}
 

@@ -340,7 +340,7 @@ def test_a_comparison_says_what_becomes_of_each_leaf():
     assert [" ".join(line.split()) for line in str(diff).splitlines()] == [
         "loaded 3 arrays, 200 parameters",
         "grown wte [128, 8] to [256, 8]",
-        "left out classifier/w [5, 8]",
+        "skipped classifier/w [5, 8]",
         "initialized blocks/*/q/lora_a 2 x [3, 8]",
         "initialized head [256, 8]",
     ]
@@ -351,7 +351,9 @@ def test_a_comparison_says_what_becomes_of_each_leaf():
     [(("wte",), (384, 8)), (("wte",), (128, 16)), (("norm", "scale"), (16,))],
 )
 def test_a_shape_that_cannot_be_used_is_named_with_both(path, shape):
-    with pytest.raises(InputError, match=f"{'/'.join(path)} is .* here; start from") as error:
+    with pytest.raises(
+        InputError, match=f"{'/'.join(path)} has shape .* here; start from"
+    ) as error:
         compare({**THERE, path: shape}, HERE)
     assert str([*shape]) in str(error.value) and str([*HERE[path][1]]) in str(error.value)
 
@@ -449,8 +451,8 @@ def saved_state(parts, ema, layers):
         (TuneConfig("lora", alpha=-1.0), "alpha=-1.0; set it above 0"),
         (TuneConfig("last", blocks=0), "blocks=0; set it above 0"),
         (TuneConfig("lora", matrices=()), "matrices is empty"),
-        (TuneConfig("last", rank=4), "rank=4 does nothing.*set tune.parts=lora"),
-        (TuneConfig("lora", blocks=2), "blocks=2 does nothing.*set tune.parts=last"),
+        (TuneConfig("last", rank=4), "rank=4 has no effect.*set tune.parts=lora"),
+        (TuneConfig("lora", blocks=2), "blocks=2 has no effect.*set tune.parts=last"),
         (TuneConfig(base="int8"), "base=int8 is for untrained parameters"),
     ],
 )

@@ -14,13 +14,13 @@ from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
-from jaxgpt.generation.decode import steps
+from jaxgpt.generation.decode import decode_steps
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.generation.stream import Text, write
+from jaxgpt.generation.stream import IncrementalText, stream_text
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, HuggingFace, TokenizerConfig
-from jaxgpt.tokenizer.huggingface import write as write_tokenizer
+from jaxgpt.tokenizer.huggingface import write_tokenizer
 
 GREEDY = Sampling(temperature=0)
 # Tokens that end inside of a character, begin in one, or hold several.
@@ -105,7 +105,7 @@ def chunks(ids, sizes):
 
 
 def shown(tokenizer, ids, sizes, stops=()):
-    text = Text(tokenizer, stops)
+    text = IncrementalText(tokenizer, stops)
     return "".join([*(text.add(chunk) for chunk in chunks(ids, sizes)), text.end()])
 
 
@@ -122,7 +122,7 @@ def test_what_is_shown_in_all_is_what_the_ids_decode_to(tokenizers, kind, ids, s
 @trials(deadline=None, max_examples=200)
 def test_all_whole_characters_are_shown_at_once(tokenizers, kind, whole, sizes):
     tokenizer = tokenizers[kind]
-    ids, text = tokenizer.encode(whole), Text(tokenizer)
+    ids, text = tokenizer.encode(whole), IncrementalText(tokenizer)
     so_far, seen = [], ""
     for chunk in chunks(ids, sizes):
         so_far += chunk
@@ -157,7 +157,7 @@ def cut(text, stops):
 @example("abaa", ["abab", "b"], [1])
 @trials(deadline=None, max_examples=500)
 def test_it_ends_before_the_first_stop_string_however_it_comes(whole, stops, sizes):
-    text, so_far, seen = Text(Bytes(), stops), "", ""
+    text, so_far, seen = IncrementalText(Bytes(), stops), "", ""
     for chunk in chunks(list(whole.encode()), sizes):
         so_far += bytes(chunk).decode()
         seen += text.add(chunk)
@@ -181,7 +181,7 @@ def test_a_stop_may_begin_and_end_inside_of_tokens(tokenizers, kind, whole, stop
 
 
 def test_what_only_begins_like_a_stop_is_held_back_and_shown():
-    text = Text(Bytes(), ["stop", "top hat"])
+    text = IncrementalText(Bytes(), ["stop", "top hat"])
     pieces = [text.add([byte]) for byte in b"a st to stom topst"]
     pieces.append(text.end())
     assert pieces == [
@@ -207,7 +207,7 @@ def test_what_only_begins_like_a_stop_is_held_back_and_shown():
 
 
 def test_after_a_stop_nothing_is_shown():
-    text = Text(Bytes(), ["."])
+    text = IncrementalText(Bytes(), ["."])
     assert text.add(list(b"One. Two")) == "One"
     assert text.stopped
     assert text.add(list(b" Three")) == text.end() == ""
@@ -215,7 +215,7 @@ def test_after_a_stop_nothing_is_shown():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError, match="a stop string is empty"):
-        Text(Bytes(), ["a", ""])
+        IncrementalText(Bytes(), ["a", ""])
 
 
 # A model that writes.
@@ -260,7 +260,7 @@ def greedy(prompt, tokens, ends=(), bias=None, change=lambda logits_V, text: log
 
 def pieces_of(prompt, tokens, sampling=GREEDY, **rest):
     gpt = trained()
-    return [*write(gpt.model, gpt.params, gpt.tokenizer, prompt, tokens, sampling, **rest)]
+    return [*stream_text(gpt.model, gpt.params, gpt.tokenizer, prompt, tokens, sampling, **rest)]
 
 
 def decoded(ids):
@@ -298,7 +298,7 @@ def test_penalties_remember_the_whole_text_past_the_context():
 def test_draws_past_the_context_are_not_those_before_it():
     # All ids are as likely, and the noise alone decides; every context writes 24 tokens.
     flat = jax.tree.map(np.zeros_like, trained().params)
-    text = "".join(write(trained().model, flat, bpe(), [1] * 24, 72, Sampling()))
+    text = "".join(stream_text(trained().model, flat, bpe(), [1] * 24, 72, Sampling()))
     assert text[:16] not in text[16:]
 
 
@@ -318,7 +318,7 @@ def test_the_pieces_tell_whether_a_text_ended_or_was_cut():
     length = whole.index(whole[40])  # tokens before the end
 
     def reason(tokens, **stops):
-        some = write(gpt.model, gpt.params, gpt.tokenizer, PROMPT, tokens, GREEDY, **stops)
+        some = stream_text(gpt.model, gpt.params, gpt.tokenizer, PROMPT, tokens, GREEDY, **stops)
         assert some.finish_reason == "" and [*some] and [*some] == []
         return some.finish_reason
 
@@ -336,7 +336,9 @@ def test_it_ends_before_a_stop_string(at):
 
 def test_after_a_stop_string_nothing_more_is_computed(monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxgpt.generation.stream.steps", lambda *a: calls.append(1) or steps(*a))
+    monkeypatch.setattr(
+        "jaxgpt.generation.stream.decode_steps", lambda *a: calls.append(1) or decode_steps(*a)
+    )
     text = decoded(greedy(PROMPT, 100))
     pieces_of(PROMPT, 100, stops=[text[20:24]])
     assert len(calls) < 100 // 16
@@ -344,9 +346,11 @@ def test_after_a_stop_string_nothing_more_is_computed(monkeypatch):
 
 def test_a_piece_is_given_before_the_next_is_computed(monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxgpt.generation.stream.steps", lambda *a: calls.append(1) or steps(*a))
+    monkeypatch.setattr(
+        "jaxgpt.generation.stream.decode_steps", lambda *a: calls.append(1) or decode_steps(*a)
+    )
     gpt = trained()
-    pieces = write(gpt.model, gpt.params, gpt.tokenizer, PROMPT, 100, GREEDY)
+    pieces = stream_text(gpt.model, gpt.params, gpt.tokenizer, PROMPT, 100, GREEDY)
     assert next(pieces) and len(calls) == 1
 
 
@@ -455,19 +459,22 @@ def test_a_guide_holds_past_the_context():
     ("change", "says"),
     [
         ({"tokens": 0}, "tokens=0; set it to 1 or more"),
-        ({"heat": 1, "cold": 2}, "cold, heat: no such setting; there are beam, cache, choices"),
+        (
+            {"heat": 1, "cold": 2},
+            "cold, heat: unknown option; the options are beam, cache, choices",
+        ),
         ({"temperature": -1}, "temperature=-1; set it to 0 to 1000"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": ""}, "a stop string is empty"),
         ({"logit_bias": {273: 1.0}}, "logit_bias has token 273; ids are 0 to 272"),
-        ({"choices": ["a"], "regex": "b"}, "choices and regex at once; give one"),
+        ({"choices": ["a"], "regex": "b"}, "choices and regex cannot be combined; use one"),
         ({"choices": ["a", "a"]}, "twice among the choices"),
         ({"regex": "("}, "pattern"),
-        ({"beam": 0}, "beam=0; set it to a whole number, 1 or more"),
-        ({"beam": 2.5}, "beam=2.5 is not right; give a whole number"),
-        ({"beam": 2, "top_k": 5, "choices": ["a"]}, "beam=2 .* leave out top_k, choices"),
-        ({"beam": 2, "temperature": 0.5}, "beam=2 .* leave out temperature"),
-        ({"beam": 2, "tokens": 99}, r"tokens=99 after a prompt of \d+, .* context of 48; set tok"),
+        ({"beam": 0}, "beam=0 is invalid; use a whole number, 1 or more"),
+        ({"beam": 2.5}, "beam=2.5 is invalid; use a whole number"),
+        ({"beam": 2, "top_k": 5, "choices": ["a"]}, "beam=2 .* remove top_k, choices"),
+        ({"beam": 2, "temperature": 0.5}, "beam=2 .* remove temperature"),
+        ({"beam": 2, "tokens": 99}, r"tokens=99 after .* context of 48; with a beam, set tok"),
         ({"beam": 2, "tokens": 0}, "tokens=0 after a prompt"),
     ],
     ids=str,

@@ -44,7 +44,7 @@ def digests(tree: Any, name: str) -> dict[str, str]:
 def arrays(path: str) -> dict[str, str]:
     """Every array of a checkpoint."""
     found: dict[str, str] = {}
-    for item in checkpoint.read(path)["leaves"]:
+    for item in checkpoint.read_metadata(path)["leaves"]:
         found |= digests(checkpoint.load_params(path, item=item), item)
     return found
 

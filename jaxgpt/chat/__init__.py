@@ -1,12 +1,14 @@
-"""A conversation to token ids and loss weights, the same for training and for chatting.
+"""Chat templates: conversations to token ids and loss weights, for training and for chatting.
 
     template = choose(tokenizer)
     messages = [{"role": "user", "content": "Hello"}]
     prompt = render(template, tokenizer, messages, open=True).tokens
 
-What it promises: the ids are those of the published formats; a message is plain text, whatever it
-says, so it never yields a special token; and the weights are a message's own (1 by default) on all
-that the assistant writes, its end of turn included, and 0 elsewhere.
+Guarantees:
+- The ids are those of the published chat formats.
+- A message is plain text: a special token's name in it is never encoded as the special token.
+- Loss weights are the message's weight (1 by default) on everything that the assistant writes,
+  including its end-of-turn token, and 0 on everything else.
 """
 
 from jaxgpt.chat.conversations import (

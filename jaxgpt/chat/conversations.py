@@ -1,10 +1,10 @@
-"""Conversations in the layouts in which people keep them, as messages with one set of fields.
+"""Reads conversations in common dataset formats as lists of `Message`.
 
     read_messages([{"role": "user", "content": "Hello"}])          # OpenAI
     read_conversation({"conversations": [{"from": "human", "value": "Hello"}, ...]})  # ShareGPT
     read_conversation({"instruction": "Add.", "input": "1, 2", "output": "3"})        # Alpaca
 
-A field that is null is absent. Errors name the message by its position.
+A field with the value null is treated as missing. Error messages give the position of the message.
 """
 
 import functools
@@ -27,26 +27,27 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("gpt", "chatgpt", "model"), "assistant"),
     **dict.fromkeys(("function", "function_response", "observation"), "tool"),
 }
-"""The names of roles in OpenAI's format, ShareGPT's and others, and which role each one is."""
+"""The role for each name of a role in OpenAI's format, ShareGPT's and others."""
 
 TURNS = ("messages", "conversations", "conversation")
-"""The fields of a record that hold a whole conversation, the one that is read first."""
+"""The fields of a record that may have a whole conversation, in order of priority."""
 ANSWERS = {
     "instruction": ("output", "response"),
     "prompt": ("completion", "response"),
     "question": ("answer", "response"),
 }
-"""The fields of a record that hold a request, and for each the fields that hold its answer."""
+"""The fields of a record that may have a request, and for each the fields that may have the answer.
+"""
 SYSTEM = ("system", "system_prompt")
-"""The fields of a record that hold the system message."""
+"""The fields of a record that may have the system message."""
 CONTEXT = ("input", "context")
-"""The fields of a record with what an instruction is about; it follows the instruction."""
+"""The fields of a record that may have the input of an instruction, which is appended to it."""
 _SAYS = {"content", "value", "tool_calls", "function_call"}
 NOT_TEXT = (
     *("image", "images", "audio", "audios", "video", "videos", "refusal"),
     *("reasoning", "reasoning_content", "thinking"),
 )
-"""The fields of a message that say something which is not rendered, so they are refused."""
+"""Fields of a message whose content is not supported; they raise an error if they are not empty."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Message:
     role: Role
     content: str = ""
     weight: float = 1.0
-    """Factor of the loss on this message; only the assistant's messages have a loss. 0: none."""
+    """Factor of the loss on this message; 0: no loss. Only the assistant's messages have a loss."""
     tool_calls: Sequence[Mapping[str, Any]] = field(default=(), kw_only=True)
-    """Functions that the assistant calls, in OpenAI's form, with their arguments as a mapping."""
+    """Function calls of the assistant, in OpenAI's format, with the arguments as a mapping."""
     tool_call_id: str = field(default="", kw_only=True)
-    """Of a tool's message: the id of the call that it answers."""
+    """In a tool's message: the id of the call whose result it is."""
     name: str = field(default="", kw_only=True)
-    """Who speaks, or the function that a tool's message is from."""
+    """The name of the speaker, or of the function in a tool's message."""
 
 
 Messages = Iterable[Message | Mapping[str, Any]]
@@ -70,22 +71,23 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class Conversation(NamedTuple):
-    """Messages, and the functions that the assistant may call, as JSON schemas."""
+    """The messages of a conversation, and the functions the assistant may call, as JSON schemas."""
 
     messages: list[Message]
     tools: Tools = ()
 
 
 def read_messages(messages: Messages) -> list[Message]:
-    """The messages of a conversation, checked.
+    """Converts messages to `Message` and checks them.
 
-    A message may be a mapping of OpenAI's format (`role`, `content`) or ShareGPT's (`from`,
-    `value`). Its content is text, or a list of text parts. `weight` (a number) or `train` (true or
-    false) say how much of the loss it gets.
+    Args:
+        messages: Each a `Message`, or a mapping in OpenAI's format (`role`, `content`) or
+            ShareGPT's (`from`, `value`). The content is text or a list of text parts. The optional
+            fields `weight` (a number) and `train` (true or false) scale the loss.
 
     Raises:
-        InputError: A message has no role, no text, or something that is not text; the message is
-            named by its position.
+        InputError: A message has no role or no text, or has content that is not text. The error
+            message gives its position.
     """
     return [_message(message, position) for position, message in enumerate(messages)]
 
@@ -95,68 +97,70 @@ def _message(given: Message | Mapping[str, Any], position: int) -> Message:
     if isinstance(given, Message):
         given = vars(given)
     if not isinstance(given, Mapping):
-        raise InputError(f"{where} has {type(given).__name__}; give it role and content")
+        raise InputError(f"{where} is {type(given).__name__}; use a mapping with role and content")
     fields = {name: value for name, value in given.items() if value is not None}
     name = "from" if "from" in fields and "role" not in fields else "role"
     if name not in fields or not given.keys() & _SAYS:
-        raise InputError(f"{where} has {list(given)}; give it role and content")
+        raise InputError(f"{where} has the fields {list(given)}; add role and content")
     role, content = fields.pop(name), fields.pop("content", fields.pop("value", None))
-    if role == "function_call":  # a role of ShareGPT's with tools, whose text is the call
+    if role == "function_call":  # a role in ShareGPT's format with tools, whose text is the call
         role, content = "assistant", _calls([content], where)
         fields["tool_calls"], content = content, None
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise InputError(
-            f"{where} has role {role!r}; set it to {', '.join(get_args(Role))} (known too are "
-            f"{', '.join(name for name in ROLES if name not in get_args(Role))})"
+            f"{where} has the unknown role {role!r}; use {', '.join(get_args(Role))} (or one of "
+            f"the aliases {', '.join(name for name in ROLES if name not in get_args(Role))})"
         )
     role = ROLES[role.lower()]
     legacy = [fields.pop("function_call")] if "function_call" in fields else []
     calls = _calls(fields.pop("tool_calls", legacy), where)
     if calls and role != "assistant":
-        raise InputError(f"{where} has tool_calls, but role {role}; only the assistant calls tools")
+        raise InputError(
+            f"{where} has tool_calls, but role {role}; only the assistant can call tools"
+        )
     text = "" if content is None and calls else _text(content, where)
     if not text and role == "user":
-        raise InputError(f"{where} has content {content!r}; give it text")
+        raise InputError(f"{where} has content {content!r}; a user's message needs text")
     weight = _weight(fields, where)
     for name in ("train", "training"):
         if name in fields:
             if not isinstance(train := fields.pop(name), bool):
-                raise InputError(f"{where} has {name} {train!r}; set it to true or false")
+                raise InputError(f"{where} has {name} {train!r}; use true or false")
             weight *= train
     names = {name: fields.pop(name, "") for name in ("tool_call_id", "name")}
     for name, value in names.items():
         if not isinstance(value, str):
-            raise InputError(f"{where} has {name} {value!r:.80}; give it text")
+            raise InputError(f"{where} has {name} {value!r:.80}; use text")
     for name in NOT_TEXT:
         if fields.get(name) not in (None, "", [], {}):
             raise InputError(
-                f"{where} has {name}, which is not rendered; write what the model shall see or "
-                "say into content, and remove it"
+                f"{where} has {name}, which is not supported; remove it, and put any text that the "
+                "model should read or write into content"
             )
     if unread := [name for name in fields if name not in NOT_TEXT]:
-        _say_ignored(", ".join(unread))
+        _warn_ignored(", ".join(unread))
     return Message(role, text, weight, tool_calls=calls, **names)
 
 
 @functools.cache
-def _say_ignored(names: str) -> None:
-    """Says once that fields of messages are not read."""
-    print(f"chat: fields of messages that are not read: {names}", file=sys.stderr)
+def _warn_ignored(names: str) -> None:
+    """Prints, once, that some fields of messages are ignored."""
+    print(f"chat: ignored fields of messages: {names}", file=sys.stderr)
 
 
 def _text(content: Any, where: str) -> str:
-    """The text of a content, which may be a list of text parts."""
+    """Returns the text of a message's content, which may be a list of text parts."""
     if isinstance(content, list | tuple):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         said = [text for text in texts if isinstance(text, str)]
         if len(said) < len(texts):
             kinds = [p.get("type") if isinstance(p, Mapping) else type(p).__name__ for p in content]
             raise InputError(
-                f"{where} has content of parts {kinds}; give text, or parts of type text"
+                f"{where} has content with parts of type {kinds}; use text, or parts of type text"
             )
         return "".join(said)
     if not isinstance(content, str):
-        raise InputError(f"{where} has content {content!r:.80}; give it text")
+        raise InputError(f"{where} has content {content!r:.80}; use text")
     return content
 
 
@@ -164,28 +168,29 @@ def _weight(fields: dict[str, Any], where: str) -> float:
     weight = fields.pop("weight", 1.0)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not 0 <= weight < math.inf:
-        raise InputError(f"{where} has weight {weight!r:.80}; set it to a number, 0 or more")
+        raise InputError(f"{where} has weight {weight!r:.80}; use a number, 0 or more")
     return float(weight)
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as a mapping, which OpenAI writes as JSON text."""
+    """Checks tool calls, and parses arguments that are JSON text, as in OpenAI's format."""
     if not isinstance(calls, list | tuple):
-        raise InputError(f"{where} has tool_calls {calls!r:.80}; give it a list")
+        raise InputError(f"{where} has tool_calls {calls!r:.80}; use a list")
     read = []
     for call in calls:
         call = _json(call, f"{where} has a tool call") if isinstance(call, str) else call
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError(
-                f"{where} has the tool call {call!r:.80}; give it a function with name and "
-                "arguments"
+                f"{where} has the tool call {call!r:.80}; use a function with name and arguments"
             )
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             arguments = _json(arguments, f"{where} has arguments of a tool call")
         if not isinstance(arguments, Mapping):
-            raise InputError(f"{where} has the arguments {arguments!r:.80}; give it a table")
+            raise InputError(
+                f"{where} has the tool call arguments {arguments!r:.80}; use a JSON object"
+            )
         _check_json([arguments, call], f"{where} has a tool call")
         others = {} if function is call else {k: v for k, v in call.items() if v is not None}
         read.append(
@@ -199,11 +204,13 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _check_json(value: Any, what: str) -> None:
-    """Raises InputError for a value that JSON cannot hold, such as a date."""
+    """Raises InputError for a value that JSON cannot represent, such as a date."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{what} that JSON cannot hold ({error}); write it as text") from None
+        raise InputError(
+            f"{what} that JSON cannot represent ({error}); convert it to text"
+        ) from None
 
 
 def _json(text: str, what: str) -> Any:
@@ -214,20 +221,24 @@ def _json(text: str, what: str) -> Any:
 
 
 def read_conversation(record: Mapping[str, Any]) -> Conversation:
-    """The conversation of a record: its messages, or a request and its answer.
+    """Reads the conversation of a record.
 
-    The layouts are, in the order in which they are tried:
+    The formats are, in the order in which they are tried:
 
     - `messages` or `conversations`: a list of messages, see `read_messages`;
     - `instruction` and `output`, with the optional fields `input`, `system` and `history`, a list
       of pairs of earlier requests and answers (Taori et al. 2023, Alpaca);
-    - `prompt` and `completion`, or `question` and `answer`: text, or lists of messages. Only the
-      second list has a loss.
+    - `prompt` and `completion`, or `question` and `answer`: text or lists of messages, of which
+      only those of the second field have a loss.
 
-    `tools`, the functions that the assistant may call, is a list, or one as JSON text.
+    In all formats, `tools` may have the functions that the assistant may call, as a list or as JSON
+    text.
+
+    Args:
+        record: The fields of the record.
 
     Raises:
-        InputError: The record has none of these layouts, or an invalid field.
+        InputError: The record has none of these formats, or an invalid field.
     """
     if (name := _first(record, TURNS)) is not None:
         return Conversation(_with_system(record, _list(record, name)), _tools(record))
@@ -237,14 +248,20 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
         asked = read_request(record, request)
         return Conversation(asked.messages + _answer(record[answer], answer), asked.tools)
     raise InputError(
-        f"there are the fields {', '.join(record)}; give it messages, or instruction and output"
+        f"the record has the fields {', '.join(record)}, but needs messages, or instruction and "
+        "output"
     )
 
 
 def read_request(record: Mapping[str, Any], name: str) -> Conversation:
-    """A request, the field `name` of a record, with the system message and the earlier turns.
+    """Reads a request and everything before it: the system message and the earlier turns.
 
-    Earlier answers have weight 0 where the request is a list of messages: a prompt has no loss.
+    Args:
+        record: The fields of the record.
+        name: The field with the request: text, or a list of messages, which then have no loss.
+
+    Raises:
+        InputError: A field is invalid.
     """
     if not isinstance(record.get(name), str | None):
         asked = [replace(message, weight=0.0) for message in _list(record, name)]
@@ -257,7 +274,7 @@ def read_request(record: Mapping[str, Any], name: str) -> Conversation:
     for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
         two = isinstance(pair, list | tuple) and len(pair) == 2
         if not two or not all(isinstance(said, str) and said for said in pair):
-            raise InputError(f"history has {pair!r:.80}; give it pairs of a request and its answer")
+            raise InputError(f"history has {pair!r:.80}; use pairs of a request and its answer")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     return Conversation(_with_system(record, [*turns, Message("user", text)]), _tools(record))
 
@@ -265,23 +282,30 @@ def read_request(record: Mapping[str, Any], name: str) -> Conversation:
 def read_preference(
     record: Mapping[str, Any],
 ) -> tuple[Conversation, list[Message], list[Message]]:
-    """A prompt, and the better and the worse of two answers to it, which `record` holds.
+    """Reads a prompt with a preferred and a rejected answer.
 
-    `chosen` and `rejected` are text, a message or a list of messages. The prompt is `prompt`,
-    `instruction`, `messages` or another field of `read_conversation`; or it is what the two lists
-    have in common, if they begin with the same request.
+    Args:
+        record: The fields of the record. `chosen` and `rejected` are text, a message or a list of
+            messages. The prompt is in `prompt`, `instruction`, `messages` or another field of
+            `read_conversation`; or it is the common beginning of the two lists, if that has a
+            user's message.
+
+    Returns:
+        The prompt without loss, the chosen answer and the rejected answer.
 
     Raises:
         InputError: A field is missing or invalid, or the answers are equal.
     """
     chosen, rejected = (_answer(record.get(name), name) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise InputError("chosen and rejected are equal, so neither is better; leave it out")
+        raise InputError("chosen and rejected are equal; remove the record")
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     if common == min(len(chosen), len(rejected)):
-        raise InputError("chosen and rejected are one conversation, one longer than the other")
+        raise InputError(
+            "one of chosen and rejected is the beginning of the other; use two different answers"
+        )
     asked: Conversation | None = None
     if (name := _first(record, TURNS)) is not None:
         asked = Conversation(_with_system(record, _list(record, name)), _tools(record))
@@ -293,37 +317,37 @@ def read_preference(
         for message in asked.messages if asked else ():
             if (message.role, message.content) not in said:
                 raise InputError(
-                    f"chosen and rejected begin with another request than {name}, which says "
-                    f"{message.content!r:.80}; remove one of them"
+                    f"chosen and rejected start with another request than {name}, which has "
+                    f"{message.content!r:.80}; remove one of the requests"
                 )
         asked = Conversation(shared, _tools(record))
         chosen, rejected = chosen[common:], rejected[common:]
     if asked is None:
         raise InputError(
-            f"there are the fields {', '.join(record)}; give it a prompt, or begin chosen and "
-            "rejected with the same messages"
+            f"the record has the fields {', '.join(record)}, but needs a prompt, or chosen and "
+            "rejected that start with the same messages"
         )
     prompt = [replace(message, weight=0.0) for message in asked.messages]
     return Conversation(prompt, asked.tools), chosen, rejected
 
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of the names that the record has a value for."""
+    """Returns the first of some fields that the record has a value for."""
     return next((name for name in names if record.get(name) is not None), None)
 
 
 def _list(record: Mapping[str, Any], name: str) -> list[Message]:
-    """The messages of a field: a list, one as JSON text (as in CSV), or a table of columns."""
+    """Reads a field's messages: a list, a list as JSON text (in CSV), or a dict of columns."""
     found = record[name]
     if isinstance(found, str) and found.lstrip().startswith("["):
         found = _json(found, f"{name} has text")
     if isinstance(found, Mapping) and all(isinstance(v, list | tuple) for v in found.values()):
         if len({len(column) for column in found.values()}) > 1:
-            raise InputError(f"{name} has columns of different lengths; give it a list of messages")
+            raise InputError(f"{name} has columns of different lengths; use a list of messages")
         columns = zip(*found.values(), strict=True)
         found = [dict(zip(found, row, strict=True)) for row in columns]
     if not isinstance(found, list | tuple) or not found:
-        raise InputError(f"{name} is {record[name]!r:.80}; give it a list of messages")
+        raise InputError(f"{name} is {record[name]!r:.80}; use a list of messages")
     return read_messages(found)
 
 
@@ -331,13 +355,14 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         raise InputError(
-            f"{name} is {value!r:.80}, and it has to be text; there are {', '.join(record)}"
+            f"{name} is {value!r:.80}, but must be non-empty text; the record has the fields "
+            f"{', '.join(record)}"
         )
     return value
 
 
 def _answer(given: Any, name: str) -> list[Message]:
-    """An answer that a field holds: text, a message, or messages that end with the assistant's."""
+    """Reads an answer: text, a message, or messages that end with one of the assistant."""
     if isinstance(given, Mapping):
         given = [given]
     if not isinstance(given, list | tuple):
@@ -349,14 +374,14 @@ def _answer(given: Any, name: str) -> list[Message]:
 
 
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages, with the system message of the record before them if it has one."""
+    """Prepends the system message of a record, if it has one."""
     name = _first(record, SYSTEM)
     if name is None or record[name] == "":
         return messages
     system = Message("system", _field(record, name))
     if messages and messages[0].role == "system":
         if messages[0].content != system.content:
-            raise InputError(f"{name} is not what the first message says; remove one of them")
+            raise InputError(f"{name} differs from the first message; remove one of them")
         return messages
     return [system, *messages]
 
@@ -365,6 +390,6 @@ def _tools(record: Mapping[str, Any]) -> Tools:
     tools = record.get("tools") or ()
     tools = _json(tools, "tools has text") if isinstance(tools, str) else tools
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
-        raise InputError(f"tools is {tools!r:.80}; give it a list of functions as JSON schemas")
+        raise InputError(f"tools is {tools!r:.80}; use a list of functions as JSON schemas")
     _check_json(tools, "tools has a value")
     return tuple(tools)

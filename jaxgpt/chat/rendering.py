@@ -1,4 +1,4 @@
-"""Templates, as pieces of markup and content, and the token ids and loss weights of both."""
+"""Renders conversations with a template: pieces of markup and content to ids and loss weights."""
 
 import re
 from abc import ABC, abstractmethod
@@ -12,46 +12,54 @@ from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 
 LONGEST_TEMPLATE = 1 << 20
-"""Characters of a chat_template; published ones have up to some ten thousand."""
+"""Maximum characters of a chat_template; published ones have at most some ten thousand."""
 
 
 def conversation(messages: Messages, *, open: bool = False) -> list[Message]:
-    """The messages, checked as in `read_messages`; one of them at least is the user's.
+    """Checks the messages of a conversation.
 
-    If `open`, an answer is asked for: InputError where the last message is the assistant's.
+    Args:
+        messages: Messages as in `read_messages`.
+        open: Whether the assistant's answer will follow.
+
+    Raises:
+        InputError: A message is invalid, none is the user's, or, with `open`, the last message is
+            the assistant's.
     """
     checked = read_messages(messages)
     if not any(message.role == "user" for message in checked):
-        raise InputError(f"{len(checked)} messages without a user's; give at least one")
+        raise InputError(
+            f"none of the {len(checked)} messages is from the user; add at least one user message"
+        )
     if open and checked[-1].role == "assistant":
         raise InputError(
-            f"open=True asks for an answer, but message {len(checked) - 1} is one; end with a "
-            "user's message, or leave open out"
+            f"open=True requests an answer, but message {len(checked) - 1} is already one; end "
+            "with a user message, or remove open"
         )
     return checked
 
 
 class Markup(NamedTuple):
-    """Text of the format itself: the names of special tokens in it mean these tokens."""
+    """Text of the chat format itself, in which names of special tokens are special tokens."""
 
     text: str
     weight: float | None = None
-    """The loss weight of what the assistant writes; None for what it does not write."""
+    """The loss weight of text that the assistant writes; None for other text."""
 
 
 class Content(NamedTuple):
-    """What somebody wrote: plain text, whatever it looks like."""
+    """Text of a message, in which names of special tokens are plain text."""
 
     text: str
     weight: float | None = None
-    """As of `Markup`."""
+    """The loss weight of text that the assistant writes; None for other text."""
 
 
 Piece = Markup | Content
 
 
 class Rendered(NamedTuple):
-    """A conversation as ids, and for each id the weight of the loss of predicting it: T of both."""
+    """The T token ids of a conversation, and for each the weight of the loss of predicting it."""
 
     tokens: list[int]
     weights: list[float]
@@ -62,59 +70,75 @@ class Template(ABC):
     """A chat format."""
 
     specials: ClassVar[tuple[str, ...]] = ()
-    """The special tokens the format is written with."""
+    """The special tokens that the format needs."""
     ends: ClassVar[tuple[str, ...]] = ()
-    """Those that end an answer; a tokenizer may lack all but the first."""
+    """The special tokens that end an answer; a tokenizer must have at least the first."""
     alternates: ClassVar[bool] = False
-    """Whether user and assistant have to take turns, the user first."""
+    """Whether user and assistant must alternate, starting with the user."""
     calls_tools: ClassVar[bool] = False
-    """Whether it renders tool calls, and the messages of tools."""
+    """Whether the format can render tool calls and tool messages."""
 
     published: "Template | None" = field(default=None, compare=False, repr=False, kw_only=True)
-    """The tokenizer's own chat_template, which renders what this format cannot."""
+    """The tokenizer's own chat_template, used for conversations that this format cannot render."""
 
     @abstractmethod
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """The conversation in order, with the header of an answer at the end if `open`."""
+        """Renders a conversation.
+
+        Args:
+            messages: The messages, already checked.
+            open: Whether to append the header of the assistant's answer, for generation.
+            tools: The functions that the assistant may call, as JSON schemas.
+
+        Returns:
+            The pieces of the rendered text, in order.
+        """
 
     def stops(self, tokenizer: Tokenizer) -> list[int]:
-        """The ids at any of which an answer ends; InputError where the tokenizer lacks them."""
+        """Returns the ids that end an answer.
+
+        Raises:
+            InputError: The tokenizer lacks a special token of the format.
+        """
         self.check(tokenizer)
         return [tokenizer.specials[name] for name in self.ends if name in tokenizer.specials]
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raises InputError where the tokenizer lacks a special token of the format."""
+        """Raises InputError if the tokenizer lacks a special token of the format."""
         if missing := [name for name in self.specials if name not in tokenizer.specials]:
             raise InputError(
-                f"{type(self).__name__} is written with {', '.join(missing)}, but the tokenizer's "
-                f"special tokens are {special_names(tokenizer)}; use one that fits, see choose"
+                f"the chat format {type(self).__name__} needs the special tokens "
+                f"{', '.join(missing)}, but the tokenizer has {special_names(tokenizer)}; use the "
+                "format that choose returns for this tokenizer"
             )
 
     def for_conversation(self, messages: Sequence[Message], tools: Tools) -> "Template":
-        """This format, or the tokenizer's own chat_template where this one cannot render it.
+        """Returns this format, or, if it cannot render a conversation, the tokenizer's own one.
 
-        Raises InputError where neither can.
+        Raises:
+            InputError: Neither can render the conversation.
         """
         problem = ""
         if not self.calls_tools:
             which = next((n for n, m in enumerate(messages) if m.role == "tool"), None)
             calls = next((n for n, m in enumerate(messages) if m.tool_calls), which)
             if calls is not None or tools:
-                what = "tools are given" if calls is None else f"message {calls} is about tools"
-                problem = f"{what}, which {type(self).__name__} has no form for"
+                what = "there are tools" if calls is None else f"message {calls} uses tools"
+                problem = f"{what}, which the chat format {type(self).__name__} does not support"
         turns = messages[1:] if messages[0].role == "system" else messages
         for n, message in enumerate(turns, len(messages) - len(turns)):
             expected = "assistant" if (n - len(messages) + len(turns)) % 2 else "user"
             if self.alternates and message.role != expected and not problem:
                 problem = (
-                    f"message {n} is of role {message.role}, but {expected} is next: after at most "
-                    f"one system message {type(self).__name__} has user and assistant in turns"
+                    f"message {n} has role {message.role}, but must have role {expected}: in the "
+                    f"chat format {type(self).__name__}, user and assistant alternate after at "
+                    "most one system message"
                 )
         if not problem:
             return self
         if self.published is None:
             raise InputError(
-                f"{problem}; use a tokenizer whose own chat_template renders it, or remove it"
+                f"{problem}; use a tokenizer whose own chat_template supports this, or remove it"
             )
         return self.published
 
@@ -128,21 +152,24 @@ def render(
     tools: Tools = (),
     others: float = 0.0,
 ) -> Rendered:
-    """The token ids and loss weights of a conversation in the format of `template`.
+    """Renders a conversation to token ids and loss weights.
 
-    Text between two special tokens is encoded as one, headers and contents together, as
-    transformers' `apply_chat_template` does. Where an answer begins, though, its header is encoded
-    as if nothing followed, because that is what a model sees when it writes: an answer of ChatML
-    that begins with a line break keeps it apart from the header's. The names of special tokens in
-    a message are plain text.
+    Text between two special tokens, such as a header and a content, is encoded as a whole, as in
+    transformers' `apply_chat_template`. The exception is the header of an answer, which is encoded
+    as if nothing followed, because that is the prompt from which the model generates the answer. So
+    if an answer in ChatML starts with a newline, it is not merged with the newline of the header.
+    Names of special tokens in a message are plain text.
 
     Args:
-        template: The format, see `choose`.
-        tokenizer: Its special tokens are those of the format.
-        messages: As `read_messages` takes them.
-        open: Whether the header of an answer follows the messages, for the model to go on.
+        template: The chat format; see `choose`.
+        tokenizer: A tokenizer with the special tokens of the format.
+        messages: Messages as in `read_messages`.
+        open: Whether to append the header of the assistant's answer, for generation.
         tools: The functions that the assistant may call, as JSON schemas.
-        others: The weight of what the assistant does not write.
+        others: The loss weight of everything that the assistant does not write.
+
+    Returns:
+        The token ids and loss weights.
 
     Raises:
         InputError: The conversation is invalid, the template cannot render it, or the tokenizer
@@ -155,10 +182,18 @@ def render(
 
 
 def render_continuation(template: Template, tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The token ids of a conversation up to the end of its last message's text, for the model to
-    continue it: the message has no end of turn.
+    """Renders a conversation whose last message the model should continue, without its end of turn.
 
-    Raises InputError as `render` does.
+    Args:
+        template: The chat format; see `choose`.
+        tokenizer: A tokenizer with the special tokens of the format.
+        messages: Messages as in `read_messages`.
+
+    Returns:
+        The token ids up to the end of the last message's text.
+
+    Raises:
+        InputError: As for `render`.
     """
     template.check(tokenizer)
     checked = conversation(messages)
@@ -169,7 +204,7 @@ def render_continuation(template: Template, tokenizer: Tokenizer, messages: Mess
 
 
 def encoded(tokenizer: Tokenizer, pieces: Sequence[Piece], others: float = 0.0) -> Rendered:
-    """Pieces as ids and weights; only in markup are there special tokens."""
+    """Encodes pieces to ids and weights; names of special tokens are special only in markup."""
     whole, end = "".join(piece.text for piece in pieces), 0
     parts: list[tuple[str, bool, float | None]] = []  # text, whether it is a special token, weight
     for piece in pieces:
@@ -216,24 +251,24 @@ def _encoded_run(
     before: str | None,
     after: str | None,
 ) -> tuple[list[int], list[float | None]]:
-    """The ids and weights of plain text between two special tokens; None: the end of it all."""
+    """Encodes plain text between two special tokens (None: start or end of the conversation)."""
     groups = [
         ("".join(text for text, _ in group), weight)
         for weight, group in groupby(run, key=lambda part: part[1])
     ] or [("", None)]
     ids: list[int] = []
     weights: list[float | None] = []
-    start, text, begins = 0, "", before  # where the ids of `text` start, and what is before it
+    start, text, begins = 0, "", before  # position of the ids of `text`, and what precedes it
     for number, (added, weight) in enumerate(groups, 1):
         text += added
         end = after if number == len(groups) else ""
         new = tokenizer.encode_between(text, begins, end)
         if new[: len(ids) - start] != ids[start:]:
-            # Tokens would cross the border between two weights: begin anew at it.
+            # A token would cross the boundary between two weights, so encode separately from it.
             anew = tokenizer.encode_between(added, "", end)
             if _bytes(tokenizer, ids[start:] + anew) == _bytes(tokenizer, new):
                 start, text, begins, new = len(ids), added, "", anew
-            else:  # not with a tokenizer that puts a space before what is encoded by itself
+            else:  # the tokenizer adds a space before text that is encoded separately
                 same = 0
                 while ids[start + same] == new[same]:
                     same += 1
@@ -248,13 +283,13 @@ def _bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
 
 
 def special_names(tokenizer: Tokenizer) -> str:
-    """The tokenizer's special tokens, in a line."""
+    """Returns the names of the tokenizer's special tokens, for error messages."""
     names = list(tokenizer.specials)
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "") or "none"
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
-    """The chat_template of tokenizer_config.json, the default one of several; "" for none."""
+    """Returns the (default) chat_template of tokenizer_config.json; "" if there is none."""
     found: Any = getattr(tokenizer, "config", {}).get("chat_template") or ""
     if isinstance(found, list):
         named = [each for each in found if isinstance(each, dict)]
@@ -264,6 +299,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
         raise InputError(f"chat_template is {type(found).__name__}; set it to the template's text")
     if len(found) > LONGEST_TEMPLATE:
         raise InputError(
-            f"chat_template has {len(found):,} characters; use one of {LONGEST_TEMPLATE:,} or less"
+            f"chat_template has {len(found):,} characters; use one with at most "
+            f"{LONGEST_TEMPLATE:,}"
         )
     return found

@@ -1,6 +1,6 @@
-"""A tokenizer's own chat_template, which is a program: run by jinja2 in a sandbox.
+"""Renders a tokenizer's own chat_template with jinja2 in a sandbox.
 
-It runs in a process of its own, with limits on time, memory and output.
+A chat_template is a program, so it runs in a subprocess with limits on time, memory and output.
 """
 
 import atexit
@@ -27,42 +27,43 @@ from jaxgpt.tokenizer.base import any_of
 from jaxgpt.tokenizer.huggingface import token_name
 
 CHARACTERS = 1_000_000
-"""Characters that a template may write beyond what the messages say."""
+"""Maximum characters that a template may output in addition to the content of the messages."""
 SECONDS = 10.0
-"""Seconds of processor time for the conversations that are rendered at once."""
+"""Maximum CPU time for rendering a batch of conversations."""
 
-Asked = tuple[Sequence[Message], bool]
-"""A conversation, and whether the header of an answer follows."""
+Request = tuple[Sequence[Message], bool]
+"""A conversation, and whether to append the header of an answer."""
 
 
 @dataclass(frozen=True)
 class Jinja(Template):
     """The tokenizer's own chat_template.
 
-    The name of a special token is that token only where the template writes it, never inside a
-    message. To tell the two apart, the conversation is rendered twice: as it is, and with a random
-    word in place of the text of each message. The results must be equal except for these words. A
-    template that looks into messages, for example to remove earlier thoughts, may give results that
-    differ further; then a message with the name of a special token is refused.
+    The name of a special token is encoded as that token only if the template outputs it, never
+    inside a message. To distinguish the two, the conversation is rendered twice: unchanged, and
+    with a random word in place of the text of each message. The results must be equal except for
+    these words. A template that inspects messages, for example to remove earlier thoughts, may
+    produce other differences; then a special token's name in a message is an error.
 
-    The loss covers the parts inside `{% generation %}` tags. Without such tags an answer begins
-    where the prompt that asks for it ends (the messages before it, and the header of an answer),
-    and ends with the end of its turn.
+    The loss covers the parts inside `{% generation %}` tags. Without such tags, an answer starts
+    at the end of its prompt (the earlier messages and the header of an answer), and ends with the
+    end of its turn.
     """
 
     calls_tools: ClassVar[bool] = True
 
     source: str
-    """The template."""
+    """The text of the template."""
     tokens: tuple[tuple[str, str | None], ...]
-    """Variables of the template such as bos_token, and the special tokens that they name."""
+    """The template's variables for special tokens, such as bos_token, with their values."""
     names: tuple[str, ...]
     """The names of all special tokens of the tokenizer."""
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """The conversation in order.
+        """Renders a conversation.
 
-        Raises InputError where the template fails, or leaves out what a message says.
+        Raises:
+            InputError: The template fails, or omits or changes a message.
         """
         self._check_names([tools, *(list(message.tool_calls) for message in messages)])
         masked, meant = _masked(messages)
@@ -75,7 +76,10 @@ class Jinja(Template):
                 raise outcome
         (text, spans), (real, real_spans) = (_unmarked(str(each), mark) for each in outcomes)
         if lacking := [name for name in map(_tool_name, tools) if name not in text]:
-            raise InputError(f"the chat_template does not render the tool {lacking[0]}")
+            raise InputError(
+                f"the chat_template does not render the tool {lacking[0]}; remove the tools, or "
+                "use a tokenizer whose chat_template supports them"
+            )
         if (values := _values(text, real, meant)) is None:
             self._check_names([message.content for message in messages])
             masked, text, spans, values, meant = list(messages), real, real_spans, {}, {}
@@ -85,36 +89,39 @@ class Jinja(Template):
         if len(spans) != len(weights):
             if any(weight != 1.0 for weight in weights):
                 raise InputError(
-                    f"the chat_template marks {len(spans)} parts to learn of {len(weights)} "
-                    "answers, so their weights cannot be told apart; leave the weights out"
+                    f"the chat_template marks {len(spans)} parts for the loss in {len(weights)} "
+                    "answers, so it is unclear which weight belongs to which; remove the weights"
                 )
             weights = [1.0] * len(spans)
         return _pieces(text, values, spans, weights)
 
     def stops(self, tokenizer: Tokenizer) -> list[int]:
-        """The ids at any of which an answer ends: those that end its turn, and a text."""
+        """Returns the ids that end an answer: of the end of turn, the end of sequence and `eot`."""
         ids = [tokenizer.specials[name] for name in self._pattern.findall(self.end)]
-        if not ids and self.end.strip():  # a token that is not special, such as <|im_end|> in some
+        if not ids and self.end.strip():  # <|im_end|> is not a special token in some tokenizers
             end = tokenizer.encode_between(self.end.strip(), "", None)
             ids = end if len(end) == 1 else []
         return list(dict.fromkeys([*ids, tokenizer.eos, tokenizer.eot]))
 
     def texts(
-        self, asked: Sequence[Asked], tools: Tools = (), mark: str = ""
+        self, requests: Sequence[Request], tools: Tools = (), mark: str = ""
     ) -> list[str | InputError]:
-        """What the template writes for each conversation, or why it writes nothing.
+        """Renders conversations to text.
 
         Args:
-            asked: The conversations.
+            requests: The conversations.
             tools: The functions that the assistant may call.
-            mark: A word that is written around what `{% generation %}` marks.
+            mark: A word to output at the start and end of every `{% generation %}` block.
+
+        Returns:
+            For each conversation the text, or the error of the template.
         """
-        said = [sum(len(message.content) for message in messages) for messages, _ in asked]
+        sizes = [sum(len(message.content) for message in messages) for messages, _ in requests]
         job = {
             "source": self.source,
             "values": {**dict(self.tokens), "tools": list(tools) or None, "documents": None},
-            "conversations": [[[*map(_fields, messages)], open] for messages, open in asked],
-            "limit": CHARACTERS + max(said),
+            "conversations": [[[*map(_fields, messages)], open] for messages, open in requests],
+            "limit": CHARACTERS + max(sizes),
             "mark": mark,
             "seconds": SECONDS,
         }
@@ -125,7 +132,7 @@ class Jinja(Template):
 
     @functools.cached_property
     def end(self) -> str:
-        """What the template writes at the end of an answer, up to the first special token."""
+        """The text that the template outputs after an answer, up to the first special token."""
         word = secrets.token_hex(16)
         turns = [Message("user", "a"), Message("assistant", word)]
         for messages in (turns, [Message("system", "a"), *turns]):
@@ -141,33 +148,38 @@ class Jinja(Template):
         return any_of(self.names)
 
     def _check_names(self, values: Any) -> None:
-        """Raises InputError where the name of a special token is in text that is not masked."""
+        """Raises InputError if text that is not masked contains the name of a special token."""
         if found := self._pattern.search(json.dumps(values, ensure_ascii=False)):
             raise InputError(
-                f"the chat_template changes or looks into what a message or a tool says, so that "
-                f"{found[0]} in it could not be told from the special token; remove it"
+                f"a message or tool contains {found[0]}, which cannot be distinguished from the "
+                "special token, because the chat_template inspects or changes the text; remove it"
             )
 
     def _answers(
         self, messages: Sequence[Message], text: str, tools: Tools, words: dict[str, int]
     ) -> list[slice]:
-        """The place of each answer in the rendered text.
+        """Finds the position of each answer in the rendered text.
 
-        An answer begins where the text stops to be equal to the prompt that asks for the answer,
-        and it ends before the end of the text of all messages up to it. If a message is rendered in
-        another way because others follow, `words` are used instead: for each random word in the
-        text the number of the message that it stands for.
+        An answer starts where the text first differs from the answer's prompt, and ends with the
+        end of its turn, within the rendered text of the messages up to it. If later messages change
+        how a message is rendered, the random words are searched for instead.
+
+        Args:
+            messages: The messages, with random words in place of their contents.
+            text: The rendered text.
+            tools: The functions that the assistant may call.
+            words: The index of the message that each random word stands for.
 
         Raises:
-            InputError: The place of an answer cannot be found.
+            InputError: The position of an answer cannot be found.
         """
         numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-        asked: list[Asked] = [
+        requests: list[Request] = [
             part
             for n in numbers
             for part in ((messages[:n], False), (messages[:n], True), (messages[: n + 1], False))
         ]
-        texts = iter(self.texts(asked, tools) if asked else [])
+        texts = iter(self.texts(requests, tools) if requests else [])
         places = [(n, text.index(word), len(word)) for word, n in words.items()]
         spans = []
         for number in numbers:
@@ -182,8 +194,8 @@ class Jinja(Template):
                 limit = len(through)
             if not said and None in (start, limit):
                 raise InputError(
-                    f"the chat_template renders message {number} in another way when others "
-                    "follow, so where it is in the text is unknown; leave it out"
+                    f"the chat_template renders message {number} differently when others follow, "
+                    "so its position in the text is unknown; remove the message"
                 )
             start = min(said) if start is None else start
             if limit is None:
@@ -195,7 +207,7 @@ class Jinja(Template):
 
 
 def jinja_of(tokenizer: Tokenizer) -> Jinja | None:
-    """The chat_template of a tokenizer's configuration; None where it has none."""
+    """Returns the chat_template of a tokenizer; None if it has none."""
     if not (source := chat_template(tokenizer)):
         return None
     config = getattr(tokenizer, "config", {})
@@ -208,7 +220,7 @@ def jinja_of(tokenizer: Tokenizer) -> Jinja | None:
 
 
 def _fields(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it."""
+    """Converts a message to the fields that chat templates expect."""
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         fields |= {"content": message.content or None, "tool_calls": list(message.tool_calls)}
@@ -217,7 +229,7 @@ def _fields(message: Message) -> dict[str, Any]:
 
 
 def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text, which some templates expect."""
+    """Converts the arguments of tool calls to JSON text, which some templates expect."""
 
     def with_text(call: Mapping[str, Any]) -> dict[str, Any]:
         function = call["function"]
@@ -236,15 +248,16 @@ def _tool_name(tool: Any) -> str:
 
 
 def _masked(messages: Sequence[Message]) -> tuple[list[Message], dict[str, tuple[int, str]]]:
-    """The messages with a word in place of each content and of each function that is called.
+    """Replaces each content, and the name of each called function, by a random word.
 
-    The second result has for each word the number of its message, and what it stands for.
+    Returns:
+        The masked messages; and for each word the index of its message and the text it replaces.
     """
     masked, meant = [], {}
     for n, message in enumerate(messages):
         word = secrets.token_hex(16)
         if core := message.content.strip():
-            # In the content's own white space: what strips, strips it.
+            # Keep the surrounding white space, so that templates strip it as usual.
             before, _, after = message.content.partition(core)
             message = replace(message, content=before + word + after)
             meant[word] = n, core
@@ -258,7 +271,7 @@ def _masked(messages: Sequence[Message]) -> tuple[list[Message], dict[str, tuple
 
 
 def _unmarked(text: str, mark: str) -> tuple[str, list[slice]]:
-    """A text without the marks in pairs, and where what was between them is."""
+    """Removes pairs of marks from a text; also returns where the text between them is."""
     first, *rest = text.split(mark)
     found = []
     for inside, after in zip(rest[::2], rest[1::2], strict=True):
@@ -268,17 +281,26 @@ def _unmarked(text: str, mark: str) -> tuple[str, list[slice]]:
 
 
 def _values(text: str, real: str, meant: dict[str, tuple[int, str]]) -> dict[str, str] | None:
-    """What stands in the real text in place of each word; None where the rest is not the same.
+    """Finds the text that each random word stands for in the rendered conversation.
 
-    It is what the word stands for, or that as in a JSON string. Raises InputError where a word is
-    missing, repeated or changed.
+    Args:
+        text: The conversation rendered with random words.
+        real: The conversation rendered unchanged.
+        meant: For each word the index of its message and the text it replaces.
+
+    Returns:
+        For each word the replaced text, possibly escaped as in a JSON string; None if the two
+        renderings also differ elsewhere.
+
+    Raises:
+        InputError: A word is missing, repeated or changed.
     """
     parts = re.split(f"({'|'.join(meant) or '(?!)'})", text)
     if sorted(parts[1::2]) != sorted(meant):
         number = min(n for word, (n, _) in meant.items() if parts.count(word) != 1)
         raise InputError(
-            f"the chat_template leaves out, repeats or changes what message {number} says, as it "
-            "does with every text; use another template, or leave the message out"
+            f"the chat_template omits, repeats or changes the text of message {number}, whatever "
+            "it is; use another template, or remove the message"
         )
     values, place = {}, len(parts[0])
     for word, after in zip(parts[1::2], parts[2::2], strict=True):
@@ -296,7 +318,7 @@ def _values(text: str, real: str, meant: dict[str, tuple[int, str]]) -> dict[str
 def _pieces(
     text: str, values: dict[str, str], spans: list[slice], weights: list[float]
 ) -> list[Piece]:
-    """The text as pieces: the values of words as content, and what is in a span with its weight."""
+    """Splits rendered text into pieces: words become content, and spans get their weights."""
     pattern = re.compile(f"({'|'.join(values) or '(?!)'})")
     pieces: list[Piece] = []
     place = 0
@@ -309,7 +331,7 @@ def _pieces(
 
 
 class _Process:
-    """The process in which chat templates run."""
+    """The subprocess in which chat templates run."""
 
     def __init__(self) -> None:
         try:
@@ -318,15 +340,17 @@ class _Process:
             raise InputError(
                 "the tokenizer has its own chat_template, which needs jinja2: pip install jinja2"
             ) from None
-        # Before 3.1.6 its sandbox has known holes: CVE-2024-56326, CVE-2025-27516.
+        # Earlier versions have known vulnerabilities: CVE-2024-56326, CVE-2025-27516.
         if [int(number) for number in re.findall(r"\d+", version)][:3] < [3, 1, 6]:
-            raise InputError(f"jinja2 is {version}; a chat_template needs 3.1.6 or later")
+            raise InputError(
+                f"jinja2 {version} is too old to run a chat_template safely; use 3.1.6 or later"
+            )
         self._lock = threading.Lock()
         self._running: subprocess.Popen[str] | None = None
         atexit.register(self._stop)
 
     def run(self, job: dict[str, Any]) -> list[tuple[str, str | None]]:
-        """The text of each conversation of a job, and the error in its place if there is one."""
+        """Runs a job, and returns the text or the error of each of its conversations."""
         with self._lock:
             if self._running is None or self._running.poll() is not None:
                 self._running = self._start()
@@ -342,8 +366,12 @@ class _Process:
                 return json.loads(answer)
             self._stop()
             if process.returncode == -signal.SIGPROF:
-                raise InputError(f"the chat_template took over {job['seconds']:g} seconds")
-            raise InputError(f"the chat_template ended its process ({process.returncode})")
+                raise InputError(
+                    f"the chat_template took more than {job['seconds']:g} seconds; use another"
+                )
+            raise InputError(
+                f"the chat_template ended its process with status {process.returncode}; use another"
+            )
 
     def _start(self) -> "subprocess.Popen[str]":
         source = inspect.getsource(_sandbox)
@@ -354,7 +382,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the program, which ends this one
+            start_new_session=True,  # Ctrl-C only reaches this program, which ends the subprocess
         )
 
     def _stop(self) -> None:
@@ -370,7 +398,10 @@ def _process() -> _Process:
 
 
 def _sandbox() -> None:
-    """What the other process runs: jobs from stdin, a line each, and the texts to stdout."""
+    """The program of the subprocess: reads jobs from stdin, one per line; writes texts to stdout.
+
+    It is passed to the subprocess as source code, so everything is imported inside.
+    """
     import contextlib
     import datetime
     import functools
@@ -384,13 +415,13 @@ def _sandbox() -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no limits
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not supported on this system
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-    class Generation(Extension):  # what transformers marks an answer with
+    class Generation(Extension):  # the tags with which transformers marks answers
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
@@ -414,7 +445,7 @@ def _sandbox() -> None:
     def raise_exception(message):
         raise TemplateError(message)
 
-    # As in transformers, but for what no chat template needs.
+    # As in transformers, without features that no chat template needs.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -435,7 +466,7 @@ def _sandbox() -> None:
             for part in compiled(job["source"]).generate(messages=messages, **values):
                 text += part
                 if len(text) > job["limit"]:
-                    raise TemplateError(f"it writes more than {job['limit']} characters")
+                    raise TemplateError(f"it outputs more than {job['limit']} characters")
         except Exception as error:
             return "", f"{type(error).__name__}: {error}"[:500]
         return text, None

@@ -1,4 +1,4 @@
-"""The published chat formats, written out, and which format a tokenizer is meant for."""
+"""The published chat formats, and the choice of the format that belongs to a tokenizer."""
 
 import functools
 import re
@@ -26,19 +26,19 @@ def _turn(header: str, message: Message, end: str, after: str) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Llama3(Template):
-    """Llama 3, and with a date 3.1 to 3.3; as published, white space around contents is dropped."""
+    """Llama 3, and with a date Llama 3.1 to 3.3; as published, contents are stripped."""
 
     specials = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     ends = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
     _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 
     date: str | None = None
-    """What 3.1 and later say today is, in every system turn, e.g. "26 Jul 2024"; None: nothing."""
+    """Today's date in the system message of Llama 3.1 and later, e.g. "26 Jul 2024"; None: none."""
     cutoff: str = "December 2023"
-    """What they say their knowledge ends with; said only with a date."""
+    """The knowledge cutoff in the system message; only with a date."""
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """One turn each; with a date there always is a system turn."""
+        """Renders one turn per message; with a date, there always is a system turn."""
         turns = [replace(message, content=message.content.strip()) for message in messages]
         if self.date is not None:
             said = turns.pop(0).content if turns[0].role == "system" else ""
@@ -52,11 +52,11 @@ class Llama3(Template):
 
 @dataclass(frozen=True)
 class Llama2(Template):
-    """Llama 2 Chat: each exchange between <s> and </s>, the system text in the first question.
+    """Llama 2 Chat: <s> and </s> around each exchange, the system text in the first user message.
 
-    The spaces around an answer are the format's, and what the assistant writes. `[INST]` and the
-    like are plain text here, so a message with one could forge a turn: InputError, as in Meta's
-    own generation.py.
+    The spaces around an answer belong to what the assistant writes. The tags `[INST]` and the like
+    are not special tokens, so that a message with one could forge a turn; this raises InputError,
+    as in Meta's generation.py.
     """
 
     specials = ("<s>", "</s>")
@@ -65,15 +65,15 @@ class Llama2(Template):
     _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """The same open or not: what asks for an answer ends a question."""
+        """Renders the exchanges; `open` changes nothing, because an answer has no header."""
         pieces: list[Piece] = []
         system = ""
         for position, message in enumerate(messages):
             role, content = message.role, message.content
             if tag := next((tag for tag in self._TAGS if tag in content), None):
                 raise InputError(
-                    f"message {position} contains {tag}, by which Llama 2 knows whose turn it is; "
-                    "remove it"
+                    f"message {position} contains {tag}, which marks turns in Llama 2's chat "
+                    "format; remove it"
                 )
             if role == "system":
                 system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
@@ -88,16 +88,16 @@ class Llama2(Template):
 
 @dataclass(frozen=True)
 class ChatML(Template):
-    """ChatML, as in Qwen2 and Qwen2.5, which differ in the default system text."""
+    """ChatML, as in Qwen2 and Qwen2.5, which differ in their default system message."""
 
     specials = ("<|im_start|>", "<|im_end|>")
     ends = ("<|im_end|>", "<|endoftext|>")
 
     system: str | None = None
-    """The system turn of a conversation without one."""
+    """The system message of a conversation that has none; None: no system turn."""
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """One turn each, and a line break after it."""
+        """Renders one turn per message, each followed by a newline."""
         if self.system and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         pieces: list[Piece] = []
@@ -112,19 +112,20 @@ QWEN2_5 = ChatML("You are Qwen, created by Alibaba Cloud. You are a helpful assi
 
 @dataclass(frozen=True)
 class Qwen3(ChatML):
-    """Qwen3: an answer begins with a thought, `<think>`, which later turns do not see.
+    """Qwen3: an answer starts with a `<think>` block, which is removed from earlier turns.
 
-    As published: the thought of the last message stays, empty or not, and of an earlier answer
-    only what follows its last `</think>`.
+    As published, the last message has a block even if it is empty, and an earlier answer keeps only
+    the text after its last `</think>`.
     """
 
     alternates = True
 
     thinking: bool = True
-    """False: an empty thought is part of an answer's header, and so is not learned."""
+    """Whether the model should think. Otherwise an empty block is part of the answer's header,
+    without a loss."""
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """One turn each, and a line break after it."""
+        """Renders one turn per message, each followed by a newline."""
         *earlier, last = messages
         if last.role != "assistant":
             pieces = super().pieces([_spoken(m) for m in messages], open)
@@ -143,7 +144,7 @@ class Qwen3(ChatML):
 
 
 def _spoken(message: Message) -> Message:
-    """The message without its thought."""
+    """Removes the `<think>` block from an answer."""
     _, closed, answer = message.content.rpartition("</think>")
     thinks = closed and message.role == "assistant"
     return replace(message, content=answer.lstrip("\n")) if thinks else message
@@ -151,9 +152,10 @@ def _spoken(message: Message) -> Message:
 
 @dataclass(frozen=True)
 class Gemma(Template):
-    """Gemma, 1 to 3: the assistant is called model; contents are stripped, but the system's.
+    """Gemma 1 to 3: the assistant's role is "model", and contents except the system's are stripped.
 
-    As in Gemma 3, the system text precedes the first question; 1 and 2 have been trained without.
+    As in Gemma 3, the system text is put before the first user message; Gemma 1 and 2 were trained
+    without system messages.
     """
 
     specials = ("<bos>", "<start_of_turn>", "<end_of_turn>")
@@ -161,7 +163,7 @@ class Gemma(Template):
     alternates = True
 
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
-        """One turn each but the system's, and a line break after it."""
+        """Renders one turn per message except the system's, each followed by a newline."""
         pieces: list[Piece] = [Markup("<bos>")]
         system = ""
         for message in messages:
@@ -188,38 +190,39 @@ _PROBES = (
     ([_SYSTEM, _QUESTION, _THOUGHT, _QUESTION], True),
     ([_SYSTEM, _QUESTION, _THOUGHT, _QUESTION, _THOUGHT], False),
 )
-"""Conversations, and whether an answer is asked for, in which the published formats differ."""
+"""Conversations, and the argument `open`, which the published formats render differently."""
 
 
 def choose(tokenizer: Tokenizer) -> Template:
-    """The chat format of a tokenizer.
+    """Returns the chat format of a tokenizer.
 
-    A tokenizer's own chat_template is rendered by jinja2, in a sandboxed process. A format of this
-    module takes its place only if it renders some test conversations exactly as the chat_template
-    does. A tokenizer without a chat_template gets the format whose special tokens it has.
+    This is the tokenizer's own chat_template, rendered by jinja2 in a sandboxed process, or a
+    format of this module that renders some test conversations exactly like it. For a tokenizer
+    without a chat_template, it is the format whose special tokens the tokenizer has.
 
     Raises:
-        InputError: There is no chat_template and no format fits the special tokens; or the
-            chat_template cannot be run, or fails, or jinja2 is missing.
+        InputError: The chat_template cannot be run or fails, or jinja2 is missing; or there is no
+            chat_template, and no format fits the special tokens.
     """
     published = jinja_of(tokenizer)
     if published is None:
         for kind in (Llama3, Gemma, ChatML):
-            # Others than ChatML are written with <|im_sep|>; <s> and </s> alone tell nothing.
+            # A tokenizer with <|im_sep|> has another format than ChatML, and <s> and </s> alone do
+            # not identify Llama 2.
             fits = set(kind.specials) <= tokenizer.specials.keys()
             if fits and (kind is not ChatML or "<|im_sep|>" not in tokenizer.specials):
                 return kind()
         formats = ", ".join(f"{kind.__name__} ({' '.join(kind.specials)})" for kind in _FORMATS)
         raise InputError(
             f"the tokenizer has no chat_template, and no chat format fits its special tokens "
-            f"{special_names(tokenizer)}; there are {formats}; give render one of them yourself"
+            f"{special_names(tokenizer)}; pass one of these formats to render: {formats}"
         )
-    return _recognised(published)
+    return _matching_format(published)
 
 
 @functools.lru_cache(maxsize=16)
-def _recognised(published: Jinja) -> Template:
-    """The format that renders every probe as the chat_template does, or the chat_template."""
+def _matching_format(published: Jinja) -> Template:
+    """Returns a format that renders every probe like the chat_template, or the chat_template."""
     texts = published.texts(_PROBES)
     if isinstance(texts[0], InputError) and not any(isinstance(text, str) for text in texts):
         raise texts[0]
@@ -238,9 +241,10 @@ def _recognised(published: Jinja) -> Template:
 
 
 def equipped(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the special tokens of ChatML, unless it has a chat format already.
+    """Adds the special tokens of ChatML to a tokenizer that has no chat format.
 
-    InputError where it has a chat_template that cannot be rendered.
+    Raises:
+        InputError: The tokenizer has a chat_template that cannot be rendered.
     """
     try:
         choose(tokenizer)

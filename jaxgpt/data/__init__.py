@@ -1,8 +1,8 @@
-"""From text to batches: a path names documents, a tokenizer makes them streams, steps cut rows.
+"""Data loading: text or records to batches, where batch k is a pure function of the seed and k.
 
-corpus = prepare(cfg, tokenizer)
+corpus = prepare(cfg, tokenizer)                 # tokenizes, or opens the cache
 batches = Batches(corpus, cfg, context=1024, batch=16, seed=0)
-batches.batch(step)                        # pure: the same rows whenever it is asked
+batches.batch(step)                              # the same rows at every call
 for batch in prefetch(batches.batch, start=step): ...
 for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
 """

@@ -1,16 +1,17 @@
-"""From token streams to batches: batch k is a pure function of the corpus, the seed and k.
+"""Batches of token streams: batch k is a pure function of the corpus, the seed and k.
 
-A row is a window of T + 1 tokens: T inputs and, one further, T targets. Windows begin every
-`stride` tokens, and the last one is moved back to end with the stream, so no token is lost. Grain
-shuffles the windows of every epoch anew and mixes the paths by their weights. The global batch is
-the same for any number of processes; each makes its own rows of it.
+A row is a window of T + 1 tokens: T inputs, and the T targets shifted by one. A window starts every
+`stride` tokens; the last window is moved back to end with the stream, so that no token is lost.
+Grain shuffles the windows in a new order every epoch and mixes the paths by their weights. The
+global batch does not depend on the number of processes; each process makes its own rows of it.
+
+A batch has these arrays, the last two only with `documents="masked"`:
 
     tokens     int32[B, T]
     targets    int32[B, T]    the next tokens
-    weights    float32[B, T]  1, or 0 for padding
-    segments   int32[B, T]    with `documents="masked"`: the number of the document in its row
-    positions  int32[B, T]    with `documents="masked"`: the place in the document, or in what is
-                              seen of it in this row
+    weights    float32[B, T]  loss weights: 1, or 0 for padding
+    segments   int32[B, T]    index of the token's document within the row
+    positions  int32[B, T]    position in the document, counted from where it starts in the row
 """
 
 import bisect
@@ -24,12 +25,12 @@ import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import say
+from jaxgpt.data.records import print_note
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
 
-# Grain's shuffle needs no memory, but walks through 65,536 numbers to order even a dozen: below
-# this number of windows a permutation takes its place.
+# Number of windows from which Grain's shuffle is used. It needs no memory, but permutes at least
+# 65,536 numbers even for a dozen windows, so fewer windows are shuffled by a stored permutation.
 GRAIN_SHUFFLES = 1 << 16
 
 
@@ -44,10 +45,24 @@ def streams(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Dataset:
-    """A corpus as a data set; an evaluation is of `limit` batches, or of all that is held out if 0.
+    """Makes a `Dataset` of a corpus.
 
-    With weights and several paths, each path is held out as `val/PATH`. If there is one for each
-    path, `val` is their mixture, by `Dataset.shares`; otherwise it is one set after the other.
+    With weights and several paths, the held-out part of each path is also evaluated by itself, as
+    `val/PATH`. If there is one for each path, `val` is their mixture (see `Dataset.shares`);
+    otherwise it is their concatenation.
+
+    Args:
+        corpus: The tokens.
+        cfg: The data config.
+        context: Context length T of a row.
+        batch: Rows of a batch, over all processes.
+        seed: Seed of the shuffle.
+        limit: Batches per evaluation; 0: all held-out tokens.
+        process_index: Index of this process.
+        process_count: Number of processes.
+
+    Raises:
+        InputError: As for `Batches`.
     """
     shape: dict[str, Any] = {
         "context": context,
@@ -67,7 +82,9 @@ def streams(
                 if name in parts:
                     shares[name] = shares.get(name, 0.0) + weight
                 else:
-                    say(f"nothing is held out of {name[4:]}; val_loss is of the other paths")
+                    print_note(
+                        f"{name[4:]} has no held-out tokens; val_loss covers the other paths"
+                    )
             total = sum(shares.values())
             shares = {name: weight / total for name, weight in shares.items()}
             sets = {}
@@ -79,7 +96,7 @@ def streams(
             for name, part in sets.items()
         },
         batches.fingerprint,
-        f"{len(corpus.train):,} tokens to train on, {len(val):,} to validate on",
+        f"{len(corpus.train):,} training tokens, {len(val):,} validation tokens",
         rows=batches.windows,
         bytes_per_token={
             name: part.bytes / (len(part) - 1) for name, part in sets.items() if len(part) > 1
@@ -89,11 +106,24 @@ def streams(
 
 
 class Batches:
-    """The training batches of a corpus, forever: `batches.batch(step)` is this process's rows.
+    """The training batches of a corpus, without end; `batches.batch(step)` returns one.
 
-    `context` is T and `batch` is B over all processes. `windows` counts the rows of an epoch, and
-    `fingerprint` names all that decides a batch, for `refuse_changed`. Raises InputError for a
-    corpus shorter than one window, a stride that would lose tokens, a batch that does not split.
+    Args:
+        corpus: The tokens.
+        cfg: The data config.
+        context: Context length T of a row.
+        batch: Rows of a batch, B, over all processes.
+        seed: Seed of the shuffle.
+        process_index: Index of this process.
+        process_count: Number of processes.
+
+    Attributes:
+        windows: Number of rows in an epoch.
+        fingerprint: JSON values of everything that determines a batch, for `refuse_changed`.
+
+    Raises:
+        InputError: A path has fewer tokens than one row, the stride would skip tokens, or the
+            batch is not divisible by the number of processes.
     """
 
     def __init__(
@@ -109,15 +139,15 @@ class Batches:
     ):
         cfg.check()
         if seed < 0:
-            raise InputError(f"seed={seed}; set it to 0 or more")
+            raise InputError(f"seed={seed} is negative; set it to 0 or more")
         self.streams = corpus.parts if cfg.weights else (corpus.train,)
         self.context, self.batch_size = context, batch
         self.stride = cfg.stride or context
         self.masked = cfg.documents == "masked"
-        self.rows = rows_of(batch, process_index, process_count)
+        self.rows = process_rows(batch, process_index, process_count)
         if self.stride > context:
             raise InputError(
-                f"data.stride={self.stride} skips tokens between windows of {context}; "
+                f"data.stride={self.stride} would skip tokens between rows of {context} tokens; "
                 f"set it to at most {context}"
             )
         names = cfg.paths if cfg.weights else [" ".join(cfg.paths)]
@@ -125,12 +155,12 @@ class Batches:
         for name, stream in zip(names, self.streams, strict=True):
             if len(stream) <= context:
                 raise InputError(
-                    f"{name} gives {len(stream)} tokens to train on, which is less than one row of "
-                    f"{context} + 1; set a context of at most {len(stream) - 1}, or add text"
+                    f"{name} has {len(stream)} training tokens, fewer than one row of {context} + "
+                    f"1; use a context of at most {len(stream) - 1}, or add text"
                 )
             firsts.append(firsts[-1] + 1 + -(-(len(stream) - context - 1) // self.stride))
         self._firsts, self.windows = firsts, firsts[-1]
-        self._order = order(firsts, cfg.weights, seed if cfg.shuffle else None)
+        self._order = window_order(firsts, cfg.weights, seed if cfg.shuffle else None)
         self.fingerprint: dict[str, Any] = {
             **corpus.fingerprint,
             "weights": list(cfg.weights),
@@ -143,7 +173,7 @@ class Batches:
         }
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of batch `step`, from 0 on; the same whenever it is asked for."""
+        """Returns this process's rows of batch number `step`, counted from 0."""
         first = step * self.batch_size
         windows = [self._window(self._order(first + row)) for row in self.rows]
         return _stack(windows, self.context, self.streams[0].eot if self.masked else None)
@@ -165,16 +195,30 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The windows of a validation stream in order, every token after the first a target just once.
+    """Yields the batches of a validation stream in order; each token is a target exactly once.
 
-    The last window and the last batch are padded with weight 0, so every process has equally many
-    batches. With `limit`, that many batches of windows spread evenly over the stream.
+    The stream's first token is never a target. The last row and the last batch are padded with
+    weight 0, so that all processes have the same number of batches.
+
+    Args:
+        stream: The validation tokens.
+        cfg: The data config.
+        context: Context length T of a row.
+        batch: Rows of a batch, over all processes.
+        limit: Maximum number of batches, of rows spread evenly over the stream; 0: all.
+        process_index: Index of this process.
+        process_count: Number of processes.
+
+    Raises:
+        InputError: The stream has fewer than two tokens, or the batch is not divisible by the
+            number of processes.
     """
     if len(stream) < 2:
         raise InputError(
-            f"there are {len(stream)} tokens to validate on; set data.val_paths or val_fraction"
+            f"there are only {len(stream)} validation tokens; set data.val_paths or "
+            "data.val_fraction"
         )
-    rows = rows_of(batch, process_index, process_count)
+    rows = process_rows(batch, process_index, process_count)
     count = -(-(len(stream) - 1) // context)
     wanted = min(count, limit * batch) if limit else count
     starts = [window * count // wanted * context for window in range(wanted)]
@@ -189,31 +233,38 @@ def eval_batches(
     return map(rows_from, range(0, wanted, batch))
 
 
-def rows_of(batch: int, process_index: int, process_count: int) -> range:
-    """The rows of a batch that a process makes."""
+def process_rows(batch: int, process_index: int, process_count: int) -> range:
+    """Returns the indices of the rows of a global batch that one process makes."""
     if batch < 1 or batch % process_count:
         raise InputError(
-            f"batch={batch} does not split over {process_count} processes; "
+            f"batch={batch} is not divisible by {process_count} processes; "
             f"use a multiple of {process_count}"
         )
-    share = batch // process_count
-    return range(process_index * share, (process_index + 1) * share)
+    count = batch // process_count
+    return range(process_index * count, (process_index + 1) * count)
 
 
-def order(
+def window_order(
     firsts: Sequence[int], weights: Sequence[float], seed: int | None
 ) -> Callable[[int], int]:
-    """The k-th window number, for any k; `firsts` are the first numbers of each path, and the end.
+    """Returns a function from k to the number of the k-th window, over endless epochs.
 
-    A Grain data set gives it. Without Grain, which some CUDA machines lack, few windows of joined
-    paths have the same order.
+    Args:
+        firsts: The number of the first window of each path, and the total number of windows.
+        weights: The sampling weight of each path; empty if there is only one.
+        seed: Seed of the shuffle; None: windows in order.
+
+    Raises:
+        InputError: Grain is not installed, and there are weights or many windows. (Without Grain,
+            which some CUDA machines lack, fewer windows have the same order as with it.)
     """
     try:
         import grain
     except ImportError:
         if weights or firsts[-1] >= GRAIN_SHUFFLES:
             raise InputError(
-                "data.weights, and corpora of many rows, need Grain: pip install grain"
+                "data.weights and large corpora need Grain, which is not installed: "
+                "pip install grain"
             ) from None
         count = firsts[-1]
         return (lambda k: k % count) if seed is None else _permutations(0, count, (seed, 0))
@@ -226,19 +277,20 @@ def order(
             numbers = grain.MapDataset.range(sys.maxsize)
             parts.append(numbers.map(_permutations(first, end, (seed, path))))
         else:
-            # Grain adds the epoch to the seed: near seeds must not give the epochs of each other.
+            # Grain adds the epoch to the seed, so consecutive seeds would share permutations.
             (mixed,) = np.random.SeedSequence((seed, path)).generate_state(1)
             parts.append(windows.shuffle(seed=int(mixed)).repeat())
     return (grain.MapDataset.mix(parts, weights) if weights else parts[0]).__getitem__
 
 
 def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int], int]:
-    """The k-th of the numbers from `first` to `end`, permuted again and again."""
+    """Returns a function to the k-th number of [first, end), permuted anew in every epoch."""
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
         bits = np.random.MT19937(np.random.SeedSequence((*seed, number)))
-        return first + np.random.RandomState(bits).permutation(end - first)  # frozen, says numpy
+        # NumPy guarantees that RandomState's streams never change.
+        return first + np.random.RandomState(bits).permutation(end - first)
 
     def kth(k: int) -> int:
         number, place = divmod(k, end - first)
@@ -248,7 +300,7 @@ def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int]
 
 
 def _stack(windows: Sequence[np.ndarray], context: int, eot: int | None) -> Batch:
-    """Windows of up to T + 1 tokens as rows; with `eot`, the documents in them told apart."""
+    """Stacks windows of up to T + 1 tokens; with `eot`, adds segments and positions."""
     shape = (len(windows), context)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)

@@ -1,8 +1,8 @@
-"""Which column of a file is which field of an objective: by `data.fields`, or by well-known names.
+"""Maps the columns of a file to the fields that an objective reads.
 
-`--data.fields instruction=Question output=Answer` names them. A field that is not named is the
-column of the same name, whatever its case, or else the one column with a name that is commonly used
-for it; where several columns could be meant, the error shows them and what to type.
+`--data.fields instruction=Question output=Answer` sets the columns. A field that is not set is read
+from the column of the same name, ignoring case, or else from the only column with a common name for
+it. If several columns are possible, the error lists them and shows the option to use.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 
-# Names that published data sets use for a field, in the form of `_plain`.
+# Names that published datasets use for a field, normalized by `_normalized`.
 # fmt: off
 ALIASES = {
     "text": (
@@ -37,34 +37,37 @@ ALIASES = {
 
 
 def parse_fields(option: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
-    """The option `data.fields` as field -> column.
+    """Parses the option `data.fields`.
 
     Args:
-        option: Each "FIELD=COLUMN".
-        fields: The fields that may be named; any if empty.
+        option: Entries of the form "FIELD=COLUMN".
+        fields: The fields that are allowed; all if empty.
+
+    Returns:
+        The column of each field.
 
     Raises:
-        InputError: An entry has another form, or names a field that is not read, or twice.
+        InputError: An entry has another form, or its field is unknown or set twice.
     """
     given: dict[str, str] = {}
     for entry in option:
         field, separator, column = entry.partition("=")
         if not (field and separator and column):
             raise InputError(
-                f"data.fields has {entry!r}; write FIELD=COLUMN, such as text='Review Text'"
+                f"data.fields has {entry!r}; use FIELD=COLUMN, such as text='Review Text'"
             )
         if fields and field not in fields:
             raise InputError(
-                f"data.fields names {field!r}, and the objective reads {', '.join(fields)}; the "
-                "name of the column comes after the equals sign"
+                f"data.fields sets {field!r}, but the objective reads {', '.join(fields)}; put the "
+                "field before the equals sign and the column after it"
             )
         if field in given:
-            raise InputError(f"data.fields names {field} twice; name one column")
+            raise InputError(f"data.fields sets {field} twice; set it to one column")
         given[field] = column
     return given
 
 
-def match(
+def match_columns(
     columns: Sequence[str],
     required: Sequence[str],
     optional: Sequence[str] = (),
@@ -73,19 +76,19 @@ def match(
     """Finds the column of each field by its name.
 
     Args:
-        columns: The columns there are.
-        required: The fields that are needed.
-        optional: Fields that may be missing. They are only guessed where no column is `given`.
-        given: Field -> column, as the user says.
+        columns: The columns of the file.
+        required: The fields that must be found.
+        optional: Fields that may be missing. They are guessed only if `given` is empty.
+        given: The columns that the user has set, by field.
 
     Returns:
-        Field -> column for each that was found, and field -> columns that may be meant for each
-        required one that was not.
+        The column of each field that was found; and, for each required field that was not, the
+        list of candidate columns, which may be empty.
     """
     given = given or {}
     found = dict(given)
-    for field in (*required, *optional):  # a field's own name goes before any alias
-        same = [column for column in columns if _plain(column) == _plain(field)]
+    for field in (*required, *optional):  # a field's own name has priority over any alias
+        same = [column for column in columns if _normalized(column) == _normalized(field)]
         exact = [field] if field in columns else same
         if field not in given and len(exact) == 1:
             found[field] = exact[0]
@@ -96,7 +99,8 @@ def match(
         candidates = [
             column
             for column in columns
-            if column not in found.values() and _plain(column) in (_plain(field), *_aliases(field))
+            if column not in found.values()
+            and _normalized(column) in (_normalized(field), *_aliases(field))
         ]
         if len(candidates) == 1:
             found[field] = candidates[0]
@@ -106,9 +110,15 @@ def match(
 
 
 def rename(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a record with the columns of `mapping`, field -> column, renamed.
+    """Renames the columns of a record to the fields that they are mapped to.
 
-    A column may be a path into nested values, such as `translation.de`.
+    Args:
+        values: The values of the record, by column.
+        mapping: The column of each field. It may be a path into nested values, such as
+            `translation.de`.
+
+    Returns:
+        The values of the fields, and of the columns that are not mapped.
     """
     if all(field == column for field, column in mapping.items()):
         return values
@@ -119,7 +129,7 @@ def rename(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]
 
 
 def column_of(values: Any, column: str) -> Any:
-    """The value of a column, or of a path of names into nested values; None if there is none."""
+    """Returns the value of a column, or of a dotted path into nested values; None if missing."""
     if isinstance(values, dict) and column in values:
         return values[column]
     for name in column.split("."):
@@ -127,18 +137,19 @@ def column_of(values: Any, column: str) -> Any:
     return values
 
 
-def spelled(mapping: Mapping[str, str]) -> str:
-    """The option that says a mapping, as one types it in a shell."""
+def fields_option(mapping: Mapping[str, str]) -> str:
+    """Returns the option `--data.fields` that sets a mapping, quoted for a shell."""
     pairs = (shlex.quote(f"{field}={column}") for field, column in mapping.items())
     return f"--data.fields {' '.join(pairs)}"
 
 
-def suggest(
+def suggest_columns(
     columns: Sequence[str], fields: Iterable[str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """A column for each field, judged by some rows: labels repeat, and texts are long.
+    """Guesses a column for each field from some rows: labels repeat, and texts are long.
 
-    Empty if there are too few columns.
+    Returns:
+        The column of each field, or an empty dict if there are too few columns.
     """
     texts = {column: [str(row.get(column, "")) for row in rows] for column in columns}
     counts = {column: len(set(texts[column])) for column in columns}
@@ -165,33 +176,34 @@ def unclear_columns(
     unclear: Mapping[str, Sequence[str]],
     rows: Sequence[Mapping[str, Any]],
 ) -> str:
-    """What to say of fields whose column is not clear: the columns, and what to type.
+    """Returns an error message for fields whose column is ambiguous, with the option to use.
 
     Args:
-        columns: All columns.
-        found: The column of each other field.
-        unclear: Each of the fields, and the columns that may be meant for it.
-        rows: Some rows, by which columns are suggested.
+        columns: All columns of the file.
+        found: The columns of the fields that were found.
+        unclear: The candidate columns of each ambiguous field.
+        rows: Some rows, from which to suggest a column.
     """
     guess = {field: some[0] for field, some in unclear.items() if some}
     left = [column for column in columns if column not in (*found.values(), *guess.values())]
-    guess |= suggest(left, [field for field in unclear if field not in guess], rows)
-    maybe = "".join(
-        f"; {field} may be {' or '.join(some)}" for field, some in unclear.items() if some
+    guess |= suggest_columns(left, [field for field in unclear if field not in guess], rows)
+    candidates = "".join(
+        f"; candidates for {field}: {', '.join(some)}" for field, some in unclear.items() if some
     )
     if guess.keys() < unclear.keys():
-        remedy = f"it has too few of them to read {' and '.join((*found, *unclear))}"
+        remedy = f"these are too few columns for the fields {' and '.join((*found, *unclear))}"
     else:
-        remedy = f"name them, for example: {spelled({field: guess[field] for field in unclear})}"
+        option = fields_option({field: guess[field] for field in unclear})
+        remedy = f"set them, for example: {option}"
     shown = ", ".join(columns)
     return (
-        f"has the columns {shown:.300}, and it is not clear which is "
-        f"{' and which is '.join(unclear)}{maybe}; {remedy}"
+        f"has the columns {shown:.300}, and it is unclear which one is "
+        f"{' and which one is '.join(unclear)}{candidates}; {remedy}"
     )
 
 
 def could_be_header(cells: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a table's first line may name its columns: short names that do not occur below."""
+    """Whether a table's first line may be a header: short names that do not occur further down."""
     names = [cell.strip() for cell in cells if cell.strip()]
     rows = [row for row in rows if row != cells]
     return (
@@ -207,17 +219,24 @@ def could_be_header(cells: Sequence[str], rows: Sequence[Sequence[str]]) -> bool
 
 
 def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterable[str]) -> bool:
-    """Whether a table's first line certainly names its columns.
+    """Whether a table's first line certainly is a header.
 
-    It does if it could, and has a name that is expected, two that are common, none over a column
-    that has values, a word over numbers, or one that is new over a column whose values repeat; or
-    if lines of short names are few below.
+    It is if `could_be_header` and at least one of these holds:
+    - a cell is one of `names`, or two cells are common names of fields;
+    - an empty cell is above a column that has values;
+    - a cell is above a column of numbers, or of values that repeat;
+    - rows that consist of short names only are rare.
+
+    Args:
+        cells: The cells of the first line.
+        rows: The cells of some rows below it.
+        names: Column names that are expected.
     """
     if not could_be_header(cells, rows):
         return False
-    plain = [_plain(cell) for cell in cells]
+    normalized = {_normalized(cell) for cell in cells}
     common = {alias for field in ALIASES for alias in (field, *_aliases(field))}
-    if {_plain(name) for name in names} & {*plain} or len(common & {*plain}) > 1:
+    if {_normalized(name) for name in names} & normalized or len(common & normalized) > 1:
         return True
     for place, cell in enumerate(cells):
         below = [row[place] for row in rows if len(row) > place and row[place].strip()]
@@ -231,11 +250,11 @@ def is_header(cells: Sequence[str], rows: Sequence[Sequence[str]], names: Iterab
 
 
 _NAME = re.compile(r"[^\W\d][\w ()/:#.-]{0,39}(?<!\.)")
-"""What a column may be called: it begins with a letter or underscore and is no sentence."""
+"""A plausible column name: starts with a letter or underscore, and is short and no sentence."""
 
 
-def _plain(name: str) -> str:
-    """A name without case, white space and punctuation."""
+def _normalized(name: str) -> str:
+    """A name in lower case, without white space and punctuation."""
     return re.sub(r"[\W_]+", "", name.casefold()) or name
 
 
@@ -244,7 +263,7 @@ def _aliases(field: str) -> tuple[str, ...]:
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell of a table is a number."""
+    """Whether text can be parsed as a number."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From paths to token streams: what is trained on, what is held out, and how to know it again."""
+"""Tokenizes the text at some paths into training and validation streams, with a fingerprint."""
 
 import hashlib
 import json
@@ -11,53 +11,56 @@ from typing import Any, Literal
 
 from jaxgpt.data.columns import parse_fields
 from jaxgpt.data.formats import Document
-from jaxgpt.data.records import say
-from jaxgpt.data.sources import Source, content_digest, file_states, measure, open_source
+from jaxgpt.data.records import print_note
+from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
 from jaxgpt.data.split import FEW, Split, split
 from jaxgpt.data.textfile import check_encoding, reading
-from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens, writing
+from jaxgpt.data.tokens import TokenStream, join, lock_cache, read_tokens, write_tokens
 from jaxgpt.errors import InputError
 from jaxgpt.paths import cache_folder
 from jaxgpt.tokenizer import Tokenizer
 
-FORMAT = 2  # of a cache entry; a new number makes old entries unused
+FORMAT = 2  # version of the cache's file format: increasing it invalidates all older entries
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text is trained on, and how rows are cut from it."""
+    """Options of text data: which documents to train on, and how to cut their tokens into rows."""
 
     paths: tuple[str, ...] = ("python",)
-    """Each 'python' (the standard library), a file (text, JSON, JSON lines, parquet, CSV, TSV; also
-    compressed with gzip), a folder, a glob, or
-    `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
+    """Training text. Each entry is 'python' (the source code of Python's standard library), a file
+    (text, JSON, JSON Lines, Parquet, CSV or TSV, optionally compressed with gzip), a folder, a glob
+    or a TFDS dataset, `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
     weights: tuple[float, ...] = ()
-    """The share of each path in every batch; empty: in proportion to size. The validation loss is
-    weighted alike, if what is validated on has a part for each path."""
+    """Sampling weight of each path, relative to the others. Empty: in proportion to the number of
+    tokens. The validation loss uses the same weights if there is validation text for each path."""
     val_paths: tuple[str, ...] = ()
-    """What to validate on; empty: a part of `paths`, held out."""
+    """Validation text, in the same formats as `paths`. Empty: a part of `paths` is held out."""
     val_fraction: float = 0.1
-    """The part held out where there are no `val_paths`: documents by a hash of their content, and
-    the tail of each where there are fewer than 100; 0: no validation."""
+    """Fraction of `paths` held out for validation if `val_paths` is empty; 0: no validation. Whole
+    documents are held out, chosen by a hash of their content. With fewer than 100 documents, the
+    end of each document is held out instead."""
     fields: tuple[str, ...] = ()
-    """text=COLUMN: where the text is, in the fields of JSON or the columns of parquet, CSV and TSV.
-    Without it, the column 'text' or the one with a name that is usual for text; CSV and TSV are
-    then read as plain text."""
+    """text=COLUMN: the column (or JSON field) that has the text, in JSON, Parquet, CSV and TSV.
+    Empty: the column 'text' or one with another common name for text; CSV and TSV files are then
+    read as plain text."""
     encoding: str = "utf-8"
-    """The encoding of text files without a byte order mark, such as latin-1, cp1252, utf-16-le."""
+    """Encoding of text files without a byte order mark, such as latin-1, cp1252 or utf-16-le."""
     documents: Literal["joined", "masked"] = "joined"
-    """Whether the documents in one row see each other."""
+    """joined: tokens attend to earlier documents in their row. masked: tokens attend only to
+    their own document, and positions start at 0 in each document."""
     stride: int = 0
-    """Tokens from the start of a row to the start of the next; 0: the context length."""
+    """Number of tokens from the start of one row to the start of the next; 0: the context length,
+    so that rows do not overlap. Smaller values give more, overlapping rows."""
     shuffle: bool = True
-    """Rows in random order, a new one every epoch; else in the order of the text."""
+    """Shuffle the rows, in a new order every epoch. Otherwise they keep the order of the text."""
     workers: int = 0
-    """Threads that turn text into tokens; 0: one for each core."""
+    """Number of threads that tokenize text; 0: one per CPU core."""
     cache: str = ""
-    """Folder of the tokens; empty: $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+    """Folder for the tokenized text. Empty: $JAXGPT_CACHE if it is set, else ~/.cache/jaxgpt."""
     rebuild: bool = False
-    """Tokenize again even if the cache has the tokens, for example because it is damaged; other
-    entries of the cache stay."""
+    """Tokenize the text again even if the cache already has its tokens, for example because they
+    are damaged. Other cache entries are kept."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
@@ -66,52 +69,60 @@ class DataConfig:
         if self.weights and len(self.weights) != len(self.paths):
             raise InputError(
                 f"data.weights has {len(self.weights)} numbers for {len(self.paths)} paths; "
-                "give one for each, or none"
+                "set one weight per path, or none"
             )
         if any(not 0 < weight < float("inf") for weight in self.weights):
-            raise InputError(f"data.weights={self.weights}; each must be positive and finite")
+            raise InputError(
+                f"data.weights={self.weights} is invalid; every weight must be positive and finite"
+            )
         if not 0 <= self.val_fraction < 1:
-            raise InputError(f"data.val_fraction={self.val_fraction}; set it from 0 to below 1")
+            raise InputError(
+                f"data.val_fraction={self.val_fraction} is invalid; set it to at least 0 and below "
+                "1"
+            )
         parse_fields(self.fields, ("text",))
         check_encoding(self.encoding)
-        if self.stride < 0 or self.workers < 0:
-            raise InputError(
-                f"data.stride={self.stride} and data.workers={self.workers} cannot be negative"
-            )
+        for name in ("stride", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"data.{name}={getattr(self, name)} is negative; set it to 0 or more"
+                )
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokens of all paths."""
+    """The tokenized training and validation text."""
 
     parts: tuple[TokenStream, ...]
-    """What is trained on, for each path."""
+    """The training tokens of each path."""
     vals: tuple[TokenStream, ...]
-    """What is held out of each path, or each of the `val_paths`; may be empty."""
+    """The validation tokens: one stream per entry of `val_paths`, or, if that is empty, the
+    held-out tokens of each path. A stream may be empty."""
     fingerprint: dict[str, Any]
-    """What decided the tokens, in named fields of JSON."""
+    """JSON values that identify the data: hashes of the files and the tokenizer, and the fraction
+    held out."""
 
     @property
     def train(self) -> TokenStream:
-        """What is trained on, one path after the other."""
+        """The training tokens of all paths, concatenated."""
         return join(self.parts)
 
     @property
     def val(self) -> TokenStream:
-        """What is held out, one path after the other."""
+        """The validation tokens of all paths, concatenated."""
         return join(self.vals)
 
 
 def token_entries(cfg: DataConfig, fingerprint: dict[str, Any]) -> list[Path]:
-    """The cache entries of a run, whether or not they exist.
+    """Returns the folders of the cache entries that a run uses, whether or not they exist.
 
     Args:
-        cfg: The run's data config, for the folder of the cache.
-        fingerprint: The data fingerprint, of `Corpus` or as a checkpoint stores it.
+        cfg: The run's data config, which names the cache folder.
+        fingerprint: The data fingerprint, from `Corpus` or from a checkpoint.
 
     Returns:
-        The folder for each of the fingerprint's `files`, then for each of its `val_files`. Paths
-        with the same content share one.
+        One folder per entry of the fingerprint's `files`, then one per entry of its `val_files`.
+        Paths with the same content share a folder.
     """
     cache = cache_folder(cfg.cache) / "tokens"
     digests = [(digest, fingerprint["val_fraction"]) for digest in fingerprint["files"]]
@@ -124,17 +135,25 @@ def token_entries(cfg: DataConfig, fingerprint: dict[str, Any]) -> list[Path]:
 
 
 def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """Tokenizes the text of `cfg`, or opens its tokens in the cache if that was done before.
+    """Tokenizes the text of `cfg`, or opens its tokens in the cache if it was tokenized before.
+
+    Args:
+        cfg: The data config.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The corpus, whose tokens are memory-mapped from the cache.
 
     Raises:
-        InputError: Before anything is encoded, for paths that cannot be read as text; for a damaged
-            cache entry; if the cache cannot be written to.
+        InputError: A path cannot be read as text (found before any text is tokenized), a cache
+            entry is damaged, or the cache cannot be written.
     """
     cfg.check()
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
     sources = [
-        open_source(path, cfg.fields, cfg.encoding, say) for path in (*cfg.paths, *cfg.val_paths)
+        open_source(path, cfg.fields, cfg.encoding, print_note)
+        for path in (*cfg.paths, *cfg.val_paths)
     ]
     states = [file_states(source) for source in sources]
     on_disk = sum(size for files in states for size, _ in files.values())
@@ -149,7 +168,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     entries = token_entries(cfg, fingerprint)
     for source in sources:
         if source.skipped:
-            say(f"{source.path}: {len(source.skipped)} files not taken, as {source.skipped[0]}")
+            print_note(
+                f"{source.path}: skipped {len(source.skipped)} files, such as {source.skipped[0]}"
+            )
     todo = [
         (source, files, fraction, entry, found)
         for source, files, fraction, entry, found in zip(
@@ -160,8 +181,8 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     with _progress("checking the text", None) as progress:
         sizes = [measure(source, progress) for source, *_ in todo]
     for (source, files, fraction, entry, found), size in zip(todo, sizes, strict=True):
-        with writing(entry.parent):
-            if _inode(entry) == found:  # else another process has made or replaced it meanwhile
+        with lock_cache(entry.parent):
+            if _inode(entry) == found:  # else another process has just written or replaced it
                 _write(source, files, size, fraction, entry, tokenizer, cfg)
 
     streams = [read_tokens(entry, tokenizer.vocab_size) for entry in entries]
@@ -170,17 +191,24 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     vals = vals or tuple(stream["val"] for stream in streams)
     if held_out and not any(map(len, vals)):
         raise InputError(
-            f"data.val_fraction={held_out} holds out nothing of {join(parts).documents} documents; "
-            "raise it, or set data.val_paths"
+            f"data.val_fraction={held_out} of {join(parts).documents} documents gives an empty "
+            "validation set; increase it, or set data.val_paths"
         )
     return Corpus(parts, vals, fingerprint)
 
 
 def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
-    """The text of the training documents, to make a tokenizer of; with `held_out`, all text.
+    """Yields the text of the training documents, for example to train a tokenizer.
 
-    It is read as it is asked for, and a document of more than a mebibyte comes in several parts.
-    Raises InputError where it meets what `prepare` would refuse.
+    Args:
+        cfg: The data config.
+        held_out: Whether to include the validation documents.
+
+    Yields:
+        Text, read lazily. A document larger than a mebibyte is yielded in several parts.
+
+    Raises:
+        InputError: A path cannot be read as text.
     """
     cfg.check()
     paths = (*cfg.paths, *cfg.val_paths) if held_out else cfg.paths
@@ -193,9 +221,15 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
 
 
 def refuse_changed(saved: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
-    """Raises InputError that names what differs between the fingerprints of a run and of now.
+    """Checks that a resumed run uses the data it was trained on.
 
-    `hint` is a likely reason, added to the message.
+    Args:
+        saved: The data fingerprint in the run's checkpoint.
+        now: The fingerprint of the data as it is now.
+        hint: A likely reason for a difference, added to the error message.
+
+    Raises:
+        InputError: The fingerprints differ; the message names each field that does.
     """
     now = json.loads(json.dumps(now))
     changes = [
@@ -205,13 +239,13 @@ def refuse_changed(saved: dict[str, Any], now: dict[str, Any], hint: str = "") -
     ]
     if changes:
         raise InputError(
-            f"the data is not what this run was trained on{hint}: {'; '.join(changes)}. Set it "
-            "back to resume, or start a new run from these parameters"
+            f"the data differs from the data this run was trained on{hint}: {'; '.join(changes)}. "
+            "Restore it to resume, or start a new run from these parameters"
         )
 
 
 def _write(
-    source: Source,
+    source: TextSource,
     files: dict[str, tuple[int, int]],
     size: int,
     fraction: float,
@@ -225,14 +259,14 @@ def _write(
         write_tokens(entry, documents, tokenizer, cfg.workers, progress, replace=cfg.rebuild)
     seconds = time.perf_counter() - began
     tokens = {name: len(s) for name, s in read_tokens(entry, tokenizer.vocab_size).items()}
-    say(
-        f"{source.path}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
-        f"{size / 1e6:.1f} MB in {seconds:.1f} s"
+    print_note(
+        f"{source.path}: {tokens['train']:,} training tokens, {tokens['val']:,} held out; "
+        f"tokenized {size / 1e6:.1f} MB in {seconds:.1f} s"
     )
 
 
 def _inode(entry: Path) -> int | None:
-    """What tells an entry from the one that replaces it; None if there is none."""
+    """The inode of a cache entry, which changes when the entry is replaced; None without one."""
     with reading(entry):
         try:
             return entry.stat().st_ino
@@ -241,24 +275,26 @@ def _inode(entry: Path) -> int | None:
 
 
 def _while_unchanged(
-    source: Source, files: dict[str, tuple[int, int]], documents: Iterator[tuple[Split, Document]]
+    source: TextSource,
+    files: dict[str, tuple[int, int]],
+    documents: Iterator[tuple[Split, Document]],
 ) -> Iterator[tuple[Split, Document]]:
-    """The documents; InputError at their end if a file is not as it was before it was hashed.
+    """Yields the documents, then raises InputError if a file has changed since it was hashed.
 
-    The name of a cache entry has the hash, so tokens of other text must not be written to it.
+    The name of a cache entry contains that hash, so tokens of other text must not be written to it.
     """
     yield from documents
     now = file_states(source)
     for file, state in files.items():
         if now[file] != state:
             raise InputError(
-                f"{file} changed while it was read; run this again when nothing writes to it"
+                f"{file} changed while it was read; run this again when no program is writing it"
             )
 
 
 @contextmanager
 def _progress(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes on a terminal, gone when it is full; the function moves it on."""
+    """Shows a progress bar in bytes on a terminal; the yielded function advances it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""What training and evaluation need to know of data, whatever it was made from."""
+"""The interface between data and training: a `Dataset`, made from text or from records."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,22 +13,22 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Batches by number, and what is held out."""
+    """Training batches by number, and the held-out sets."""
 
     batch: Callable[[int], Batch]
-    """Training batch k, this process's rows: the same whenever it is asked for."""
+    """Returns this process's rows of training batch k; a pure function of k."""
     held_out: dict[str, Callable[[], Iterator[Batch]]]
-    """Batches of each held-out set by its name; a new pass with every call. A part of a set has the
-    name `val/PART`."""
+    """For each held-out set, by name, a function that starts a new pass over its batches. The
+    parts of a set are named `val/PART`."""
     fingerprint: dict[str, Any]
-    """All that decides the batches, in JSON values."""
+    """JSON values of everything that determines the batches."""
     note: str
-    """How much there is, on a terminal."""
+    """The sizes of the sets, for the terminal."""
     rows: int = 0
-    """Rows of the training set, each of which is in one batch of an epoch."""
+    """Number of rows in an epoch of the training set."""
     records: dict[str, Sequence[Record]] = field(default_factory=dict)
-    """The records of each set, `train` too, where they are records."""
+    """The records of each set, including `train`; empty for text."""
     bytes_per_token: dict[str, float] = field(default_factory=dict)
-    """Bytes of text for each token to predict, by held-out set; empty if it is not text."""
+    """Average bytes of text per target token of each held-out set; empty for records."""
     shares: dict[str, float] = field(default_factory=dict)
-    """The share of each part, `val/PART`, in the mixture that `val` then is; they add up to 1."""
+    """If `val` is a mixture of the parts `val/PART`: the fraction of each; they add up to 1."""

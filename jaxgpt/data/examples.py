@@ -1,13 +1,14 @@
-"""From records to batches: an example is a record as arrays, a row holds one or several.
+"""Batches of records: an example is a record encoded as arrays; a row holds one or several of them.
 
-Batch k is a pure function of the records, the seed and k, as for text. An example has arrays [T]
-along a row, and may have more of another length whose names begin with "source", along a row of
-their own, and numbers []. Where examples are packed they are told apart by
+Batch k is a pure function of the records, the seed and k, as for text. An example has arrays of one
+length, which are placed along a row; optionally arrays of another length, whose names start with
+"source" and which are placed along a row of their own; and optionally scalars. Rows are padded with
+zeros. If an objective packs several examples into a row, a batch also has
 
-    segments   int32[B, T]  the number of the example in its row, from 1 on; 0 is padding
-    positions  int32[B, T]  the place in the example
+    segments   int32[B, T]  index of the example within the row, counted from 1; 0 is padding
+    positions  int32[B, T]  position in the example
 
-and the same for sources. Everything else is padded with zeros.
+and `source_segments` and `source_positions` if the examples have sources.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ from functools import partial
 
 import numpy as np
 
-from jaxgpt.data.batches import order, rows_of
+from jaxgpt.data.batches import process_rows, window_order
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import Record, RecordsConfig, say
+from jaxgpt.data.records import Record, RecordsConfig, print_note
 from jaxgpt.errors import InputError
 
 Example = dict[str, np.ndarray]
@@ -41,41 +42,54 @@ def examples(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Dataset:
-    """The records of `train`, `val` and `test` as a data set of rows of `context`.
+    """Makes a `Dataset` of records.
 
-    `encode` makes an example of a record, `cut` a shorter one of an example; `tokenizer` is the
-    fingerprint of what is encoded with.
-    With `packs`, examples can share a row, which they do unless `cfg.pack` is off. An evaluation is
-    of `limit` batches, or of all there is if 0. Raises InputError naming the record for an example
-    that is empty or, unless `cfg.truncate`, longer than a row.
+    Args:
+        cfg: The records config.
+        splits: The records of `train` and, if there are any, of `val` and `test`.
+        encode: Converts a record to an example.
+        cut: Shortens an example to a number of tokens.
+        tokenizer: Fingerprint of the tokenizer that `encode` uses.
+        context: Context length T of a row.
+        batch: Rows of a batch, over all processes.
+        seed: Seed of the shuffle.
+        packs: Whether the objective supports several examples in a row. Then they are packed,
+            unless `cfg.pack` is False.
+        limit: Batches per evaluation; 0: all held-out examples.
+        process_index: Index of this process.
+        process_count: Number of processes.
+
+    Raises:
+        InputError: An example is empty, or longer than a row and `cfg.truncate` is False; the
+            message names the record.
     """
     if seed < 0:
-        raise InputError(f"seed={seed}; set it to 0 or more")
-    mine = rows_of(batch, process_index, process_count)
+        raise InputError(f"seed={seed} is negative; set it to 0 or more")
+    mine = process_rows(batch, process_index, process_count)
 
     def fitted(record: Record) -> tuple[Example, bool]:
-        """The record's example, in no more than the context, and whether it was cut."""
+        """Encodes a record, truncated to the context; also returns whether it was truncated."""
         example = encode(record)
         longest = _longest(record, example)
         if longest <= context:
             return example, False
         if not cfg.truncate:
             raise InputError(
-                f"{record.where} has {longest} tokens, and a row {context}; raise train.context "
-                "(and model.T), leave the record out, or set data.truncate=True to cut it"
+                f"{record.where} has {longest} tokens, more than a row of {context}; increase "
+                "train.context (and model.T), remove the record, or set data.truncate=True"
             )
         example = cut(example, context)
         if "weights" in example and not example["weights"].any():
             raise InputError(
-                f"{record.where} has {longest} tokens, and nothing is learned from the first "
-                f"{context} that are kept; raise train.context, or leave the record out"
+                f"{record.where} has {longest} tokens, and truncating it to {context} leaves no "
+                "token with a loss; increase train.context, or remove the record"
             )
         return example, True
 
     encoded = {name: [*map(fitted, records)] for name, records in splits.items()}
     for name, found in encoded.items():
         if shortened := sum(was_cut for _, was_cut in found):
-            say(f"{shortened} of {len(found)} examples of {name} are cut to {context} tokens")
+            print_note(f"truncated {shortened} of {len(found)} {name} examples to {context} tokens")
     rows = {}
     for name, found in encoded.items():
         numbers = np.arange(len(found))
@@ -87,14 +101,14 @@ def examples(
             rows[name] = [[n] for n in numbers.tolist()]
 
     def make(name: str, numbers: Sequence[int]) -> Batch:
-        """The rows of a split by number; a number too large is an empty row."""
+        """Makes a batch of rows of a split; a number beyond the last row gives an empty row."""
         found, groups = encoded[name], rows[name]
         wanted = [groups[n] if n < len(groups) else [] for n in numbers]
         return _stack(
             [[found[n][0] for n in group] for group in wanted], found[0][0], context, packs
         )
 
-    kth = order([0, len(rows["train"])], (), seed if cfg.shuffle else None)
+    kth = window_order([0, len(rows["train"])], (), seed if cfg.shuffle else None)
 
     def training(step: int) -> Batch:
         return make("train", [kth(step * batch + row) for row in mine])
@@ -113,7 +127,7 @@ def examples(
         {
             "records": {name: _digest(records) for name, records in splits.items()},
             "tokenizer": tokenizer,
-            # What `fields` and `encoding` decide is in the records.
+            # `fields` and `encoding` only affect the records, whose hash is above.
             "settings": {
                 name: value
                 for name, value in asdict(cfg).items()
@@ -130,37 +144,39 @@ def examples(
 
 
 def _longest(record: Record, example: Example) -> int:
-    """The longest of an example's arrays; InputError where one is empty."""
+    """Returns the length of an example's longest array; raises InputError if one is empty."""
     lengths = {name: len(array) for name, array in example.items() if array.ndim}
     for name, length in lengths.items():
         if not length:
-            raise InputError(f"{record.where}: {name} is empty; leave the record out")
+            raise InputError(f"{record.where}: {name} is empty; remove the record")
     return max(lengths.values(), default=0)
 
 
 def _lengths(example: Example) -> tuple[int, int]:
-    """The length along a row, and that of the source, 0 for none."""
+    """Returns the length of an example's arrays and of its source arrays; 0 for none."""
     lengths = [0, 0]
     for name, array in example.items():
         if not array.ndim:
-            raise InputError(f"{name} is one number for an example, which cannot be packed")
+            raise InputError(
+                f"{name} is a scalar, which cannot be packed; set packs=False in the objective"
+            )
         side = name.startswith("source")
         if lengths[side] not in (0, len(array)):
             raise InputError(
-                f"{name} has {len(array)} entries, and what lies beside it {lengths[side]}; "
-                "an objective that packs gives them one length"
+                f"{name} has {len(array)} entries, but an earlier array of the example has "
+                f"{lengths[side]}; an objective that packs must return arrays of equal length"
             )
         lengths[side] = len(array)
     return lengths[0], lengths[1]
 
 
 def _pack(lengths: list[tuple[int, int]], numbers: np.ndarray, context: int) -> list[list[int]]:
-    """Examples into rows, each into the first of the open ones that has room on both sides.
+    """Packs examples into rows by first fit over the last 64 rows.
 
-    The last 64 rows are open, which wastes little more than keeping all of them open would.
+    First fit over all rows would waste only slightly less space.
     """
     rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []
+    left: list[tuple[int, int]] = []  # free space of each row, and of its source row
     for number in numbers.tolist():
         length, source = lengths[number]
         for row in range(max(0, len(rows) - 64), len(rows)):
@@ -176,7 +192,7 @@ def _pack(lengths: list[tuple[int, int]], numbers: np.ndarray, context: int) -> 
 
 
 def _stack(rows: list[list[Example]], like: Example, context: int, packs: bool) -> Batch:
-    """Rows of examples as arrays; `like` tells their names, shapes and types."""
+    """Stacks rows of examples; `like` is an example with the names, shapes and types of arrays."""
     batch = {
         name: np.zeros((len(rows), context) if array.ndim else len(rows), array.dtype)
         for name, array in like.items()
@@ -215,8 +231,8 @@ def _digest(records: Sequence[Record]) -> str:
 
 
 def _note(splits: dict[str, list[Record]], rows: dict[str, list[list[int]]]) -> str:
-    whats = {"train": "to train on", "val": "to validate on", "test": "to test on"}
-    parts = [f"{len(splits[n]):,} {what}" for n, what in whats.items() if splits.get(n)]
+    names = {"train": "training", "val": "validation", "test": "test"}
+    parts = [f"{len(splits[n]):,} {name}" for n, name in names.items() if splits.get(n)]
     shared = (
         f" (in {len(rows['train']):,} rows)" if len(rows["train"]) < len(splits["train"]) else ""
     )

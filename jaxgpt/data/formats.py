@@ -1,12 +1,12 @@
-"""From a file to its documents: plain text, JSON, JSON lines, parquet, tables.
+"""Reads the documents of a file: plain text, JSON, JSON Lines, Parquet, CSV and TSV.
 
 A document is an iterable of pieces of text that can be read more than once. A record is one piece;
 a plain text file is one document, read in pieces of a mebibyte, so that it need not fit in memory.
-What is not text raises InputError with the file and the place.
+Anything that is not text raises InputError with the file and the position.
 
-Whatever a file claims, it is read in bounded memory: a line of JSON lines has LARGEST_LINE
-characters at most, a file that is parsed as a whole LARGEST_JSON or LARGEST_TABLE, and the values
-of a parquet file, which may be compressed without measure, take no more than `expansion_limit`.
+Memory is bounded even for a malicious file: a line of JSON Lines has at most LARGEST_LINE
+characters, a file that is parsed as a whole at most LARGEST_JSON or LARGEST_TABLE, and the
+decompressed values of a Parquet file at most `expansion_limit` bytes.
 """
 
 import os
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxgpt import strict_json
-from jaxgpt.data.columns import column_of, match, parse_fields, spelled
+from jaxgpt.data.columns import column_of, fields_option, match_columns, parse_fields
 from jaxgpt.data.tables import table_rows
 from jaxgpt.data.textfile import TextFile, reading
 from jaxgpt.errors import InputError
@@ -27,20 +27,17 @@ from jaxgpt.paths import regular_file
 Document = Iterable[str]
 Kind = Literal["text", "json", "jsonl", "parquet", "table"]
 
-LARGEST_JSON = 1 << 28  # characters of a .json file, which is parsed as a whole
-LARGEST_TABLE = 1 << 32  # characters of a CSV or TSV file
-BATCH_ROWS, BATCH_BYTES = 1024, 1 << 26  # of a parquet file in memory at once
-BATCH_NESTED = 64  # rows of columns with lists or structs, which may repeat what a file has once
-MOST_EXPANSION = 100  # bytes of values for each byte of a parquet file; prose has 3 to 10
-ALWAYS_ALLOWED = 1 << 30  # bytes of values of a parquet file, however small it is
-VALUE_BYTES = 64  # what a value takes besides its text
+LARGEST_JSON = 1 << 28  # maximum characters of a .json file, which is parsed as a whole
+LARGEST_TABLE = 1 << 32  # maximum characters of a CSV or TSV file
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 26  # maximum of a Parquet file in memory at once
+BATCH_NESTED = 64  # the same with lists or structs, whose values may share storage in the file
+MOST_EXPANSION = 100  # maximum bytes of values per byte of a Parquet file; prose has 3 to 10
+ALWAYS_ALLOWED = 1 << 30  # bytes of values that any Parquet file may have, however small it is
+VALUE_BYTES = 64  # estimated memory overhead of a Python value
 
 
 def kind_of(file: str) -> Kind:
-    """What a file is read as, by its suffix, of which .gz is no part.
-
-    All that is not JSON, JSON lines, parquet or a table is text.
-    """
+    """Returns the format of a file by its suffix, ignoring .gz; unknown suffixes are text."""
     suffixes: dict[str, Kind] = {
         ".json": "json",
         ".jsonl": "jsonl",
@@ -53,22 +50,22 @@ def kind_of(file: str) -> Kind:
 
 
 def suffix_of(file: str) -> str:
-    """The suffix of a file's name in lower case, without a .gz at its end."""
+    """Returns the suffix of a file's name in lower case, ignoring a .gz at its end."""
     return os.path.splitext(file.lower().removesuffix(".gz"))[1]
 
 
 @dataclass(frozen=True)
 class DocumentFile:
-    """A file, and how its documents are read."""
+    """A file, its format, and the column and encoding of its text."""
 
     path: str
     kind: Kind
     column: str = ""
-    """The column of the text; empty for plain text."""
+    """The column that has the text; empty for plain text."""
     encoding: str = "utf-8"
 
     def documents(self) -> Iterator[Document]:
-        """The documents in order; InputError at the first that is not text."""
+        """Yields the documents in order; raises InputError at the first one that is not text."""
         with reading(self.path):
             text = TextFile(self.path, self.encoding)
             match self.kind:
@@ -87,35 +84,38 @@ class DocumentFile:
             return json_values(text)
         if self.kind == "jsonl":
             return json_lines(text)
-        return table_rows(text, known=(self.column,), largest=LARGEST_TABLE, say=lambda line: None)
+        return table_rows(text, known=(self.column,), largest=LARGEST_TABLE, note=lambda line: None)
 
     def _text(self, record: Any, where: str) -> str:
         if isinstance(record, str) and self.kind == "json":
             return as_text(record, where)
         if not isinstance(record, dict):
-            raise InputError(f"{where} is {type(record).__name__}, not an object with fields")
+            raise InputError(f"{where} is {type(record).__name__}, not an object with named fields")
         return field_text(record, self.column, where)
 
 
 def open_documents(file: str, fields: Sequence[str] = (), encoding: str = "utf-8") -> DocumentFile:
-    """Finds how a file is read, as far as its first bytes and its first record tell.
+    """Detects the format, text column and encoding of a file from its first bytes and record.
 
     Args:
         file: The path.
-        fields: `data.fields`: "text=COLUMN", or empty.
+        fields: The option `data.fields`: "text=COLUMN", or empty.
         encoding: The encoding of a file without a byte order mark.
 
+    Returns:
+        The file, ready to be read.
+
     Raises:
-        InputError: It is no regular file, is empty, is not text by its first bytes, or has no
-            column that is clearly the text.
+        InputError: The file is not a regular file, is empty, is not text, or it is ambiguous which
+            of its columns has the text.
     """
     regular_file(file)
     if not os.path.getsize(file):
-        raise InputError(f"{file} is empty; leave it out of the paths")
+        raise InputError(f"{file} is empty; remove it from the paths")
     kind = kind_of(file)
     given = parse_fields(fields, ("text",))
     if kind == "table" and not given:
-        kind = "text"  # a table is read as it stands, unless a column is asked for
+        kind = "text"  # without a column to read, a table is read as plain text
     if kind != "parquet":
         encoding = TextFile(file, encoding).detect_encoding()
     if kind == "text":
@@ -137,18 +137,23 @@ def open_documents(file: str, fields: Sequence[str] = (), encoding: str = "utf-8
 
 
 def text_column(path: str, columns: Sequence[str], given: dict[str, str]) -> str:
-    """The column of the text: the one that `data.fields` names, or the one clearly meant.
+    """Returns the column that has the text: set by `data.fields`, or guessed from its name.
+
+    Args:
+        path: The file, for error messages.
+        columns: The columns of the file.
+        given: The parsed option `data.fields`.
 
     Raises:
-        InputError: There is no such column.
+        InputError: The column that is set does not exist, or the column is ambiguous.
     """
     shown = f"{', '.join(columns) or 'none':.200}"
-    found, unclear = match(columns, ("text",), given=given)
+    found, unclear = match_columns(columns, ("text",), given=given)
     if unclear:
         one = unclear["text"][0] if unclear["text"] else "COLUMN"
         raise InputError(
-            f"{path} has no column 'text', and it is not clear which of its columns is the text: "
-            f"{shown}; name it: {spelled({'text': one})}"
+            f"{path} has no column 'text', and it is unclear which of its columns has the text: "
+            f"{shown}; set it: {fields_option({'text': one})}"
         )
     if found["text"] not in columns:
         raise InputError(
@@ -159,16 +164,13 @@ def text_column(path: str, columns: Sequence[str], given: dict[str, str]) -> str
 
 
 def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
-    """Reads a file of JSON lines.
-
-    Args:
-        text: The file; lines of nothing but white space are passed over.
+    """Reads a JSON Lines file, skipping blank lines.
 
     Yields:
-        The number of each line, from 1, and its value.
+        The number of each line, counted from 1, and its value.
 
     Raises:
-        InputError: A line is not JSON, or too long.
+        InputError: A line is not JSON, or is too long.
     """
     for number, line in text.lines():
         if line.strip():
@@ -177,21 +179,21 @@ def json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
             except ValueError as error:
                 message = f"{text.path}:{number} is not JSON: {error}"
                 if line.strip() in ("[", "{"):
-                    message += "; if the file is one array, name it .json"
+                    message += "; if the file is one JSON array, rename it to .json"
                 raise InputError(message) from None
             yield number, value
 
 
 def json_values(text: TextFile) -> Iterator[tuple[int, Any]]:
-    """Reads a .json file: one array, or JSON lines, as some programs call them too.
+    """Reads a .json file, which has one array or, as some programs write it, JSON Lines.
 
     Yields:
-        The number of each value, from 0 in an array and from 1 in lines, and the value.
+        The number of each value, counted from 0 in an array and from 1 in lines, and the value.
 
     Raises:
-        InputError: It is neither, or too large to be parsed as a whole.
+        InputError: The file has neither form, or is too large to be parsed as a whole.
     """
-    content = text.read(LARGEST_JSON, "split it, or write it as JSON lines (.jsonl)")
+    content = text.read(LARGEST_JSON, "split it, or convert it to JSON Lines (.jsonl)")
     try:
         values = strict_json.loads(content)
     except ValueError as error:
@@ -203,15 +205,15 @@ def json_values(text: TextFile) -> Iterator[tuple[int, Any]]:
     if isinstance(values, list):
         yield from enumerate(values)
         return
-    remedy = "write a list of objects"
+    remedy = "use a list of objects"
     lists = []
     if isinstance(values, dict):
         lists = [name for name, value in values.items() if isinstance(value, list)]
     if len(lists) == 1:
-        remedy = f"write the list under {lists[0]!r} alone"
+        remedy = f"keep only the list under {lists[0]!r}"
     raise InputError(
         f"{text.path} is {type(values).__name__}, not a list of objects; {remedy}, or, to train "
-        "on the text of the file itself, give its name another ending, such as .txt"
+        "on the text of the file itself, rename it with another suffix, such as .txt"
     )
 
 
@@ -224,15 +226,16 @@ def _is_json(text: str) -> bool:
 
 
 def expansion_limit(file: str) -> int:
-    """The bytes that the values of a parquet file may take."""
+    """Returns the maximum number of bytes that the values of a Parquet file may take."""
     return max(ALWAYS_ALLOWED, MOST_EXPANSION * os.path.getsize(file))
 
 
 def _open_parquet(file: str, text_field: str = "") -> Any:
-    """A parquet file, whose columns of text are read as dictionaries: what repeats is held once.
+    """Opens a Parquet file with text columns read as dictionaries, which store each value once.
 
-    Raises InputError if it is not parquet, has no column `text_field` where that is given, or its
-    values take more than `expansion_limit` by what it says itself.
+    Raises:
+        InputError: The file is not Parquet, lacks the column `text_field`, or its values take more
+            than `expansion_limit` according to its metadata.
     """
     import pyarrow.parquet
 
@@ -240,13 +243,13 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
     with _readable(file):
         about = pyarrow.parquet.read_metadata(file)
         columns = [about.schema.column(i) for i in range(about.num_columns)]
-        # pyarrow cannot read dictionaries inside of lists and structs.
+        # pyarrow cannot read dictionaries inside lists and structs.
         texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and "." not in c.path]
         table = pyarrow.parquet.ParquetFile(file, read_dictionary=texts)
         names = table.schema_arrow.names
         nested = any("." in column.path for column in columns)
         size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        # What repeats takes no bytes in a file, and eight or more in memory.
+        # A repeated value may take no space in the file, but takes at least 8 bytes in memory.
         size = max(size, 8 * about.num_rows * (1 if text_field else len(names)))
         if nested and not text_field:
             size = max(size, 8 * _count_values(file))
@@ -259,17 +262,16 @@ def _open_parquet(file: str, text_field: str = "") -> Any:
     if size > expansion_limit(file) or max((c.path.count(".") for c in columns), default=0) > 100:
         table.close()
         raise InputError(
-            f"{file} has {os.path.getsize(file):,} bytes, and its values would take {size:,}, or "
+            f"{file} has {os.path.getsize(file):,} bytes, but its values would take {size:,}, or "
             f"are nested deeper than 100 levels; {_REMEDY}"
         )
     return table
 
 
 def _count_values(file: str) -> int:
-    """The number of values in all columns, where a row may hold many.
+    """Returns the number of values in all columns, of which a row may have many.
 
-    It is read in a process of its own: where the part of the metadata that tells is damaged,
-    pyarrow ends the process.
+    It is read in a subprocess, because pyarrow aborts the process if this metadata is damaged.
     """
     program = (
         f"import sys\nsys.path[:] = {sys.path!r}\n"
@@ -285,14 +287,14 @@ def _count_values(file: str) -> int:
 
 
 _REMEDY = (
-    f"at most {MOST_EXPANSION} times the file's size is read, and always {ALWAYS_ALLOWED:,} bytes: "
-    "if the file is right, write it as JSON lines"
+    f"the limit is {MOST_EXPANSION} times the size of the file, or {ALWAYS_ALLOWED:,} bytes if "
+    "that is more; if the file is correct, convert it to JSON Lines"
 )
 
 
 @contextmanager
 def _readable(file: str) -> Iterator[None]:
-    """Turns what reading parquet raises into InputError."""
+    """Converts the errors of reading Parquet to InputError."""
     import pyarrow
 
     try:
@@ -302,22 +304,22 @@ def _readable(file: str) -> Iterator[None]:
     # OSError for damaged pages, ValueError for text that is not UTF-8 and dates out of range.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{file} is not parquet, or damaged: {error}; get it again, or write it again"
+            f"{file} is not Parquet, or is damaged: {error}; download or write it again"
         ) from None
 
 
 def parquet_rows(file: str, text_field: str = "") -> Iterator[dict[str, Any]]:
-    """Reads a parquet file row by row.
+    """Reads a Parquet file row by row.
 
     Args:
-        file: The file.
-        text_field: The one column to read; all if empty.
+        file: The path.
+        text_field: The only column to read; all columns if empty.
 
     Yields:
         The values of each row, by column.
 
     Raises:
-        InputError: The file is not parquet or damaged, has no such column, or its values take
+        InputError: The file is not Parquet or is damaged, lacks the column, or its values take
             more than `expansion_limit`.
     """
     limit, taken = expansion_limit(file), 0
@@ -331,7 +333,7 @@ def parquet_rows(file: str, text_field: str = "") -> Iterator[dict[str, Any]]:
             size = min(size, BATCH_NESTED)
         for batch in table.iter_batches(size, columns=[text_field] if text_field else None):
             for row in range(len(batch)):
-                # One at a time: a text that a dictionary holds once may be in every row.
+                # One row at a time: a long text in a dictionary may be repeated in every row.
                 values = {
                     name: column[row].as_py()
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
@@ -341,17 +343,19 @@ def parquet_rows(file: str, text_field: str = "") -> Iterator[dict[str, Any]]:
                     for value in values.values()
                 )
                 if taken > limit:
-                    raise InputError(f"the values of {file} take over {limit:,} bytes; {_REMEDY}")
+                    raise InputError(
+                        f"the values of {file} take more than {limit:,} bytes; {_REMEDY}"
+                    )
                 yield values
 
 
 def utf8_size(text: str) -> int:
-    """Bytes of `text` in UTF-8."""
+    """Returns the number of bytes of `text` in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def field_text(record: dict[str, Any], column: str, where: str) -> str:
-    """The text of a record; `where` is named in the error if there is none."""
+    """Returns the text in a column of a record; raises InputError naming `where` without one."""
     value = column_of(record, column)
     if value is None and column not in record:
         fields = f"{', '.join(record) or 'none':.200}"
@@ -362,7 +366,7 @@ def field_text(record: dict[str, Any], column: str, where: str) -> str:
 
 
 def as_text(value: Any, where: str) -> str:
-    """`value` as str, decoded if it is UTF-8 bytes, and certain to be encodable."""
+    """Returns a string or UTF-8 bytes as str; raises InputError if it is not valid text."""
     try:
         if isinstance(value, bytes):
             return value.decode()

@@ -1,4 +1,4 @@
-"""Work done in threads, ahead of the one who asks for it."""
+"""Prefetching: computes the next items in background threads while the current one is used."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -13,10 +13,17 @@ Out = TypeVar("Out")
 def map_ahead(
     function: Callable[[In], Out], inputs: Iterable[In], workers: int, depth: int
 ) -> Generator[Out, None, None]:
-    """`map(function, inputs)` in order, with at most `depth` results in work or waiting.
+    """Computes `map(function, inputs)` in background threads, in order.
 
-    `inputs` is drawn in the caller's thread. An exception of `function` is raised where its result
-    is asked for. Closing the iterator, or leaving it to the garbage collector, ends the threads.
+    Args:
+        function: The function, which is called in the threads. An exception that it raises is
+            raised again when its result is next.
+        inputs: Its inputs, which are iterated in the caller's thread.
+        workers: Number of threads.
+        depth: Maximum number of results that are computed or waiting at a time.
+
+    Yields:
+        The results. Closing or garbage-collecting the iterator ends the threads.
     """
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Out]] = deque()
@@ -34,5 +41,5 @@ def map_ahead(
 def prefetch(
     batch: Callable[[int], Out], start: int = 0, depth: int = 2
 ) -> Generator[Out, None, None]:
-    """`batch(start), batch(start + 1), ...`, each made in a thread while the one before is used."""
+    """Yields `batch(start), batch(start + 1), ...`, made in a thread up to `depth` ahead."""
     return map_ahead(batch, count(start), workers=1, depth=depth + 1)

@@ -1,8 +1,11 @@
-"""Records: pieces of data with named fields, read from files, and held out by their content.
+"""Reads records, which are examples with named fields, and splits them into train, val and test.
 
-A path of records is a table (`.csv`, `.tsv`, `.parquet`), objects (`.json`, `.jsonl`), a TFDS data
-set (`tfds:NAME`, as for text), parallel text (`data/train`, for `data/train.en` and
-`data/train.de`, line by line), or one of the sets that are made here (see `made`).
+A path of records is one of
+- a table (`.csv`, `.tsv`, `.parquet`) or JSON objects (`.json`, `.jsonl`);
+- a TFDS dataset (`tfds:NAME`, as for text);
+- parallel text: `data/train` for the files `data/train.en` and `data/train.de`, where line n of
+  one file belongs to line n of the other;
+- a synthetic dataset (see `jaxgpt.data.synthetic`).
 """
 
 import hashlib
@@ -19,10 +22,10 @@ from typing import Any, NamedTuple
 
 from jaxgpt.data.columns import (
     column_of,
-    match,
+    fields_option,
+    match_columns,
     parse_fields,
     rename,
-    spelled,
     unclear_columns,
 )
 from jaxgpt.data.formats import (
@@ -39,85 +42,98 @@ from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
 LARGEST_RECORDS = 1 << 32
-"""Bytes of memory for the records of one file, which are all in memory: 4 GiB."""
+"""Limit on the memory for the records of one file, in bytes: all of them are in memory at once."""
 
 
-def say(line: str) -> None:
-    """Prints a line about the data on the error stream."""
+def print_note(line: str) -> None:
+    """Prints a line about the data to stderr."""
     print(f"data: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class RecordsConfig:
-    """Which records are trained on, and how rows are made of them."""
+    """Options of record data: which examples to train on, and how to batch them."""
 
     paths: tuple[str, ...] = ()
-    """Each a file (.csv, .tsv, .json, .jsonl, .parquet), the beginning of parallel files' names
-    (data/train for data/train.en and data/train.de), 'tfds:NAME', or a set made here: 'arithmetic',
-    'python:packages', 'python:instructions', 'python:preferences', 'python:prefix'."""
+    """Training records. Each entry is a file (.csv, .tsv, .json, .jsonl, .parquet), the common
+    prefix of parallel text files (data/train for data/train.en and data/train.de), a TFDS dataset
+    ('tfds:NAME'), or a synthetic dataset: 'arithmetic', 'python:packages', 'python:instructions',
+    'python:preferences' or 'python:prefix'."""
     columns: tuple[str, ...] = ()
-    """The names of all columns, in order, of CSV and TSV files without a header."""
+    """Names of all columns, in order, of CSV and TSV files that have no header."""
     fields: tuple[str, ...] = ()
-    """FIELD=COLUMN for each field that a file calls by another name, such as label=Category
-    "text=Review Text". A field that is not named here is the column of its own name, whatever its
-    case, or the one column with a usual name for it, such as question for instruction."""
+    """FIELD=COLUMN for each field whose column has another name, such as label=Category or
+    "text=Review Text". Other fields are read from the column of the same name, ignoring case, or
+    from the only column with a common name for the field, such as question for instruction."""
     encoding: str = "utf-8"
-    """The encoding of text files without a byte order mark, such as latin-1, cp1252, utf-16-le."""
+    """Encoding of text files without a byte order mark, such as latin-1, cp1252 or utf-16-le."""
     val_paths: tuple[str, ...] = ()
-    """What to validate on; empty: a part of `paths`, held out."""
+    """Validation records, in the same formats as `paths`. Empty: a part of `paths` is held out."""
     test_paths: tuple[str, ...] = ()
-    """What to test on at the end; empty: a part of `paths`, held out."""
+    """Test records, evaluated once after training. Empty: `test_fraction` of `paths`."""
     val_fraction: float = 0.1
-    """The part held out where there are no `val_paths`, by a hash of the fields that the objective
-    reads: equal examples are never on both sides."""
+    """Fraction of `paths` held out for validation if `val_paths` is empty; 0: no validation.
+    Records are chosen by a hash of the fields that the objective reads, so that equal examples are
+    always in the same split."""
     test_fraction: float = 0.0
-    """The part held out where there are no `test_paths`."""
+    """Fraction of `paths` held out for testing if `test_paths` is empty; 0: no test set."""
     balance: str = ""
-    """A field, such as the label: equally many records of each of its values are kept."""
+    """A field, such as the label, whose values are balanced by downsampling: the same number of
+    records is kept for each value. Empty: all records are kept."""
     truncate: bool = False
-    """Cut what is longer than a row at its end, and say how many; else it is an error."""
+    """Truncate examples longer than a row, and print how many there are. Otherwise such an example
+    is an error."""
     pack: bool = True
-    """Several examples in a row, without seeing each other, where the objective can."""
+    """Pack several examples into one row, masked so that they do not attend to each other, if the
+    objective supports it. Otherwise each example is padded to a row of its own."""
     shuffle: bool = True
-    """Rows in random order, a new one every epoch."""
+    """Shuffle the rows, in a new order every epoch. Otherwise they keep the order of the files."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if not self.paths:
             raise InputError("data.paths is empty; set it to files of records")
         for name in ("val_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"data.{name}={getattr(self, name)}; set it from 0 to below 1")
+                raise InputError(
+                    f"data.{name}={getattr(self, name)} is invalid; set it to at least 0 and below "
+                    "1"
+                )
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"data.val_fraction={self.val_fraction} and test_fraction={self.test_fraction} "
-                "leave nothing to train on; set them to less than 1 together"
+                "leave no training records; set them to less than 1 in total"
             )
         if len(set(self.columns)) < len(self.columns):
-            raise InputError(f"data.columns={self.columns} has a name twice; name each once")
+            raise InputError(
+                f"data.columns={self.columns} has a duplicate name; give each column its own name"
+            )
         parse_fields(self.fields, ())
         check_encoding(self.encoding)
 
 
 class Record(NamedTuple):
-    """A piece of data with named fields, and where it was read, for errors."""
+    """One example's raw data: named fields, and where they were read from."""
 
     where: str
+    """File and line, for error messages."""
     values: dict[str, Any]
+    """The value of each field."""
 
     def text(self, field: str) -> str:
-        """The text of a field; InputError where there is none, or nothing in it."""
+        """Returns the text of a field; raises InputError if it is missing, empty or not text."""
         value = self.values.get(field)
         if not isinstance(value, str) or not value.strip():
             there = ", ".join(self.values)
             raise InputError(
-                f"{self.where}: {field} is {value!r}, and it has to be text; there are {there}"
+                f"{self.where}: {field} is {value!r}, but must be non-empty text; the record has "
+                f"the fields {there}"
             )
         return value
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the values, the same for equal ones."""
+        """SHA-256 of the values: equal records have equal digests."""
         return _digest(self.values)
 
 
@@ -127,26 +143,26 @@ def _digest(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """A dataclass as its fields; anything else, such as the dates of parquet, as text."""
+    """Converts a dataclass to its fields, and other values, such as Parquet's dates, to text."""
     return vars(value) if is_dataclass(value) else str(value)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What is read of a record, as an objective says; by default all of it."""
+    """Which fields of a record an objective reads; by default all of them."""
 
     fields: tuple[str, ...] = ()
-    """The fields that a record must have; also the endings of the names of parallel files."""
+    """Fields that a record must have. They are also the suffixes of parallel text files."""
     optional_fields: tuple[str, ...] = ()
     """Fields that a record may have."""
     conversational: bool = False
-    """Whether a list of messages may stand for the fields."""
+    """Whether a record may have a list of messages in place of the fields."""
     example: Callable[[Record], Any] = lambda record: record.values
-    """What an example is made of, in values of JSON and dataclasses. Records of which it is equal
-    are the same example, and are never on two sides of a split."""
+    """The part of a record that the training example is made from, as JSON values and dataclasses.
+    Records for which this is equal are the same example and always go into the same split."""
 
     def digest(self, record: Record) -> str:
-        """SHA-256 of the fields of a record that are read; of all if it has none of them."""
+        """SHA-256 of the fields that are read, or of all fields if the record has none of them."""
         names = (*self.fields, *self.optional_fields)
         read = {name: record.values[name] for name in names if name in record.values}
         return _digest(read or record.values)
@@ -156,61 +172,64 @@ def open_records(
     path: str,
     reader: Reader = Reader(),
     cfg: RecordsConfig = RecordsConfig(),
-    say: Callable[[str], None] = say,
+    note: Callable[[str], None] = print_note,
 ) -> list[Record]:
-    """The records at `path`, in order, with the names of fields that `reader` has for them.
+    """Reads the records at a path, with columns renamed to the fields of `reader`.
 
     Args:
-        path: See the top.
-        reader: Which fields are read.
-        cfg: Its `columns`, `fields` and `encoding` tell how files are read.
-        say: Gets what a user should know of how the file was read; by default it is printed.
+        path: A file or dataset; the module docstring lists the formats.
+        reader: Which fields to read.
+        cfg: The config, whose `columns`, `fields` and `encoding` set how to read files.
+        note: Called with notes for the user, such as which column was guessed; prints by default.
+
+    Returns:
+        The records in the order of the file.
 
     Raises:
-        InputError: With file and line, for what cannot be read, and for a file without a column
-            for each field.
+        InputError: The file cannot be read, or has no column for one of the required fields. The
+            message names the file and the line.
     """
     with reading(path):
-        return _open_records(path, reader, cfg, say)
+        return _open_records(path, reader, cfg, note)
 
 
 def _open_records(
-    path: str, reader: Reader, cfg: RecordsConfig, say: Callable[[str], None]
+    path: str, reader: Reader, cfg: RecordsConfig, note: Callable[[str], None]
 ) -> list[Record]:
-    from jaxgpt.data.synthetic import MADE
+    from jaxgpt.data.synthetic import SYNTHETIC
 
     names = (*reader.fields, *reader.optional_fields)
     given = parse_fields(cfg.fields, names)
     place = os.path.expanduser(path)
-    if path in MADE:
-        records = [Record(f"{path} {n}", values) for n, values in enumerate(MADE[path]())]
+    if path in SYNTHETIC:
+        records = [Record(f"{path} {n}", values) for n, values in enumerate(SYNTHETIC[path]())]
     elif path.startswith("tfds:"):
         records = _tfds(path)
     elif os.path.exists(place) and kind_of(place) != "text":
-        records = _from_file(path, regular_file(place), reader, cfg, given, say)
+        records = _from_file(path, regular_file(place), reader, cfg, given, note)
     elif reader.fields and all(os.path.isfile(f"{place}.{name}") for name in reader.fields):
         records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            os.stat(place)  # raises the reason if it is another, such as a missing permission
+            os.stat(place)  # raises any other error, such as a missing permission
         if os.path.isfile(place):
-            TextFile(place).detect_encoding()  # raises what to do with a PDF or an archive
+            TextFile(place).detect_encoding()  # raises with a remedy for a PDF or an archive
             raise InputError(
-                f"{path} is read by the end of its name, which is none of .csv, .tsv, .json, "
-                f".jsonl, .ndjson and .parquet: rename it, for example: mv {shlex.quote(path)} "
-                f"{shlex.quote(path)}.tsv"
+                f"the format of {path} is unknown, because its suffix is none of .csv, .tsv, "
+                f".json, .jsonl, .ndjson and .parquet; rename it, for example: "
+                f"mv {shlex.quote(path)} {shlex.quote(path)}.tsv"
             )
         parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
-            f"{path} is no file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), nor are "
-            f"there {parallel}; the sets made here are {', '.join(MADE)}"
+            f"{path} is not a file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), and "
+            f"{parallel} do not exist; the synthetic datasets are {', '.join(SYNTHETIC)}"
         )
     if not records:
-        raise InputError(f"{path} holds no records; leave it out of the paths")
+        raise InputError(f"{path} contains no records; remove it from the paths")
     for record in records:
         for text in strings([record]):
-            as_text(text, record.where)  # JSON can hold half a character
-    return _name_fields(path, records, reader, given, say)
+            as_text(text, record.where)  # JSON can contain an unpaired surrogate
+    return _name_fields(path, records, reader, given, note)
 
 
 def _from_file(
@@ -219,7 +238,7 @@ def _from_file(
     reader: Reader,
     cfg: RecordsConfig,
     given: Mapping[str, str],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> list[Record]:
     text = TextFile(str(place), cfg.encoding)
     rows: Iterator[tuple[int, Any]]
@@ -228,7 +247,7 @@ def _from_file(
             text = TextFile(str(place), cfg.encoding, allow_nul=True)
             known = tuple(given.values())
             rows = table_rows(
-                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, say=say
+                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, note=note
             )
         case "json":
             rows = json_values(text)
@@ -239,14 +258,16 @@ def _from_file(
     records, size = [], 0
     for number, values in rows:
         if not isinstance(values, dict):
-            raise InputError(f"{path}:{number} is {type(values).__name__}, not named fields")
+            raise InputError(
+                f"{path}:{number} is {type(values).__name__}, not an object with named fields"
+            )
         records.append(Record(f"{path}:{number}", values))
         size += memory_size(values)
         if size > LARGEST_RECORDS:
             raise InputError(
-                f"{path}:{number}: the records up to here take over {LARGEST_RECORDS:,} bytes "
-                "of memory, and all of a file are in memory at once; split the file, and train "
-                "on one part after another"
+                f"{path}:{number}: the records up to here take more than {LARGEST_RECORDS:,} "
+                "bytes, and a file must fit in memory; split the file, and train on one part after "
+                "another"
             )
     return records
 
@@ -256,26 +277,26 @@ def _name_fields(
     records: list[Record],
     reader: Reader,
     given: Mapping[str, str],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> list[Record]:
-    """The records with each column that is a field under the field's name.
+    """Renames the columns that are fields to the names of the fields.
 
     Raises:
-        InputError: A column of `given` is not there, or it is not clear which column is a field.
+        InputError: A column of `given` does not exist, or the column of a field is ambiguous.
     """
     columns = list(dict.fromkeys(name for record in records for name in record.values))
     shown = f"{', '.join(columns):.300}"
     for field, column in given.items():
         if not any(column_of(record.values, column) is not None for record in records):
             raise InputError(
-                f"{path} has no column {column!r}, which data.fields says is {field}; there are "
-                f"{shown}"
+                f"{path} has no column {column!r}, which data.fields sets for {field}; its "
+                f"columns are {shown}"
             )
     lists = set()
-    if reader.conversational:  # lists of messages are found by the objective
+    if reader.conversational:  # the objective itself finds lists of messages
         lists = {k for r in records for k, v in r.values.items() if isinstance(v, list | dict)}
     texts = [column for column in columns if column not in lists or column in reader.fields]
-    mapping, unclear = match(texts, reader.fields, reader.optional_fields, given)
+    mapping, unclear = match_columns(texts, reader.fields, reader.optional_fields, given)
     if unclear and lists:
         mapping = dict(given)
     elif unclear:
@@ -286,27 +307,36 @@ def _name_fields(
     }
     if guessed:
         pairs = ", ".join(f"{field} from {column!r}" for field, column in guessed.items())
-        say(f"reading {pairs}, by the names of the columns; {spelled(guessed)} says so")
+        note(f"reading {pairs}, guessed from the column names; same as {fields_option(guessed)}")
     return [record._replace(values=rename(record.values, mapping)) for record in records]
 
 
 def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list[Record]]:
-    """The records of `train`, `val` and `test`, each in the order of its files.
+    """Reads all records and splits them into `train`, `val` and `test`.
 
-    What is held out of `paths` is decided by the fields that are read: the examples with the
-    smallest hashes are the test set, the next the validation set. Raises InputError where a set
-    that was asked for is empty.
+    The records held out of `paths` depend only on the fields that are read: the examples with the
+    smallest hashes are the test set, and those with the next smallest the validation set.
+
+    Args:
+        cfg: The config.
+        reader: Which fields to read.
+
+    Returns:
+        The records of each split, in the order of their files.
+
+    Raises:
+        InputError: A record cannot be read, or a split that `cfg` asks for is empty.
     """
     cfg.check()
-    told: list[str] = []
+    notes: list[str] = []
 
-    def read(paths: Iterable[str]) -> list[Record]:
-        return [each for path in paths for each in open_records(path, reader, cfg, told.append)]
+    def read_paths(paths: Iterable[str]) -> list[Record]:
+        return [each for path in paths for each in open_records(path, reader, cfg, notes.append)]
 
-    records = read(cfg.paths)
-    splits = {"train": [], "val": read(cfg.val_paths), "test": read(cfg.test_paths)}
-    for line in dict.fromkeys(told):
-        say(line)
+    records = read_paths(cfg.paths)
+    splits = {"train": [], "val": read_paths(cfg.val_paths), "test": read_paths(cfg.test_paths)}
+    for line in dict.fromkeys(notes):
+        print_note(line)
     if cfg.balance:
         records = balanced(records, cfg.balance)
     wanted = {
@@ -315,7 +345,7 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
     }
     examples = [_digest(reader.example(record)) for record in records]
     if any(wanted.values()):
-        # Records of one example have one place in the order, although they may differ elsewhere.
+        # Records of the same example stay together, although their other fields may differ.
         first: dict[str, str] = {}
         for example, record in zip(examples, records, strict=True):
             digest = reader.digest(record)
@@ -328,8 +358,8 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
                 end += 1
             if fraction and start == end:
                 raise InputError(
-                    f"data.{name}_fraction={fraction} holds out nothing of {len(records)} records; "
-                    f"raise it, or set data.{name}_paths"
+                    f"data.{name}_fraction={fraction} of {len(records)} records gives an empty "
+                    f"{name} set; increase it, or set data.{name}_paths"
                 )
             if fraction:
                 splits[name] = [records[n] for n in sorted(order[start:end])]
@@ -339,36 +369,40 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
         kept = list(range(len(records)))
     splits["train"] = [records[n] for n in kept]
     if not kept:
-        raise InputError("nothing is left to train on; lower data.val_fraction and test_fraction")
+        raise InputError("no training records are left; lower data.val_fraction and test_fraction")
     seen = {examples[n] for n in kept}
     for name in ("val", "test"):
         if same := sum(_digest(reader.example(record)) in seen for record in splits[name]):
-            say(f"{same} of {len(splits[name])} records of {name} are in the training set too")
+            print_note(f"{same} of {len(splits[name])} {name} records are also in the training set")
     return splits
 
 
 def balanced(records: Sequence[Record], field: str) -> list[Record]:
-    """Equally many records of each value of a field, chosen by a hash of their content."""
+    """Downsamples records so that every value of a field has equally many, chosen by a hash."""
     groups = defaultdict(list)
     for number, record in enumerate(records):
         if field not in record.values:
             there = ", ".join(record.values)
-            raise InputError(f"{record.where} has no {field!r}; set data.balance to one of {there}")
+            raise InputError(
+                f"{record.where} has no field {field!r}; set data.balance to one of {there}"
+            )
         groups[str(record.values[field]).strip()].append(number)
     least = min(map(len, groups.values()))
     kept = [
         number
         for group in groups.values()
-        # By the other half of the hash: the first decides what is held out.
+        # Uses the second half of the hash, because the first half decides what is held out.
         for number in sorted(group, key=lambda n: records[n].digest[32:])[:least]
     ]
     counts = ", ".join(f"{len(group)} of {value}" for value, group in groups.items())
-    say(f"balanced by {field}: {least} of each of {len(groups)} values are kept, of {counts}")
+    print_note(
+        f"balanced by {field}: kept {least} for each of {len(groups)} values, out of {counts}"
+    )
     return [records[number] for number in sorted(kept)]
 
 
 def strings(records: Iterable[Record]) -> Iterator[str]:
-    """Every text in the values of records, to make a tokenizer of."""
+    """Yields every string in the values of records, for example to train a tokenizer."""
 
     def within(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -381,7 +415,7 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
 
 
 def memory_size(value: Any) -> int:
-    """About the bytes of memory that a value takes."""
+    """Estimates the memory that a value takes, in bytes."""
     if isinstance(value, dict):
         return VALUE_BYTES + sum(map(memory_size, value)) + sum(map(memory_size, value.values()))
     if isinstance(value, list | tuple):
@@ -398,7 +432,10 @@ def _parallel(path: str, place: str, fields: Sequence[str], encoding: str) -> li
         counts = ", ".join(
             f"{path}.{field} has {len(lines)}" for field, lines in zip(fields, sides, strict=True)
         )
-        raise InputError(f"lines do not pair up: {counts}; line n of one belongs to line n of all")
+        raise InputError(
+            f"parallel files differ in their number of lines: {counts}; line n of each file must "
+            "belong to line n of the others"
+        )
     return [
         Record(f"{path}:{number}", dict(zip(fields, lines, strict=True)))
         for number, lines in enumerate(zip(*sides, strict=True), 1)
@@ -413,7 +450,7 @@ def _tfds(path: str) -> list[Record]:
 
     def plain(where: str, value: Any, feature: Any = None) -> Any:
         if hasattr(feature, "int2str"):
-            return feature.int2str(int(value)) if value >= 0 else int(value)  # -1: not told
+            return feature.int2str(int(value)) if value >= 0 else int(value)  # -1: no label
         if isinstance(value, dict):
             return {name: plain(where, part) for name, part in value.items()}
         value = value.tolist() if hasattr(value, "tolist") else value

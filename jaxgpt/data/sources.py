@@ -1,14 +1,15 @@
-"""From a path to the documents behind it. A path is
+"""Opens the text at a path as a sequence of documents.
 
-python      the standard library of the running interpreter, without its tests (12 MB)
-a file      `.jsonl` and `.ndjson`: a document a line; `.parquet`: a document a row; `.json`: a
-            document for each value of an array; `.csv` and `.tsv`, where `data.fields` names a
-            column: a document a row; else text. Each may be compressed with gzip, as `.txt.gz`
-a folder    recursively, the files with a suffix in `FOLDER_SUFFIXES`; the rest is `skipped`
-a glob      every file it matches, whatever its suffix; `**` is any depth
-tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]
-            a TFDS data set prepared as array_record or parquet, read without TensorFlow; SPLIT
-            is `train`, or whatever TFDS understands, as `train[:10%]`
+A path is one of
+- `python`: the source code of the running Python's standard library, without its tests (12 MB);
+- a file: one document per line of `.jsonl` and `.ndjson`, per row of `.parquet`, per value of a
+  `.json` array, and, if `data.fields` sets a column, per row of `.csv` and `.tsv`; any other file
+  is one document of plain text. Text files may be compressed with gzip (`.txt.gz`);
+- a folder: all files below it with a suffix in `FOLDER_SUFFIXES`; other files are `skipped`;
+- a glob: all files that it matches, whatever their suffix; `**` matches any number of folders;
+- `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`: a TFDS dataset that was prepared as
+  array_record or Parquet, read without TensorFlow. SPLIT is in TFDS's syntax, such as
+  `train[:10%]`, and `train` by default.
 """
 
 import glob
@@ -23,7 +24,7 @@ from itertools import chain
 from typing import Any
 
 from jaxgpt.data import formats, textfile
-from jaxgpt.data.columns import parse_fields, spelled
+from jaxgpt.data.columns import fields_option, parse_fields
 from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.textfile import reading
 from jaxgpt.errors import InputError
@@ -39,47 +40,49 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 @dataclass(frozen=True)
-class Source:
-    """The documents behind a path, and the files they are read from, in a fixed order."""
+class TextSource:
+    """The documents at a path, and the files they are read from, in a fixed order."""
 
     path: str
     files: tuple[str, ...]
     documents: Callable[[], Iterator[Document]]
-    """Begins a new pass; raises InputError at the first thing that is not text."""
+    """Starts a new pass over the documents; raises InputError at the first one that is not text."""
     selection: str = ""
-    """What decides the documents besides the bytes of the files: formats, field, split."""
+    """How the files are read (formats, columns, encodings, split), as part of the fingerprint."""
     skipped: tuple[str, ...] = ()
-    """Files of a folder that were not taken, each with the reason."""
+    """The files of a folder that are not read, each with the reason."""
 
 
 def open_source(
     path: str,
     fields: Sequence[str] = (),
     encoding: str = "utf-8",
-    say: Callable[[str], None] = lambda line: None,
-) -> Source:
-    """The source at `path`, checked as far as is possible without reading it all.
+    note: Callable[[str], None] = lambda line: None,
+) -> TextSource:
+    """Opens the text at a path and checks it, as far as possible without reading all of it.
 
     Args:
-        path: See the top.
-        fields: `data.fields`: "text=COLUMN", or empty.
+        path: A path; the module docstring lists the kinds.
+        fields: The option `data.fields`: "text=COLUMN", or empty.
         encoding: The encoding of text without a byte order mark.
-        say: Gets the name of each column that was guessed, and that a table is read as text.
+        note: Called with notes for the user, such as which column was guessed.
+
+    Returns:
+        The documents at the path.
 
     Raises:
-        InputError: The path is not there, a file is empty, cannot be read or holds no text by its
-            first bytes, a folder or glob has no text, records have no column that is clearly the
-            text, or TFDS cannot open the data set.
+        InputError: The path does not exist; a file is empty, unreadable or not text; a folder or
+            glob has no text; the column of the text is ambiguous; or TFDS cannot open the dataset.
     """
     with reading(path):
-        return _open_source(path, fields, encoding, say)
+        return _open_source(path, fields, encoding, note)
 
 
 def _open_source(
-    path: str, fields: Sequence[str], encoding: str, say: Callable[[str], None]
-) -> Source:
+    path: str, fields: Sequence[str], encoding: str, note: Callable[[str], None]
+) -> TextSource:
     if path.startswith("tfds:"):
-        return _from_tfds(path, fields, say)
+        return _from_tfds(path, fields, note)
     skipped: tuple[str, ...] = ()
     place = os.path.expanduser(path)
     if path == "python":
@@ -88,28 +91,31 @@ def _open_source(
         files, skipped = _list_folder(place)
         if not files:
             raise InputError(
-                f"the folder {path} holds no text: of its {len(skipped)} files none is visible, "
-                f"not empty and one of {' '.join(FOLDER_SUFFIXES)}; a glob takes any name"
+                f"the folder {path} contains no text: none of its {len(skipped)} files is visible, "
+                f"non-empty and has a suffix of {' '.join(FOLDER_SUFFIXES)}; use a glob to read "
+                "files with other suffixes"
             )
     elif os.path.exists(place):
         files = (place,)
     elif glob.has_magic(place):
         files = tuple(sorted(filter(os.path.isfile, glob.glob(place, recursive=True))))
         if not files:
-            raise InputError(f"no file matches {path}; check the pattern (** is any depth)")
+            raise InputError(
+                f"no file matches {path}; check the pattern (** matches any number of folders)"
+            )
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            os.stat(place)  # raises the reason if it is another, such as a missing permission
+            os.stat(place)  # raises any other error, such as a missing permission
         raise InputError(
-            f"there is no {path}; give a file, a folder, a glob, 'python' or 'tfds:NAME'"
+            f"{path} does not exist; use a file, a folder, a glob, 'python' or 'tfds:NAME'"
         )
     opened = [formats.open_documents(file, fields, encoding) for file in files]
     if not fields:
         for column, file in {each.column: each.path for each in reversed(opened)}.items():
-            _say_guess(column, file, say)
+            _note_guess(column, file, note)
         if table := next((file for file in files if formats.kind_of(file) == "table"), None):
-            say(f"{table} is read as plain text; --data.fields text=COLUMN reads one column of it")
-    return Source(
+            note(f"{table} is read as plain text; use --data.fields text=COLUMN to read one column")
+    return TextSource(
         path,
         files,
         lambda: chain.from_iterable(each.documents() for each in opened),
@@ -118,13 +124,14 @@ def _open_source(
     )
 
 
-def _say_guess(column: str, path: str, say: Callable[[str], None]) -> None:
+def _note_guess(column: str, path: str, note: Callable[[str], None]) -> None:
     if column not in ("", "text"):
-        say(f"{path}: the text is in {column!r}, by its name; {spelled({'text': column})} says so")
+        option = fields_option({"text": column})
+        note(f"{path}: reading text from {column!r}, guessed from its name; same as {option}")
 
 
 def _selection(files: Sequence[formats.DocumentFile]) -> str:
-    """What decides the documents besides the bytes of the files; empty for plain UTF-8."""
+    """Returns `TextSource.selection` for some files; empty if all are plain text in UTF-8."""
     columns = {file.column for file in files} - {""}
     kinds = [file.kind for file in files]
     encodings = [file.encoding for file in files]
@@ -132,26 +139,39 @@ def _selection(files: Sequence[formats.DocumentFile]) -> str:
     return selection + (f" as {encodings}" if {*encodings} != {"utf-8"} else "")
 
 
-def measure(source: Source, progress: Callable[[int], Any] = lambda bytes: None) -> int:
-    """The size of the text in bytes of UTF-8, by reading it once; `progress` gets it in parts.
+def measure(source: TextSource, progress: Callable[[int], Any] = lambda bytes: None) -> int:
+    """Reads all documents once, which checks them, and returns their size in bytes of UTF-8.
 
-    Raises InputError, naming file and place, for whatever is not text, and if there is no text.
+    Args:
+        source: The documents.
+        progress: Called with the number of bytes read since the last call.
+
+    Raises:
+        InputError: Something is not text (the message names the file and position), or all
+            documents are empty.
     """
-    size = told = 0
+    size = reported = 0
     for piece in chain.from_iterable(source.documents()):
         size += utf8_size(piece)
-        if size - told >= textfile.BLOCK:  # not for every record: there may be millions
-            progress(size - told)
-            told = size
+        if size - reported >= textfile.BLOCK:  # not for every record: there may be millions
+            progress(size - reported)
+            reported = size
     if not size:
-        raise InputError(f"{source.path} holds no text: all its documents are empty")
+        raise InputError(
+            f"{source.path} contains no text, because all its documents are empty; use another path"
+        )
     return size
 
 
-def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes: None) -> str:
-    """SHA-256 over the bytes of all files and how they are read; not over their names.
+def content_digest(source: TextSource, progress: Callable[[int], Any] = lambda bytes: None) -> str:
+    """Returns the SHA-256 of the bytes of all files and of how they are read, not of their names.
 
-    `progress`, called from several threads, gets the number of bytes in parts.
+    Args:
+        source: The documents.
+        progress: Called from several threads with the number of bytes read since the last call.
+
+    Raises:
+        InputError: A file cannot be read.
     """
 
     def file_digest(file: str) -> str:
@@ -167,8 +187,8 @@ def content_digest(source: Source, progress: Callable[[int], Any] = lambda bytes
     return hashlib.sha256("\n".join([source.selection, *digests]).encode()).hexdigest()
 
 
-def file_states(source: Source) -> dict[str, tuple[int, int]]:
-    """Size and modification time of each file, to see whether one changes while it is read.
+def file_states(source: TextSource) -> dict[str, tuple[int, int]]:
+    """Returns the size and modification time of each file, to detect changes during reading.
 
     Raises:
         InputError: A file cannot be read.
@@ -182,7 +202,7 @@ def file_states(source: Source) -> dict[str, tuple[int, int]]:
 
 
 def standard_library() -> tuple[str, tuple[str, ...]]:
-    """The folder of the running interpreter's library, and its source files but for its tests."""
+    """Returns the folder of Python's standard library, and its source files except tests."""
     root = sysconfig.get_path("stdlib")
     found = []
     for folder, folders, names in os.walk(root, onerror=_raise):
@@ -200,9 +220,9 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             if any(part.startswith(".") for part in os.path.relpath(file, root).split(os.sep)):
                 skipped.append(f"{file}: hidden")
             elif suffix not in FOLDER_SUFFIXES:
-                skipped.append(f"{file}: not taken from a folder by its suffix")
+                skipped.append(f"{file}: its suffix is not read from folders")
             elif not os.path.isfile(file):
-                skipped.append(f"{file}: not a regular file, or a link to nothing")
+                skipped.append(f"{file}: not a regular file, or a broken link")
             elif not os.path.getsize(file):
                 skipped.append(f"{file}: empty")
             else:
@@ -211,12 +231,12 @@ def _list_folder(root: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _raise(error: OSError) -> None:
-    """For os.walk, which would leave out a folder that cannot be read."""
+    """Raises an error of os.walk, which by default would skip a folder that cannot be read."""
     raise error
 
 
 def open_tfds(path: str) -> tuple[Any, Any, str]:
-    """A TFDS data set: its records, its builder, and the name of the split; see the top."""
+    """Opens a TFDS dataset; returns its records, its builder and the name of the split."""
     import tensorflow_datasets as tfds
 
     spec, _, data_dir = path.removeprefix("tfds:").partition("@")
@@ -226,33 +246,33 @@ def open_tfds(path: str) -> tuple[Any, Any, str]:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
         records = builder.as_data_source(split)
         info = builder.info.splits[split]
-    except Exception as error:  # TFDS raises whatever it likes for a bad name, AssertionError too
+    except Exception as error:  # for a bad name TFDS raises many types, even AssertionError
         raise InputError(
-            f"TFDS cannot open {path}: {str(error).strip().splitlines()[0]} Prepare it beforehand "
-            "with file_format='array_record' or 'parquet', and name its folder after @"
+            f"TFDS cannot open {path}: {str(error).strip().splitlines()[0]} Prepare the dataset "
+            "beforehand with file_format='array_record' or 'parquet', and add its folder after @"
         ) from error
     if len(records) != info.num_examples:
         raise InputError(
             f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
-            f"{info.num_examples}; prepare the data set with file_format='array_record'"
+            f"{info.num_examples}; prepare the dataset with file_format='array_record'"
         )
     return records, builder, split
 
 
-def _from_tfds(path: str, fields: Sequence[str], say: Callable[[str], None]) -> Source:
+def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) -> TextSource:
     records, builder, split = open_tfds(path)
     info = builder.info.splits[split]
     given = parse_fields(fields, ("text",))
     column = formats.text_column(path, list(builder.info.features), given)
     if not fields:
-        _say_guess(column, path, say)
+        _note_guess(column, path, note)
 
     def documents() -> Iterator[Document]:
         with reading(path):
             for number, record in enumerate(records):
                 yield (formats.field_text(record, column, f"{path} record {number}"),)
 
-    return Source(
+    return TextSource(
         path,
         tuple(str(file) for file in info.filepaths),
         documents,

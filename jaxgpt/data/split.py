@@ -1,4 +1,4 @@
-"""Which text is held out for validation: decided by content alone, the same in every run."""
+"""Splits documents into training and validation sets by their content, the same in every run."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,19 +6,27 @@ from itertools import islice
 from typing import Literal
 
 from jaxgpt.data.formats import Document
-from jaxgpt.data.sources import Source
+from jaxgpt.data.sources import TextSource
 
 Split = Literal["train", "val"]
 
-FEW = 100  # documents; below this, whole ones are too coarse to hold out
+FEW = 100  # below this number of documents, the end of each one is held out, not whole ones
 
 
-def split(source: Source, val_fraction: float) -> Iterator[tuple[Split, Document]]:
-    """The documents of `source` in order, each with its split, to be read once each.
+def split(source: TextSource, val_fraction: float) -> Iterator[tuple[Split, Document]]:
+    """Assigns each document to the training or the validation set.
 
-    Of many documents, about `val_fraction` are held out, chosen by a hash of their text, so that
-    equal documents go together and a choice outlives additions to the corpus. Of fewer than 100,
-    each is cut in two at character `int((1 - val_fraction) * length)`, and its tail is held out.
+    Of 100 or more documents, about `val_fraction` are held out, chosen by a hash of their text.
+    So equal documents are in the same set, and adding documents does not change the set of others.
+    Of fewer, each document is cut at character `int((1 - val_fraction) * length)`, and its end is
+    held out.
+
+    Args:
+        source: The documents.
+        val_fraction: The fraction to hold out; 0: none.
+
+    Yields:
+        The split and the document, in order. Each document can be iterated once.
     """
     few = sum(1 for _ in islice(source.documents(), FEW)) < FEW
     for document in source.documents():

@@ -1,7 +1,8 @@
-"""Sets of records made on the spot, so that every way of training runs without a file or network.
+"""Synthetic datasets, with which every training objective runs without files or network access.
 
-From the source of the running interpreter's standard library: which package a docstring is from,
-docstrings to write, docstrings to prefer, expressions and their prefix form. By rule: arithmetic.
+Four are made from the source code of Python's standard library: classifying docstrings by package,
+writing docstrings, preferring the right docstring, and translating expressions to prefix notation.
+The fifth is arithmetic with two-digit numbers.
 """
 
 import ast
@@ -16,15 +17,15 @@ from typing import Any
 
 from jaxgpt.data.sources import standard_library
 
-PACKAGES = 8  # how many packages a docstring may be of
-LONGEST = 60  # characters of an expression
+PACKAGES = 8  # number of classes of `packages`
+LONGEST = 60  # maximum characters of an expression of `prefix`
 REQUEST = "Write the docstring of this function."
 
 Values = dict[str, Any]
 
 
 def packages() -> Iterator[Values]:
-    """`text`, the first paragraph of a docstring, and `label`, its package, of the common ones."""
+    """Classification: `text` is a docstring's first paragraph, `label` one of 8 packages."""
     counts = Counter(package for package, _, _ in _docstrings())
     labels = [package for package, _ in counts.most_common(PACKAGES)]
     for package, _, text in _docstrings():
@@ -33,28 +34,28 @@ def packages() -> Iterator[Values]:
 
 
 def instructions() -> Iterator[Values]:
-    """`instruction`, `input`, a function's signature, and `output`, its docstring's beginning."""
+    """Instructions: `input` is a function's signature, `output` its docstring's first paragraph."""
     for _, signature, text in _docstrings():
         if signature:
             yield {"instruction": REQUEST, "input": signature, "output": text}
 
 
 def preferences() -> Iterator[Values]:
-    """`prompt`, the same request; `chosen`, the docstring; `rejected`, another function's."""
-    asked = list(instructions())
-    others = [one["output"] for one in asked]
+    """Preferences: `chosen` is the docstring of the function in `prompt`, `rejected` another's."""
+    requests = list(instructions())
+    others = [request["output"] for request in requests]
     random.Random(0).shuffle(others)
-    for one, other in zip(asked, others, strict=True):
-        if one["output"] != other:
+    for request, other in zip(requests, others, strict=True):
+        if request["output"] != other:
             yield {
-                "prompt": f"{one['instruction']}\n\n{one['input']}",
-                "chosen": one["output"],
+                "prompt": f"{request['instruction']}\n\n{request['input']}",
+                "chosen": request["output"],
                 "rejected": other,
             }
 
 
 def prefix() -> Iterator[Values]:
-    """`python`, an expression of the library, and `prefix`, the same as `(operator operand)`."""
+    """Translation: `python` is an expression of the library, `prefix` its prefix notation."""
     seen = set()
     for _, tree in _modules():
         for node in ast.walk(tree):
@@ -63,7 +64,7 @@ def prefix() -> Iterator[Values]:
                 continue
             try:
                 form, text = _prefix(value), ast.unparse(value)
-            except KeyError:  # what has no prefix form here
+            except KeyError:  # an expression that `_prefix` does not support
                 continue
             if text != form and len(text) <= LONGEST and text not in seen:
                 seen.add(text)
@@ -71,14 +72,14 @@ def prefix() -> Iterator[Values]:
 
 
 def arithmetic() -> Iterator[Values]:
-    """`instruction` "37 + 58 =" and `output` "95": sums and differences of two-digit numbers."""
+    """Arithmetic: `instruction` is "37 + 58 =", `output` "95"; all two-digit sums, differences."""
     problems = list(itertools.product(range(10, 100), "+-", range(10, 100)))
     random.Random(0).shuffle(problems)
     for a, sign, b in problems:
         yield {"instruction": f"{a} {sign} {b} =", "output": str(a + b if sign == "+" else a - b)}
 
 
-MADE: dict[str, Callable[[], Iterator[Values]]] = {
+SYNTHETIC: dict[str, Callable[[], Iterator[Values]]] = {
     "python:packages": packages,
     "python:instructions": instructions,
     "python:preferences": preferences,
@@ -88,21 +89,21 @@ MADE: dict[str, Callable[[], Iterator[Values]]] = {
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:
-    """The package and the syntax tree of each file of the library; all of them are large."""
+    """Yields the package and syntax tree of each library file, lazily, because trees are large."""
     root, files = standard_library()
     for file in files:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for old escapes in the library
+            warnings.simplefilter("ignore")  # about deprecated escapes in the library
             try:
                 tree = ast.parse(Path(file).read_bytes())
-            except SyntaxError:  # of what lib2to3 tests itself with
+            except SyntaxError:  # lib2to3 has invalid files as test data
                 continue
         yield Path(file).relative_to(root).parts[0].removesuffix(".py"), tree
 
 
 @cache
 def _docstrings() -> tuple[tuple[str, str, str], ...]:
-    """Package, signature and first paragraph of each docstring, once; of a class no signature."""
+    """Distinct docstrings: package, signature (empty for a class) and first paragraph of each."""
     found: dict[tuple[str, str], str] = {}
     for package, tree in _modules():
         for node in ast.walk(tree):
@@ -129,7 +130,7 @@ _OPERATORS: dict[type, str] = {
 
 
 def _prefix(node: ast.expr) -> str:
-    """The prefix form of an expression; KeyError for what has none."""
+    """Returns the prefix notation of an expression; raises KeyError if it is not supported."""
     match node:
         case ast.Name():
             return node.id

@@ -1,8 +1,8 @@
-"""Bytes of a file to text: encodings, byte order marks, gzip, and files that hold no text.
+"""Reads text files: encodings, byte order marks, gzip, and errors for files that are not text.
 
-Every reader of text goes through `TextFile`, so all formats accept the same encodings. A byte order
-mark is removed, and it decides the encoding (UTF-8, UTF-16 or UTF-32) whatever was asked for.
-Everything else arrives unchanged: no newline or space is converted.
+All formats of text read files through `TextFile`, so they accept the same encodings. A byte order
+mark is removed and overrides the encoding that was requested (with UTF-8, UTF-16 or UTF-32).
+Everything else is left unchanged, newlines included.
 """
 
 import codecs
@@ -19,10 +19,10 @@ from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
 BLOCK = 1 << 20  # bytes read at a time
-LARGEST_LINE = 1 << 26  # characters of one line
-HEAD = 512  # bytes that tell which kind of file it is
+LARGEST_LINE = 1 << 26  # maximum characters of a line
+HEAD = 512  # number of bytes from which the type of a file is detected
 
-# UTF-32 comes first, for its mark begins with that of UTF-16.
+# UTF-32 comes first, because its byte order mark starts with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -32,7 +32,7 @@ MARKS = {
 }
 GZIP = b"\x1f\x8b"
 
-# First bytes of files that are not text: what such a file is, and the remedy.
+# Files that are not text, by their first bytes: the type, and a command that converts it.
 NOT_TEXT = {
     b"%PDF-": ("a PDF", "pdftotext {file} {file}.txt"),
     b"{\\rtf": ("rich text", "pandoc {file} -t plain -o {file}.txt"),
@@ -45,7 +45,7 @@ NOT_TEXT = {
     b"PAR1": ("parquet", "mv {file} {file}.parquet"),
     b"SQLite format 3\0": ("an SQLite database", "sqlite3 -csv -header {file} 'select ...'"),
 }
-ZIPPED = {  # zip archives that are documents, by suffix
+ZIPPED = {  # documents that are stored as zip archives, by suffix
     ".docx": ("a Word document", "pandoc {file} -t plain -o {file}.txt"),
     ".odt": ("an OpenDocument text", "pandoc {file} -t plain -o {file}.txt"),
     ".epub": ("an e-book", "pandoc {file} -t plain -o {file}.txt"),
@@ -55,39 +55,40 @@ ZIPPED = {  # zip archives that are documents, by suffix
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an OSError into an InputError that names the file, or `path` if the error has none."""
+    """Converts an OSError to an InputError that names the file (`path`, if the error has none)."""
     try:
         yield
     except OSError as error:
         raise InputError(
             f"{error.filename or path} cannot be read: {error.strerror or error}; check that it "
-            "is there, that you may read it, and that its disk or mount works"
+            "exists, that you have permission to read it, and that its disk or mount works"
         ) from error
 
 
 def check_encoding(encoding: str) -> None:
-    """Raises InputError if Python cannot decode text with this name of an encoding."""
+    """Raises InputError if Python has no text encoding of this name."""
     try:
         codecs.getincrementaldecoder(encoding)().decode(b"", final=True).encode()
     except (LookupError, ValueError, TypeError, AttributeError):
         raise InputError(
-            f"data.encoding={encoding!r} is not a text encoding that Python knows; set it to "
-            "utf-8, latin-1, cp1252, utf-16-le, gb18030, shift_jis or the like"
+            f"data.encoding={encoding!r} is not a text encoding of Python; set it to one, such as "
+            "utf-8, latin-1, cp1252, utf-16-le, gb18030 or shift_jis"
         ) from None
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text, read in blocks; every iteration begins anew.
+    """A text file that is read in blocks; every iteration starts a new pass.
 
-    Iterating raises InputError, with file, line and byte, for what is not text in the encoding.
+    Iterating raises InputError, with the file, line and byte, if the file is not text in the
+    encoding.
     """
 
     path: str
     encoding: str = "utf-8"
     """The encoding of a file without a byte order mark."""
     allow_nul: bool = False
-    """Whether a NUL character is text; otherwise it shows that the file is binary."""
+    """Whether to accept NUL characters; otherwise they are an error, as a sign of a binary file."""
 
     def __iter__(self) -> Iterator[str]:
         with open_bytes(self.path) as file:
@@ -120,9 +121,10 @@ class TextFile:
                 line += text.count("\n")
 
     def detect_encoding(self) -> str:
-        """The encoding by the file's byte order mark; `encoding` if it has none.
+        """Returns the encoding of the file's byte order mark, or `encoding` if it has none.
 
-        Raises InputError for a file that is not text by its first bytes.
+        Raises:
+            InputError: The first bytes show that the file is not text.
         """
         with open_bytes(self.path) as file:
             return self._codec(file)
@@ -133,7 +135,15 @@ class TextFile:
         return next((name for mark, name in MARKS.items() if head.startswith(mark)), self.encoding)
 
     def read(self, largest: int, remedy: str) -> str:
-        """The whole text; InputError with the remedy if it has more than `largest` characters."""
+        """Returns the whole text.
+
+        Args:
+            largest: Maximum number of characters.
+            remedy: What to do if there are more, for the error message.
+
+        Raises:
+            InputError: The file has more characters, or is not text.
+        """
         parts: list[str] = []
         size = 0
         for part in self:
@@ -144,9 +154,10 @@ class TextFile:
         return "".join(parts)
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """The number of each line, from 1, and its text without the line feed.
+        """Yields the number of each line, counted from 1, and its text without the line feed.
 
-        Raises InputError for a line of more than LARGEST_LINE characters.
+        Raises:
+            InputError: A line has more than LARGEST_LINE characters, or is not text.
         """
         parts: list[str] = []
         number, size = 1, 0
@@ -160,7 +171,7 @@ class TextFile:
                 if size > LARGEST_LINE:
                     raise InputError(
                         f"{self.path}:{number} has more than {LARGEST_LINE:,} characters; split "
-                        "the record, or write a long text as a file of plain text"
+                        "the record, or store long text in a plain text file"
                     )
         if size:
             yield number, "".join(parts)
@@ -168,10 +179,10 @@ class TextFile:
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """The bytes of a regular file, decompressed if it is gzip.
+    """Opens a regular file for reading bytes, which are decompressed if the file is gzip.
 
     Raises:
-        InputError: It cannot be read, or is damaged gzip.
+        InputError: The file cannot be read, or is damaged gzip.
     """
     with reading(path), open(regular_file(path), "rb") as file:
         if not file.peek(len(GZIP)).startswith(GZIP):
@@ -182,12 +193,12 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
                 yield decompressed  # type: ignore[misc]
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(
-                f"{path} is gzip and damaged: {error}; get it again, or compress it again"
+                f"{path} is a damaged gzip file: {error}; download or compress it again"
             ) from None
 
 
 def refuse_not_text(path: str, head: bytes) -> None:
-    """Raises InputError, with the command to convert it, if the first bytes are of no text."""
+    """Raises InputError, with a command to convert the file, if its first bytes are not text."""
     found = next((what for magic, what in NOT_TEXT.items() if head.startswith(magic)), None)
     if found and head.startswith(b"PK"):
         found = ZIPPED.get(os.path.splitext(path)[1].lower(), found)
@@ -200,29 +211,30 @@ def refuse_not_text(path: str, head: bytes) -> None:
 
 
 def nul_message(where: str) -> str:
-    """What to say of a NUL character in text."""
+    """Returns the error message for a NUL character in text."""
     return (
-        f"{where} has a NUL character, so the file is binary or in UTF-16: leave it out, or, if it "
-        "is UTF-16, set data.encoding=utf-16-le (or utf-16-be)"
+        f"{where} has a NUL character, so the file is binary or in UTF-16; remove it from the "
+        "paths, or, if it is UTF-16, set data.encoding=utf-16-le (or utf-16-be)"
     )
 
 
 def _remedy(path: str, codec: str, block: bytes) -> str:
-    """How to read a file that is not in the encoding it was read with."""
+    """Suggests how to read a file that could not be decoded with `codec`."""
     if not codec.startswith("utf-8"):
-        return "set data.encoding to the encoding that it was written with"
+        return "set data.encoding to the file's actual encoding"
     stem, suffix = os.path.splitext(path)
     files = f"{shlex.quote(path)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
     text = block.decode("utf-8", "replace")
     if sum(not character.isascii() for character in text) > 2 * text.count("\ufffd"):
         return (
-            "the rest looks like UTF-8, so it is damaged there: correct it, or drop what is not "
-            f"UTF-8: iconv -c -f UTF-8 -t UTF-8 {files}"
+            "the rest looks like UTF-8, so this byte is damaged; correct it, or remove all invalid "
+            f"bytes: iconv -c -f UTF-8 -t UTF-8 {files}"
         )
-    # Bytes 0x80 to 0x9F are letters and quotation marks in cp1252, control characters in latin-1.
+    # Bytes 0x80 to 0x9F are letters and quotation marks in cp1252, but control characters in
+    # latin-1.
     windows = any(0x80 <= byte <= 0x9F for byte in block)
     guess, standard = ("cp1252", "CP1252") if windows else ("latin-1", "ISO-8859-1")
     return (
-        f"set its encoding, for example --data.encoding {guess}, or convert it: "
+        f"set its encoding, for example --data.encoding {guess}, or convert the file: "
         f"iconv -f {standard} -t UTF-8 {files}"
     )

@@ -1,18 +1,18 @@
-"""The cache of tokenized text: written once per content and tokenizer, then memory-mapped.
+"""The cache of tokenized text, which is written once per content and tokenizer and memory-mapped.
 
-An entry of the cache is a folder, named by a SHA-256 of everything that decides its tokens. It has
+A cache entry is a folder, named by a SHA-256 of everything that determines its tokens, with
 
     index.json        dtype, end-of-text token, and the shards, documents and bytes of each split
-    train-00000.bin   the tokens, in shards of the tokenizer's dtype; also val-00000.bin, ...
-    SHA256SUMS        the hash of each of these files (see jaxgpt/manifest.py)
-    verified.json     sizes and modification times of the files when the hashes were last compared
+    train-00000.bin   shards of token ids in the tokenizer's dtype; also val-00000.bin, ...
+    SHA256SUMS        the hashes of these files (see jaxgpt/manifest.py)
+    verified.json     sizes and modification times of the files when their hashes were last checked
 
-An entry is written under another name and renamed when it is complete. Its hashes are compared when
-it is opened, unless `verified.json` says that this was done since the files last changed. One
-process writes at a time, under a lock that ends with the process.
+An entry is written under a temporary name and renamed when it is complete. Opening it checks the
+hashes, unless the files have not changed since `verified.json` was written. A file lock, which the
+system releases when its process ends, ensures that only one process writes at a time.
 
-Text is encoded in threads, not in processes: tiktoken releases the interpreter's lock, and threads
-need no copies, no second interpreter and no guard around the main program.
+Text is tokenized in threads, not processes: tiktoken releases Python's global interpreter lock, and
+threads need no copies of the text and no `if __name__ == "__main__"` guard.
 """
 
 import bisect
@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.prefetch import map_ahead
-from jaxgpt.data.records import say
+from jaxgpt.data.records import print_note
 from jaxgpt.data.split import Split
 from jaxgpt.data.textfile import reading
 from jaxgpt.errors import InputError
@@ -42,15 +42,19 @@ from jaxgpt.tokenizer import Tokenizer
 
 INDEX = "index.json"
 VERIFIED = "verified.json"
-SHARD = 1 << 29  # tokens in a file
-PIECE = 1 << 19  # characters, or more, that a thread encodes at a time
-ABANDONED = 24 * 3600.0  # seconds without a write after which a partial entry has no writer
+SHARD = 1 << 29  # maximum tokens in a file
+PIECE = 1 << 19  # minimum characters that a thread encodes at a time
+ABANDONED = 24 * 3600.0  # seconds without a write after which a partial entry is deleted
 
 
 class TokenStream:
-    """Tokens in several arrays as one sequence: `len(stream)` and `stream[start:stop]`.
+    """A sequence of tokens stored in several arrays, with `len(stream)` and `stream[start:stop]`.
 
-    Every document is preceded by the token `eot`; `bytes` counts the text in UTF-8, without those.
+    Args:
+        shards: The arrays, in order.
+        eot: The token that precedes every document.
+        documents: Number of documents.
+        bytes: Size of the text in UTF-8.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], eot: int, documents: int = 0, bytes: int = 0):
@@ -61,7 +65,7 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """The tokens from `start` to `stop`, not past the end; a view where one shard has all."""
+        """Returns the tokens of a slice: a view if they are in one shard, otherwise a copy."""
         start, stop, _ = window.indices(len(self))
         parts = []
         while start < stop:
@@ -74,7 +78,7 @@ class TokenStream:
 
 
 def join(streams: Sequence[TokenStream]) -> TokenStream:
-    """The streams, of one tokenizer, one after the other."""
+    """Concatenates streams of the same tokenizer, without copying."""
     return TokenStream(
         [shard for stream in streams for shard in stream.shards],
         streams[0].eot,
@@ -84,7 +88,7 @@ def join(streams: Sequence[TokenStream]) -> TokenStream:
 
 
 def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
-    """Opens an entry of the cache, and verifies it if that was not done since it last changed.
+    """Opens a cache entry; checks its hashes if it has changed since they were last checked.
 
     Args:
         entry: The folder of the entry.
@@ -94,7 +98,7 @@ def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
         The memory-mapped tokens of each split.
 
     Raises:
-        InputError: The entry is damaged, or a file of it cannot be read.
+        InputError: The entry is damaged, or one of its files cannot be read.
     """
     with reading(entry):
         state = {"vocab_size": vocab_size, "files": _file_states(entry)}
@@ -106,7 +110,7 @@ def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
         if damage:
             more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
             raise InputError(
-                f"the cache of tokenized text is damaged: {entry / damage[0]}{more}; add "
+                f"the cache of tokenized text is damaged: {entry / damage[0]}{more}; use "
                 f"--data.rebuild True to tokenize the text again, or delete the folder {entry}"
             )
         streams: dict[Split, TokenStream] = {}
@@ -118,15 +122,15 @@ def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
 
 
 def find_entry_damage(entry: Path, vocab_size: int | None) -> list[str]:
-    """Hashes all files of a cache entry, whether or not it was verified before.
+    """Checks the hashes of all files of a cache entry, even if they were checked before.
 
     Args:
         entry: The folder of the entry.
-        vocab_size: Size of the tokenizer's vocabulary, to find token ids outside it; None if not
-            known.
+        vocab_size: Size of the tokenizer's vocabulary, to find token ids outside it; None if it is
+            unknown.
 
     Returns:
-        What is wrong, such as `train-00000.bin: changed`; empty if nothing is.
+        A description of each damage, such as `train-00000.bin: changed`; empty if there is none.
 
     Raises:
         InputError: A file exists and cannot be read.
@@ -137,16 +141,18 @@ def find_entry_damage(entry: Path, vocab_size: int | None) -> list[str]:
             return list(dict.fromkeys([*damage, *find_damage(entry)]))
         dtype, lengths = np.dtype(index["dtype"]), _shard_lengths(index)
 
-        # A shard's ids are checked right after its hash, while the file is in the page cache.
+        # Check a shard's ids right after its hash, while the file is in the page cache.
         def check(shard: str) -> list[str]:
             if changed := find_damage(entry, lambda name: name == shard):
                 return changed
             if (entry / shard).stat().st_size != lengths[shard] * dtype.itemsize:
-                return [f"{shard}: not of the length that {INDEX} says"]
+                return [f"{shard}: its length differs from the length in {INDEX}"]
             if vocab_size is not None:
                 largest = int(np.memmap(entry / shard, dtype, mode="r").max())
                 if largest >= vocab_size:
-                    return [f"{shard}: token id {largest} in a vocabulary of {vocab_size}"]
+                    return [
+                        f"{shard}: token id {largest} is outside the vocabulary of {vocab_size}"
+                    ]
             return []
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -161,23 +167,24 @@ def write_tokens(
     progress: Callable[[int], Any] = lambda bytes: None,
     replace: bool = False,
 ) -> None:
-    """Tokenizes documents into an entry of the cache.
+    """Tokenizes documents and writes the tokens as a cache entry.
 
-    Memory holds a few pieces of text for each thread, however long the corpus or a document is, as
-    long as the tokenizer finds places to cut it.
+    Memory use does not depend on the length of the corpus or of a document, as long as the
+    tokenizer can cut it: each thread has a few pieces of text.
 
     Args:
-        entry: The folder to write. It appears when it is complete; a failure leaves nothing.
+        entry: The folder to write. It is created atomically; nothing is left after a failure.
         documents: The documents, each with its split.
         tokenizer: The tokenizer.
-        workers: Number of threads; 0: one for each core.
-        progress: Called with the number of bytes of text encoded since the last call.
-        replace: Replace an entry that is there, once the new one is complete. Processes that have
-            the old one memory-mapped keep it. Otherwise an entry that appears meanwhile is kept.
+        workers: Number of threads; 0: one per CPU core.
+        progress: Called with the number of bytes of text tokenized since the last call.
+        replace: Whether to replace an existing entry, once the new one is complete; processes that
+            have memory-mapped the old one can continue to use it. Otherwise an entry that another
+            process writes in the meantime is kept.
 
     Raises:
-        InputError: The entry cannot be written, for example because the disk is full. This is not a
-            TrainingError: no step was taken, and another data.cache is the remedy.
+        InputError: The entry cannot be written, for example because the disk is full. This is not
+            a TrainingError, because no step was taken and another data.cache solves it.
     """
     workers = workers or os.cpu_count() or 1
     partial, old = _partial(entry), _partial(entry)
@@ -206,12 +213,12 @@ def write_tokens(
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            # Another machine, which the lock does not reach, was faster; its tokens are the same.
+            # Another machine, to which the lock does not extend, has just written the same tokens.
         _sync_folder(entry.parent)
     except OSError as error:
         raise InputError(
             f"cannot write tokenized text to {error.filename or partial}: "
-            f"{error.strerror or error}; make room there, or set data.cache to another folder"
+            f"{error.strerror or error}; free disk space, or set data.cache to another folder"
         ) from error
     finally:
         for folder in (partial, old):
@@ -219,11 +226,11 @@ def write_tokens(
 
 
 @contextmanager
-def writing(cache: Path) -> Iterator[None]:
-    """Holds the lock for writing to the cache, and removes what killed processes left there.
+def lock_cache(cache: Path) -> Iterator[None]:
+    """Holds the lock for writing to the cache, and deletes partial entries of killed processes.
 
     Raises:
-        InputError: The cache cannot be written to.
+        InputError: The cache cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -231,11 +238,13 @@ def writing(cache: Path) -> Iterator[None]:
             # Opened for writing, because NFS does not lock files that are open for reading only.
             lock = stack.enter_context(open(cache / "lock", "a"))
         except OSError as error:
-            raise InputError(f"cannot write to {cache} ({error}); set data.cache") from None
+            raise InputError(
+                f"cannot write to {cache} ({error}); set data.cache to another folder"
+            ) from None
         locked = _lock(lock, cache)
         for partial in cache.glob("*.partial"):
-            # On this machine the lock excludes other writers. On a shared folder a writer on
-            # another machine may not be excluded, so only its age tells that nobody writes it.
+            # The lock excludes other writers on this machine, but perhaps not those of another
+            # machine that shares the folder; whether they still write is judged by the age.
             here = locked and partial.name.endswith(_partial_suffix())
             if here or _seconds_since_write(partial) > ABANDONED:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -243,22 +252,24 @@ def writing(cache: Path) -> Iterator[None]:
 
 
 def _lock(lock: IO[str], cache: Path) -> bool:
-    """Waits for the lock; False if the file system has no locks, as some network mounts."""
+    """Waits for the lock; returns False if the file system, such as a network mount, has none."""
     import fcntl
 
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that writes to {cache}; Ctrl-C ends the wait")
+            print_note(
+                f"waiting for another process that is writing to {cache}; Ctrl-C stops waiting"
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError:
-        return False  # then two processes may tokenize the same text, each in a folder of its own
+        return False  # so two processes may tokenize the same text, each in its own folder
     return True
 
 
 def _partial(entry: Path) -> Path:
-    """A new name beside the entry, with the name of this machine."""
+    """Returns a new temporary name beside the entry, which contains the name of this machine."""
     return entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{_partial_suffix()}")
 
 
@@ -269,12 +280,12 @@ def _partial_suffix() -> str:
 def _seconds_since_write(folder: Path) -> float:
     try:
         return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except OSError:  # its writer renamed or removed a file meanwhile
+    except OSError:  # its writer has just renamed or removed a file
         return 0.0
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes the names of files in a folder to the disk, where the file system can do that."""
+    """Flushes a folder's directory entries to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -286,7 +297,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _open_index(entry: Path) -> tuple[dict[str, Any], list[str]]:
-    """The index of an entry, and what is wrong with it or with the manifest, if anything is."""
+    """Returns the index of an entry, and the damage to the index or the manifest, if any."""
     if damage := find_damage(entry, lambda name: name == INDEX):
         return {}, damage
     try:
@@ -304,14 +315,14 @@ def _open_index(entry: Path) -> tuple[dict[str, Any], list[str]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
-        return {}, [f"{INDEX}: not an index of token shards"]
+        return {}, [f"{INDEX}: not a valid index of token shards"]
     if set(read_manifest(entry)) != {INDEX, *lengths}:
         return {}, [f"{MANIFEST}: does not list the files of {INDEX}"]
     return index, []
 
 
 def _shard_lengths(index: dict[str, Any]) -> dict[str, int]:
-    """The number of tokens in each shard, by file name."""
+    """Returns the number of tokens of each shard, by file name."""
     return {
         _shard(split, number): length
         for split, counts in index["splits"].items()
@@ -320,7 +331,7 @@ def _shard_lengths(index: dict[str, Any]) -> dict[str, int]:
 
 
 def _file_states(entry: Path) -> dict[str, list[int]]:
-    """Size and modification time of the files that the manifest protects, and of itself."""
+    """Returns size and modification time of the manifest and the files that it lists."""
     names = os.listdir(entry) if entry.is_dir() else []
     protected = [name for name in names if name in (MANIFEST, INDEX) or name.endswith(".bin")]
     states = {name: os.stat(entry / name) for name in protected}
@@ -343,11 +354,14 @@ def _remember_verified(entry: Path, state: dict[str, Any]) -> None:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            say(f"{entry / VERIFIED} cannot be written ({error.strerror}); the next run verifies")
+            print_note(
+                f"cannot write {entry / VERIFIED} ({error.strerror}); the next run will check the "
+                "hashes again"
+            )
 
 
 def _pieces(document: Document, safe_cut: Callable[[str], int]) -> Iterator[str]:
-    """The document in pieces of about PIECE characters with the tokens of the whole."""
+    """Cuts a document into pieces of about PIECE characters, without changing its tokens."""
     text, enough = "", PIECE
     for part in document:
         text += part
@@ -364,7 +378,7 @@ def _pieces(document: Document, safe_cut: Callable[[str], int]) -> Iterator[str]
 def _groups(
     documents: Iterable[tuple[Split, Document]], safe_cut: Callable[[str], int]
 ) -> Iterator[list[tuple[Split, bool, str]]]:
-    """Lists of (split, whether a document begins, text), of about PIECE characters each."""
+    """Yields lists of (split, whether it starts a document, text) with PIECE characters or more."""
     group: list[tuple[Split, bool, str]] = []
     size = 0
     for split, document in documents:
@@ -383,7 +397,7 @@ def _groups(
 def _encode(
     tokenizer: Tokenizer, group: list[tuple[Split, bool, str]]
 ) -> dict[Split, tuple[np.ndarray, int, int]]:
-    """Tokens, number of documents and bytes of the group, for each split in it."""
+    """Encodes a group; returns the tokens, number of documents and bytes of each split in it."""
     encoded = {}
     for wanted in {split for split, _, _ in group}:
         parts: list[np.ndarray] = []
@@ -400,7 +414,7 @@ def _encode(
 
 
 def _append(entry: Path, split: Split, shards: list[int], tokens: np.ndarray) -> None:
-    """Writes `tokens` to the end of the last shard, and beyond it to new ones."""
+    """Appends tokens to the last shard, and starts a new one whenever it is full."""
     while len(tokens):
         if not shards or shards[-1] == SHARD:
             shards.append(0)
@@ -408,7 +422,7 @@ def _append(entry: Path, split: Split, shards: list[int], tokens: np.ndarray) ->
         file = entry / _shard(split, len(shards) - 1)
         try:
             with file.open("ab") as stream:
-                stream.write(part.data)  # other than tofile, it says why it fails
+                stream.write(part.data)  # unlike tofile, it reports why it fails
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(file)) from error
         shards[-1] += len(part)

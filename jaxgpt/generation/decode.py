@@ -1,8 +1,8 @@
 """Batched decoding with a KV cache.
 
-`start` runs the prefill of prompts, and `steps` samples some tokens per call, in one loop on the
-device that ends early if every row is done. Both are pure functions, compiled once per shape, and
-prompts are padded to powers of two, so that there are few shapes.
+`prefill` runs the prefill of prompts, and `decode_steps` samples some tokens per call, in one loop
+on the device that ends early if every row is done. Both are pure functions, compiled once per
+shape, and prompts are padded to powers of two, so that there are few shapes.
 
     state = start(model, params, prompts_BP, lengths_B, new_B, S)
     state, generated = steps(model, params, state, settings, stops_BE, n)
@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.generation.sampling import Memory, Sampling, Settings, draw, settings
+from jaxgpt.generation.sampling import (
+    Sampling,
+    SamplingParams,
+    TokenHistory,
+    sample_tokens,
+    sampling_params,
+)
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
 from jaxgpt.model.cache import Cache, CacheDtype
 
@@ -30,7 +36,7 @@ SHORTEST = 32  # prompts are padded to at least so many tokens
 Rows = tuple[Any, Any]  # ids [B, T], padded at the right, and the length of each row
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """The state of decoding, with a sequence in each row; all leaves begin with B."""
 
     cache: Cache
@@ -40,11 +46,11 @@ class State(NamedTuple):
     """Its position."""
     left_B: jax.Array
     """The number of tokens that may still follow; 0: the row is done."""
-    memory: Memory
+    memory: TokenHistory
 
 
-class Written(NamedTuple):
-    """The tokens that `steps` sampled, at most n in each row."""
+class Generated(NamedTuple):
+    """The tokens that `decode_steps` sampled, at most n in each row."""
 
     tokens_Bn: jax.Array
     """-1 after the end of a row."""
@@ -56,7 +62,7 @@ class Written(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "S", "ahead", "dtype"))
-def start(
+def prefill(
     model: GPT,
     params: Any,
     prompts_BP: Any,
@@ -67,7 +73,7 @@ def start(
     *,
     ahead: int = 1,
     dtype: CacheDtype = "same",
-) -> State:
+) -> DecodeState:
     """Prefill: the state of decoding after prompts.
 
     Args:
@@ -81,12 +87,12 @@ def start(
         ahead: The most tokens that are read at once later, see `empty_cache`.
         dtype: Of the KV cache.
     """
-    return prefill(
+    return prefill_with_hidden(
         model, params, prompts_BP, lengths_B, new_B, S, source, ahead=ahead, dtype=dtype
     )[0]
 
 
-def prefill(
+def prefill_with_hidden(
     model: GPT,
     params: Any,
     prompts_BP: Any,
@@ -97,42 +103,44 @@ def prefill(
     *,
     ahead: int = 1,
     dtype: CacheDtype = "same",
-) -> tuple[State, jax.Array]:
-    """As `start`, and the hidden states of the prompts [B, P, D], in the compute dtype."""
+) -> tuple[DecodeState, jax.Array]:
+    """As `prefill`, and the hidden states of the prompts [B, P, D], in the compute dtype."""
     B, P = prompts_BP.shape
     cache, hidden_BPD = read_prompts(model, params, prompts_BP, lengths_B, S, source, ahead, dtype)
     rows_B1 = jnp.arange(B)[:, None]
     given_BV = jnp.zeros((B, model.cfg.sizes["V"]), bool)
     given_BV = given_BV.at[rows_B1, prompts_BP].max(jnp.arange(P)[None] < lengths_B[:, None])
-    state = State(
+    state = DecodeState(
         cache=cache,
         # The last token is read again when the next one is sampled.
         token_B=prompts_BP[jnp.arange(B), lengths_B - 1].astype(jnp.int32),
         position_B=lengths_B - 1,
         left_B=new_B,
-        memory=Memory(jnp.zeros(given_BV.shape, jnp.int32), given_BV, jnp.zeros(B, jnp.int32)),
+        memory=TokenHistory(
+            jnp.zeros(given_BV.shape, jnp.int32), given_BV, jnp.zeros(B, jnp.int32)
+        ),
     )
     return state, hidden_BPD
 
 
 @partial(jax.jit, static_argnames=("model", "n", "top", "tempered"), donate_argnames=("state",))
-def steps(
+def decode_steps(
     model: GPT,
     params: Any,
-    state: State,
-    at: Settings,
+    state: DecodeState,
+    at: SamplingParams,
     stops_BE: Any,
     n: int,
     *,
     top: int = 0,
     tempered: bool = False,
-) -> tuple[State, Written]:
+) -> tuple[DecodeState, Generated]:
     """Samples up to n more tokens in each row that is not done.
 
     Args:
         model: The model.
         params: Its parameters.
-        state: From `start` or an earlier call; it is donated.
+        state: From `prefill` or an earlier call; it is donated.
         at: The sampling settings of each row.
         stops_BE: The ids that end a row, which are part of the output; -1 is no id.
         n: The most tokens.
@@ -148,7 +156,7 @@ def steps(
         )
         logits_BV = next_logits(model.cfg, params, hidden_B1D)[:, 0]
         going_B = state.left_B > 0
-        token_B, memory = draw(logits_BV, at, state.memory, state.position_B + 1)
+        token_B, memory = sample_tokens(logits_BV, at, state.memory, state.position_B + 1)
         if tempered:
             temperature_B = jnp.where(at.temperature_B > 0, at.temperature_B, 1)
             logits_BV = logits_BV / temperature_B[:, None]
@@ -158,7 +166,7 @@ def steps(
         stopped_B = (token_B[:, None] == stops_BE).any(1)
         new = jnp.where(going_B, token_B, -1), jnp.where(going_B, logprob_B, 0), *top_B[::-1]
         out = tuple(all_.at[:, i].set(one) for all_, one in zip(out, new, strict=True))
-        state = State(
+        state = DecodeState(
             cache=cache,
             token_B=jnp.where(going_B, token_B, state.token_B),
             position_B=state.position_B + going_B,
@@ -176,7 +184,7 @@ def steps(
         out += jnp.zeros((B, n, top), jnp.int32), jnp.zeros((B, n, top))
     _, state, out = jax.lax.while_loop(goes_on, step, (0, state, out))
     none = jnp.zeros((B, n, 0), jnp.int32), jnp.zeros((B, n, 0))
-    return state, Written(*out, *(() if top else none))
+    return state, Generated(*out, *(() if top else none))
 
 
 @partial(jax.jit, static_argnames=("model", "new", "S", "tempered", "dtype"))
@@ -185,7 +193,7 @@ def generate(
     params: Any,
     prompts_BP: Any,
     lengths_B: Any,
-    at: Settings,
+    at: SamplingParams,
     stops_BE: Any,
     new: int,
     *,
@@ -193,16 +201,15 @@ def generate(
     source: Rows | None = None,
     tempered: bool = False,
     dtype: CacheDtype = "same",
-) -> Written:
+) -> Generated:
     """Prefill and decoding of up to `new` tokens in each row: a pure function, for jit and vmap.
 
-    Arguments are those of `start` and `steps`, and are not validated. S is the number of positions
-    of the KV cache; 0: as many as needed.
-    """
+    Arguments are those of `prefill` and `decode_steps`, and are not validated. S is the number of
+    positions of the KV cache; 0: as many as needed."""
     new_B = jnp.full(len(prompts_BP), new, jnp.int32)
     S = S or prompts_BP.shape[1] + new
-    state = start(model, params, prompts_BP, lengths_B, new_B, S, source, dtype=dtype)
-    return steps(model, params, state, at, stops_BE, new, tempered=tempered)[1]
+    state = prefill(model, params, prompts_BP, lengths_B, new_B, S, source, dtype=dtype)
+    return decode_steps(model, params, state, at, stops_BE, new, tempered=tempered)[1]
 
 
 def decode(
@@ -251,7 +258,7 @@ def decode(
         sampling = [replace(sampling, seed=(sampling.seed + row) % 2**63) for row in range(B)]
     if len(sampling) != B:
         raise InputError(f"{len(sampling)} samplings for {B} prompts; give one, or one for each")
-    at = settings(sampling, vocabulary, cfg.sizes["V"], guides)
+    at = sampling_params(sampling, vocabulary, cfg.sizes["V"], guides)
     S = positions(prompts_BP.shape[1] + new, cfg)
     written = generate(
         model,

@@ -76,7 +76,7 @@ class Sampling:
                 )
 
 
-class Settings(NamedTuple):
+class SamplingParams(NamedTuple):
     """Sampling settings and constraints on the device; all leaves begin with B."""
 
     temperature_B: Any
@@ -96,12 +96,12 @@ class Settings(NamedTuple):
     """Constraints: the state after each state and class; -1: not allowed."""
 
 
-def settings(
+def sampling_params(
     samplings: Sequence[Sampling],
     vocabulary: int,
     V: int,
     guides: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Settings:
+) -> SamplingParams:
     """The settings of each row as numpy arrays.
 
     Args:
@@ -126,7 +126,7 @@ def settings(
 
     if guides is None:
         guides = np.zeros((B, V), np.int32), np.zeros((B, 1, 1), np.int32)
-    return Settings(
+    return SamplingParams(
         temperature_B=column("temperature"),
         top_k_B=np.asarray([min(sampling.top_k, V) for sampling in samplings], np.int32),
         top_p_B=column("top_p"),
@@ -141,7 +141,7 @@ def settings(
     )
 
 
-class Memory(NamedTuple):
+class TokenHistory(NamedTuple):
     """What sampling needs to know of the tokens before; all leaves begin with B."""
 
     written_BV: jax.Array
@@ -152,9 +152,9 @@ class Memory(NamedTuple):
     """The state of the constraint."""
 
 
-def draw(
-    logits_BV: jax.Array, at: Settings, memory: Memory, position_B: jax.Array
-) -> tuple[jax.Array, Memory]:
+def sample_tokens(
+    logits_BV: jax.Array, at: SamplingParams, memory: TokenHistory, position_B: jax.Array
+) -> tuple[jax.Array, TokenHistory]:
     """Samples the next token of each row.
 
     Bias, penalties and constraints come first, then top-k, temperature, top-p and min-p, each among
@@ -200,7 +200,7 @@ def _if(asked_B: jax.Array, change: Any, x_BV: jax.Array) -> jax.Array:
     return jax.lax.cond(asked_B.any(), change, lambda x_BV: x_BV, x_BV)
 
 
-def _penalized(logits_BV: jax.Array, at: Settings, memory: Memory) -> jax.Array:
+def _penalized(logits_BV: jax.Array, at: SamplingParams, memory: TokenHistory) -> jax.Array:
     count_BV = memory.written_BV
     penalty_B1 = at.repetition_penalty_B[:, None]
     repeated_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
@@ -209,7 +209,7 @@ def _penalized(logits_BV: jax.Array, at: Settings, memory: Memory) -> jax.Array:
     return logits_BV - at.presence_penalty_B[:, None] * (count_BV > 0)
 
 
-def _drawn(logits_BV: jax.Array, at: Settings, position_B: jax.Array) -> jax.Array:
+def _drawn(logits_BV: jax.Array, at: SamplingParams, position_B: jax.Array) -> jax.Array:
     """Samples with the Gumbel-max trick."""
     x_BV = _if(at.top_k_B > 0, lambda x_BV: _top_k(x_BV, at.top_k_B), logits_BV)
     # The largest becomes 0, which no temperature makes infinite.

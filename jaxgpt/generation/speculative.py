@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.generation.decode import State, Written, extend
-from jaxgpt.generation.sampling import Memory, Settings, draw
+from jaxgpt.generation.decode import DecodeState, Generated, extend
+from jaxgpt.generation.sampling import SamplingParams, TokenHistory, sample_tokens
 from jaxgpt.model import GPT, next_logits
 from jaxgpt.model.cache import Cache
 
@@ -27,16 +27,16 @@ def speculative_steps(
     params: Any,
     small: GPT,
     small_params: Any,
-    state: State,
+    state: DecodeState,
     small_cache: Cache,
-    at: Settings,
+    at: SamplingParams,
     stops_BE: Any,
     n: int,
     ahead: int = 4,
-) -> tuple[State, Cache, Written, jax.Array]:
-    """`decode.steps` with `ahead` tokens at a time proposed by a draft model.
+) -> tuple[DecodeState, Cache, Generated, jax.Array]:
+    """`decode_steps` with `ahead` tokens at a time proposed by a draft model.
 
-    Both caches must come from `decode.start` with the same prompts, `ahead=ahead + 1`, and room for
+    Both caches must come from `prefill` with the same prompts, `ahead=ahead + 1`, and room for
     `ahead` more positions than the texts need. The draft model must have the same vocabulary.
 
     Returns:
@@ -49,14 +49,14 @@ def speculative_steps(
         cache, token_B, position_B, memory = carry
         hidden_B1D, cache = extend(small, small_params, token_B[:, None], position_B, cache)
         logits_BV = next_logits(small.cfg, small_params, hidden_B1D)[:, 0, :V]
-        token_B, memory = draw(logits_BV, at, memory, position_B + 1)
+        token_B, memory = sample_tokens(logits_BV, at, memory, position_B + 1)
         return (cache, token_B, position_B + 1, memory), token_B
 
     def check(carry: Any, one: Any) -> Any:
         state, count_B, out, alive_B = carry
         logits_BV, guess_B = one
         alive_B &= (state.left_B > 0) & (count_B < n)
-        token_B, after = draw(logits_BV, at, state.memory, state.position_B + 1)
+        token_B, after = sample_tokens(logits_BV, at, state.memory, state.position_B + 1)
         logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], 1)[:, 0]
         rows_B, column_B = jnp.arange(B), jnp.where(alive_B, count_B, n)  # n: dropped
         tokens_Bn, logprobs_Bn = out
@@ -104,10 +104,10 @@ def speculative_steps(
     state, small_cache, _, out, right = jax.lax.while_loop(
         goes_on, round_, (state, small_cache, jnp.zeros(B, jnp.int32), out, jnp.int32(0))
     )
-    return state, small_cache, Written(*out, *none), right
+    return state, small_cache, Generated(*out, *none), right
 
 
-def _where(chosen_B: jax.Array, yes: Memory, no: Memory) -> Memory:
+def _where(chosen_B: jax.Array, yes: TokenHistory, no: TokenHistory) -> TokenHistory:
     def one(yes: jax.Array, no: jax.Array) -> jax.Array:
         return jnp.where(chosen_B.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 

@@ -1,6 +1,6 @@
 """Streaming text: the loop that generates one text, and incremental detokenization.
 
-    for piece in write(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
+    for piece in stream_text(model, params, tokenizer, prompt, 200, Sampling(temperature=0.8)):
         print(piece, end="", flush=True)
 
 Invalid arguments are refused before the first piece is requested.
@@ -17,8 +17,8 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
-from jaxgpt.generation.decode import padded, positions, start, steps, stops_of
-from jaxgpt.generation.sampling import Sampling, settings
+from jaxgpt.generation.decode import decode_steps, padded, positions, prefill, stops_of
+from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import GPT
 from jaxgpt.model.cache import CacheDtype
@@ -28,7 +28,7 @@ CHUNK = 16  # tokens sampled on the device before the host looks at them
 AHEAD = 4  # tokens that a draft model proposes at once
 
 
-class Pieces:
+class TextStream:
     """An iterator over the pieces of a text while it is generated."""
 
     def __init__(self, pieces: Generator[str, None, str]) -> None:
@@ -37,7 +37,7 @@ class Pieces:
         """Why the text ended, after the last piece: "stop" (an end token or a stop string), or
         "length" (the limit of tokens)."""
 
-    def __iter__(self) -> "Pieces":
+    def __iter__(self) -> "TextStream":
         return self
 
     def __next__(self) -> str:
@@ -48,7 +48,7 @@ class Pieces:
             raise StopIteration from None
 
 
-class Text:
+class IncrementalText:
     """Incremental detokenization: the text of tokens that come a few at a time.
 
     Text is returned as soon as it cannot change: incomplete characters, and text with which a stop
@@ -97,7 +97,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def write(
+def stream_text(
     model: GPT,
     params: Any,
     tokenizer: Tokenizer,
@@ -111,7 +111,7 @@ def write(
     guide: Guide | None = None,
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
-) -> Pieces:
+) -> TextStream:
     """Generates the text of up to `tokens` tokens after a prompt of ids, in pieces as they come.
 
     A text may be longer than the context: when the context is full, generation continues from the
@@ -140,24 +140,24 @@ def write(
     cfg = model.cfg
     if tokens < 1:
         raise InputError(f"tokens={tokens}; set it to 1 or more")
-    text = Text(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else ())
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
 
     def read(ids: list[int], sampling: Sampling) -> Any:
-        at = settings([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
+        at = sampling_params([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
         return jax.device_put(at), padded(
             [ids], cfg, cfg.decode_T - 1, "a prompt, with a token after it,"
         )
 
     begun = read(list(prompt), sampling)
-    return Pieces(
+    return TextStream(
         _pieces(
             model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
         )
     )
 
 
-def search(
+def stream_beam_search(
     model: GPT,
     params: Any,
     tokenizer: Tokenizer,
@@ -169,12 +169,12 @@ def search(
     stop_ids: Sequence[int] = (),
     continues: bool = True,
     cache: CacheDtype = "same",
-) -> Pieces:
-    """The text that beam search of this width finds, in one piece; arguments as for `write`.
+) -> TextStream:
+    """The text that beam search of this width finds, in one piece; arguments as for `stream_text`.
 
     Prompt and text must fit the context.
     """
-    text = Text(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else ())
     T, length = model.cfg.decode_T, len(prompt)
     padded([prompt], model.cfg, T, "a prompt")  # raises InputError now, and not later
     room = T + 1 - length
@@ -199,7 +199,7 @@ def search(
             yield piece
         return "stop" if text.stopped or len(ids) < tokens else "length"
 
-    return Pieces(pieces())
+    return TextStream(pieces())
 
 
 def _pieces(
@@ -207,7 +207,7 @@ def _pieces(
     params: Any,
     begun: Any,
     read: Callable[[list[int], Sampling], Any],
-    text: Text,
+    text: IncrementalText,
     ids: list[int],
     left: int,
     sampling: Sampling,
@@ -222,7 +222,7 @@ def _pieces(
         S = positions(prompt_1P.shape[1] + fit, cfg)
         ahead = AHEAD if draft else 0
         begin = partial(
-            start,
+            prefill,
             prompts_BP=prompt_1P,
             lengths_B=length_1,
             new_B=np.full(1, fit, np.int32),
@@ -240,7 +240,7 @@ def _pieces(
                     model, params, *draft, state, guessing, at, stops_1E, CHUNK, AHEAD
                 )
             else:
-                state, written = steps(model, params, state, at, stops_1E, CHUNK)
+                state, written = decode_steps(model, params, state, at, stops_1E, CHUNK)
             new = [token for token in np.asarray(written.tokens_Bn)[0].tolist() if token >= 0]
             ended = new[-1] in stop_ids
             piece = text.add(new[:-1] if ended else new)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.data.records import Record, say
+from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.model import GPTConfig, Leaves
@@ -58,7 +58,9 @@ class Classify(Objective):
         counts = Counter(self._label(record) for record in records)
         spaced = [v for r in records if (v := str(r.values[self.label])) != v.strip()]
         if spaced:
-            say(f"white space around {len(spaced):,} labels is removed, such as {spaced[0]!r}")
+            print_note(
+                f"white space around {len(spaced):,} labels is removed, such as {spaced[0]!r}"
+            )
         labels = self.labels or tuple(sorted(counts))
         if missing := [label for label in labels if label not in counts]:
             raise InputError(

@@ -1,11 +1,12 @@
-"""Pretrained weights in and out, in the layout of Hugging Face: config.json and safetensors.
+"""Reads and writes models in the layout of Hugging Face: config.json and safetensors.
 
-    found = pretrained.read(Path("Qwen3-0.6B"))    # a folder; `hub.fetch` makes one of a name
-    params = found.params()                        # float32, read piece by piece
-    pretrained.write(Path("out"), found.cfg, params)
+    found = pretrained.read_model(Path("Qwen3-0.6B"))    # a folder; `hub.fetch` downloads one
+    params = found.params()                              # float32
+    pretrained.write_model(Path("out"), found.cfg, params)
 
-A family is a file here: a table of names and dimensions, `read` from config.json to GPTConfig, and
-`write` back. Nothing is ever unpickled or evaluated.
+Each model family has a module here with a table of tensor names and dimensions (`ROWS`), and the
+functions `read_config` (config.json to GPTConfig) and `write_config` (the inverse). Nothing is ever
+unpickled or evaluated.
 """
 
 import dataclasses
@@ -21,57 +22,72 @@ from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.hub import CONFIG, FLAX
-from jaxgpt.pretrained.tensors import DTYPES, INDEX, SINGLE, Held, Tensor, read_folder, read_json
+from jaxgpt.pretrained.tensors import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    InMemoryTensor,
+    Tensor,
+    read_folder,
+    read_json,
+)
 
 FAMILIES = (gpt2, llama, qwen, gemma)
 
-# Of a GPTConfig, what a family need not keep: it only matters in training from here on.
+# Fields of GPTConfig that affect only training, and that config.json need not preserve.
 TRAINING: dict[str, Any] = {"dropout": 0.0, "init_std": 0.02}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in a folder, checked but for the values of its tensors."""
+    """A model in a folder: everything is validated except the values of its tensors."""
 
     folder: Path
     family: ModuleType
     cfg: GPTConfig
     dtype: str
-    """Of the parameters in the files: float32, float16 or bfloat16."""
+    """The data type of the parameters in the files: float32, float16 or bfloat16."""
     tensors: list[tuple[weights.Row, Tensor]]
     generation_config: dict[str, Any]
-    """What `generation.read` found: end tokens, and how the model is meant to be sampled."""
+    """The fields of generation_config.json, see `generation.read_generation_config`."""
 
     def params(self, abstract: Any = None) -> Any:
-        """The parameter tree, float32; see `weights.load`."""
+        """Loads the parameter tree in float32, see `weights.load`."""
         return weights.load(self.cfg, self.tensors, abstract)
 
 
-def is_here(folder: Path) -> bool:
-    """Whether a folder holds a model of this layout."""
+def has_model(folder: Path) -> bool:
+    """Whether a folder contains a model in the layout of Hugging Face."""
     weights = any((folder / name).exists() for name in (SINGLE, INDEX, FLAX))
-    # A manifest says that its config is missing, which is damage.
+    # With a manifest and no config.json the model is damaged, which `read_model` reports.
     return weights and any((folder / name).exists() for name in (CONFIG, MANIFEST))
 
 
-def read(folder: Path) -> Pretrained:
-    """The model of a folder, all of it checked, without reading a tensor.
+def read_model(folder: Path) -> Pretrained:
+    """Reads and validates a model's config and the headers of its weights, but no tensor.
 
-    Where the folder has a manifest, as our exports do, the files that are read are compared with
-    it. Raises InputError with the file, the field or tensor, and the reason.
+    If the folder has a manifest (SHA256SUMS), as jaxgpt's exports do, the files are checked
+    against it.
+
+    Args:
+        folder: A folder in the layout of Hugging Face.
+
+    Raises:
+        InputError: The model is damaged, inconsistent or not supported; the message names the file
+            and the field or tensor.
     """
     beside = [name for name in (INDEX, generation.FILE) if (folder / name).exists()]
     check_manifest(folder, (CONFIG, *beside))
     config = read_json(folder, CONFIG)
     known = {kind: family for family in FAMILIES for kind in family.MODEL_TYPES}
     values = Fields(config, folder / CONFIG)
-    values("model_type", kind=str)  # raises where it is absent
-    family = known[values.must("model_type", *known)]
+    values("model_type", kind=str)  # raises InputError if it is absent
+    family = known[values.expect("model_type", *known)]
     if method := config.get("quantization_config"):
         name = method.get("quant_method", method) if isinstance(method, dict) else method
         raise InputError(
-            f"{folder / CONFIG}: quantization_config says that the weights are quantized "
-            f"({name!r:.80}), which is not read; use the model that was not quantized"
+            f"{folder / CONFIG}: the weights are quantized ({name!r:.80}), which is not supported; "
+            "use the original, unquantized model"
         )
     if any((folder / name).exists() for name in (INDEX, SINGLE)):
         tensors = read_folder(folder)
@@ -80,25 +96,29 @@ def read(folder: Path) -> Pretrained:
 
         check_manifest(folder, (FLAX,))
         arrays = msgpack.tensors(folder / FLAX)
-        tensors = {name: Held(folder / FLAX, array) for name, array in arrays.items()}
+        tensors = {name: InMemoryTensor(folder / FLAX, array) for name, array in arrays.items()}
     else:
-        foreign.refuse(folder)
-        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}; get one of them")
-    # The config's numbers are believed only as far as the weights bear them out.
+        foreign.raise_if_foreign(folder)
+        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}; download one of them")
+    # The numbers in config.json are checked against the shapes of the weights.
     values = Fields(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
-    cfg = family.read(values)
-    values.rest()
+    cfg = family.read_config(values)
+    values.warn_unread()
     cfg.check()
     found = weights.match(family, cfg, tensors, folder)
     widest = max((tensor.dtype for _, tensor in found), key=lambda name: DTYPES[name].itemsize)
-    settings = generation.read(folder, config, cfg.V)
+    settings = generation.read_generation_config(folder, config, cfg.V)
     return Pretrained(folder, family, cfg, DTYPES[widest].name, found, settings)
 
 
 def family_of(cfg: GPTConfig) -> ModuleType:
-    """The family that can hold a model: the one whose config.json says all that `cfg` does.
+    """Returns the family whose config.json can express an architecture.
 
-    Raises InputError with what stands in the way of the nearest.
+    Args:
+        cfg: The architecture.
+
+    Raises:
+        InputError: No family can; the message says how the closest one differs.
     """
     if type(cfg) is not GPTConfig:
         raise InputError(f"no family of Hugging Face's holds a model of {type(cfg).__name__}")
@@ -106,38 +126,39 @@ def family_of(cfg: GPTConfig) -> ModuleType:
     name = min(obstacles, key=lambda name: len(obstacles[name]))
     if obstacles[name]:
         raise InputError(
-            f"no family of Hugging Face's holds this model; {name} is the nearest, where "
+            f"no model family of Hugging Face has this architecture; {name} is the closest, where "
             f"{', '.join(obstacles[name])}"
         )
     return next(family for family in FAMILIES if family.MODEL_TYPES[0] == name)
 
 
 def _differences(family: ModuleType, cfg: GPTConfig) -> list[str]:
+    """Which fields of an architecture change if it is written as a family's config.json."""
     try:
-        values = json.loads(json.dumps(family.write(cfg)))
-        back = family.read(Fields(values, Path(CONFIG)))
+        values = json.loads(json.dumps(family.write_config(cfg)))
+        back = family.read_config(Fields(values, Path(CONFIG)))
     except InputError as error:
         return [str(error)]
     here, there = _plain(cfg), _plain(back)
     return [
-        f"model.{field.name} would be {getattr(there, field.name)!r}, and is {value!r}"
+        f"model.{field.name} would be {getattr(there, field.name)!r} instead of {value!r}"
         for field in dataclasses.fields(cfg)
         if (value := getattr(here, field.name)) != getattr(there, field.name)
     ]
 
 
 def are_alike(one: GPTConfig, other: GPTConfig) -> bool:
-    """Whether two architectures are the same: they may differ in what matters in training alone."""
+    """Whether two architectures are the same, ignoring fields that only affect training."""
     return _plain(one) == _plain(other)
 
 
 def _plain(cfg: GPTConfig) -> GPTConfig:
-    """The architecture with all sizes spelled out, and the defaults of what training reads."""
+    """The architecture with explicit sizes, and default values of the fields for training."""
     sizes: dict[str, Any] = {letter: cfg.sizes[letter] for letter in "KHF"}
     return replace(cfg, **TRAINING, **sizes)
 
 
-def write(
+def write_model(
     folder: Path,
     cfg: GPTConfig,
     params: Any,
@@ -146,15 +167,26 @@ def write(
     extra: dict[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
-    """Writes config.json and the safetensors of the family that can hold the model.
+    """Writes config.json and safetensors files for transformers.
 
-    `extra` are fields for config.json, such as the ids of special tokens. Files of more than
-    `shard_bytes` are split. Raises InputError where no family fits.
+    Args:
+        folder: An existing folder.
+        cfg: The architecture.
+        params: The parameters.
+        dtype: The data type in the files.
+        extra: Extra fields for config.json, such as the ids of special tokens.
+        shard_bytes: The largest size of a file; more parameters are split over several files.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: No model family has this architecture, or `dtype` is invalid.
     """
     family = family_of(cfg)
     names = {known.name: name for name, known in DTYPES.items()}
     if dtype not in names:
-        raise InputError(f"dtype={dtype!r}; set it to one of {', '.join(names)}")
-    values = {**family.write(cfg), "torch_dtype": dtype, "use_cache": True, **(extra or {})}
+        raise InputError(f"dtype={dtype!r} is invalid; use one of {', '.join(names)}")
+    values = {**family.write_config(cfg), "torch_dtype": dtype, "use_cache": True, **(extra or {})}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     return [folder / CONFIG, *weights.save(folder, family, cfg, params, names[dtype], shard_bytes)]

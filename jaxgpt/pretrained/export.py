@@ -1,4 +1,4 @@
-"""A trained model for other tools: the layout of Hugging Face, with a card."""
+"""Exports a trained model for transformers or PEFT, with tokenizer and model card."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
-from jaxgpt.pretrained.load import Source, Writing, source, versions
-from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write
+from jaxgpt.pretrained.load import GenerationConfig, ModelSource, source, versions
+from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
@@ -64,7 +64,7 @@ CHAT_TEMPLATES: dict[type[Template], str] = {
 {%- endif %}
 """,
 }
-"""In Jinja, the formats in which jaxgpt trains a tokenizer that brings no chat template."""
+"""Jinja templates of jaxgpt's own chat formats, for tokenizers without a chat template."""
 
 
 def to_hf(
@@ -75,26 +75,26 @@ def to_hf(
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
-    """Writes a model as config.json, safetensors, tokenizer files and a model card.
+    """Exports a model so that `transformers.AutoModelForCausalLM.from_pretrained` loads it.
 
-    With them go the chat template that the model was trained with, all its end tokens and, of a
-    published model, the settings of its generation_config.json. The SHA-256 of each file is in
-    SHA256SUMS, and a load compares those that it reads with it. The folder appears when all of it
-    is written, and `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it.
+    The folder gets config.json, safetensors, the tokenizer's files with the chat template,
+    generation_config.json with all end tokens, a model card, and the SHA-256 of each file in
+    SHA256SUMS, against which `jaxgpt.load` checks the files. LoRA adapters are merged, and the head
+    of a classifier is not exported. The folder appears only when all files are written.
 
     Args:
-        path: What `jaxgpt.load` takes.
-        folder: A folder that does not exist, or is empty.
-        adapter: A folder with a LoRA adapter of PEFT's layout, which is merged, as a run's own is.
-        dtype: Of the parameters in the files.
-        shard_bytes: Files of more than so many bytes are split.
+        path: The model, as for `jaxgpt.load`.
+        folder: A folder that does not exist or is empty.
+        adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
+        dtype: The data type of the parameters in the files.
+        shard_bytes: The largest size of a file; more parameters are split over several files.
 
     Returns:
         The files.
 
     Raises:
-        InputError: The model is not of a family that Hugging Face's layout has. The head of a
-            classifier is left out.
+        InputError: No model family of Hugging Face has this architecture, or the folder cannot be
+            written.
     """
     found = source(path, adapter)
     cfg = found.config.model
@@ -102,42 +102,50 @@ def to_hf(
     diff = found.compare(letters(cfg.build(PLAIN)))
     if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
         others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
-        raise InputError(f"{path} is not a decoder alone: {', '.join(others)} would be lost")
+        raise InputError(
+            f"{path} is not a decoder-only model, and {', '.join(others)} would be lost; only "
+            "decoder-only models can be exported"
+        )
     folder = expand(folder)
     template = trained_template(found)
     with new_folder(folder) as draft:
-        write(
+        write_tokenizer(
             found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
         settings = generation_config(found, template)
         ids = {name: settings[name] for name in generation.IDS if name in settings}
         params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
-        pretrained.write(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
+        pretrained.write_model(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(card(path, found, str(folder)))
     return sorted(folder.iterdir())
 
 
-def trained_template(found: Source) -> Template | None:
-    """The chat format that a model was trained in, None if in none."""
+def trained_template(found: ModelSource) -> Template | None:
+    """Returns the chat format in which a model was trained, or None."""
     objective = found.config.objective
     chats = "step" in found.lineage and isinstance(objective, Instruct | DPO | GRPO)
-    ours = not isinstance(found.tokenizer, HuggingFace)  # special tokens are there for a purpose
+    # A tokenizer of jaxgpt's has the special tokens of a chat format only if they are used.
+    ours = not isinstance(found.tokenizer, HuggingFace)
     try:
         return choose(found.tokenizer) if chats or ours or chat_template(found.tokenizer) else None
     except InputError:
         return None
 
 
-def generation_config(found: Source, template: Template | None) -> dict[str, Any]:
-    """The fields of generation_config.json: those of the model's source, with all its end tokens.
+def generation_config(found: ModelSource, template: Template | None) -> dict[str, Any]:
+    """Builds generation_config.json from that of the model's source, with all end tokens.
 
     Args:
         found: The model.
-        template: The chat format it was trained in, whose end tokens end its answers.
+        template: The chat format in which it was trained, whose end tokens are added; or None.
     """
     tokenizer, given = found.tokenizer, found.generation_config
-    own: dict[str, Any] = {"do_sample": True, "temperature": Writing().temperature, "top_k": 0}
+    own: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": GenerationConfig().temperature,
+        "top_k": 0,
+    }
     fields = {name: value for name, value in given.items() if not name.startswith("_")}
     fields.pop("transformers_version", None)
     fields = fields or own
@@ -154,75 +162,82 @@ def generation_config(found: Source, template: Template | None) -> dict[str, Any
 
 
 def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
-    """Writes the adapter of a run with tune.parts=lora in the layout of PEFT, with a tokenizer.
+    """Exports the LoRA adapter of a run (tune.parts=lora) in PEFT's layout, with the tokenizer.
 
-    If the run's tokenizer has more tokens than the model it started from, their rows go along.
+    If the run's tokenizer has more tokens than the base model, the embedding rows of the new tokens
+    are exported too.
 
     Args:
         path: The run.
-        folder: A folder that does not exist, or is empty.
-        base: The model that the adapter belongs to, as PEFT finds it: a folder of Hugging Face's
-            layout or a name there; by default what the run started from.
+        folder: A folder that does not exist or is empty.
+        base: The adapter's base model, as PEFT loads it: a folder in the layout of Hugging Face or
+            a name on the hub; "": the model that the run started from.
 
     Returns:
         The files.
 
     Raises:
-        InputError: There is no adapter; or PEFT cannot load its base, or that is not what the run
-            started from.
+        InputError: The run has no adapter, PEFT cannot load the base model, or `base` is not the
+            model that the run started from.
     """
     from jaxgpt.pretrained import peft
 
     found, folder = source(path), expand(folder)
     cfg, params = found.config.model, found.params()
     if not any(leaf[-1] in LORA for leaf in flat(params)):
-        raise InputError(f"{path} has no adapter: it was not trained with tune.parts=lora")
+        raise InputError(
+            f"{path} has no adapter, because it was not trained with tune.parts=lora; export it "
+            "with --to hf"
+        )
     name, revision, there = _base(found, base)
     _check_base(name, there, cfg, params)
     template = trained_template(found)
     with new_folder(folder) as draft:
-        write(
+        write_tokenizer(
             found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
-        peft.write(draft, cfg, params, name, revision, there.cfg.V)
+        peft.write_adapter(draft, cfg, params, name, revision, there.cfg.V)
         settings = generation_config(found, template)
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(_adapter_card(found, str(folder), name))
     return sorted(folder.iterdir())
 
 
-def _base(found: Source, given: str) -> tuple[str, str | None, pretrained.Pretrained]:
-    """What PEFT loads an adapter's model from, the commit of that, and the model itself."""
+def _base(found: ModelSource, given: str) -> tuple[str, str | None, pretrained.Pretrained]:
+    """Finds an adapter's base model: its path or name for PEFT, its commit, and the model."""
     from jaxgpt.pretrained import hub
 
     began = found.metadata.get("lineage", {}).get("started_from") or {}
     revision = None if given else began.get("revision")
     name = given or began.get("path", "")
-    advice = "name one that has the same weights, in Hugging Face's layout, with --base"
+    advice = "use --base with a model in the layout of Hugging Face that has the same weights"
     if not name:
-        raise InputError("the run started from new weights, which PEFT cannot load; " + advice)
+        raise InputError("the run started from random weights, which PEFT cannot load; " + advice)
     if not given and "adapter" in began:
         raise InputError(
             f"the run started from {name} with the adapter {began['adapter']} merged into it, "
             f"which PEFT cannot load; merge them (`python -m jaxgpt export {name} BASE --adapter "
-            f"{began['adapter']}`) and give --base BASE"
+            f"{began['adapter']}`) and use --base BASE"
         )
     folder = expand(name)
-    if folder.is_dir() and pretrained.is_here(folder):
-        return str(folder.resolve()), None, pretrained.read(folder)
+    if folder.is_dir() and pretrained.has_model(folder):
+        return str(folder.resolve()), None, pretrained.read_model(folder)
     if folder.exists() or ("step" in began and not given):
         raise InputError(
-            f"{name} is a run, which PEFT cannot load; write its model in Hugging Face's layout "
-            f"(`python -m jaxgpt export {name} BASE`) and give --base BASE"
+            f"{name} is a run, which PEFT cannot load; export it "
+            f"(`python -m jaxgpt export {name} BASE`) and use --base BASE"
         )
     full = hub.SHORT.get(name, name)
     if "/" not in full or not hub.looks_like_name(full) or name.startswith((".", "/", "~")):
-        raise InputError(f"the adapter's model {name} is not here; {advice}")
-    return full, revision, pretrained.read(hub.fetch(full, revision or "main").folder)
+        raise InputError(f"the adapter's base model {name} does not exist; {advice}")
+    return full, revision, pretrained.read_model(hub.fetch(full, revision or "main").folder)
 
 
 def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: Any) -> None:
-    """Raises InputError unless the parameters are those of `base`, but for adapters and tokens."""
+    """Raises InputError unless `params` are those of `base`, apart from LoRA and new tokens.
+
+    To be quick, it compares the embedding and the first block only.
+    """
     wrong = [] if pretrained.are_alike(base.cfg, replace(cfg, V=base.cfg.V)) else ["config.json"]
     some = [(row, t) for row, t in base.tensors if row.path[:2] in (("wte",), ("blocks", "0"))]
     if not wrong and base.cfg.V <= cfg.V:
@@ -236,12 +251,12 @@ def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: 
     if wrong or base.cfg.V > cfg.V:
         raise InputError(
             f"{name} is not the model that the run started from: "
-            f"{wrong[0] if wrong else 'its vocabulary'} differs; name that with --base"
+            f"{wrong[0] if wrong else 'its vocabulary'} differs; use --base with that model"
         )
 
 
-def _adapter_card(found: Source, folder: str, base: str) -> str:
-    """How to use an adapter, in Markdown."""
+def _adapter_card(found: ModelSource, folder: str, base: str) -> str:
+    """The model card of an adapter, in Markdown."""
     return f"""\
 ---
 library_name: peft
@@ -268,30 +283,40 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all is written; that must not be there.
+    """A context manager that creates a folder atomically: it appears when all files are written.
 
-    It gets a manifest of the SHA-256 of its files, which is compared when the folder is loaded.
+    The yielded temporary folder gets a manifest of the SHA-256 of its files and is then renamed.
+
+    Args:
+        folder: A folder that does not exist or is empty.
+
+    Raises:
+        InputError: The folder exists and is not empty, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty; name a new folder")
+        raise InputError(f"{folder} exists and is not empty; use a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; name another") from None
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror}; use another folder"
+        ) from None
     try:
         yield draft
         write_manifest(draft)
         draft.chmod(0o755)
         draft.replace(folder)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; make room") from None
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror}; free disk space or use another folder"
+        ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def card(path: str | Path, found: Source, folder: str) -> str:
-    """The model card, in Markdown: what it is, how it was trained, on what, to which loss."""
+def card(path: str | Path, found: ModelSource, folder: str) -> str:
+    """Returns the model card in Markdown: architecture, usage, training data, config and loss."""
     cfg = found.config.model
     parameters = count(cfg.build(ComputeConfig()))
     shape = ", ".join(f"{f.name}={getattr(cfg, f.name)!r}" for f in fields(cfg))
@@ -317,17 +342,17 @@ def card(path: str | Path, found: Source, folder: str) -> str:
         f"- **Tokenizer**: {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids",
         *_training(found),
         "",
-        "Its biases and limits are those of its data; nothing more was measured.",
+        "The model has the biases and limits of its training data; they were not evaluated.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _training(found: Source) -> list[str]:
-    """The lines on the run; of a model that is not one of ours, where it is from."""
+def _training(found: ModelSource) -> list[str]:
+    """The model card's lines about the training run, or about the source of a published model."""
     if "step" not in found.lineage:
         return [
-            f"- **From**: {json.dumps(found.lineage)}",
+            f"- **Source**: {json.dumps(found.lineage)}",
             f"- **Versions**: {_listed(versions())}",
         ]
     about, run = found.metadata, found.config
@@ -336,13 +361,15 @@ def _training(found: Source) -> list[str]:
     return [
         f"- **Data**: {', '.join(run.data.paths)}; {json.dumps(about['data'])}",
         f"- **Training**: {step:,} steps of {run.train.batch} x {run.context} tokens, "
-        f"{tokens:,} in all, by {run.optim.name}",
-        f"- **Validation loss**: {'not measured' if loss is None else f'{loss:.4f} nats a token'}",
-        f"- **Parameters**: {'running average' if found.lineage['item'] == 'ema' else 'last step'}",
+        f"{tokens:,} tokens in total, optimizer {run.optim.name}",
+        f"- **Validation loss**: "
+        f"{'not measured' if loss is None else f'{loss:.4f} nats per token'}",
+        f"- **Parameters**: "
+        f"{'moving average (EMA)' if found.lineage['item'] == 'ema' else 'last step'}",
         f"- **Lineage**: {json.dumps(about['lineage'])}",
         f"- **Versions**: {_listed(about['versions'])}",
         "",
-        "<details><summary>The whole config</summary>",
+        "<details><summary>Full config</summary>",
         "",
         "```json",
         json.dumps(to_dict(run), indent=2),

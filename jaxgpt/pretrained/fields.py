@@ -1,6 +1,7 @@
-"""The fields of a Hugging Face `config.json`: each one is read, must be as it is here, or is told.
+"""Validated access to the fields of a Hugging Face `config.json`.
 
-A field that nobody asked for could change what the parameters mean; `rest` names those.
+An unknown field could change what the model computes, so `Fields.warn_unread` lists the fields that
+were not read and are not known to be harmless.
 """
 
 import logging
@@ -16,7 +17,7 @@ from jaxgpt.model.rotary import RopeScaling
 
 logger = logging.getLogger(__name__)
 
-# Of the library, of generation and of training: what they say does not change the logits.
+# Fields about the library, generation and training; they do not affect the logits.
 HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels",
     "architectures", "attention_dropout", "attn_pdrop", "auto_map", "begin_suppress_tokens",
@@ -32,17 +33,17 @@ HARMLESS = {
 
 
 LARGEST_INT = 2**31 - 1
-"""Positions, windows and sizes are int32 on the device."""
+"""The largest position, window and size: they are int32 on the device."""
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LONGEST_CONTEXT = 1 << 24
-"""Positions are multiplied as float32, which does not tell larger whole numbers apart."""
+"""The longest context: float32 positions are exact up to this number only."""
 
 
 class Fields:
-    """The fields of one file, with a note of which were read.
+    """The fields of one file; remembers which of them were read.
 
-    Every number is checked to be one that the device can hold. Sizes are checked against the
-    shapes of the weights before anything is allocated or repeated that often.
+    Numbers must be in the range of the device's types. Sizes are checked against the shapes of the
+    weights before anything of that size is allocated.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Fields:
 
         Args:
             values: The fields.
-            file: Where they are from, for errors.
-            shapes: Those of the model's weights; None if the values are not from elsewhere.
+            file: The file's path, for error messages.
+            shapes: The shapes of the model's weights, which limit the sizes; None: no limit, for
+                values that are trusted.
         """
         self.values = values
         self.file = file
@@ -68,12 +70,15 @@ class Fields:
             self._largest_size = max((max(shape, default=1) for shape in filled), default=1)
 
     def __call__(self, name: str, default: Any = None, *, kind: Any = int) -> Any:
-        """A field's value of type `kind`; where it is absent or null, the default if not None."""
+        """Returns a field's value of type `kind`.
+
+        If the field is absent or null, returns the default, or raises InputError if that is None.
+        """
         self._read.add(name)
         value = self.values.get(name)
         if value is None:
             if default is None:
-                raise InputError(f"{self.file} lacks {name}; get it again")
+                raise InputError(f"{self.file} has no field {name}; download it again")
             return default
         if kind is float and type(value) is int and abs(value) <= LARGEST_INT:
             value = float(value)
@@ -82,31 +87,31 @@ class Fields:
         if kind is int and not 0 <= value <= LARGEST_INT:
             raise InputError(f"{self.file}: {name}={value!r:.80} is not from 0 to {LARGEST_INT}")
         if kind is float and not abs(value) <= LARGEST_FLOAT:
-            raise InputError(f"{self.file}: {name}={value!r:.80} is no finite number in float32")
+            raise InputError(f"{self.file}: {name}={value!r:.80} is not a finite float32 number")
         return value
 
     def layers(self, name: str) -> int:
-        """The number of layers: at least 1, and not more than the weights have tensors."""
+        """Returns a number of layers; it must be from 1 to the number of tensors of the weights."""
         layers = self(name)
         if not 1 <= layers <= self._most_layers:
             raise InputError(
-                f"{self.file}: {name}={layers}, and it is at least 1 and at most "
-                f"{self._most_layers}, as many tensors as the weights have; get both again"
+                f"{self.file}: {name}={layers} is not from 1 to {self._most_layers}, the number "
+                "of tensors of the weights; download both again"
             )
         return layers
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A length of parameters: at least 1, and not more than the longest of the weights."""
+        """Returns a dimension of a parameter; it must be from 1 to the weights' largest one."""
         size = self(name, default)
         if not 1 <= size <= self._largest_size:
             raise InputError(
-                f"{self.file}: {name}={size}, and it is at least 1 and at most "
-                f"{self._largest_size}, the longest dimension of the weights; get both again"
+                f"{self.file}: {name}={size} is not from 1 to {self._largest_size}, the largest "
+                "dimension of the weights; download both again"
             )
         return size
 
     def context(self, name: str, default: int) -> int:
-        """The number of positions where the weights have none: from 1 to LONGEST_CONTEXT."""
+        """Returns the context of a model without position embeddings: 1 to `LONGEST_CONTEXT`."""
         context = self(name, default)
         if not 1 <= context <= LONGEST_CONTEXT:
             raise InputError(
@@ -115,8 +120,11 @@ class Fields:
             )
         return context
 
-    def must(self, name: str, *allowed: Any) -> Any:
-        """A field that is one of the allowed values, the first where it is absent or null."""
+    def expect(self, name: str, *allowed: Any) -> Any:
+        """Returns a field's value, which must be one of the allowed ones.
+
+        If the field is absent or null, returns the first of them.
+        """
         self._read.add(name)
         value = self.values.get(name)
         if value is None:
@@ -124,17 +132,22 @@ class Fields:
         if not any(value == one and type(value) is type(one) for one in allowed):
             known = ", ".join(map(repr, allowed))
             raise InputError(
-                f"{self.file}: {name}={value!r:.80} is not supported, only {known}; "
-                "use another model"
+                f"{self.file}: {name}={value!r:.80} is not supported, only {known}; use a model "
+                "with that"
             )
         return value
 
     def rope(self, theta: float, context: int, layers: str = "") -> tuple[float, RopeScaling]:
-        """The base of the rotary wavelengths and their scaling.
+        """Returns the base frequency and the scaling of the rotary embeddings (RoPE).
 
-        They are in `rope_parameters` (transformers 5, by kind of layer where `layers` names one),
-        or in `rope_theta` and `rope_scaling`. As in transformers, the context before scaling is
-        `max_position_embeddings`, by default `context`, where no field says otherwise.
+        transformers 5 has them in `rope_parameters`, by type of layer for some models;
+        transformers 4 in `rope_theta` and `rope_scaling`. As in transformers, the context before
+        scaling is `max_position_embeddings` unless another field has it.
+
+        Args:
+            theta: The default base frequency.
+            context: The default of `max_position_embeddings`.
+            layers: The type of layer in `rope_parameters`, such as "full_attention".
         """
         self._read.update(("rope_theta", "rope_scaling", "rope_parameters"))
         context = self.context("max_position_embeddings", context)
@@ -142,11 +155,13 @@ class Fields:
         if isinstance(table, dict) and isinstance(table.get(layers), dict):
             table = table[layers]
         if not isinstance(table, dict):
-            raise InputError(f"{self.file}: its rotary parameters are {table!r:.80}, not a table")
+            raise InputError(
+                f"{self.file}: the RoPE parameters are {table!r:.80}, not a JSON object"
+            )
         inner = Fields(table, self.file)
         kind = inner.values.get("rope_type", inner.values.get("type", "default"))
         theta = inner("rope_theta", self("rope_theta", theta, kind=float), kind=float)
-        inner.must("partial_rotary_factor", 1.0)
+        inner.expect("partial_rotary_factor", 1.0)
         inner._read.update(("rope_type", "type"))
         if kind == "default":
             scaling = RopeScaling()
@@ -177,26 +192,32 @@ class Fields:
             )
         else:
             raise InputError(
-                f"{self.file}: rotary positions of type {kind!r:.40} are not supported, only "
+                f"{self.file}: rotary embeddings of type {kind!r:.40} are not supported, only "
                 "default, linear, llama3, yarn and dynamic; use another model"
             )
-        inner.rest()
+        inner.warn_unread()
         return theta, scaling
 
     def _mscale(self, factor: float) -> float:
-        """YaRN's attention factor by `mscale` and `mscale_all_dim`; 0.0 (the default) without."""
+        """YaRN's attention factor from `mscale` and `mscale_all_dim`; 0.0 (default) if unset."""
         over, under = self("mscale", 0.0, kind=float), self("mscale_all_dim", 0.0, kind=float)
         if not (over and under) or factor <= 1:
             return 0.0
         return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
 
     def windows(self, L: int, window: int, types: list[str]) -> tuple[int, int]:
-        """`window` and `global_every` of a GPTConfig, from the type of attention in each layer."""
+        """Returns GPTConfig's `window` and `global_every`, from each layer's type of attention.
+
+        Args:
+            L: The number of layers.
+            window: The size of the sliding window.
+            types: The default of `layer_types`.
+        """
         types = self("layer_types", types, kind=list)
         sliding = [one == "sliding_attention" for one in types]
         known = {"sliding_attention", "full_attention"}
         if len(types) != L or not known.issuperset(map(str, types)):
-            raise InputError(f"{self.file}: layer_types={types!r:.80} are not those of {L} layers")
+            raise InputError(f"{self.file}: layer_types={types!r:.80} is invalid for {L} layers")
         if not any(sliding):
             return 0, 0
         if all(sliding):
@@ -204,25 +225,25 @@ class Fields:
         every = sliding.index(False) + 1
         if sliding != [layer % every != every - 1 for layer in range(L)]:
             raise InputError(
-                f"{self.file}: layer_types={types!r:.80} are not full attention in every n-th "
-                "layer; use another model"
+                f"{self.file}: layer_types={types!r:.80} is not supported, only full attention in "
+                "every n-th layer; use another model"
             )
         return window, every
 
-    def rest(self) -> None:
-        """Warns of the fields that were not read and are not known to be harmless."""
+    def warn_unread(self) -> None:
+        """Logs a warning about fields that were not read and are not known to be harmless."""
         unknown = sorted(self.values.keys() - self._read - HARMLESS)
         if unknown:
-            logger.warning("%s: not known here, left out: %s", self.file, ", ".join(unknown))
+            logger.warning("%s: ignored unknown fields: %s", self.file, ", ".join(unknown))
 
 
 def layer_types(windows: list[int]) -> list[str]:
-    """The inverse of `Fields.windows`."""
+    """Returns the field `layer_types` for each layer's window; the inverse of `Fields.windows`."""
     return ["sliding_attention" if window else "full_attention" for window in windows]
 
 
-def rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """The fields for `Fields.rope`, as transformers 4 wrote them and 5 reads them too."""
+def rope_fields(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+    """Returns the RoPE fields in the format of transformers 4, which transformers 5 reads too."""
     table: dict[str, Any] | None = None
     if scaling.kind in ("linear", "dynamic"):
         table = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -247,11 +268,15 @@ def rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": table}
 
 
-def stretched(T: int, scaling: RopeScaling) -> int:
-    """The context of a model with T for its `max_position_embeddings`.
+def scaled_context(T: int, scaling: RopeScaling) -> int:
+    """Returns a model's context with RoPE scaling.
 
-    YaRN and dynamic scaling are commonly added to a config whose `max_position_embeddings` is still
-    that before.
+    Configs with YaRN or dynamic scaling commonly keep the `max_position_embeddings` from before
+    scaling.
+
+    Args:
+        T: The config's `max_position_embeddings`.
+        scaling: The config's RoPE scaling.
     """
     longer = scaling.kind in ("yarn", "dynamic")
     return max(T, int(min(scaling.T * scaling.factor, LONGEST_CONTEXT))) if longer else T

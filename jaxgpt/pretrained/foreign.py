@@ -1,6 +1,6 @@
-"""Model files of other programs: what they are, and how to convert them to Hugging Face's layout.
+"""Recognizes model files of other programs, and explains how to convert them.
 
-Nothing in them is run or unpickled; they are known by their names and by a few bytes.
+Nothing in the files is run or unpickled; they are recognized by their names and a few bytes.
 """
 
 import json
@@ -14,20 +14,27 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 
 ADAPTER = "adapter_config.json"
-MOST_READ = 1 << 26  # bytes of a file that are searched for names
+MOST_READ = 1 << 26
+"""The number of bytes of a file that are searched for tensor names."""
 PUBLISHED = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
-"""OpenAI's GPT-2 by its width."""
+"""The names of OpenAI's GPT-2 models by their width."""
 
 
-def refuse(path: Path) -> None:
-    """Raises InputError if a file or folder holds a model in a format that is not read."""
+def raise_if_foreign(path: Path) -> None:
+    """Raises InputError if a file or folder contains a model in another program's format.
+
+    The message explains how to convert the model to the layout of Hugging Face.
+
+    Args:
+        path: A file or folder; nothing happens if it does not exist or is not recognized.
+    """
     if path.is_dir():
-        _refuse_folder(path)
+        _raise_for_folder(path)
     elif path.is_file():
-        _refuse_file(path)
+        _raise_for_file(path)
 
 
-def _refuse_folder(folder: Path) -> None:
+def _raise_for_folder(folder: Path) -> None:
     try:
         names = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
@@ -47,10 +54,10 @@ def _refuse_folder(folder: Path) -> None:
     )
     if weights:
         found = "ckpt.pt" if "ckpt.pt" in weights else weights[0]
-        _refuse_file(folder / found)
+        _raise_for_file(folder / found)
 
 
-def _refuse_file(file: Path) -> None:
+def _raise_for_file(file: Path) -> None:
     folder = file.parent
     try:
         with file.open("rb") as stream:
@@ -63,8 +70,8 @@ def _refuse_file(file: Path) -> None:
         raise InputError(_lone_safetensors(file))
     if start[:2] != b"PK" and start[:1] != b"\x80":
         raise InputError(
-            f"{file} is a file, and no kind of model that is known here; give the folder of a run, "
-            "or a folder with config.json, model.safetensors and tokenizer.json"
+            f"{file} is a file of an unknown format; use the folder of a run, or a folder with "
+            "config.json, model.safetensors and tokenizer.json"
         )
     if file.name == "lit_model.pth":
         raise InputError(_litgpt(file))
@@ -76,14 +83,14 @@ def _refuse_file(file: Path) -> None:
     if (folder / "config.json").exists():
         raise InputError(_pickled(folder))
     raise InputError(
-        f"{file} is a pickle, as torch.save writes, which could run any code, and is not read. "
+        f"{file} is a pickle (torch.save), which can run arbitrary code and is not supported. "
         "Load it with the program that wrote it, and save the model with transformers: "
-        f'model.save_pretrained("{folder.name or "model"}-hf") and the same of its tokenizer'
+        f'model.save_pretrained("{folder.name or "model"}-hf") and the same for its tokenizer'
     )
 
 
 def _pickled_names(file: Path) -> bytes:
-    """The bytes of a torch file in which the names of its entries are."""
+    """Reads the part of a file of torch.save that contains the names of its entries."""
     with suppress(zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -104,8 +111,8 @@ def _converted(folder: Path) -> str:
 def _nanogpt(file: Path) -> str:
     out = _converted(file.parent)
     return f"""\
-{file} is a checkpoint of nanoGPT. It is a pickle, which is not read here; convert it with \
-`pip install torch transformers` and this Python:
+{file} is a checkpoint of nanoGPT. It is a pickle, which is not supported; to convert it, run \
+`pip install torch transformers` and this Python code:
 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
@@ -123,7 +130,7 @@ def _nanogpt(file: Path) -> str:
     model.save_pretrained({out!r})
     GPT2TokenizerFast.from_pretrained("gpt2").save_pretrained({out!r})
 
-If it was trained on characters, replace the last two lines by these:
+If it was trained on characters, replace the last two lines with these:
 
     import pickle
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -140,7 +147,8 @@ If it was trained on characters, replace the last two lines by these:
     ends = {{"bos_token": end, "eos_token": end}}
     PreTrainedTokenizerFast(tokenizer_object=chars, **ends).save_pretrained({out!r})
 
-Then use {out}. nanoGPT computes GELU exactly and GPT-2 by tanh, so logits differ a little."""
+Then use {out}. nanoGPT computes GELU exactly and GPT-2 approximates it with tanh, so the logits \
+differ slightly."""
 
 
 def _openai(folder: Path) -> str:
@@ -150,9 +158,9 @@ def _openai(folder: Path) -> str:
         width = strict_json.loads((folder / "hparams.json").read_bytes()).get("n_embd")
     name = PUBLISHED.get(width, "gpt2")
     return f"""\
-{folder} is a TensorFlow checkpoint of OpenAI's GPT-2. If it is as published, use the name \
-{name!r}, which has the same weights. If it was fine-tuned, convert it with \
-`pip install "transformers<5" tensorflow torch` and this Python:
+{folder} is a TensorFlow checkpoint of OpenAI's GPT-2. If it is the published model, use the name \
+{name!r}, which has the same weights. If it was fine-tuned, convert it: run \
+`pip install "transformers<5" tensorflow torch` and this Python code:
 
     import json
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
@@ -172,8 +180,8 @@ Then use {out}."""
 def _litgpt(file: Path) -> str:
     folder, out = quote(str(file.parent)), _converted(file.parent)
     return f"""\
-{file} holds weights of LitGPT. They are a pickle, which is not read here; convert them with \
-`pip install litgpt transformers` and
+{file} has the weights of a LitGPT model. It is a pickle, which is not supported; to convert it, \
+run `pip install litgpt transformers` and these commands:
 
     litgpt convert_from_litgpt {folder} {quote(out)}
     cp {folder}/*.json {folder}/tokenizer* {quote(out)}
@@ -182,16 +190,17 @@ w = torch.load('{out}/model.pth', map_location='cpu', weights_only=True); \
 m = M.from_config(AutoConfig.from_pretrained('{out}')); \
 print(m.load_state_dict(w, strict=False)); m.tie_weights(); m.save_pretrained('{out}')"
 
-Nothing but a tied lm_head.weight may be missing. Then use {out}."""
+The last command may report a tied lm_head.weight as missing, but no other tensor. \
+Then use {out}."""
 
 
 def _gguf(file: Path) -> str:
     folder = str(file.parent)
     out = f"{file.stem}-hf"
     return f"""\
-{file} is a GGUF file, as llama.cpp uses. The original weights are better, for most GGUF files are \
-quantized: look for them on the model's page. Or convert it with \
-`pip install torch transformers gguf` and this Python:
+{file} is a GGUF file for llama.cpp. Most GGUF files are quantized, so prefer the original \
+weights, which the model's page links to. To convert this file, run \
+`pip install torch transformers gguf` and this Python code:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -205,9 +214,9 @@ Then use {out}."""
 def _pickled(folder: Path) -> str:
     out = _converted(folder)
     return f"""\
-{folder} has its weights in pytorch_model.bin, or parts of it. They are pickles, which could run \
-any code, and are not read. If you trust them, convert them with \
-`pip install torch transformers` and this Python:
+{folder} has its weights in pytorch_model.bin, or parts of it. They are pickles, which can run \
+arbitrary code and are not supported. If you trust them, convert them: run \
+`pip install torch transformers` and this Python code:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -224,24 +233,24 @@ def _lone_safetensors(file: Path) -> str:
     if re.search(r"-\d+-of-\d+\.safetensors$", file.name):
         return (
             f"{folder} has a part of a model, {file.name}, but no model.safetensors.index.json, "
-            "which says what is in which part; get that, and all parts, from where this is from"
+            "which lists the parts; download that file and all parts"
         )
     known = ("model.safetensors", "model.safetensors.index.json")
     if beside and any((folder / name).exists() for name in known):
-        return f"{file} is one file of a model; give its folder, {folder}"
+        return f"{file} is one file of a model; use its folder, {folder}"
     if beside:
         return (
-            f"{folder} has config.json, but its weights are called {file.name}; rename them to "
-            f"model.safetensors and give the folder: mv {quote(str(file))} {single}"
+            f"{folder} has config.json, but its weights are named {file.name}; rename them to "
+            f"model.safetensors and use the folder: mv {quote(str(file))} {single}"
         )
     return f"""\
-{file} has weights alone, without config.json and a tokenizer. Put those of the same model beside \
-it, under the name model.safetensors, and give the folder:
+{file} has only weights, without config.json and a tokenizer. Download those of the same model to \
+its folder, rename the weights to model.safetensors, and use the folder:
 
     hf download OWNER/NAME --include "*.json" "*.jinja" "merges.txt" --local-dir {at}
     mv {quote(str(file))} {single}
 
-OWNER/NAME is the model's name at huggingface.co; the weights have to be in its names and shapes."""
+OWNER/NAME is the model's name at huggingface.co; the weights must have its tensors and shapes."""
 
 
 def _adapter(folder: Path) -> str:
@@ -252,7 +261,7 @@ def _adapter(folder: Path) -> str:
         base = "BASE"
     given = f"{quote(base)} --adapter {quote(str(folder))}"
     return (
-        f"{folder} is a LoRA adapter, which belongs to a model, {json.dumps(base)}; give that, and "
-        f"the adapter beside it: load({base!r}, adapter={str(folder)!r}), "
+        f"{folder} is a LoRA adapter for the model {json.dumps(base)}; use that model together "
+        f"with the adapter: load({base!r}, adapter={str(folder)!r}), "
         f"`python -m jaxgpt generate {given}`, or `train.py --start {given}`"
     )

@@ -1,12 +1,12 @@
-"""Gemma 3, the models of text alone (Gemma Team 2025)."""
+"""Gemma 3, text-only models (Gemma Team 2025)."""
 
 from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.model.rotary import RopeScaling
-from jaxgpt.pretrained.fields import Fields, layer_types, rope
-from jaxgpt.pretrained.llama import BLOCK, ENDS, fields_of, relatives
+from jaxgpt.pretrained.fields import Fields, layer_types, rope_fields
+from jaxgpt.pretrained.llama import BLOCK, ENDS, common_config, common_fields
 
 MODEL_TYPES = ("gemma3_text",)
 PREFIX = "model."
@@ -22,19 +22,19 @@ ROWS = (
 )
 
 
-def read(fields: Fields) -> GPTConfig:
-    """The architecture of a config.json."""
+def read_config(fields: Fields) -> GPTConfig:
+    """Reads the architecture from the fields of a config.json."""
     for name in ("hidden_activation", "hidden_act"):
-        fields.must(name, "gelu_pytorch_tanh")
-    fields.must("attention_bias", False)
-    fields.must("use_bidirectional_attention", False)
-    # Attention weights are scaled by the root of this, here by that of the head size.
-    fields.must("query_pre_attn_scalar", H := fields.size("head_dim", 256), float(H))
-    fields.must("attn_logit_softcapping", None)
+        fields.expect(name, "gelu_pytorch_tanh")
+    fields.expect("attention_bias", False)
+    fields.expect("use_bidirectional_attention", False)
+    # jaxgpt scales attention scores by 1 / sqrt(head size), so this field must be the head size.
+    fields.expect("query_pre_attn_scalar", H := fields.size("head_dim", 256), float(H))
+    fields.expect("attn_logit_softcapping", None)
     L = fields.layers("num_hidden_layers")
     pattern = fields("sliding_window_pattern", fields("_sliding_window_pattern", 6))
     if not pattern:
-        raise InputError(f"{fields.file}: sliding_window_pattern=0; set it to 1 or more")
+        raise InputError(f"{fields.file}: sliding_window_pattern=0 is invalid; use 1 or more")
     types = layer_types([(layer + 1) % pattern for layer in range(L)])
     window, every = fields.windows(L, fields("sliding_window", 4096), types)
     theta, scaling = fields.rope(1e6, 131072, "full_attention")
@@ -42,8 +42,11 @@ def read(fields: Fields) -> GPTConfig:
     if fields.values.get("rope_parameters"):
         local, scaled = fields.rope(local, 131072, "sliding_attention")
         if scaled != RopeScaling():
-            raise InputError(f"{fields.file}: sliding_attention is scaled; use another model")
-    return relatives(
+            raise InputError(
+                f"{fields.file}: RoPE scaling of sliding_attention layers is not supported; use "
+                "another model"
+            )
+    return common_config(
         fields,
         T=131072,
         tied=True,
@@ -62,18 +65,18 @@ def read(fields: Fields) -> GPTConfig:
     )
 
 
-def write(cfg: GPTConfig) -> dict[str, Any]:
-    """The inverse of `read`."""
+def write_config(cfg: GPTConfig) -> dict[str, Any]:
+    """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        **fields_of(cfg),
+        **common_fields(cfg),
         "hidden_activation": "gelu_pytorch_tanh",
-        **rope(cfg.rope_theta, cfg.rope_scaling),
+        **rope_fields(cfg.rope_theta, cfg.rope_scaling),
         "rope_local_base_freq": cfg.rope_local_theta or cfg.rope_theta,
         "attention_bias": False,
         "query_pre_attn_scalar": cfg.sizes["H"],
-        "sliding_window": cfg.window or 4096,  # layer_types say where
+        "sliding_window": cfg.window or 4096,  # layer_types says which layers use it
         "layer_types": layer_types(cfg.windows()),
         "final_logit_softcapping": cfg.logit_softcap or None,
         "attn_logit_softcapping": None,

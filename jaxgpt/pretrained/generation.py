@@ -1,10 +1,11 @@
-"""generation_config.json: the end tokens and the sampling settings that a model is published with.
+"""generation_config.json: a published model's end tokens and sampling settings.
 
-    settings = generation.read(folder, config, vocabulary)    # the fields of the file
-    generation.end_ids(settings)                              # (1, 106)
-    generation.sampling(settings)                             # {"temperature": 0.6, "top_p": 0.95}
+    settings = generation.read_generation_config(folder, config, vocabulary)
+    generation.end_ids(settings)       # (1, 106)
+    generation.sampling(settings)      # {"temperature": 0.6, "top_p": 0.95}
 
-The fields stay as they are in the file, so that a run keeps them and an export writes them back.
+The fields are kept as they are in the file, so that checkpoints store them and an export writes
+them back.
 """
 
 import logging
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# With one of these, transformers generates other text than the fields above say.
+# Settings that jaxgpt does not have, with the values that turn them off in transformers.
 OTHER = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -43,13 +44,18 @@ OTHER = {
 }
 
 
-def read(folder: Path, config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The fields of a folder's generation_config.json; without one, the token ids of config.json.
+def read_generation_config(
+    folder: Path, config: Mapping[str, Any], vocabulary: int
+) -> dict[str, Any]:
+    """Reads generation_config.json, or the special token ids of config.json if there is none.
 
     Args:
-        folder: A folder of Hugging Face's layout.
+        folder: A folder in the layout of Hugging Face.
         config: The fields of its config.json.
-        vocabulary: How many token ids the model has.
+        vocabulary: The size of the model's vocabulary.
+
+    Returns:
+        The fields, without ids that are not in the vocabulary.
 
     Raises:
         InputError: The file is not JSON, or an end token or a sampling setting is invalid.
@@ -64,10 +70,10 @@ def read(folder: Path, config: Mapping[str, Any], vocabulary: int) -> dict[str, 
         ids = given if isinstance(given, list) else [given]
         if any(type(token) is not int for token in ids):
             raise InputError(f"{file}: {name}={given!r:.80} is not a token id; correct the file")
-        # Configs of small models often keep GPT-2's ids. What is never sampled ends nothing.
+        # Configs of small models often keep GPT-2's ids; an id out of range is never sampled.
         if (real := [token for token in ids if 0 <= token < vocabulary]) != ids:
             logger.warning(
-                "%s: %s=%s is ignored, for ids end at %d", file, name, given, vocabulary - 1
+                "%s: ignored %s=%s: the largest token id is %d", file, name, given, vocabulary - 1
             )
             fields[name] = real
         if not real:
@@ -84,15 +90,15 @@ def read(folder: Path, config: Mapping[str, Any], vocabulary: int) -> dict[str, 
 
 
 def end_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids at any of which a text ends."""
+    """Returns the token ids that end a text (`eos_token_id`)."""
     ends = fields.get("eos_token_id", ())
     return tuple(ends) if isinstance(ends, list | tuple) else (ends,)
 
 
 def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own sampling settings, by the names of `Sampling`.
+    """Returns the model's sampling settings, by the names of the fields of `Sampling`.
 
-    They are those in the file; `do_sample: false` there is temperature 0, which is greedy.
+    `do_sample: false` becomes temperature 0, which is greedy decoding.
     """
     given = {name: fields[name] for name in SAMPLING if name in fields}
     if fields.get("do_sample") is False:
@@ -102,12 +108,12 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(fields: Mapping[str, Any], plain: Sampling, given: Collection[str] = ()) -> Iterator[str]:
-    """Lines for a terminal: which settings are the model's own, and which have no effect here.
+    """Yields lines for the terminal: which settings come from the model, and which are ignored.
 
     Args:
-        fields: Those of generation_config.json.
-        plain: The settings that are used where neither the model nor the user says any.
-        given: The names of the settings that the user gave.
+        fields: The fields of generation_config.json.
+        plain: The default settings.
+        given: The names of the settings that the user has set, which override the model's.
     """
     own = {
         name: value
@@ -117,7 +123,6 @@ def notes(fields: Mapping[str, Any], plain: Sampling, given: Collection[str] = (
     if own:
         listed = ", ".join(f"{name}={value}" for name, value in own.items())
         yield f"from the model's {FILE}: {listed}"
-    # Settings that change what transformers generates, and that jaxgpt does not have.
     others = sorted(name for name, off in OTHER.items() if fields.get(name, off) not in (off, []))
     if others:
-        yield f"not applied, of {FILE}: {', '.join(others)}"
+        yield f"not supported, ignored from {FILE}: {', '.join(others)}"

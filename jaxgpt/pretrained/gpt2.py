@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), and models of its shape: DistilGPT-2, DialoGPT."""
+"""GPT-2 (Radford et al. 2019) and models with its architecture, such as DistilGPT-2, DialoGPT."""
 
 from typing import Any
 
@@ -33,12 +33,12 @@ ROWS = (
 )
 
 
-def read(fields: Fields) -> GPTConfig:
-    """The architecture of a config.json."""
-    fields.must("activation_function", "gelu_new", "gelu_pytorch_tanh")
-    fields.must("scale_attn_weights", True)
-    fields.must("scale_attn_by_inverse_layer_idx", False)
-    fields.must("add_cross_attention", False)
+def read_config(fields: Fields) -> GPTConfig:
+    """Reads the architecture from the fields of a config.json."""
+    fields.expect("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    fields.expect("scale_attn_weights", True)
+    fields.expect("scale_attn_by_inverse_layer_idx", False)
+    fields.expect("add_cross_attention", False)
     D = fields.size("n_embd")
     return GPTConfig(
         L=fields.layers("n_layer"),
@@ -53,8 +53,8 @@ def read(fields: Fields) -> GPTConfig:
     )
 
 
-def write(cfg: GPTConfig) -> dict[str, Any]:
-    """The inverse of `read`."""
+def write_config(cfg: GPTConfig) -> dict[str, Any]:
+    """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

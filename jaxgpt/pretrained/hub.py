@@ -1,10 +1,10 @@
-"""Models from the Hugging Face hub: a name and a revision to a folder of its cache.
+"""Downloads models from the Hugging Face hub to its local cache.
 
     snapshot = fetch("gpt2")            # or "Qwen/Qwen3-0.6B", revision="main"
     snapshot.folder                     # config.json, the tokenizer's files and the weights
 
-What it promises: no pickle is ever downloaded; the revision is pinned to a commit; what is in the
-cache works without network; and where nothing answers, it ends within seconds and says what to do.
+No pickle is ever downloaded. The revision is resolved to a commit. Models in the cache work without
+network. If the hub does not answer, `fetch` raises an error within seconds that says what to do.
 """
 
 import difflib
@@ -41,9 +41,9 @@ BESIDE_WEIGHTS = (
     MANIFEST,
 )
 TOKENIZERS = ("tokenizer.json", "vocab.json")
-"""Files one of which every tokenizer has that can be loaded."""
+"""Every supported tokenizer has at least one of these files."""
 NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5")
-"""Weights that are pickles, or may hold code in another way."""
+"""Extensions of weights that are pickles or can contain code in another way."""
 
 SHORT = {
     "gpt2": "openai-community/gpt2",
@@ -52,24 +52,25 @@ SHORT = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-"""Models with a short name, and where they live on the hub."""
+"""Short names of models, with their full names on the hub."""
 
-ANSWER_SECONDS = 10.0  # for the hub to be found and to answer; then it is taken to be unreachable
+ANSWER_SECONDS = 10.0
+"""Seconds to wait for the hub's answer, including the DNS look-up."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a repository at one commit, in the cache."""
+    """The files of a repository at one commit, in the local cache."""
 
     folder: Path
     name: str
-    """In full, such as openai-community/gpt2."""
+    """The full name, such as openai-community/gpt2."""
     revision: str
-    """The hash of the commit."""
+    """The commit's hash."""
 
 
 def looks_like_name(text: str) -> bool:
-    """Whether `text` can be the name of a repository: `name` or `owner/name`."""
+    """Whether `text` is a valid name of a repository: `name` or `owner/name`."""
     part = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
     return (
         re.fullmatch(f"({part}/)?{part}", text) is not None
@@ -80,34 +81,43 @@ def looks_like_name(text: str) -> bool:
 
 
 def fetch(name: str, revision: str = "main", weights: bool = True) -> Snapshot:
-    """The files of a model on the hub that are needed to load it, downloaded where they are not.
+    """Downloads the files that are needed to load a model, unless they are in the cache.
 
-    Without `weights` only its tokenizer can be loaded, and small files are all that is fetched.
-    `revision` is a branch, a tag or a commit. The weights are safetensors, or flax_model.msgpack
-    where there are none. As in huggingface_hub, $HF_HOME or $HF_HUB_CACHE is where the cache is,
-    $HF_TOKEN opens gated and private models, $HF_ENDPOINT is another hub, and with $HF_HUB_OFFLINE,
-    or where the hub does not answer, the cache alone must do.
+    The weights are safetensors, or flax_model.msgpack if there are none. The environment variables
+    of huggingface_hub apply: $HF_HOME or $HF_HUB_CACHE is the cache's folder, $HF_TOKEN gives
+    access to gated and private models, $HF_ENDPOINT is another hub. With $HF_HUB_OFFLINE, or if the
+    hub does not answer, only the cache is used.
 
-    Raises InputError with what stands in the way: a name or a revision that is not there, a licence
-    to accept, weights in pickles only, no network, a full disk.
+    Args:
+        name: A name on the hub, or a short name in `SHORT`.
+        revision: A branch, a tag or a commit.
+        weights: Whether to download the weights; without them only the tokenizer can be loaded.
+
+    Returns:
+        The local files and the commit.
+
+    Raises:
+        InputError: The model cannot be downloaded. The message gives the reason, such as an unknown
+            name or revision, a license to accept, weights that are pickles, no network or a full
+            disk.
     """
     if not looks_like_name(name):
         raise InputError(
-            f"{name!r} is neither a folder here nor a name on the hub; give the path of a folder "
+            f"{name!r} is neither a local folder nor a name on the hub; use the path of a folder "
             "with config.json, or a name such as gpt2 or Qwen/Qwen3-0.6B"
         )
     if not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision:
-        raise InputError(
-            f"revision={revision!r} cannot be one; set it to a branch, a tag or a commit hash"
-        )
+        raise InputError(f"revision={revision!r} is invalid; use a branch, a tag or a commit hash")
     return _Repository(name, SHORT.get(name, name), revision, weights).fetch()
 
 
 class _Repository:
+    """One revision of a repository on the hub, and its files in the cache."""
+
     def __init__(self, name: str, full_name: str, revision: str, weights: bool) -> None:
         from huggingface_hub import constants
 
-        # The library reads these when it is imported, which may be before they are set.
+        # The library reads these variables when it is imported; they may have been set later.
         environ = os.environ
         cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
         if not cache and environ.get("HF_HOME"):
@@ -128,7 +138,7 @@ class _Repository:
 
         if self.offline:
             return self.cached("HF_HUB_OFFLINE is set")
-        get_token()  # Colab may ask its user for it, who is not to be hurried
+        get_token()  # outside of the time limit, because Colab may ask the user for the token
         api = HfApi(endpoint=self.endpoint)
         try:
             info = _within(
@@ -138,12 +148,14 @@ class _Repository:
                 ),
             )
             if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
-                raise InputError(f"{self.url} gives no commit, {info.sha!r:.80}; see HF_ENDPOINT")
+                raise InputError(
+                    f"{self.url} returned {info.sha!r:.80} instead of a commit; check HF_ENDPOINT"
+                )
         except InputError:
             raise
-        except Exception as error:  # which ones, depends on the HTTP library of each version
-            if refusal := self.refusal(error):
-                raise refusal from None
+        except Exception as error:  # huggingface_hub's versions use different HTTP libraries
+            if explained := self.http_error(error):
+                raise explained from None
             return self.cached(f"{self.url} {_reason(error)}")
         try:
             return self.download(info.sha, [file.rfilename for file in info.siblings or ()])
@@ -151,26 +163,26 @@ class _Repository:
             raise
         except Exception as error:
             raise (
-                self.refusal(error)
-                or self.local(error)
+                self.http_error(error)
+                or self.disk_error(error)
                 or self.unreachable(f"{self.url} {_reason(error)}")
             ) from None
 
     def download(self, commit: str, files: Collection[str]) -> Snapshot:
-        """Gets the weights last but for what the revision stands for, which is used offline."""
+        """Downloads all files; the revision's reference comes last, which offline use relies on."""
         if CONFIG not in files and ADAPTER in files:
             here = self.full_name.rpartition("/")[2]
             raise InputError(
-                f"{self.url} is a LoRA adapter, which belongs to a model; run `hf download "
-                f"{self.full_name} --local-dir {here}`, and give the model with --adapter {here} "
-                f"beside it (in Python, load(MODEL, adapter={here!r}))"
+                f"{self.url} is a LoRA adapter, not a model; run `hf download {self.full_name} "
+                f"--local-dir {here}`, and use its base model with --adapter {here} (in Python, "
+                f"load(MODEL, adapter={here!r}))"
             )
         if not self.needs_weights:
             return self.download_tokenizer(commit, files)
         if CONFIG not in files:
             raise InputError(
-                f"{self.url} has no {CONFIG}, without which the model of its weights is unknown; "
-                "give the name of a repository that transformers can load"
+                f"{self.url} has no {CONFIG}, so the architecture is unknown; use a repository "
+                "that transformers can load"
             )
         weights = self.weights(files)
         for name in BESIDE_WEIGHTS:
@@ -183,18 +195,20 @@ class _Repository:
         if weights == INDEX:
             for name in _shards(folder):
                 if name not in files:
-                    raise InputError(f"{self.url} has no {name}, which its {INDEX} names")
+                    raise InputError(
+                        f"{self.url} has no {name}, which its {INDEX} lists; use another revision"
+                    )
                 self.get(name, commit)
         if self.revision != commit and self.lookup(self.full_name) != folder:
             self.get(CONFIG, self.revision)
         return Snapshot(folder, self.full_name, commit)
 
     def download_tokenizer(self, commit: str, files: Collection[str]) -> Snapshot:
-        """Gets what is beside the weights, the file that is looked for offline last."""
+        """Downloads all files but the weights; the file that `lookup` checks comes last."""
         if not _has_tokenizer(files):
             raise InputError(
-                f"{self.url} has neither tokenizer.json nor vocab.json with merges.txt; give the "
-                "name of a repository with a tokenizer"
+                f"{self.url} has neither tokenizer.json nor vocab.json with merges.txt; use a "
+                "repository with a tokenizer"
             )
         for name in BESIDE_WEIGHTS:
             if name in files:
@@ -204,22 +218,24 @@ class _Repository:
         return Snapshot(folder, self.full_name, commit)
 
     def weights(self, files: Collection[str]) -> str:
+        """Chooses the file of weights to download; raises InputError if there are only pickles."""
         for name in (INDEX, SINGLE, FLAX):
             if name in files:
                 return name
         others = sorted(n for n in files if n.endswith((*NEVER, ".safetensors", ".gguf", ".onnx")))
         if pickles := [name for name in others if name.endswith(NEVER)]:
             raise InputError(
-                f"{self.url} has its weights only as {pickles[0]}, and files of that kind can run "
-                f"any code, so they are not downloaded; use a repository with {SINGLE}, or, if you "
-                "trust this one, load it with transformers and save_pretrained it to a folder"
+                f"{self.url} has its weights only as {pickles[0]}, and such files can run "
+                f"arbitrary code, so they are not downloaded; use a repository with {SINGLE}, or, "
+                "if you trust this one, load it with transformers and save it with save_pretrained"
             )
         raise InputError(
-            f"{self.url} has no {SINGLE}, {INDEX} or {FLAX}, but {', '.join(others[:3]) or 'none'} "
-            "for weights; give the name of a repository with one of them"
+            f"{self.url} has no {SINGLE}, {INDEX} or {FLAX} (its weights: "
+            f"{', '.join(others[:3]) or 'none'}); use a repository with one of them"
         )
 
     def get(self, file: str, revision: str) -> Path:
+        """Downloads one file to the cache unless it is there."""
         from huggingface_hub import hf_hub_download
 
         with warnings.catch_warnings():
@@ -236,7 +252,7 @@ class _Repository:
             )
 
     def lookup(self, name: str) -> Path | None:
-        """The cache's folder for the revision, if it has the file that is downloaded last."""
+        """Returns the cache's folder for the revision if it has the last file, or None."""
         from huggingface_hub import try_to_load_from_cache
 
         for file in [CONFIG] if self.needs_weights else TOKENIZERS:
@@ -246,27 +262,29 @@ class _Repository:
         return None
 
     def cached(self, why: str) -> Snapshot:
-        """The cache's snapshot of the revision; InputError where it is not there, or not whole."""
-        for name in (self.full_name, self.name):  # transformers caches under the short one
+        """Returns the cached snapshot of the revision; raises InputError if it is not complete."""
+        for name in (self.full_name, self.name):  # transformers caches under the short name
             folder = self.lookup(name)
-            if folder and _is_whole(folder, self.needs_weights):
+            if folder and _is_complete(folder, self.needs_weights):
                 if not self.offline:
-                    print(f"{why}; uses {folder} of the cache", file=sys.stderr)
+                    print(f"{why}; using the cached files in {folder}", file=sys.stderr)
                 return Snapshot(folder, self.full_name, folder.name)
         raise self.unreachable(why)
 
     def unreachable(self, why: str) -> InputError:
+        """The error if the hub does not answer and the cache does not have the model."""
         at = "" if self.revision == "main" else f" --revision {self.revision}"
         folder = self.full_name.rpartition("/")[2]
         unset = "unset it, or " if self.offline else ""
         return InputError(
-            f"{why}, and {self.full_name} at {self.revision} is not whole in the cache "
-            f"{self.cache}; {unset}where there is network, run `hf download {self.full_name}{at} "
-            f'--local-dir {folder}`, bring that folder here, and load("{folder}")'
+            f"{why}, and {self.full_name} at {self.revision} is not complete in the cache "
+            f"{self.cache}; {unset}on a machine with network, run `hf download "
+            f"{self.full_name}{at} --local-dir {folder}`, copy that folder here, and use "
+            f'load("{folder}")'
         )
 
-    def refusal(self, error: BaseException) -> InputError | None:
-        """What an answer of the hub that will not change by itself means, if it is one."""
+    def http_error(self, error: BaseException) -> InputError | None:
+        """Explains an HTTP error that is permanent, such as 404; None for other errors."""
         response = next(
             (r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None
         )
@@ -276,57 +294,57 @@ class _Repository:
         message = response.headers.get("X-Error-Message") or ""
         if code == "RevisionNotFound":
             return InputError(
-                f"{self.url} has no revision {self.revision!r}; set it to a branch, a tag or a "
-                f"commit hash of {self.url}/commits/main"
+                f"{self.url} has no revision {self.revision!r}; use a branch, a tag or a commit "
+                f"hash of {self.url}/commits/main"
             )
         if code == "GatedRepo" or response.status_code == 403:
             return InputError(
                 f"{self.url} is gated or private (HTTP {response.status_code}{message and ': '}"
-                f"{message:.200}); accept its licence on that page, and set HF_TOKEN to a token of "
-                f"the account that did, from {self.endpoint}/settings/tokens"
+                f"{message:.200}); accept its license on that page, and set HF_TOKEN to a token of "
+                f"the account that accepted it, from {self.endpoint}/settings/tokens"
             )
         if response.status_code == 401 and "Invalid credentials" in message:
             return InputError(
-                f"{self.endpoint} does not know the token in HF_TOKEN or of `hf auth login`; set "
-                f"HF_TOKEN to one from {self.endpoint}/settings/tokens, or unset it"
+                f"{self.endpoint} rejected the token in HF_TOKEN or of `hf auth login`; set "
+                f"HF_TOKEN to a token from {self.endpoint}/settings/tokens, or unset it"
             )
-        # The hub does not tell strangers whether a private repository exists.
+        # The hub answers 401 or 404 both for private repositories and for ones that do not exist.
         if response.status_code in (401, 404):
             short = {name.lower().rpartition("/")[2]: name for name in SHORT}
             near = difflib.get_close_matches(self.name.lower().rpartition("/")[2], short, n=1)
             if self.name in SHORT:
-                meant = "does HF_ENDPOINT name a hub?"
+                meant = "is HF_ENDPOINT a hub?"
             elif near:
                 meant = f"did you mean {near[0]}?"
             else:
-                meant = f"is the name right? known ones are {', '.join(SHORT)}."
+                meant = f"is the name right? Examples are {', '.join(SHORT)}."
             return InputError(
-                f"{self.name!r} is neither a folder here nor a public model at {self.endpoint} "
+                f"{self.name!r} is neither a local folder nor a public model at {self.endpoint} "
                 f"(HTTP {response.status_code}); {meant} "
                 "If it is private, set HF_TOKEN"
             )
         return None
 
-    def local(self, error: BaseException) -> InputError | None:
-        """What is wrong with the disk that the cache is on, if that is it."""
+    def disk_error(self, error: BaseException) -> InputError | None:
+        """Explains an error of the cache's disk, such as a full one; None for other errors."""
         for e in _chain(error):
             number = e.errno if isinstance(e, OSError) else None
             if isinstance(e, UserWarning) or number in (errno.ENOSPC, errno.EDQUOT):
                 return InputError(
-                    f"the disk of {self.cache} has no room for {self.full_name} "
-                    f"({_first_line(e)}); make some, or set HF_HOME to a folder on another disk"
+                    f"the disk of {self.cache} has too little space for {self.full_name} "
+                    f"({_first_line(e)}); free disk space, or set HF_HOME to a folder on another "
+                    "disk"
                 )
-            # An error of a connection names no file.
+            # Connection errors are OSErrors too, but without a file name.
             if isinstance(e, OSError) and e.filename and e.strerror:
                 return InputError(
-                    f"cannot write to {e.filename} ({e.strerror}); set HF_HOME to a folder that "
-                    "can be written to"
+                    f"cannot write to {e.filename} ({e.strerror}); set HF_HOME to a writable folder"
                 )
         return None
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """What `ask` gives or raises, or TimeoutError."""
+    """Calls `ask` in a thread and returns its result; raises TimeoutError after `seconds`."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
@@ -335,8 +353,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
         except Exception as error:
             answers.put((None, error))
 
-    # No timeout reaches the look-up of a name, so a thread waits for it, which ends with the
-    # program at the latest.
+    # HTTP timeouts do not apply to the DNS look-up, so a daemon thread waits for it.
     threading.Thread(target=run, daemon=True).start()
     try:
         answer, error = answers.get(timeout=seconds)
@@ -348,12 +365,16 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 def _shards(folder: Path) -> list[str]:
+    """The files of weights that a folder's index lists."""
     where = read_json(folder, INDEX).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
     if not names or not all(
         isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names
     ):
-        raise InputError(f"{folder / INDEX} has no weight_map to safetensors files beside it")
+        raise InputError(
+            f"{folder / INDEX} has no weight_map to safetensors files in the same folder; "
+            "download it again"
+        )
     return sorted(set(names))
 
 
@@ -361,7 +382,8 @@ def _has_tokenizer(files: Collection[str]) -> bool:
     return TOKENIZERS[0] in files or {"vocab.json", "merges.txt"}.issubset(files)
 
 
-def _is_whole(folder: Path, with_weights: bool) -> bool:
+def _is_complete(folder: Path, with_weights: bool) -> bool:
+    """Whether a folder of the cache has all files that are needed to load the model."""
     here = {path.name for path in folder.iterdir() if path.exists()}
     if not with_weights:
         return _has_tokenizer(here)
@@ -371,6 +393,7 @@ def _is_whole(folder: Path, with_weights: bool) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and its causes."""
     while error is not None:
         yield error
         hidden = error.__suppress_context__
@@ -378,11 +401,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
+    """Why the hub cannot be used, to follow its URL in a message."""
     for e in _chain(error):
         if (response := getattr(e, "response", None)) is not None:
-            return f"answers HTTP {response.status_code}"
+            return f"answered with HTTP status {response.status_code}"
     *_, root = _chain(error)
-    return f"does not answer ({_first_line(root)})"
+    return f"did not answer ({_first_line(root)})"
 
 
 def _first_line(error: BaseException) -> str:

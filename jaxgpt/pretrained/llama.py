@@ -1,9 +1,12 @@
-"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024), and models of their shape."""
+"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024) and models with their architecture.
+
+The families of Qwen and Gemma use this module for what they have in common with Llama.
+"""
 
 from typing import Any
 
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained.fields import Fields, rope, stretched
+from jaxgpt.pretrained.fields import Fields, rope_fields, scaled_context
 
 MODEL_TYPES = ("llama",)
 PREFIX = "model."
@@ -34,34 +37,41 @@ ROWS = (
 )
 
 
-def read(fields: Fields) -> GPTConfig:
-    """The architecture of a config.json."""
-    fields.must("hidden_act", "silu")
-    fields.must("mlp_bias", bias := fields("attention_bias", False, kind=bool))
-    return relatives(fields, T=2048, bias=bias, **rotary(fields, 2048))
+def read_config(fields: Fields) -> GPTConfig:
+    """Reads the architecture from the fields of a config.json."""
+    fields.expect("hidden_act", "silu")
+    fields.expect("mlp_bias", bias := fields("attention_bias", False, kind=bool))
+    return common_config(fields, T=2048, bias=bias, **rotary(fields, 2048))
 
 
-def write(cfg: GPTConfig) -> dict[str, Any]:
-    """The inverse of `read`."""
+def write_config(cfg: GPTConfig) -> dict[str, Any]:
+    """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **fields_of(cfg),
+        **common_fields(cfg),
         "hidden_act": "silu",
         "attention_bias": cfg.bias,
         "mlp_bias": cfg.bias,
-        **rope(cfg.rope_theta, cfg.rope_scaling),
+        **rope_fields(cfg.rope_theta, cfg.rope_scaling),
     }
 
 
 def rotary(fields: Fields, T: int) -> dict[str, Any]:
-    """The rotary options of a GPTConfig; T is the family's default context."""
+    """Returns GPTConfig's RoPE options; T is the family's default context."""
     theta, scaling = fields.rope(10000.0, T)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPTConfig:
-    """What Llama and its relatives have in common; the rest of the GPTConfig is in `options`."""
+def common_config(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPTConfig:
+    """Builds the GPTConfig of a family like Llama.
+
+    Args:
+        fields: The fields of config.json.
+        T: The family's default context.
+        tied: The family's default for `tie_word_embeddings`.
+        options: Further options of the GPTConfig, which override the common ones.
+    """
     D, N = fields.size("hidden_size"), fields.size("num_attention_heads")
     common = {
         "L": fields.layers("num_hidden_layers"),
@@ -70,7 +80,7 @@ def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPT
         "K": fields.size("num_key_value_heads", N),
         "H": fields.size("head_dim", D // N),
         "F": fields.size("intermediate_size"),
-        "T": stretched(fields.context("max_position_embeddings", T), options["rope_scaling"]),
+        "T": scaled_context(fields.context("max_position_embeddings", T), options["rope_scaling"]),
         "V": fields.size("vocab_size"),
         "position": "rotary",
         "norm": "rmsnorm",
@@ -83,8 +93,8 @@ def relatives(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPT
     return GPTConfig(**(common | options))
 
 
-def fields_of(cfg: GPTConfig) -> dict[str, Any]:
-    """The inverse of `relatives`."""
+def common_fields(cfg: GPTConfig) -> dict[str, Any]:
+    """Returns the fields of config.json that Llama-like families share; inverts `common_config`."""
     sizes = cfg.sizes
     dynamic = cfg.rope_scaling.kind == "dynamic"
     return {

@@ -1,4 +1,4 @@
-"""A trained model, from its files alone: config, parameters, tokenizer."""
+"""Loads a trained model: config, parameters and tokenizer, from a run, a folder or the hub."""
 
 import difflib
 import hashlib
@@ -21,7 +21,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.generation.stream import Pieces, search, write
+from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.model.params import flat, merge, nested, split
@@ -36,38 +36,39 @@ from jaxgpt.training.finetune import LORA, Diff, compare, fold_lora, resize_embe
 Dtype = Literal["float32", "bfloat16", "int8"]
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 RUNS = Config().runs
-"""The folder of runs in which a path is never taken for a name on the hub."""
+"""The folder of runs: a path in it is never looked up on the hub."""
 
 
 @dataclass(frozen=True)
-class Writing(Sampling):
-    """How a text is written: how its tokens are drawn, what it may be, and by which means."""
+class GenerationConfig(Sampling):
+    """Options of text generation: sampling, stop strings, constraints, decoding method."""
 
     temperature: float = 0.8
-    """Logits are divided by it; 0: the likeliest token."""
+    """Logits are divided by it; 0: always the most likely token (greedy decoding)."""
     stop: str | Sequence[str] = ()
-    """The text ends before one of these."""
+    """Stop strings: the text ends before the first of them."""
     choices: Sequence[str] = ()
-    """It is one of these."""
+    """Constrained decoding: the text is one of these strings."""
     regex: str = ""
-    """It matches this expression as a whole."""
+    """Constrained decoding: the whole text matches this regular expression."""
     schema: Mapping[str, Any] | None = None
-    """It is JSON that fits this schema."""
+    """Constrained decoding: the text is JSON that fits this schema."""
     draft: "Trained | None" = None
-    """A smaller model with the same tokenizer, which guesses ahead; the text stays the same."""
+    """The draft model of speculative decoding: a smaller model with the same tokenizer. It does not
+    change the text, only the speed."""
     beam: int = 1
-    """Beginnings that a beam search keeps, to write the likeliest text it finds; 1: it is drawn."""
+    """Beam width of a beam search for the most likely text; 1: no beam search, but sampling."""
     cache: CacheDtype = "same"
-    """Of keys and values; int8: in a byte each."""
+    """The data type of the KV cache: "same" as the activations, or int8 to save memory."""
 
     def check(self, vocabulary: int) -> None:
-        """Raises InputError where a field cannot be, for a vocabulary of so many ids."""
+        """Raises InputError if an option is invalid for a vocabulary of this size."""
         super().check(vocabulary)
         if not isinstance(self.beam, Integral) or self.beam < 1:
-            raise InputError(f"beam={self.beam}; set it to a whole number, 1 or more")
+            raise InputError(f"beam={self.beam} is invalid; use a whole number, 1 or more")
         if self.beam == 1:
             return
-        plain, fine = vars(Writing()), {"beam", "stop", "seed", "cache"}
+        plain, fine = vars(GenerationConfig()), {"beam", "stop", "seed", "cache"}
         asked = [
             name
             for name, value in vars(self).items()
@@ -75,20 +76,27 @@ class Writing(Sampling):
         ]
         if asked:
             raise InputError(
-                f"beam={self.beam} takes the likeliest text as it is; leave out {', '.join(asked)}"
+                f"beam={self.beam} searches the most likely text, without sampling or constraints; "
+                f"remove {', '.join(asked)}"
             )
 
     def as_guide(
         self, tokenizer: Tokenizer, ends: Sequence[int], context: Sequence[int] | None = None
     ) -> constrained.Guide | None:
-        """What `choices`, `regex` or `schema` leave; InputError for two of them.
+        """Compiles the constraint of `choices`, `regex` or `schema`; None if there is none.
 
-        `context` are the ids before the text, see `constrained.choices`.
+        Args:
+            tokenizer: The model's tokenizer.
+            ends: The token ids that end a text.
+            context: The token ids before the text, see `constrained.choices`.
+
+        Raises:
+            InputError: More than one of the three is given, or the constraint is invalid.
         """
         asked = {"choices": self.choices, "regex": self.regex, "schema": self.schema}
         given = [name for name, value in asked.items() if value not in ((), [], "", None)]
         if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} at once; give one")
+            raise InputError(f"{' and '.join(given)} cannot be combined; use one of them")
         if self.choices:
             return constrained.choices(tokenizer, self.choices, ends=ends, context=context)
         if self.regex:
@@ -99,14 +107,14 @@ class Writing(Sampling):
 
 
 def check_type(name: str, value: Any) -> None:
-    """Raises InputError if an option of `Writing` has a value of another type than its own."""
-    texts = "a text or a list of texts", lambda x: _is_text(x) or all(map(_is_text, _items(x)))
+    """Raises InputError if the value of an option of `GenerationConfig` has the wrong type."""
+    texts = "a string or a list of strings", lambda x: _is_text(x) or all(map(_is_text, _items(x)))
     number = "a number", lambda x: isinstance(x, Real) and not isinstance(x, bool)
     whole = "a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "stop": texts,
-        "choices": ("a list of texts", lambda x: not _is_text(x) and texts[1](x)),
-        "regex": ("a text", _is_text),
+        "choices": ("a list of strings", lambda x: not _is_text(x) and texts[1](x)),
+        "regex": ("a string", _is_text),
         "schema": ("a JSON schema as a dict", lambda x: x is None or isinstance(x, Mapping)),
         "draft": ("a model that jaxgpt.load returns", lambda x: isinstance(x, Trained | None)),
         "cache": (f"one of {', '.join(get_args(CacheDtype))}", get_args(CacheDtype).__contains__),
@@ -117,7 +125,7 @@ def check_type(name: str, value: Any) -> None:
     } | dict.fromkeys(("top_k", "seed", "beam"), whole)
     wanted, is_right = kinds.get(name, number)
     if not is_right(value):
-        raise InputError(f"{name}={value!r:.80} is not right; give {wanted}")
+        raise InputError(f"{name}={value!r:.80} is invalid; use {wanted}")
 
 
 def _is_text(value: Any) -> bool:
@@ -125,23 +133,27 @@ def _is_text(value: Any) -> bool:
 
 
 def _items(value: Any) -> Sequence[Any]:
-    """The items of a list or tuple; for anything else, something that is no text."""
+    """The items of a list or tuple; for anything else, a list that contains no string."""
     return value if isinstance(value, list | tuple) else [None]
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained model: `config, params, tokenizer = jaxgpt.load(path)`, or call it to write."""
+    """A trained model, which can be unpacked or called to generate text.
+
+    config, params, tokenizer = jaxgpt.load(path)
+    text = jaxgpt.load(path)("Once upon a time")
+    """
 
     config: Config
     params: Any
     tokenizer: Tokenizer
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """The end tokens and sampling settings of the published model that it comes from, as in its
-    generation_config.json."""
+    """The fields of generation_config.json (end tokens and sampling settings) of the published
+    model from which this model comes."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Config, parameters and tokenizer, to unpack."""
+        """Yields config, parameters and tokenizer, for unpacking."""
         return iter((self.config, self.params, self.tokenizer))
 
     def __repr__(self) -> str:
@@ -154,25 +166,28 @@ class Trained:
 
     @property
     def model(self) -> GPT:
-        """The model, as it runs best here: `model.apply({"params": params}, tokens_BT)`."""
+        """The Flax module for this backend: `model.apply({"params": params}, tokens_BT)`."""
         halved = self.params["wte"].dtype == jnp.bfloat16
         asked = ComputeConfig(dtype="bfloat16" if halved else "auto")
         compute, _ = asked.resolve(self.config.model, jax.default_backend())
-        # One row of any length: the kernels for training want whole blocks.
+        # Prompts have any length, but the attention kernels for training need whole blocks.
         compute = replace(compute, attention="plain")
         return self.config.objective.build(self.config.model, compute)
 
     def held_in(self, dtype: Dtype) -> "Trained":
-        """The model to write from only, with smaller matrices, LoRA's factors added on.
+        """Converts the model to a smaller data type, for inference only; merges LoRA factors.
 
-        bfloat16 holds every parameter in two bytes; int8 a matrix in one for each number. Raises
-        InputError for bfloat16 on a CPU where jax lacks its products.
+        Args:
+            dtype: "bfloat16" for all parameters, or "int8" for weight matrices (quantized).
+
+        Raises:
+            InputError: JAX does not support bfloat16 matrix products on this CPU.
         """
         if dtype == "float32":
             return self
-        params = jax.jit(partial(smaller, self.config, dtype))(self.params)
+        params = jax.jit(partial(convert_dtype, self.config, dtype))(self.params)
         held = replace(self, params=params)
-        _ = held.model  # which cannot run everywhere
+        _ = held.model  # raises InputError if the model cannot run on this backend
         return held
 
     @overload
@@ -184,57 +199,77 @@ class Trained:
     def __call__(
         self, prompt: str | Sequence[str] = "", tokens: int = 200, **options: Any
     ) -> str | list[str]:
-        """The prompt and its continuation in one text; of several prompts, a list of texts.
+        """Generates a continuation of a prompt, or of each of several prompts.
 
-        Each text is the one that its prompt gets alone. See `stream` for the options and errors.
+        Args:
+            prompt: A prompt, or a list of prompts. Each gets the text that it would get alone.
+            tokens: The most tokens to generate.
+            options: The fields of `GenerationConfig`, see `stream`.
+
+        Returns:
+            The prompt with its continuation; for several prompts, a list of texts.
+
+        Raises:
+            InputError: See `stream`.
         """
         if isinstance(prompt, str):
             return prompt + "".join(self.stream(prompt, tokens, **options))
         if not isinstance(prompt, list | tuple):
-            raise InputError(f"prompt={prompt!r:.80}; give a text, or a list of texts")
+            raise InputError(f"prompt={prompt!r:.80} is invalid; use a string or a list of strings")
         written = [self.stream(each, tokens, **options) for each in prompt]  # raises errors first
         return [each + "".join(pieces) for each, pieces in zip(prompt, written, strict=True)]
 
     def answer(self, messages: Messages, tokens: int = 200, **options: Any) -> str:
-        """As `chat`, with a mark after an answer that ends at the limit of tokens: to show."""
+        """Like `chat`, but marks an answer that was cut off at the limit of tokens; for display."""
         pieces = self.stream_chat(messages, tokens, **options)
         text = "".join(pieces)
         return text if pieces.finish_reason == "stop" else f"{text} ... (cut at {tokens} tokens)"
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """The sampling settings of the model's `generation_config`, by the names of `Sampling`."""
+        """The sampling settings in `generation_config`, by the names of `Sampling`'s fields."""
         return generation.sampling(self.generation_config)
 
-    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> Pieces:
-        """What follows a prompt, up to so many tokens, in pieces as it is written.
+    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> TextStream:
+        """Streams the continuation of a prompt.
 
-        The options are the fields of `Writing`; those that are not given are what the model's
-        `generation_config` says, else the defaults. As documents begin, so does a prompt; the text
-        ends where the model ends it. Raises InputError for a prompt longer than the context, and
-        for an invalid option.
+        Args:
+            prompt: The prompt. As training documents do, it begins with the tokenizer's
+                beginning-of-document token.
+            tokens: The most tokens to generate.
+            options: The fields of `GenerationConfig`. The defaults are the model's
+                `generation_config`, then those of `GenerationConfig`.
+
+        Returns:
+            An iterator over new text, without the prompt, up to the model's end-of-text token.
+
+        Raises:
+            InputError: The prompt is longer than the context, or an option is invalid.
         """
         if not isinstance(prompt, str):
-            raise InputError(f"prompt={prompt!r:.80}; give a text")
+            raise InputError(f"prompt={prompt!r:.80} is invalid; use a string")
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         ends = (self.tokenizer.eot, self.tokenizer.eos)
         return self._write(ids, ends, tokens, options, continues=True)
 
     def chat(self, messages: Messages, tokens: int = 200, **options: Any) -> str:
-        """The assistant's answer to a conversation: what `stream_chat` gives, in one."""
+        """Generates the assistant's answer to a conversation, see `stream_chat`."""
         return "".join(self.stream_chat(messages, tokens, **options))
 
     def stream_chat(
         self, messages: Messages, tokens: int = 200, *, tools: Tools = (), **options: Any
-    ) -> Pieces:
-        """The assistant's answer, of at most so many tokens, in pieces; options as for `stream`.
+    ) -> TextStream:
+        """Streams the assistant's answer to a conversation.
 
         Args:
-            messages: Mappings of `role` and `content`, the last one the user's or a tool's.
-            tokens: The most tokens of the answer.
+            messages: Dicts with `role` and `content`; the last message is the user's or a tool's.
+            tokens: The most tokens to generate.
             tools: The functions that the assistant may call, as JSON schemas, for models whose
-                chat template lists them; a call is part of the answer's text.
-            options: As for `stream`.
+                chat template has tools. A call is part of the answer's text.
+            options: The fields of `GenerationConfig`, see `stream`.
+
+        Returns:
+            An iterator over the answer's text.
 
         Raises:
             InputError: The conversation or an option is invalid, or the tokenizer has no chat
@@ -242,7 +277,7 @@ class Trained:
         """
         for name, value in {"messages": messages, "tools": tools}.items():
             if not isinstance(value, list | tuple):
-                raise InputError(f"{name}={value!r:.80} is not right; give a list")
+                raise InputError(f"{name}={value!r:.80} is invalid; use a list")
         template = choose(self.tokenizer)
         ids = render(template, self.tokenizer, messages, open=True, tools=tools).tokens
         return self._write(ids, template.stops(self.tokenizer), tokens, options, continues=False)
@@ -254,26 +289,27 @@ class Trained:
         tokens: int,
         options: dict[str, Any],
         continues: bool,
-    ) -> Pieces:
-        known = {f.name for f in fields(Writing)}
+    ) -> TextStream:
+        known = {f.name for f in fields(GenerationConfig)}
         if wrong := options.keys() - known:
             raise InputError(
-                f"{', '.join(sorted(wrong))}: no such setting; there are {', '.join(sorted(known))}"
+                f"{', '.join(sorted(wrong))}: unknown option; the options are "
+                f"{', '.join(sorted(known))}"
             )
         for name, value in options.items():
             check_type(name, value)
         if not isinstance(tokens, Integral):
-            raise InputError(f"tokens={tokens!r}; set it to a whole number, 1 or more")
+            raise InputError(f"tokens={tokens!r} is invalid; use a whole number, 1 or more")
         settings = self.sampling_defaults if options.get("beam", 1) == 1 else {}
-        how = Writing(**{**settings, **options})
+        how = GenerationConfig(**{**settings, **options})
         how.check(self.tokenizer.vocab_size)
         ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
-            by: Any = partial(search, width=how.beam)
+            by: Any = partial(stream_beam_search, width=how.beam)
         else:
             held = how.as_guide(self.tokenizer, ends, ids if continues else ())
             draft = None if how.draft is None else self._drafted_by(how.draft)
-            by = partial(write, sampling=how, guide=held, draft=draft)
+            by = partial(stream_text, sampling=how, guide=held, draft=draft)
         return by(
             self.model,
             self.params,
@@ -287,23 +323,23 @@ class Trained:
         )
 
     def _drafted_by(self, draft: "Trained") -> tuple[GPT, Any]:
-        """The model that guesses; InputError where it has other tokens, or a shorter context."""
+        """Returns the draft model; raises InputError if its tokenizer or context does not fit."""
         if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
             raise InputError(
-                f"draft={draft.config.name} has another tokenizer than {self.config.name}, and its "
-                "tokens mean nothing here; give a model with the same one, such as a student"
+                f"draft={draft.config.name} has another tokenizer than {self.config.name}; use a "
+                "draft model with the same tokenizer, such as a distilled student"
             )
         theirs, ours = draft.config.model.decode_T, self.config.model.decode_T
         if theirs < ours:
             raise InputError(
-                f"draft={draft.config.name} has a context of {theirs}, less than {ours}; use one "
-                "of at least that"
+                f"draft={draft.config.name} has a context of {theirs}; use a draft model with a "
+                f"context of at least {ours}"
             )
         return draft.model, draft.params
 
 
-def smaller(config: Config, dtype: Dtype, params: Any) -> Any:
-    """The parameters as `Trained.held_in` has them; a pure function, to jit or `eval_shape`."""
+def convert_dtype(config: Config, dtype: Dtype, params: Any) -> Any:
+    """Converts parameters as `Trained.held_in` does; a pure function, for jit and `eval_shape`."""
     if dtype == "float32":
         return params
     plain = fold_lora(params)
@@ -315,48 +351,61 @@ def smaller(config: Config, dtype: Dtype, params: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model comes from: all that is known of it before its parameters are read."""
+class ModelSource:
+    """A model whose parameters are not loaded yet."""
 
     config: Config
-    """Its model and tokenizer; the rest is its own run's, or the default."""
+    """The config of the run that trained the model; for a published model, the defaults with its
+    model and tokenizer."""
     tokenizer: Tokenizer
     params: Callable[..., Any]
-    """The parameters, as in `ShapeDtypeStruct`s given to it, or on the first device."""
+    """Loads the parameters: on the first device, or with the shardings of a tree of
+    `ShapeDtypeStruct`s that is passed to it."""
     abstract: Any
-    """Their `ShapeDtypeStruct`s, without places."""
+    """The parameters' `ShapeDtypeStruct`s, without shardings."""
     lineage: dict[str, Any]
-    """What a checkpoint says of where its run started."""
+    """The model's path and version, for the checkpoints of a run that starts from it."""
     digest: Callable[[], str]
-    """SHA-256 of what its files hold, to know it again."""
+    """Computes the SHA-256 of the model's files, to recognize the same model later."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """See `Trained`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the checkpoint says of itself (`checkpoint.read`); empty for published models."""
+    """The checkpoint's metadata (`checkpoint.read_metadata`); empty for published models."""
     better: str = ""
-    """For a run whose newest step is not its best: which one is, and how to take it."""
+    """If the run has a step with a lower validation loss: which one, and how to load it."""
 
     def load(self, dtype: Dtype = "float32") -> Trained:
-        """The model with its parameters, as `load` gives it."""
+        """Loads the parameters, see the function `load`."""
         trained = Trained(self.config, self.params(), self.tokenizer, self.generation_config)
         return trained.held_in(dtype)
 
     @property
     def note(self) -> str:
-        """Where from, on a terminal."""
+        """A line for the terminal that tells where the model comes from."""
         path, *rest = self.lineage.items()
         which = ", ".join(f"{name} {value}" for name, value in rest)
         return f"from {path[1]} ({which})" + (f"; {self.better}" if self.better else "")
 
     def compare(self, here: Leaves) -> Diff:
-        """What becomes of each leaf, of separate layers; InputError where one does not fit."""
+        """Compares the model's leaves (LoRA merged) with those of another architecture.
+
+        Args:
+            here: The leaves of the other architecture, with separate layers.
+
+        Raises:
+            InputError: A leaf has another shape.
+        """
         plain = jax.eval_shape(fold_lora, self.abstract)
         return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
 
     def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Any:
-        """The parameters for a tree that it was compared with: plain, in place, of V tokens.
+        """Loads the parameters for another architecture, with LoRA merged.
 
-        `under` is where the layout's letters have them.
+        Args:
+            diff: The result of `compare` with that architecture.
+            V: The architecture's number of tokens, to which the embeddings are resized.
+            layout: The layout that has the parameters' shardings.
+            under: The path of these parameters in the layout's tree.
         """
 
         def places(tree: Any) -> Any:
@@ -377,57 +426,75 @@ class Source:
 
 
 def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32") -> Trained:
-    """A model, ready to write, to fine-tune and to evaluate.
+    """Loads a model for generation, fine-tuning or evaluation.
 
-    `path` is a run's folder (its newest checkpoint), RUN@best (the one with the lowest validation
-    loss) or RUN@STEP, one checkpoint's folder, a folder of Hugging Face's layout, or a name there,
-    NAME or NAME@REVISION, which is downloaded once. The running average of the parameters is loaded
-    where a run kept one. `adapter` is a folder with a LoRA adapter of PEFT's layout, whose leaves
-    are put beside the matrices; rows of new tokens come with its tokenizer. With another `dtype` it
-    is a model to write from only, as `Trained.held_in` makes it: "bfloat16" is half the memory,
-    "int8" a quarter, and both are faster where reading the matrices is what takes the time. Raises
-    InputError where there is no model, it is damaged, or it is in another program's format.
+    If a run keeps a moving average of the parameters (EMA), that is loaded.
+
+    Args:
+        path: One of these: a run's folder (loads the newest checkpoint), RUN@best (the checkpoint
+            with the lowest validation loss), RUN@STEP, the folder of one checkpoint, a folder in
+            the layout of Hugging Face, or a name on the hub (NAME or NAME@REVISION), which is
+            downloaded once.
+        adapter: A folder with a LoRA adapter in PEFT's layout; its factors are added to the
+            parameters. New tokens come with the adapter's tokenizer.
+        dtype: Other types than "float32" are for inference only, see `Trained.held_in`: "bfloat16"
+            takes half of the memory and "int8" a quarter. Both are faster if memory bandwidth is
+            the limit, as it is when one text is generated.
+
+    Raises:
+        InputError: The model does not exist, is damaged, or is in another program's format.
     """
     return source(path, adapter).load(dtype)
 
 
-def source(path: str | Path, adapter: str | Path = "") -> Source:
-    """What `load` loads, with its parameters still in their files."""
+def source(path: str | Path, adapter: str | Path = "") -> ModelSource:
+    """Finds and validates a model as `load` does, without loading its parameters."""
     found = _source(path)
     return _with_adapter(found, expand(adapter)) if adapter else found
 
 
 def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
-    """The tokenizer of a model, and its options; the model's weights are not read.
+    """Loads a model's tokenizer without its weights.
 
-    `path` is as for `load`. Of a name on the hub the weights are not downloaded, and a folder need
-    not have any. Raises InputError where there is no tokenizer, or it is damaged.
+    Args:
+        path: A model, as for `load`. The weights of a model on the hub are not downloaded, and a
+            folder need not have any.
+
+    Returns:
+        The tokenizer and its config.
+
+    Raises:
+        InputError: There is no tokenizer, or it is damaged.
     """
     from jaxgpt.pretrained import hub
-    from jaxgpt.tokenizer.huggingface import read
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
     folder = Path(path).expanduser()
     name, _, revision = path.partition("@")
     if not folder.exists() and _is_name(name):
         folder = hub.fetch(name, revision or "main", weights=False).folder
     if any((folder / file).exists() for file in (*hub.TOKENIZERS, "tokenizer.model")):
-        tokenizer = read(folder)
+        tokenizer = read_tokenizer(folder)
         return tokenizer, TokenizerConfig(kind=tokenizer.kind)
     found = source(folder if folder.exists() else path)
     return found.tokenizer, found.config.tokenizer
 
 
-def _with_adapter(found: Source, folder: Path) -> Source:
+def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
+    """Adds a PEFT adapter's factors, embedding rows and tokenizer to a model."""
     from jaxgpt.pretrained import peft
 
     cfg = found.config.model
-    factors, rows = peft.read(folder, cfg), peft.read_rows(folder, cfg)
+    factors, rows = peft.read_adapter(folder, cfg), peft.read_rows(folder, cfg)
     V = max([cfg.V, *(int(each.ids.max()) + 1 for each in rows.values())])
     tokenizer = _adapter_tokenizer(found, folder, V)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), factors)
     model = replace(cfg, V=V)
     if V > cfg.V and (missing := {"wte", *([] if cfg.tied else ["head"])} - rows.keys()):
-        raise InputError(f"{folder} has new tokens, and no rows of {min(missing)} for them")
+        raise InputError(
+            f"{folder} has new tokens, but no rows of {min(missing)} for them; save the adapter "
+            "again with PEFT"
+        )
     tables = {
         name: jax.ShapeDtypeStruct((model.sizes["V"], cfg.D), np.float32)
         for name in ("wte", "head")
@@ -464,36 +531,37 @@ def _with_adapter(found: Source, folder: Path) -> Source:
     )
 
 
-def _adapter_tokenizer(found: Source, folder: Path, V: int) -> Tokenizer:
-    """The tokenizer of an adapter's folder, or of the model if that has none."""
-    from jaxgpt.tokenizer.huggingface import read
+def _adapter_tokenizer(found: ModelSource, folder: Path, V: int) -> Tokenizer:
+    """The tokenizer in an adapter's folder, or the model's if the folder has none."""
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
     old = found.tokenizer
     if not (folder / "tokenizer.json").exists():
         if V > found.config.model.V:
             raise InputError(
-                f"{folder} has rows for new tokens, and no tokenizer.json that says which; save "
-                "the tokenizer that it was trained with there: tokenizer.save_pretrained(...)"
+                f"{folder} has rows for new tokens, and no tokenizer.json that defines them; save "
+                "the adapter's tokenizer there: tokenizer.save_pretrained(...)"
             )
         return old
-    new = read(folder)
+    new = read_tokenizer(folder)
     alike = list(new.pieces[: old.vocab_size]) == list(old.pieces)
     if not alike or new.vocab_size > V:
         raise InputError(
-            f"{folder} has a tokenizer of {new.vocab_size} tokens that is not the model's, with "
-            f"more tokens up to {V} in all; use an adapter of this model"
+            f"{folder} has a tokenizer of {new.vocab_size} tokens, which is not the model's "
+            f"tokenizer extended to at most {V} tokens; use an adapter of this model"
         )
     return new
 
 
-def _source(path: str | Path) -> Source:
+def _source(path: str | Path) -> ModelSource:
+    """Finds a model without an adapter."""
     check_exists(path)
     folder = expand(path)
-    if folder.is_dir() and pretrained.is_here(folder):
+    if folder.is_dir() and pretrained.has_model(folder):
         return _pretrained(folder, {"path": str(path)})
     run, at, step = str(path).rpartition("@")
     if at and not folder.exists() and expand(run).is_dir():
-        return _run(checkpoint.find_step(expand(run), step), str(path))
+        return _run(checkpoint.find_checkpoint(expand(run), step), str(path))
     name, _, revision = str(path).partition("@")
     if not folder.exists() and _is_name(name):
         from jaxgpt.pretrained import hub
@@ -507,12 +575,15 @@ def _source(path: str | Path) -> Source:
             raise
         return _pretrained(found.folder, {"path": found.name, "revision": found.revision})
     if not (folder / "checkpoints").is_dir() and not (folder / "leaves.json").exists():
-        foreign.refuse(folder)
+        foreign.raise_if_foreign(folder)
     return _run(folder, str(path))
 
 
 def check_exists(path: str | Path) -> None:
-    """Raises InputError if a path is neither here nor a model's name; the hub is not asked."""
+    """Raises InputError if a path neither exists nor can be a name on the hub.
+
+    The hub itself is not contacted.
+    """
     from jaxgpt.pretrained import hub
 
     run, at, _ = str(path).rpartition("@")
@@ -520,12 +591,15 @@ def check_exists(path: str | Path) -> None:
     if expand(path).exists() or (at and expand(run).exists()) or _is_name(name):
         return
     if near := difflib.get_close_matches(name, hub.SHORT, 1, 0.7):
-        raise InputError(f"{path} is neither a folder here nor a model; did you mean {near[0]}?")
+        raise InputError(f"{path} is neither a local folder nor a model; did you mean {near[0]}?")
     checkpoint.open_checkpoint(expand(run if at else path))
 
 
 def _is_name(name: str) -> bool:
-    """Whether it is OWNER/NAME, and no path in a folder of runs or one that is here, or short."""
+    """Whether `name` is a short name of a model, or OWNER/NAME and not a path of this machine.
+
+    A path in the folder of runs, or in another folder that exists, is not a name.
+    """
     from jaxgpt.pretrained import hub
 
     parent = Path(name).parent
@@ -533,14 +607,15 @@ def _is_name(name: str) -> bool:
     return (owned and not parent.is_dir()) or name in hub.SHORT
 
 
-def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
-    from jaxgpt.tokenizer.huggingface import read
+def _pretrained(folder: Path, lineage: dict[str, Any]) -> ModelSource:
+    """A model in a folder in the layout of Hugging Face."""
+    from jaxgpt.tokenizer.huggingface import read_tokenizer
 
-    found, tokenizer = pretrained.read(folder), read(folder)
+    found, tokenizer = pretrained.read_model(folder), read_tokenizer(folder)
     if tokenizer.vocab_size > found.cfg.V:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model only "
-            f"{found.cfg.V}; they are not of one model: get both again"
+            f"{found.cfg.V}, so they belong to different models; download both again"
         )
     config = Config(
         name=folder.name, model=found.cfg, tokenizer=TokenizerConfig(kind=tokenizer.kind)
@@ -550,7 +625,7 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
         for path, (_, shape) in letters(found.cfg.build(PLAIN)).items()
     }
     lineage = {**lineage, "dtype": found.dtype}
-    return Source(
+    return ModelSource(
         config,
         tokenizer,
         found.params,
@@ -562,6 +637,7 @@ def _pretrained(folder: Path, lineage: dict[str, Any]) -> Source:
 
 
 def _digest(folder: Path) -> str:
+    """The SHA-256 of a folder's config, weights and tokenizer files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".msgpack") and file.is_file():
@@ -570,11 +646,15 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(path: Path, given: str) -> Source:
+def _run(path: Path, given: str) -> ModelSource:
+    """A model in a checkpoint of a run; `given` is the path as the user wrote it."""
     opened = checkpoint.open_checkpoint(path, ("ema", "params"))
     about = opened.metadata
     if "leaves" not in about:
-        raise InputError(f"{opened.folder} is no checkpoint: it has a manifest, and no leaves.json")
+        raise InputError(
+            f"{opened.folder} is not a checkpoint: it has a manifest but no leaves.json; use "
+            "another checkpoint"
+        )
     item = "ema" if "ema" in about["leaves"] else "params"
     lineage = {"path": given, "step": about["metrics"]["step"], "item": item}
     config = from_dict(Config, about["config"])
@@ -583,8 +663,9 @@ def _run(path: Path, given: str) -> Source:
     for name, leaf in flat(abstract).items():
         if name in here and leaf.shape != here[name][1]:
             raise InputError(
-                f"{path}: {'/'.join(name)} is {list(leaf.shape)}, and {list(here[name][1])} in "
-                "this version of jaxgpt; use the one that wrote it, or train again"
+                f"{path}: {'/'.join(name)} has shape {list(leaf.shape)}, and this version of "
+                f"jaxgpt needs {list(here[name][1])}; use the version that wrote the checkpoint, "
+                "or train again"
             )
     step, best = lineage["step"], checkpoint.best_step(opened.folder.parent)
     better = ""
@@ -593,9 +674,9 @@ def _run(path: Path, given: str) -> Source:
         here = about["metrics"].get("val_loss")
         better = (
             f"its step {best} has a lower validation loss, {loss:.4f}"
-            f"{'' if here is None else f' instead of {here:.4f}'}: {given}@best takes that"
+            f"{'' if here is None else f' instead of {here:.4f}'}; use {given}@best to load it"
         )
-    return Source(
+    return ModelSource(
         config,
         from_json(about["tokenizer"]),
         partial(opened.load, item),
@@ -609,7 +690,7 @@ def _run(path: Path, given: str) -> Source:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, jaxgpt and its libraries, which a checkpoint records."""
+    """Returns the versions of Python, jaxgpt and its libraries, which checkpoints record."""
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     ours = {"python": platform.python_version(), "jaxgpt": __version__}
     return ours | {name: version(name) for name in libraries}

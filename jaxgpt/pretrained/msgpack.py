@@ -1,8 +1,8 @@
-"""GPT-2 as transformers 4 wrote it from Flax: `flax_model.msgpack`, with the names torch gives it.
+"""Reads `flax_model.msgpack`, the Flax weights of GPT-2 that transformers 4 wrote.
 
-The format is that of flax.serialization.to_bytes: nested maps in msgpack, whose arrays are
-extensions, or maps of chunks where they are large. Everything is checked before it is believed, and
-nothing in a file can name code.
+The format is that of flax.serialization.to_bytes: nested msgpack maps, in which arrays are
+extension types, and large arrays are maps of chunks. Everything is validated, and a file cannot
+contain code.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
-# flax.serialization's codes of extensions, and the key that marks an array in chunks.
+# flax.serialization's codes of extension types, and the key that marks an array in chunks.
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3
 CHUNKED = "__msgpack_chunked_array__"
 
@@ -29,8 +29,9 @@ DTYPES: dict[str, Any] = {
 }
 MOST_DIMENSIONS = 32
 
-# Names down to the number of dimensions. All kernels are transposed in torch: FlaxConv1D kept its
-# own as [out, in] and torch's Conv1D is [in, out]; lm_head is a Dense, [in, out], and [out, in].
+# The tree of names; a leaf is the number of dimensions. Every kernel is the transpose of torch's:
+# FlaxConv1D stores [out, in] and torch's Conv1D [in, out]; lm_head (Dense) is [in, out] in Flax and
+# [out, in] in torch.
 _EMBEDDING = {"embedding": 2}
 _NORM = {"scale": 1, "bias": 1}
 _LINEAR = {"kernel": 2, "bias": 1}
@@ -44,12 +45,20 @@ _IN_TORCH = {"embedding": "weight", "scale": "weight", "kernel": "weight", "bias
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a `flax_model.msgpack` of GPT-2, by the names and in the layout of torch.
+    """Reads the tensors of a GPT-2 from a `flax_model.msgpack`.
 
-    `wte.weight` [V, D], `wpe.weight` [T, D], `h.0.attn.c_attn.weight` [D, 3D] and so on, and
-    `lm_head.weight` [V, D] where the file has one; float32, float16 or bfloat16, and kernels are
-    transposed views. Raises InputError with the file, the tensor's path in it and the reason.
-    Source: transformers 4, models/gpt2/modeling_flax_gpt2.py.
+    The names follow transformers 4, models/gpt2/modeling_flax_gpt2.py.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by their names in torch and in torch's layout: `wte.weight` [V, D], `wpe.weight`
+        [T, D], `h.0.attn.c_attn.weight` [D, 3D] and so on, and `lm_head.weight` [V, D] if the file
+        has one. They are float32, float16 or bfloat16; kernels are transposed views.
+
+    Raises:
+        InputError: The file is damaged or not a GPT-2; the message names the tensor.
     """
     tree = _read(path)
     trunk = tree.get("transformer", tree) if isinstance(tree, dict) else tree
@@ -75,24 +84,24 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 def _read(path: Path) -> Any:
     regular_file(path)
     try:
-        # Mapped, so that the arrays are in memory once and not twice.
+        # Memory-mapped, so that the arrays are in memory once and not twice.
         with (
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            # The tree has no lists; msgpack bounds all other lengths by the file's size.
+            # The tree has no lists; msgpack limits all other lengths by the file's size.
             return _unpack(content, max_array_len=0)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(
-            f"{path} is not a whole msgpack file: {error}; it was cut short or damaged: get "
+            f"{path} is not a complete msgpack file: {error}; it is truncated or damaged: download "
             "it again"
         ) from None
 
 
 def _unpack(content: Any, **limits: int) -> Any:
-    """ValueError for bytes that are not one object of msgpack."""
+    """Parses msgpack; raises ValueError if the bytes are not exactly one object."""
     try:
         return msgpack.unpackb(content, object_pairs_hook=_distinct, **limits)
     except (ValueError, msgpack.UnpackException) as error:
@@ -102,59 +111,62 @@ def _unpack(content: Any, **limits: int) -> Any:
 def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name appears twice")
     return table
 
 
 def _walk(
     node: Any, layout: dict[str, Any] | int, names: tuple[str, ...], path: Path
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """The arrays of a tree that has just the names of `layout`; it is taken apart on the way."""
+    """Yields the arrays of a tree, which must have exactly the names of `layout`.
+
+    Nodes are removed from the tree on the way, so that each array is in memory once.
+    """
     where = f"{path}: {'/'.join(names) or 'the tree'}"
     if isinstance(layout, int):
         try:
             array = _array(node)
         except ValueError as error:
-            raise InputError(f"{where} {error}; get the file again") from None
+            raise InputError(f"{where} {error}; download the file again") from None
         if array.ndim != layout:
             raise InputError(
-                f"{where} is {list(array.shape)}, and in GPT-2 it has {layout} dimensions; "
-                "get a file that FlaxGPT2LMHeadModel.save_pretrained wrote"
+                f"{where} has shape {list(array.shape)}, and in GPT-2 it has {layout} dimensions; "
+                "use a file that FlaxGPT2LMHeadModel.save_pretrained wrote"
             )
         yield names, array
         return
     if not isinstance(node, dict):
-        raise InputError(f"{where} is {_kind(node)}, not a table of names; it is no Flax GPT-2")
+        raise InputError(f"{where} is {_kind(node)}, not a map of names; use a Flax GPT-2")
     unknown = sorted(f"{key!r:.40}" for key in node.keys() - layout.keys())
     missing = sorted(f"{key!r}" for key in layout.keys() - node.keys())
     if unknown or missing:
-        wrong = [f"has {unknown[0]}, which GPT-2 does not"] if unknown else []
-        wrong += [f"lacks {missing[0]}"] if missing else []
+        wrong = [f"has {unknown[0]}, which GPT-2 does not have"] if unknown else []
+        wrong += [f"has no {missing[0]}"] if missing else []
         raise InputError(
             f"{where} {' and '.join(wrong)}; "
-            "get a file that FlaxGPT2LMHeadModel.save_pretrained wrote"
+            "use a file that FlaxGPT2LMHeadModel.save_pretrained wrote"
         )
     for key in layout:
         yield from _walk(node.pop(key), layout[key], (*names, key), path)
 
 
 def _array(node: Any) -> np.ndarray:
-    """An array that flax wrote whole or in chunks; ValueError with what is wrong with it."""
+    """Parses an array, which flax may have split into chunks; raises ValueError if invalid."""
     if not isinstance(node, dict):
         return _ndarray(node)
     if node.keys() != {CHUNKED, "shape", "chunks"} or node[CHUNKED] is not True:
-        raise ValueError("is a table of names, not an array")
+        raise ValueError("is a map of names, not an array")
     shape = _checked_shape(_numbered(node["shape"], "shape"))
     chunks = [_ndarray(chunk) for chunk in _numbered(node.pop("chunks"), "chunks")]
     if any(chunk.ndim != 1 or chunk.dtype != chunks[0].dtype for chunk in chunks):
-        raise ValueError("has chunks that are not rows of one dtype")
+        raise ValueError("has chunks that are not one-dimensional and of one dtype")
     if (size := sum(chunk.size for chunk in chunks)) != math.prod(shape):
-        raise ValueError(f"is {shape} by its shape, and its chunks hold {size:,} numbers")
+        raise ValueError(f"has shape {shape}, and its chunks have {size:,} numbers")
     return np.concatenate(chunks).reshape(shape)
 
 
 def _numbered(table: Any, name: str) -> list[Any]:
-    """The values of a table with keys "0", "1", ..., as flax writes a tuple."""
+    """The values of a map with keys "0", "1", ..., which is how flax stores a tuple."""
     keys = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if not keys or table.keys() != set(keys):
         raise ValueError(f"has {name} that are not numbered from 0")
@@ -162,19 +174,20 @@ def _numbered(table: Any, name: str) -> list[Any]:
 
 
 def _ndarray(node: Any) -> np.ndarray:
+    """Parses flax's extension type of an array; raises ValueError if it is invalid."""
     if not isinstance(node, msgpack.ExtType) or node.code not in (NDARRAY, SCALAR):
         raise ValueError(f"is {_kind(node)}, not an array")
     try:
         parts = _unpack(node.data, max_array_len=MOST_DIMENSIONS, max_map_len=0)
     except ValueError as error:
-        raise ValueError(f"is not a whole array: {error}") from None
+        raise ValueError(f"is not a complete array: {error}") from None
     if not isinstance(parts, list) or len(parts) != 3:
-        raise ValueError("is not a shape, a dtype and bytes")
+        raise ValueError("is not a list of shape, dtype and bytes")
     shape, dtype, content = _checked_shape(parts[0]), parts[1], parts[2]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"has dtype {dtype!r:.40}, not one of {', '.join(DTYPES)}")
     if not isinstance(content, bytes):
-        raise ValueError(f"has {_kind(content)} where its bytes should be")
+        raise ValueError(f"has a value {_kind(content)} instead of its bytes")
     if len(content) != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"is {dtype}{shape} and has {len(content):,} bytes")
     return np.frombuffer(content, DTYPES[dtype]).reshape(shape)
@@ -189,7 +202,8 @@ def _checked_shape(shape: Any) -> list[int]:
 
 
 def _kind(node: Any) -> str:
+    """Describes a value for an error message."""
     if isinstance(node, msgpack.ExtType):
         known = {NDARRAY: "an array", COMPLEX: "a complex number", SCALAR: "a number"}
-        return known.get(node.code, f"an extension of unknown code {node.code}")
+        return known.get(node.code, f"an extension type of unknown code {node.code}")
     return f"of type {type(node).__name__}"

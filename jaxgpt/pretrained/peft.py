@@ -1,16 +1,18 @@
-"""LoRA adapters in and out, in the files of Hugging Face's PEFT.
+"""Reads and writes LoRA adapters in the format of Hugging Face's PEFT.
 
-    tree = peft.read(Path("adapter"), cfg)      # {"blocks": {"0": {"q": {"lora_a": ...}}}}
-    rows = peft.read_rows(Path("adapter"), cfg)    # {"wte": Rows(ids, values)}
-    peft.write(Path("out"), cfg, params, base="Qwen/Qwen3-0.6B")
+    tree = peft.read_adapter(Path("adapter"), cfg)    # {"blocks": {"0": {"q": {"lora_a": ...}}}}
+    rows = peft.read_rows(Path("adapter"), cfg)       # {"wte": Rows(ids, values)}
+    peft.write_adapter(Path("out"), cfg, params, base="Qwen/Qwen3-0.6B")
 
-A folder holds adapter_config.json and adapter_model.safetensors: for each adapted module A
-[R, inputs] and B [outputs, R], and alpha / R times B A is added to its weights (Hu et al. 2021).
-Here the factors lie beside a matrix `w`, as `lora_a` [inputs, R], `lora_b` [R, outputs] and
-`lora_scale`, with inputs and outputs in the letters of `w`. Beside them there may be rows of the
-token embedding and the output layer: of some tokens (`trainable_token_indices`), or all rows
-(`modules_to_save`). What these cannot say, such as DoRA, is refused by name, and nothing is
-unpickled.
+A folder has adapter_config.json and adapter_model.safetensors. For each adapted module the latter
+has A [R, inputs] and B [outputs, R], and alpha / R * B A is added to the module's weights (Hu et
+al. 2021). In jaxgpt's parameter tree the factors are next to a matrix `w`, as `lora_a` [R, inputs],
+`lora_b` [outputs, R] and `lora_scale`, where inputs and outputs are dimensions in the letters of
+`w`: for `w` [N, H, D] they are `lora_a` [R, D] and `lora_b` [N, H, R].
+
+An adapter may also have rows of the token embedding and the output layer: those of some tokens
+(`trainable_token_indices`) or all of them (`modules_to_save`). Everything else in PEFT, such as
+DoRA, raises an error that names the field. Nothing is unpickled.
 """
 
 import json
@@ -33,16 +35,24 @@ from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
-from jaxgpt.pretrained.tensors import DTYPES, Shape, Stored, read_header, read_json, write_file
+from jaxgpt.pretrained.tensors import (
+    DTYPES,
+    Shape,
+    StoredTensor,
+    read_header,
+    read_json,
+    write_file,
+)
 from jaxgpt.pretrained.weights import Row, check_finite, rows
 from jaxgpt.training.finetune import LORA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MOST_STATES = 4096  # of the automaton of a pattern of modules
+MOST_STATES = 4096
+"""The most states of the automaton of a pattern of module names."""
 
-# Of training, of the library, or where modules were looked for: the tensors say what was found.
-# Those of ways to initialise A and B matter no more, and `init_lora_weights` names the others.
+# Fields about training, the library, initialization and which modules were searched. They do not
+# change what the adapter computes, because the tensors show which modules are adapted.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules",
@@ -58,7 +68,7 @@ SOME_ROWS, ALL_ROWS = ".token_adapter.trainable_tokens_delta", ".weight"
 
 
 class Factors(NamedTuple):
-    """Those of one module, as in files: A [R, inputs], B [outputs, R], and what B A is times."""
+    """The LoRA factors of one module as in PEFT's files: A [R, inputs], B [outputs, R], scale."""
 
     a: np.ndarray
     b: np.ndarray
@@ -66,19 +76,30 @@ class Factors(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of the token embedding or the output layer that take the place of the model's."""
+    """Rows of the token embedding or the output layer that replace the base model's."""
 
     ids: np.ndarray
-    """The tokens, int32 [n]; those from the model's V on are new."""
+    """Token ids, int32 [n]; ids from the base model's V on are new tokens."""
     values: np.ndarray
-    """Their rows, float32 [n, D]."""
+    """The tokens' rows, float32 [n, D]."""
 
 
-def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
-    """The leaves of a folder's adapter of a model, a nested dict of float32.
+def read_adapter(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
+    """Reads an adapter's LoRA factors.
 
-    Where a module holds queries, keys and values side by side (GPT-2), each gets the module's A and
-    its part of B. Raises InputError with the file, the field or tensor, and the reason.
+    If a module has queries, keys and values in one matrix (GPT-2), each of the three gets the
+    module's A and its own part of B.
+
+    Args:
+        folder: The adapter's folder.
+        cfg: The base model's architecture.
+
+    Returns:
+        The leaves `lora_a`, `lora_b` and `lora_scale`, a nested dict of float32 arrays.
+
+    Raises:
+        InputError: The adapter is damaged, not supported, or not one of this model; the message
+            names the file and the field or tensor.
     """
     check_manifest(folder, (CONFIG, WEIGHTS))
     fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
@@ -93,8 +114,8 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
         rank, scale = scales[module]
         inputs, outputs = _sides(modules[module][0], cfg)
         shape = len(modules[module]), math.prod(outputs)
-        a = _whole(pair, "A", (rank, math.prod(inputs)), module)
-        b = _whole(pair, "B", (math.prod(shape), rank), module).reshape(*shape, rank)
+        a = _read_factor(pair, "A", (rank, math.prod(inputs)), module)
+        b = _read_factor(pair, "B", (math.prod(shape), rank), module).reshape(*shape, rank)
         for row in modules[module]:
             found = a.reshape(rank, *inputs), b[row.part].reshape(*outputs, rank), scale
             for name, leaf in zip(LORA, found, strict=True):
@@ -103,11 +124,18 @@ def read(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
 
 
 def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
-    """The rows that an adapter brings along, by leaf: "wte", and "head" if that is not tied.
+    """Reads an adapter's rows of the token embedding and the output layer.
+
+    Args:
+        folder: The adapter's folder.
+        cfg: The base model's architecture.
+
+    Returns:
+        The rows by leaf: "wte", and "head" if it is not tied to the embedding.
 
     Raises:
-        InputError: They are not of this model, or do not agree with adapter_config.json; or the
-            output layer of a tied model is not the embedding, with which it would be another model.
+        InputError: The rows are not those of this model or contradict adapter_config.json, or the
+            model ties its output layer to the embedding and the adapter's differ.
     """
     check_manifest(folder, (CONFIG, WEIGHTS))
     fields = Fields(read_json(folder, CONFIG), folder / CONFIG)
@@ -120,8 +148,8 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
     for field, given in (("trainable_token_indices", [*indices]), ("modules_to_save", whole)):
         if not isinstance(given, list) or not set(given) <= ends.keys():
             raise InputError(
-                f"{fields.file}: {field}={fields.values[field]!r:.80} is not of "
-                f"{' and '.join(ends)}, whose rows alone are read; merge the adapter with PEFT"
+                f"{fields.file}: {field}={fields.values[field]!r:.80} is supported only for "
+                f"{' and '.join(ends)}; merge the adapter with PEFT"
             )
     tensors, found = _weights(folder), dict[str, Rows]()
     for end, name in ends.items():
@@ -141,33 +169,34 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
     alike = wte and head and np.array_equal(wte.values, head.values)
     if cfg.tied and (head or whole) and not alike:
         raise InputError(
-            f"{folder} has an output layer of its own for a model in which that is the embedding; "
-            "merge the adapter with PEFT, and set tie_word_embeddings=False in its config"
+            f"{folder} has an output layer of its own, but the model's output layer is tied to its "
+            "embedding; merge the adapter with PEFT, and set tie_word_embeddings=False in its "
+            "config"
         )
     return found
 
 
-def _rows(tensor: Stored, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
-    """The rows of a tensor; InputError unless they are those of the ids, and leave no gap."""
+def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
+    """Reads a tensor's rows; raises InputError unless there is one for each id, without gaps."""
     sizes = len(ids) if isinstance(ids, list | range) else 0, cfg.D
     if not sizes[0] or any(type(i) is not int or not 0 <= i < LARGEST_INT for i in ids):
         raise InputError(f"{file}: trainable_token_indices={ids!r:.80} are not token ids")
     if tensor.shape != sizes or tensor.dtype not in DTYPES:
         raise InputError(
             f"{tensor.file}: the rows of {sizes[0]} tokens are {tensor.dtype}{list(tensor.shape)}, "
-            f"and in this model they are {list(sizes)}; use an adapter of this model"
+            f"and this model needs {list(sizes)}; use an adapter of this model"
         )
     if missing := set(range(cfg.V, max(ids) + 1)) - set(ids):
         raise InputError(
-            f"{tensor.file} has rows of tokens up to {max(ids)}, the model has {cfg.V}, and there "
-            f"is none of token {min(missing)}; save the adapter again with PEFT"
+            f"{tensor.file} has rows of tokens up to {max(ids)}, but the model has {cfg.V} tokens "
+            f"and there is no row of token {min(missing)}; save the adapter again with PEFT"
         )
     values = tensor.rows(0, sizes[0]).astype(np.float32)
     check_finite(values, tensor.file, "a row of the embeddings")
     return Rows(np.asarray(ids, np.int32), values)
 
 
-def write(
+def write_adapter(
     folder: Path,
     cfg: GPTConfig,
     params: Any,
@@ -175,22 +204,25 @@ def write(
     revision: str | None = None,
     base_V: int = 0,
 ) -> list[Path]:
-    """Writes the adapter among the parameters of a model; other leaves stay out.
+    """Writes the LoRA factors in a model's parameters as a PEFT adapter.
 
-    Where a module holds queries, keys and values side by side (GPT-2), their factors become those
-    of one matrix, with the sum of their ranks unless they have one A.
+    If a module has queries, keys and values in one matrix (GPT-2), their factors are combined; the
+    rank is then the sum of their ranks, unless they share one A.
 
     Args:
-        folder: Where to.
+        folder: The folder to write to.
         cfg: The model's architecture.
-        params: Its parameters, in float32.
-        base: What PEFT loads the adapter's model from.
-        revision: Which commit of that.
-        base_V: How many tokens that has, if it has fewer than `cfg.V`. PEFT then gets the rows of
-            the others, of the embedding and of an output layer that is not tied to it.
+        params: The parameters in float32; leaves other than LoRA's are not written.
+        base: The path or name from which PEFT loads the base model.
+        revision: The base model's commit.
+        base_V: The base model's number of tokens, if it is less than `cfg.V`; then the rows of the
+            new tokens are written too, of the embedding and of an untied output layer.
+
+    Returns:
+        The files.
 
     Raises:
-        InputError: There is no adapter, or one of another model.
+        InputError: The parameters have no LoRA factors, or not those of this architecture.
     """
     modules = _modules(cfg)
     found = _found(cfg, modules, params)
@@ -234,7 +266,7 @@ def write(
 
 
 def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
-    """The modules that have matrices of the blocks, by name, each with its matrices in order."""
+    """The modules of the blocks by name, each with its matrices in order (q, k, v for GPT-2)."""
     modules: dict[str, list[Row]] = {}
     for row in sorted(rows(family_of(cfg), cfg), key=lambda row: row.part):
         if row.path[0] == "blocks" and row.path[-1] == "w":
@@ -243,75 +275,78 @@ def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
 
 
 def _tables(cfg: GPTConfig) -> dict[str, str]:
-    """The modules of the token embedding and the output layer, by name, each with its leaf."""
+    """Maps the names of the token embedding's and the output layer's modules to their leaves."""
     untied = replace(cfg, tied=False)
     found = {row.path[0]: row.name for row in rows(family_of(cfg), untied) if len(row.path) == 1}
     return {found[leaf].removesuffix(".weight"): leaf for leaf in ("wte", "head")}
 
 
 def _inputs(row: Row) -> str:
-    """The letters of a matrix that are summed over: D of NHD, NH of DNH."""
+    """The letters of a matrix's input dimensions: D for NHD, NH for DNH."""
     return next(side for side in row.axes.split(",") if row.letters.endswith(side))
 
 
 def _sides(row: Row, cfg: GPTConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sizes of a matrix's inputs, and of its outputs."""
+    """The sizes of a matrix's input and output dimensions."""
     sizes = tuple(cfg.sizes[letter] for letter in row.letters)
     return sizes[-len(_inputs(row)) :], sizes[: -len(_inputs(row))]
 
 
 def _check_fields(fields: Fields) -> None:
-    """Raises InputError where a field says more than A, B and their scale can."""
+    """Raises InputError if a field needs more than the factors A, B and their scale."""
     fields("peft_type", kind=str)
-    fields.must("peft_type", "LORA")
-    fields.must("bias", "none")
-    # The other ways change the weights that the adapter is added to.
-    fields.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
+    fields.expect("peft_type", "LORA")
+    fields.expect("bias", "none")
+    # Other initializations, such as PiSSA, change the base model's weights.
+    fields.expect("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     for name, value in sorted(fields.values.items()):
         if name not in HARMLESS | READ and value not in (None, False, [], {}):
             raise InputError(
-                f"{fields.file}: {name}={value!r:.80} is more than two factors beside a matrix, "
-                f"and would be lost; train the adapter without {name}, or merge it with PEFT"
+                f"{fields.file}: {name}={value!r:.80} is not supported, only plain LoRA; train the "
+                f"adapter without {name}, or merge it with PEFT"
             )
 
 
-def _weights(folder: Path) -> dict[str, Stored]:
+def _weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the adapter's safetensors file, by name."""
     if (path := inside(folder, WEIGHTS)).exists():
         return read_header(path)
     pickle = folder / "adapter_model.bin"
-    also = f" ({pickle.name} is a pickle, which is not read)" if pickle.exists() else ""
+    also = f" ({pickle.name} is a pickle, which is not supported)" if pickle.exists() else ""
     raise InputError(f"{folder} has no {WEIGHTS}{also}; save the adapter again with PEFT")
 
 
 def _pairs(
-    tensors: dict[str, Stored], modules: dict[str, list[Row]]
-) -> dict[str, dict[str, Stored]]:
-    """A and B of every adapted module."""
-    pairs: dict[str, dict[str, Stored]] = {}
+    tensors: dict[str, StoredTensor], modules: dict[str, list[Row]]
+) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors A and B of every adapted module; raises InputError for any other tensor."""
+    pairs: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         module, _, factor = name.removeprefix(PREFIX).rpartition(".lora_")
         known = name.startswith(PREFIX) and module in modules and factor in ("A.weight", "B.weight")
         if not known or tensor.dtype not in DTYPES:
             raise InputError(
-                f"{tensor.file}: {name!r}, {tensor.dtype}, is no factor beside a matrix in the "
-                "blocks of this model; use an adapter of this model, and of such matrices alone"
+                f"{tensor.file}: {name!r}, {tensor.dtype}, is not a LoRA factor of a matrix in "
+                "this model's blocks; use an adapter that has only such factors, of this model"
             )
         pairs.setdefault(module, {})[factor[0]] = tensor
     if not pairs:
-        raise InputError(f"{WEIGHTS} holds no tensor; save the adapter again with PEFT")
+        raise InputError(f"{WEIGHTS} has no tensors; save the adapter again with PEFT")
     return pairs
 
 
-def _whole(pair: dict[str, Stored], factor: str, shape: tuple[int, int], module: str) -> np.ndarray:
-    """A factor, float32; InputError where it is missing or not of this shape."""
+def _read_factor(
+    pair: dict[str, StoredTensor], factor: str, shape: tuple[int, int], module: str
+) -> np.ndarray:
+    """Reads a factor in float32; raises InputError if it is missing or has another shape."""
     if factor not in pair:
         file = next(iter(pair.values())).file
         raise InputError(f"{file}: {module} has no lora_{factor}; save the adapter again with PEFT")
     tensor = pair[factor]
     if tensor.shape != shape:
         raise InputError(
-            f"{tensor.file}: lora_{factor} of {module} is {list(tensor.shape)}, and by the model "
-            f"and {CONFIG} it is {list(shape)}; use an adapter of this model"
+            f"{tensor.file}: lora_{factor} of {module} has shape {list(tensor.shape)}, and the "
+            f"model and {CONFIG} need {list(shape)}; use an adapter of this model"
         )
     array = tensor.rows(0, shape[0]).astype(np.float32)
     check_finite(array, tensor.file, f"lora_{factor} of {module}")
@@ -319,27 +354,31 @@ def _whole(pair: dict[str, Stored], factor: str, shape: tuple[int, int], module:
 
 
 def _ranks_and_scales(fields: Fields, modules: list[str]) -> dict[str, tuple[int, float]]:
-    """The rank of each module's factors, and what their product is multiplied by."""
+    """The rank and the scale of each module's factors."""
     r, lora_alpha = fields("r", 8), fields("lora_alpha", 8.0, kind=float)
-    ranks = _of_modules(fields, "rank_pattern", int, modules)
-    alphas = _of_modules(fields, "alpha_pattern", float, modules)
+    ranks = _values_by_module(fields, "rank_pattern", int, modules)
+    alphas = _values_by_module(fields, "alpha_pattern", float, modules)
     stabilised = fields("use_rslora", False, kind=bool)
     found = {}
     for module in modules:
         rank, alpha = ranks.get(module, r), alphas.get(module, lora_alpha)
         if rank < 1:
             raise InputError(
-                f"{fields.file}: {module} has r={rank}; save the adapter again with PEFT"
+                f"{fields.file}: {module} has r={rank}, which is invalid; save the adapter again "
+                "with PEFT"
             )
         found[module] = rank, alpha / (math.sqrt(rank) if stabilised else rank)
     return found
 
 
-def _of_modules(fields: Fields, pattern: str, kind: type, modules: list[str]) -> dict[str, Any]:
-    """What a table of patterns says of modules: of each by the first that ends its name, as PEFT.
+def _values_by_module(
+    fields: Fields, pattern: str, kind: type, modules: list[str]
+) -> dict[str, Any]:
+    """Looks modules up in a field such as `rank_pattern`, a map of regular expressions to values.
 
-    The patterns are regular expressions, on which Python's own engine may never end. Those with
-    more than names in them are matched by automata of bounded size.
+    As in PEFT, the first expression that matches the end of a module's name counts. Python's `re`
+    may take exponential time on an expression of unknown origin, so all expressions but plain names
+    are matched with automata of limited size.
     """
     table = Fields(fields(pattern, {}, kind=dict), fields.file)
     found: dict[str, Any] = {}
@@ -348,7 +387,7 @@ def _of_modules(fields: Fields, pattern: str, kind: type, modules: list[str]) ->
         check_length("all keys together have", sum(map(len, table.values)))
         prefix = Pattern(graph).read(r"(.*\.)?")
         roots: dict[str, int] = {}
-        for key in table.values:  # all are read first: an automaton depends on all characters
+        for key in table.values:  # parsed before any is matched: automata depend on all characters
             if not _is_name(key):
                 roots[key] = Pattern(graph, around=prefix).read(f"(?:{key})$")
         for key in table.values:
@@ -371,7 +410,7 @@ def _is_name(key: str) -> bool:
 
 
 def _automaton(graph: Expressions, root: int) -> Callable[[str], bool]:
-    """The function that tells whether an expression matches a text."""
+    """Returns a function that tells whether an expression matches a text."""
     next_SB, complete_S = graph.automaton(root, MOST_STATES)
 
     def matches(text: str) -> bool:
@@ -388,7 +427,7 @@ def _automaton(graph: Expressions, root: int) -> Callable[[str], bool]:
 def _found(
     cfg: GPTConfig, modules: dict[str, list[Row]], params: Any
 ) -> dict[str, list[Factors | None]]:
-    """The factors of each adapted module's matrices, None beside those that have some."""
+    """The factors of each adapted module's matrices; None for a matrix without factors."""
     leaves = {
         path: np.asarray(leaf, np.float32)
         for path, leaf in flat(params).items()
@@ -396,7 +435,7 @@ def _found(
     }
     if not leaves:
         raise InputError(
-            f"the parameters have no {LORA[0]}; give those of a run with tune.parts=lora"
+            f"the parameters have no {LORA[0]}; use those of a run with tune.parts=lora"
         )
     found: dict[str, list[Factors | None]] = {}
     for module, group in modules.items():
@@ -405,14 +444,14 @@ def _found(
             found[module] = parts
     if leaves:
         raise InputError(
-            f"{'/'.join(min(leaves))} is beside no matrix of this model that PEFT can adapt; give "
-            "parameters of this model, with separate layers"
+            f"{'/'.join(min(leaves))} does not belong to a matrix of this model that PEFT can "
+            "adapt; use parameters of this model, with separate layers"
         )
     return found
 
 
 def _factors(leaves: dict[tuple[str, ...], np.ndarray], row: Row, cfg: GPTConfig) -> Factors | None:
-    """Takes a matrix's factors out of the leaves."""
+    """Removes a matrix's factors from `leaves` and returns them, or None if there are none."""
     where = row.path[:-1]
     leaf = {name: leaves.pop((*where, name)) for name in LORA if (*where, name) in leaves}
     if not leaf:
@@ -422,17 +461,18 @@ def _factors(leaves: dict[tuple[str, ...], np.ndarray], row: Row, cfg: GPTConfig
     R = (*shapes.get("lora_a", ()), 0)[0]
     if not R or shapes != dict(zip(LORA, ((R, *inputs), (*outputs, R), ()), strict=True)):
         raise InputError(
-            f"{'/'.join(where)} has {shapes}, not {LORA[0]} {['R', *inputs]}, {LORA[1]} "
-            f"{[*outputs, 'R']} and one {LORA[2]}; give parameters of this model"
+            f"{'/'.join(where)} has the shapes {shapes} instead of {LORA[0]} {['R', *inputs]}, "
+            f"{LORA[1]} {[*outputs, 'R']} and a scalar {LORA[2]}; use parameters of this model"
         )
     a, b, scale = (leaf[name] for name in LORA)
     return Factors(a.reshape(R, -1), b.reshape(-1, R), np.float32(scale))
 
 
 def _joined(parts: list[Factors | None]) -> Factors:
-    """Factors of matrices that lie side by side as those of the whole; None has a share of 0.
+    """Combines the factors of matrices that PEFT has as one module (q, k, v of GPT-2).
 
-    Their A lie on each other, their B in a block-diagonal, unless all have one A and one scale.
+    The A are concatenated and the B become a block-diagonal matrix, unless all have the same A and
+    scale. A matrix without factors (None) gets zeros.
     """
     there = [part for part in parts if part is not None]
     a, scale = there[0].a, max(part.scale for part in there)
@@ -451,16 +491,19 @@ def _joined(parts: list[Factors | None]) -> Factors:
 
 
 def _alpha(factors: Factors) -> float:
-    """The alpha that divided by the rank is the scale, a whole number where there is one."""
+    """Returns alpha, which is the scale times the rank, as an int if it is a whole number."""
     rank = len(factors.a)
     alpha = float(factors.scale) * rank
     if not math.isfinite(alpha):
-        raise InputError(f"{LORA[2]} is {factors.scale}; export an earlier checkpoint")
+        raise InputError(f"{LORA[2]} is {factors.scale}, not finite; export an earlier checkpoint")
     return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
 
 
 def _by_suffix(values: dict[str, Any], modules: dict[str, list[Row]]) -> dict[str, Any]:
-    """Values by module, or by the end of its name where all modules of that end have the same."""
+    """Shortens the keys of `values` to the last part of a module's name where that is unambiguous.
+
+    That is the case if all modules whose names end with it have the same value.
+    """
     ends: dict[str, list[Any]] = {}
     for module in modules:
         ends.setdefault(module.rpartition(".")[2], []).append(values.get(module))

@@ -1,11 +1,11 @@
-"""Qwen2 and Qwen2.5 (Qwen Team 2024: biases on q, k, v) and Qwen3 (2025: QK-norm)."""
+"""Qwen2 and Qwen2.5 (Qwen Team 2024; biases on q, k, v), and Qwen3 (2025; QK-norm)."""
 
 from typing import Any
 
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained.fields import Fields, layer_types, rope
+from jaxgpt.pretrained.fields import Fields, layer_types, rope_fields
 from jaxgpt.pretrained.llama import ROWS as LLAMA
-from jaxgpt.pretrained.llama import fields_of, relatives, rotary
+from jaxgpt.pretrained.llama import common_config, common_fields, rotary
 
 MODEL_TYPES = ("qwen2", "qwen3")
 PREFIX = "model."
@@ -16,12 +16,12 @@ ROWS = (
 )
 
 
-def read(fields: Fields) -> GPTConfig:
-    """The architecture of a config.json."""
-    fields.must("hidden_act", "silu")
+def read_config(fields: Fields) -> GPTConfig:
+    """Reads the architecture from the fields of a config.json."""
+    fields.expect("hidden_act", "silu")
     third = fields("model_type", kind=str) == "qwen3"
     if third:
-        fields.must("attention_bias", False)
+        fields.expect("attention_bias", False)
     L = fields.layers("num_hidden_layers")
     window = fields("sliding_window", 4096)
     first = fields("max_window_layers", 28)
@@ -29,7 +29,7 @@ def read(fields: Fields) -> GPTConfig:
     window, every = fields.windows(
         L, window, layer_types([window if used and layer >= first else 0 for layer in range(L)])
     )
-    return relatives(
+    return common_config(
         fields,
         T=32768,
         **rotary(fields, 32768),
@@ -40,15 +40,15 @@ def read(fields: Fields) -> GPTConfig:
     )
 
 
-def write(cfg: GPTConfig) -> dict[str, Any]:
-    """The inverse of `read`."""
+def write_config(cfg: GPTConfig) -> dict[str, Any]:
+    """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "Qwen2ForCausalLM"],
         "model_type": "qwen3" if cfg.qk_norm else "qwen2",
-        **fields_of(cfg),
+        **common_fields(cfg),
         "hidden_act": "silu",
         **({"attention_bias": False} if cfg.qk_norm else {}),
-        **rope(cfg.rope_theta, cfg.rope_scaling),
+        **rope_fields(cfg.rope_theta, cfg.rope_scaling),
         "use_sliding_window": cfg.window > 0,
         "sliding_window": cfg.window or None,
         "max_window_layers": 0 if cfg.window else cfg.L,

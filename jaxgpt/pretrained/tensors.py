@@ -1,9 +1,9 @@
-"""Safetensors files, in and out, a piece of a tensor at a time.
+"""Reads and writes safetensors files, one part of a tensor at a time.
 
-A file is 8 bytes with the length of its header, the header in JSON, and the tensors' bytes, one
-after another (https://github.com/huggingface/safetensors). Here a header is believed only after it
-was checked against the file, and no more than a piece of a tensor is held at once: mapping the file
-into memory, as the safetensors library does, would count all of it as used.
+A file has 8 bytes with the length of the header, the header in JSON, and the tensors' bytes one
+after another (https://github.com/huggingface/safetensors). The header is fully checked against the
+file. Unlike the safetensors library, this module does not map files into memory, because all of a
+mapped file may count as used memory.
 """
 
 import json
@@ -28,11 +28,12 @@ DTYPES: dict[str, Any] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# What a file may hold besides parameters, such as the causal masks of old GPT-2 files.
+# Item sizes of all data types; files may have buffers of other types than parameters, such as the
+# causal masks of old GPT-2 files.
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
 SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {k: v.itemsize for k, v in DTYPES.items()}
 
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LONGEST_HEADER = 100_000_000  # bytes; the limit in the format's specification
 LARGEST_JSON = 64_000_000  # bytes
 MOST_DIMENSIONS = 32  # as in numpy
 LONGEST_NAME = 1000  # characters of a tensor's name
@@ -41,30 +42,30 @@ SINGLE = "model.safetensors"
 
 
 class Tensor(Protocol):
-    """A tensor that is still in its file."""
+    """A tensor of a file, of which rows can be read."""
 
     @property
     def file(self) -> Path:
-        """Where it is."""
+        """The file's path."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Its name in the safetensors format, as BF16."""
+        """The data type's name in the safetensors format, such as BF16."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its lengths."""
+        """The tensor's shape."""
         ...
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Those of its first dimension, [stop - start, ...]."""
+        """Reads rows of the first dimension, [stop - start, ...]."""
         ...
 
 
-class Stored(NamedTuple):
-    """A tensor of a safetensors file: `offset` is where its bytes begin."""
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file; its bytes begin at `offset`."""
 
     file: Path
     dtype: str
@@ -72,74 +73,78 @@ class Stored(NamedTuple):
     offset: int
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Those of its first dimension, [stop - start, ...]; InputError where the file ends."""
+        """Reads rows of the first dimension; raises InputError if the file is too short."""
         dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])
         count = (stop - start) * row
         skip = self.offset + start * row * dtype.itemsize
         array = np.fromfile(self.file, dtype, count, offset=skip)
         if array.size != count:
-            raise InputError(f"{self.file} became shorter while it was read; get it again")
+            raise InputError(f"{self.file} was truncated while it was read; download it again")
         return array.reshape(stop - start, *self.shape[1:])
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor that a file of another format gave, in memory."""
+class InMemoryTensor:
+    """A tensor in memory, from a file of another format."""
 
     file: Path
     array: np.ndarray
 
     @property
     def dtype(self) -> str:
-        """Its name in the safetensors format."""
+        """The data type's name in the safetensors format."""
         return name_of(self.array.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its lengths."""
+        """The tensor's shape."""
         return self.array.shape
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Those of its first dimension."""
+        """Returns rows of the first dimension."""
         return self.array[start:stop]
 
 
 def name_of(dtype: Any) -> str:
-    """A dtype's name in the format, such as BF16."""
+    """Returns a data type's name in the safetensors format, such as BF16."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The table that a JSON file of a folder holds; InputError where it cannot be read."""
+    """Reads a JSON object from a file of a folder; raises InputError if that fails."""
     path = regular_file(inside(folder, name))
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it is larger than {LARGEST_JSON:,} bytes")
         values = strict_json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; get it again") from None
+        raise InputError(f"{path} cannot be read: {error}; download it again") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, not a table of fields")
+        raise InputError(f"{path} is a JSON {type(values).__name__}, not an object of fields")
     return values
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Reads which file each tensor of a folder is in, by the folder's index; empty without one."""
+    """Reads a folder's index, which maps tensors to files; empty if there is no index."""
     index = inside(folder, INDEX)
     if not index.exists():
         return {}
     where = read_json(folder, INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; get it again")
+        raise InputError(f"{index} has no weight_map from tensors to files; download it again")
     if not where:
-        raise InputError(f"{index} has an empty weight_map; get it again")
+        raise InputError(f"{index} has an empty weight_map; download it again")
     return where
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's `model.safetensors`, or of all files that its index names.
+    """Reads the headers of a folder's `model.safetensors`, or of all files that its index lists.
 
-    Nothing but headers is read. Raises InputError with the file, the tensor and the reason.
+    Returns:
+        The tensors by name; their values are not read yet.
+
+    Raises:
+        InputError: A file is missing or damaged; the message names the file and the tensor.
     """
     where = read_index(folder)
     check_manifest(folder, where.values() or (SINGLE,))
@@ -151,21 +156,26 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         for tensor, stored in read_header(file).items():
             if where.get(tensor) != name:
                 raise InputError(
-                    f"{file} holds {tensor!r}, which {INDEX} finds in "
-                    f"{where.get(tensor, 'no file')!r}; get both again"
+                    f"{file} has {tensor!r}, which {INDEX} lists in "
+                    f"{where.get(tensor, 'no file')!r}; download both again"
                 )
             found[tensor] = stored
     if missing := sorted(where.keys() - found.keys()):
         raise InputError(
-            f"{folder / where[missing[0]]} lacks {missing[0]!r}, which {INDEX} promises"
+            f"{folder / where[missing[0]]} has no {missing[0]!r}, which {INDEX} lists; download "
+            "both again"
         )
     return found
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, by name, in the order of their bytes.
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Reads the header of a safetensors file.
 
-    Raises InputError where the header is not what the format and the file's size allow.
+    Returns:
+        The tensors by name, in the order of their bytes.
+
+    Raises:
+        InputError: The header is invalid or does not match the file's size.
     """
     regular_file(file)
     try:
@@ -181,9 +191,11 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         entries = strict_json.loads(header, distinct=True)
     except ValueError as error:
-        raise InputError(f"{file} has a header that is not JSON: {error}; get it again") from None
+        raise InputError(
+            f"{file} has a header that is not JSON: {error}; download it again"
+        ) from None
     if not isinstance(entries, dict):
-        raise InputError(f"{file} has a header that is not a table of tensors; get it again")
+        raise InputError(f"{file} has a header that is not a JSON object; download it again")
     entries.pop("__metadata__", None)
 
     begin, tensors = 8 + length, {}
@@ -191,45 +203,50 @@ def read_header(file: Path) -> dict[str, Stored]:
         dtype, shape, (first, last) = _check_entry(file, name, entry)
         if last - first != math.prod(shape) * SIZES[dtype]:
             raise InputError(
-                f"{file}: {name!r} is {dtype}{list(shape)} by its header, and has "
-                f"{last - first:,} bytes; get it again"
+                f"{file}: {name!r} is {dtype}{list(shape)} in the header, but has "
+                f"{last - first:,} bytes; download it again"
             )
-        tensors[name] = (Stored(file, dtype, shape, begin + first), first, last)
+        tensors[name] = (StoredTensor(file, dtype, shape, begin + first), first, last)
     position = 0
     ordered = sorted(tensors.items(), key=lambda item: item[1][1:])
     for name, (_, first, last) in ordered:
         if first != position:
             raise InputError(
-                f"{file}: {name!r} begins at byte {first:,} of the data, and the tensor before it "
-                f"ends at {position:,}; get it again"
+                f"{file}: {name!r} begins at byte {first:,} of the data, but the tensor before it "
+                f"ends at {position:,}; download it again"
             )
         position = last
     if begin + position != size:
         raise InputError(
-            f"{file} has {size:,} bytes, and by its header it is {begin + position:,}; it was cut "
-            "short or something was added: get it again"
+            f"{file} has {size:,} bytes, and its header requires {begin + position:,}; the file "
+            "was truncated or extended: download it again"
         )
     return {name: stored for name, (stored, _, _) in ordered}
 
 
 def _not_safetensors(start: bytes, length: int, size: int) -> str:
+    """Why the first 8 bytes of a file are not those of a safetensors file."""
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return (
-            "is a pickle, as torch.save writes, which could run any code, and is not read; "
-            "get the safetensors file"
+            "is a pickle (torch.save), which can run arbitrary code and is not supported; "
+            "use the safetensors file"
         )
     return (
-        f"claims a header of {length:,} bytes, of {LONGEST_HEADER:,} at most and in one of "
-        f"{size:,}; it is no safetensors file, or cut short: get it again"
+        f"claims a header of {length:,} bytes in a file of {size:,} bytes (the limit is "
+        f"{LONGEST_HEADER:,}); it is truncated or not a safetensors file: download it again"
     )
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if len(name) > LONGEST_NAME:
-        raise InputError(f"{file} has a tensor with a name of {len(name):,} characters")
+        raise InputError(
+            f"{file} has a tensor with a name of {len(name):,} characters, more than "
+            f"{LONGEST_NAME:,}; use another file"
+        )
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(
-            f"{file}: {name!r} has not just a dtype, a shape and offsets: {entry!r:.80}"
+            f"{file}: the header of {name!r} is {entry!r:.80}, not exactly dtype, shape and "
+            "data_offsets; download it again"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
@@ -238,19 +255,19 @@ def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
         whole = isinstance(numbers, list) and len(numbers) <= MOST_DIMENSIONS
         whole = whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
         if not whole or (what == "data_offsets" and len(numbers) != 2):
-            raise InputError(f"{file}: {name!r} has {what} {numbers!r:.80}; get it again")
+            raise InputError(f"{file}: {name!r} has {what} {numbers!r:.80}; download it again")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
 class Shape(NamedTuple):
-    """What a tensor to be written will be: its dtype's name and its lengths."""
+    """The data type's name and the shape of a tensor to write."""
 
     dtype: str
     lengths: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Its size in a file."""
+        """The tensor's size in bytes."""
         return math.prod(self.lengths) * SIZES[self.dtype]
 
 
@@ -260,10 +277,17 @@ def write_folder(
     get: Callable[[str], np.ndarray],
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
-    """Writes tensors as `model.safetensors`, or in files of at most `shard_bytes` with an index.
+    """Writes tensors to `model.safetensors`, or to several files with an index.
 
-    `get` is called for one tensor after another; no more than one is held. A tensor larger than
-    `shard_bytes` has a file to itself.
+    Args:
+        folder: An existing folder.
+        shapes: The tensors' types and shapes by name, in the order in which to write them.
+        get: Returns a tensor by name. It is called for one tensor after another, so that only one
+            is in memory.
+        shard_bytes: The largest size of a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The files.
     """
     shards: list[list[str]] = [[]]
     for name, shape in shapes.items():
@@ -290,9 +314,9 @@ def write_file(
     shapes: Mapping[str, Shape],
     get: Callable[[str], np.ndarray],
 ) -> Path:
-    """Writes one safetensors file, a tensor at a time: `get` gives each by name."""
+    """Writes one safetensors file, see `write_folder`; `names` are the tensors to write."""
     names = list(names)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as transformers wants it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     position = 0
     for name in names:
         end = position + shapes[name].bytes
@@ -314,6 +338,6 @@ def write_file(
     return path
 
 
-def natural(name: str) -> list[Any]:
-    """A key that sorts layer 2 before layer 10."""
+def natural_key(name: str) -> list[Any]:
+    """Returns a sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

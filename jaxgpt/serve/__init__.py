@@ -1,11 +1,13 @@
-"""A server for one model: OpenAI's interface, and a page to chat on.
+"""An HTTP server for one model, with an OpenAI-compatible API and a chat page.
 
     python -m jaxgpt serve runs/default
 
-What it promises: what is asked is answered or refused with the field's name, never cut; no text of
-a request becomes a special token; and only this machine can ask, unless there is a key.
+Guarantees: an invalid request is rejected with an error that names the field, and input is never
+truncated; text in a request is never encoded as a special token; and without an API key the server
+accepts connections from this machine only.
 
-FastAPI, uvicorn and pydantic come with `pip install 'jaxgpt[serve]'`; nothing else here needs them.
+FastAPI, uvicorn and pydantic are installed by `pip install 'jaxgpt[serve]'`; no other subpackage
+needs them.
 """
 
 from dataclasses import dataclass
@@ -17,42 +19,51 @@ from jaxgpt.pretrained.load import Dtype
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Where a model is served, to how many, and how it is held."""
+    """Settings of the server: address, API key, limits, and the model's memory formats."""
 
     host: str = "127.0.0.1"
-    """The address to bind; another than this machine's own needs a key."""
+    """The address to bind. An address that other machines can reach requires an API key."""
     port: int = 8000
-    """The port; 0: a free one."""
+    """The port to bind; 0: any free port."""
     api_key: str = ""
-    """What callers have to know; better in $JAXGPT_API_KEY, where nobody sees it."""
+    """The API key that clients must send; "": none. Prefer $JAXGPT_API_KEY, which does not show up
+    in the list of processes."""
     name: str = ""
-    """What the model is called; by default after its run."""
+    """The model's name in the API; "": the name of its run, folder or hub repository."""
     slots: int = 0
-    """How many texts are generated at once; 0: up to 8, as many as fit into the memory."""
+    """The batch size: how many texts are generated at the same time. 0: as many as fit in memory,
+    up to 8."""
     queue: int = 64
-    """How many requests wait for a slot before others are turned away."""
+    """The most texts that wait for a slot; further requests are rejected with status 429."""
     context: int = 0
-    """Tokens of a prompt and its answer, at most; 0: the model's context, or half of it, a quarter
-    and so on, if no more fits into the memory."""
+    """The most tokens of a prompt and its answer together. 0: the model's context, halved until it
+    fits in memory."""
     max_n: int = 16
-    """Texts that a request may ask for a prompt (`n`, `best_of`), at most."""
+    """The most texts that one request may ask for per prompt (`n`, `best_of`)."""
     add_special_tokens: bool = True
-    """Whether a prompt of text begins with the token with which the tokenizer begins documents, as
-    in training; a request's own add_special_tokens overrides it."""
+    """Whether text prompts begin with the tokenizer's beginning-of-document token, as training
+    documents do. A request's own add_special_tokens overrides it."""
     deadline: float = 300.0
-    """Seconds from a request's arrival to the end of its answer, at most, with all waiting."""
+    """The most seconds from a request's arrival to the end of its answer, including the time in the
+    queue."""
     dtype: Dtype = "float32"
-    """Of the matrices: int8 is a quarter of the memory, faster, and nearly the same; bfloat16 is
-    half of it."""
+    """The data type of the weight matrices. int8 takes a quarter of the memory and is faster, with
+    a small loss of accuracy; bfloat16 takes half of the memory."""
     cache: CacheDtype = "same"
-    """Of keys and values: int8 leaves room for more of them."""
+    """The data type of the KV cache; "same": that of the activations. int8 leaves room for more
+    slots or a longer context."""
 
 
 def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
-    """Loads a model, from what `jaxgpt.load` takes, and serves it until SIGTERM or SIGINT.
+    """Loads a model and serves it until SIGTERM or SIGINT, then finishes the running requests.
 
-    What is running then may end. Raises InputError for a setting that cannot be, before the model
-    is read.
+    Args:
+        path: The model, as for `jaxgpt.load`.
+        cfg: The server's settings.
+
+    Raises:
+        InputError: A setting is invalid (checked before the model is loaded), or the model cannot
+            be loaded.
     """
     try:
         from jaxgpt.serve import server
@@ -60,6 +71,7 @@ def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
         if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise InputError(
-            f"the server needs {error.name}, which is not installed; pip install 'jaxgpt[serve]'"
+            f"the server needs {error.name}, which is not installed; run "
+            "pip install 'jaxgpt[serve]'"
         ) from None
     server.run(path, cfg)

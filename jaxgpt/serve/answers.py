@@ -1,4 +1,4 @@
-"""Pieces of text from the engine's thread to OpenAI's answers, whole or as events."""
+"""Converts the engine's output to OpenAI's responses: one JSON object, or server-sent events."""
 
 import asyncio
 import contextlib
@@ -9,16 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from jaxgpt.serve.api import Call, Served
-from jaxgpt.serve.bodies import Refused
-from jaxgpt.serve.engine import Engine, Piece, Request, Stream, Token
+from jaxgpt.serve.api import Call, ServedModel
+from jaxgpt.serve.bodies import ApiError
+from jaxgpt.serve.engine import Delta, Engine, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.tokenizer import TextDecoder
 
 Place = tuple[bool, bool]
-"""What `Tokenizer.place` gives."""
+"""The return type of `Tokenizer.place`: how the next token of a text is spelled."""
 PING = 15.0
-"""Seconds without a piece after which a reader is told that somebody is still there."""
+"""Seconds without output after which a comment is sent to keep the client's connection open."""
 FAILURES = {
     "deadline": (504, "the answer took longer than this server allows", "deadline_exceeded"),
     "cancelled": (503, "the server stopped before the answer was finished", "stopped"),
@@ -26,17 +26,18 @@ FAILURES = {
 }
 
 
-class Written(NamedTuple):
-    """A piece, and which of a call's choices it belongs to."""
+class ChoiceDelta(NamedTuple):
+    """New output of one choice of a call."""
 
     choice: int
-    piece: Piece
+    delta: Delta
 
 
 class Streams:
-    """The choices of one call, as they are written, for one task of the running loop.
+    """An asynchronous iterator over the output of all choices of one call.
 
-    Pieces that wait to be read are bounded by the answers themselves, which end with the context.
+    The queue between the engine's thread and the event loop needs no limit of its own: an answer
+    is never longer than the context.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Streams:
     ) -> None:
         self._engine, self._metrics = engine, metrics
         self._start = time.monotonic()
-        self._queue: asyncio.Queue[Written] = asyncio.Queue()
+        self._queue: asyncio.Queue[ChoiceDelta] = asyncio.Queue()
         self._streams: list[Stream] = []
         try:
             for choice, request in enumerate(requests):
@@ -53,30 +54,33 @@ class Streams:
             self.cancel()
             raise
 
-    def _listener(self, choice: int) -> Callable[[Piece], None]:
+    def _listener(self, choice: int) -> Callable[[Delta], None]:
         loop = asyncio.get_running_loop()
 
-        def put(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the reader
-                loop.call_soon_threadsafe(self._queue.put_nowait, Written(choice, piece))
+        def put(delta: Delta) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody reads
+                loop.call_soon_threadsafe(self._queue.put_nowait, ChoiceDelta(choice, delta))
 
         return put
 
-    async def __aiter__(self) -> AsyncIterator[Written | None]:
-        """What is written, until all choices are finished; None now and then while nothing is.
+    async def __aiter__(self) -> AsyncIterator[ChoiceDelta | None]:
+        """Yields output until all choices are finished, and None every `PING` seconds without any.
 
-        Raises Refused where one cannot be finished.
+        Raises:
+            ApiError: A choice failed, exceeded the deadline or was stopped.
         """
         left, first = len(self._streams), True
         while left:
             try:
-                written = await asyncio.wait_for(self._queue.get(), PING)
+                item = await asyncio.wait_for(self._queue.get(), PING)
             except TimeoutError:
                 if not self._engine.alive:
-                    raise Refused(503, "the model has stopped writing", code="stopped") from None
+                    raise ApiError(
+                        503, "the model has stopped responding", code="stopped"
+                    ) from None
                 yield None
                 continue
-            tokens, finish = written.piece.tokens, written.piece.finish
+            tokens, finish = item.delta.tokens, item.delta.finish
             if first and tokens:
                 self._metrics.first.add(time.monotonic() - self._start)
                 first = False
@@ -85,27 +89,27 @@ class Streams:
                 left -= 1
             if finish in FAILURES:
                 status, message, code = FAILURES[finish]
-                raise Refused(status, message, code=code)
-            yield written
+                raise ApiError(status, message, code=code)
+            yield item
         self._metrics.total.add(time.monotonic() - self._start)
 
     def cancel(self) -> None:
-        """Lets go of all that is not finished."""
+        """Cancels all choices that are not finished."""
         for stream in self._streams:
             stream.cancel()
 
 
 class Answer(ABC):
-    """One call's answer in the making."""
+    """Builds the response to one call from the engine's output."""
 
     prefix: ClassVar[str]
-    """Of its id."""
+    """The prefix of the response's id."""
     kind: ClassVar[str]
-    """Its `object`."""
+    """The response's field `object`."""
     event_kind: ClassVar[str]
-    """The `object` of its events."""
+    """The field `object` of the events of a streamed response."""
 
-    def __init__(self, call: Call, served: Served) -> None:
+    def __init__(self, call: Call, served: ServedModel) -> None:
         body, requests = call.body, call.requests
         self._body = body
         self._tokenizer = served.tokenizer
@@ -113,7 +117,7 @@ class Answer(ABC):
         self._before = [request.prompt if request.continues else () for request in requests]
         for number, echo in enumerate(call.echoes):
             self._before[number] = requests[number].prompt[: echo.hidden]
-        # How the next token of each text is spelled, see `Tokenizer.spell`.
+        # How the next token of each text is spelled (see `Tokenizer.spell`).
         self._places = [served.tokenizer.place(before) for before in self._before]
         self._prompt_tokens = sum(len(request.prompt) for request in requests[:: body.texts])
         self._tokens = 0
@@ -124,101 +128,111 @@ class Answer(ABC):
             **({"service_tier": "default"} if body.service_tier is not None else {}),
         }
 
-    async def whole(self, streams: Streams) -> bytes:
-        """The whole answer as JSON, once it is finished."""
-        pieces: list[list[Piece]] = [[] for _ in self._requests]
-        async for written in streams:
-            if written:
-                pieces[written.choice].append(written.piece)
-        return await asyncio.to_thread(self._whole, pieces)  # megabytes, with log probabilities
+    async def response(self, streams: Streams) -> bytes:
+        """Waits until all choices are finished, and returns the response as JSON."""
+        deltas: list[list[Delta]] = [[] for _ in self._requests]
+        async for item in streams:
+            if item:
+                deltas[item.choice].append(item.delta)
+        # With log-probabilities the JSON can have megabytes, so it is built in a thread.
+        return await asyncio.to_thread(self._response, deltas)
 
-    def _whole(self, pieces: list[list[Piece]]) -> bytes:
+    def _response(self, deltas: list[list[Delta]]) -> bytes:
         texts = []
-        for text, some in enumerate(pieces):
-            tokens = tuple(token for piece in some for token in piece.tokens)
+        for text, some in enumerate(deltas):
+            tokens = tuple(token for delta in some for token in delta.tokens)
             self._tokens += len(tokens)
             first, last = some[0], some[-1]
-            shown = "".join(piece.text for piece in some)
-            texts.append((text, Piece(shown, tokens, last.finish, last.end, first.prompt)))
+            shown = "".join(delta.text for delta in some)
+            texts.append((text, Delta(shown, tokens, last.finish, last.end, first.prompt)))
         choices: list[dict[str, Any]] = []
         for start in range(0, len(texts), self._body.texts):
-            for text, piece in self._best(texts[start : start + self._body.texts]):
+            for text, delta in self._best(texts[start : start + self._body.texts]):
                 choices.append(
-                    {**self._choice(text, piece, self.said(text, piece)), "index": len(choices)}
+                    {
+                        **self._choice(text, delta, self.message_field(text, delta)),
+                        "index": len(choices),
+                    }
                 )
         return _json(
             {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
         )
 
-    def _best(self, texts: list[tuple[int, Piece]]) -> list[tuple[int, Piece]]:
-        """Of one prompt's texts those that are answered: the likeliest by token, if not all."""
+    def _best(self, texts: list[tuple[int, Delta]]) -> list[tuple[int, Delta]]:
+        """Selects the texts to return for one prompt: those with the highest mean log-probability.
+
+        The mean is over a text's tokens. All texts are returned unless `best_of` is above `n`.
+        """
         if len(texts) == self._body.choices:
             return texts
 
-        def mean(text: tuple[int, Piece]) -> float:
+        def mean(text: tuple[int, Delta]) -> float:
             tokens = [*text[1].tokens, *([text[1].end] if text[1].end else [])]
             return sum(token.logprob for token in tokens) / max(len(tokens), 1)
 
         return sorted(texts, key=mean, reverse=True)[: self._body.choices]
 
     async def events(self, streams: Streams) -> AsyncIterator[bytes]:
-        """All of it as server-sent events; where it fails, the last of them says why."""
+        """Yields the response as server-sent events; after a failure the last one is an error."""
         options = self._body.stream_options
         usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
         head = {**self._head, "object": self.event_kind}
-        for opened in self.opening():
+        for opened in self.first_choices():
             yield _event({**head, "choices": [opened], **usage})
         try:
-            async for written in streams:
-                if written is None:
+            async for item in streams:
+                if item is None:
                     yield b": still here\n\n"
                     continue
-                choice, piece = written
-                self._tokens += len(piece.tokens)
-                # Text may be held back where a stop string may be beginning.
-                told = (piece.tokens or piece.prompt) and self._body.top is not None
-                if piece.text or piece.finish or told:
-                    said = self._choice(choice, piece, self.added(choice, piece))
-                    yield _event({**head, "choices": [said], **usage})
-        except Refused as refused:
-            yield _event(refused.body)
+                choice, delta = item
+                self._tokens += len(delta.tokens)
+                # A delta may have tokens and no text yet, if that may be part of a stop string.
+                has_logprobs = (delta.tokens or delta.prompt) and self._body.top is not None
+                if delta.text or delta.finish or has_logprobs:
+                    shown = self._choice(choice, delta, self.delta_field(choice, delta))
+                    yield _event({**head, "choices": [shown], **usage})
+        except ApiError as error:
+            yield _event(error.body)
             return
         if usage:
             yield _event({**head, "choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The choices of the events that come before anything is written."""
+    def first_choices(self) -> list[dict[str, Any]]:
+        """The choices of the events that are sent before any text is generated."""
         return []
 
     @abstractmethod
-    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """A whole choice's own field."""
+    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """The field that holds the text of a complete choice, such as `message`."""
 
     @abstractmethod
-    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """The same of an event's choice."""
+    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """The field that holds the new text in a streamed choice, such as `delta`."""
 
     @abstractmethod
-    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """Log probabilities of a piece's tokens, the next ones of a choice."""
+    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """The field `logprobs` for a delta's tokens.
 
-    def _choice(self, choice: int, piece: Piece, said: dict[str, Any]) -> dict[str, Any]:
-        asked = self._body.top is not None
+        Must be called for a choice's deltas in order: how a token is spelled depends on the one
+        before it.
+        """
+
+    def _choice(self, choice: int, delta: Delta, text: dict[str, Any]) -> dict[str, Any]:
         return {
             "index": choice,
-            **said,
-            "logprobs": self.logprobs(choice, piece) if asked else None,
-            "finish_reason": piece.finish or None,
+            **text,
+            "logprobs": None if self._body.top is None else self.logprobs(choice, delta),
+            "finish_reason": delta.finish or None,
         }
 
     def _place(self, choice: int, id: int) -> Place:
-        """How the next token of a text is spelled; `id` is that token."""
+        """Returns how the next token of a text is spelled, and advances past that token, `id`."""
         place = self._places[choice]
         self._places[choice] = False, id in self._tokenizer.spaced
         return place
 
-    def _piece(self, id: int, place: Place) -> bytes:
+    def _token_bytes(self, id: int, place: Place) -> bytes:
         return self._tokenizer.spell([id], *place)[0]
 
     def _usage(self) -> dict[str, int]:
@@ -230,117 +244,117 @@ class Answer(ABC):
 
 
 class Completion(Answer):
-    """The answer of /v1/completions."""
+    """The response of /v1/completions."""
 
     prefix = "cmpl"
     kind = event_kind = "text_completion"
 
-    def __init__(self, call: Call, served: Served) -> None:
+    def __init__(self, call: Call, served: ServedModel) -> None:
         super().__init__(call, served)
         self._echoes = call.echoes
         self._decoders = [TextDecoder(served.tokenizer, before) for before in self._before]
         self._offsets = [0] * len(call.requests)
 
-    def opening(self) -> list[dict[str, Any]]:
-        """With `echo` the prompts, unless their log-probabilities come with them later."""
+    def first_choices(self) -> list[dict[str, Any]]:
+        """With `echo`, the prompts, unless they are sent later, with their log-probabilities."""
         if not self._echoes or self._body.top is not None:
             return []
         return [
-            self._choice(choice, Piece(""), {"text": echo.text})
+            self._choice(choice, Delta(""), {"text": echo.text})
             for choice, echo in enumerate(self._echoes)
         ]
 
-    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """See `Answer`; with `echo` the prompt comes first."""
+    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """See `Answer`; with `echo` the text begins with the prompt."""
         before = self._echoes[choice].text if self._echoes else ""
-        return {"text": before + piece.text}
+        return {"text": before + delta.text}
 
-    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """See `Answer`; the prompt comes with its log-probabilities, or else in `opening`."""
-        return self.said(choice, piece) if piece.prompt else {"text": piece.text}
+    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """See `Answer`; the prompt is in the first delta if scored, else in `first_choices`."""
+        return self.message_field(choice, delta) if delta.prompt else {"text": delta.text}
 
-    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
-        """See `Answer`; in OpenAI's layout.
+    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
+        """See `Answer`; the layout is OpenAI's.
 
-        `text_offset` counts the characters before a token in the choice's text. With `echo` the
-        prompt's tokens are the first, of which the first of all has null. The token that ended the
-        text is the last, though it is no part of the text.
+        `text_offset` is the number of characters before a token in the choice's text. With `echo`
+        the prompt's tokens come first, and the log-probability of the first of these is null. The
+        token that ended the text comes last, though the text does not include it.
         """
-        tokens: list[Token | None] = [*piece.tokens, *([piece.end] if piece.end else [])]
+        tokens: list[Token | None] = [*delta.tokens, *([delta.end] if delta.end else [])]
         ids = [token.id for token in tokens if token]
-        if piece.prompt and self._echoes:
+        if delta.prompt and self._echoes:
             hidden = self._echoes[choice].hidden
             ids = [*self._requests[choice].prompt[hidden:], *ids]
-            # The first that is shown has null also where a hidden one precedes it, as OpenAI's.
-            echoed = [None, *piece.prompt.tokens][hidden:]
+            # As in OpenAI's API, the first visible token has null, also after a hidden one.
+            echoed = [None, *delta.prompt.tokens][hidden:]
             tokens = [*([None] if echoed else []), *echoed[1:], *tokens]
-        offsets, names, likeliest = [], [], []
+        offsets, names, top = [], [], []
         for id, token in zip(ids, tokens, strict=True):
             offsets.append(self._offsets[choice])
             self._offsets[choice] += len(self._decoders[choice].decode([id]))
             place = self._place(choice, id)
-            names.append(_name(self._piece(id, place)))
-            likeliest.append(token and self._likeliest(token, place))
+            names.append(_name(self._token_bytes(id, place)))
+            top.append(token and self._top_logprobs(token, place))
         return {
             "tokens": names,
             "token_logprobs": [token and _number(token.logprob) for token in tokens],
-            "top_logprobs": likeliest,
+            "top_logprobs": top,
             "text_offset": offsets,
         }
 
-    def _likeliest(self, token: Token, place: Place) -> dict[str, float]:
-        """The likeliest tokens' texts with their log-probabilities, and the token itself."""
+    def _top_logprobs(self, token: Token, place: Place) -> dict[str, float]:
+        """Texts and log-probabilities of the top tokens and of the sampled token itself."""
         found: dict[str, float] = {}
         for id, logprob in (*token.top, (token.id, token.logprob)):
-            found.setdefault(_name(self._piece(id, place)), _number(logprob))
+            found.setdefault(_name(self._token_bytes(id, place)), _number(logprob))
         return found
 
 
 class Chat(Answer):
-    """The answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     kind = "chat.completion"
     event_kind = "chat.completion.chunk"
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Who speaks."""
-        delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._choice(choice, Piece(""), delta) for choice in range(len(self._requests))]
+    def first_choices(self) -> list[dict[str, Any]]:
+        """A first event for each choice, which has the role and no text."""
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return [self._choice(choice, Delta(""), role) for choice in range(len(self._requests))]
 
-    def said(self, choice: int, piece: Piece) -> dict[str, Any]:
+    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
         """See `Answer`."""
-        return {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
 
-    def added(self, choice: int, piece: Piece) -> dict[str, Any]:
+    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
         """See `Answer`."""
-        return {"delta": {"content": piece.text} if piece.text else {}}
+        return {"delta": {"content": delta.text} if delta.text else {}}
 
-    def logprobs(self, choice: int, piece: Piece) -> dict[str, Any]:
+    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
         """See `Answer`."""
         content = []
-        for token in piece.tokens:
+        for token in delta.tokens:
             place = self._place(choice, token.id)
             top = [self._token(id, logprob, place) for id, logprob in token.top]
             content.append({**self._token(token.id, token.logprob, place), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _token(self, id: int, logprob: float, place: Place) -> dict[str, Any]:
-        piece = self._piece(id, place)
-        text = piece.decode(errors="replace")
-        return {"token": text, "logprob": _number(logprob), "bytes": list(piece)}
+        content = self._token_bytes(id, place)
+        text = content.decode(errors="replace")
+        return {"token": text, "logprob": _number(logprob), "bytes": list(content)}
 
 
-def _name(piece: bytes) -> str:
-    """A token's text; as OpenAI writes it where its bytes are not characters."""
+def _name(content: bytes) -> str:
+    """A token's text, in OpenAI's notation `bytes:\\x..` if its bytes are not valid UTF-8."""
     try:
-        return piece.decode()
+        return content.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _number(logprob: float) -> float:
-    """For JSON, which has no infinity: -9999 for what cannot be, as OpenAI has it."""
+    """A log-probability for JSON, which has no infinity: -9999 instead, as in OpenAI's API."""
     return max(logprob, -9999.0)
 
 

@@ -1,8 +1,9 @@
-"""Request bodies and the model that is served become the engine's requests.
+"""Converts the bodies of API calls to requests for the engine.
 
-A prompt or an answer that does not fit the context is refused; nothing is cut.
+A prompt or an answer that does not fit in the context is an error; nothing is truncated.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ from jaxgpt.errors import InputError
 from jaxgpt.pretrained.generation import end_ids
 from jaxgpt.pretrained.generation import sampling as sampling_defaults
 from jaxgpt.serve.bodies import (
-    Asked,
+    ApiError,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
     Message,
-    Refused,
+    RequestBody,
     TokenizeBody,
     parse,
 )
@@ -29,62 +30,66 @@ from jaxgpt.tokenizer import Tokenizer
 
 
 class Echo(NamedTuple):
-    """What /v1/completions with `echo` repeats of a prompt."""
+    """The prompt text that /v1/completions repeats before the answer if `echo` is set."""
 
     text: str
     hidden: int
-    """How many of its first tokens are no part of the text: those with which documents begin."""
+    """The number of special tokens at the beginning of the prompt, which the text leaves out."""
 
 
 class Call(NamedTuple):
-    """A call that was parsed and found valid, but for its constraint."""
+    """A parsed and validated call; its constraint is not compiled yet."""
 
-    body: Asked
+    body: RequestBody
     requests: list[Request]
     """One for each text of each prompt, in order, without the constraint."""
     constraint: Constraint | None
-    """What the text of all of them has to match."""
+    """What all generated texts must match; None: no constraint."""
     echoes: list[Echo]
-    """One for each request; empty if there is no echo."""
+    """One for each request; empty if `echo` is not set."""
 
 
 class EmbeddingCall(NamedTuple):
-    """A valid call of /v1/embeddings."""
+    """A parsed and validated call of /v1/embeddings, with one request for each input."""
 
     body: EmbeddingBody
     requests: list[Request]
 
 
 def _continues(messages: Sequence[Message]) -> bool:
-    """Whether the last message is text of the assistant's, which is to be continued."""
+    """Whether the last message is a non-empty one of the assistant, which is to be continued."""
     last = messages[-1]
     return last.role == "assistant" and bool(last.content or last.tool_calls)
 
 
 @dataclass(frozen=True)
-class Served:
-    """The model that is asked, and what may be asked of it."""
+class ServedModel:
+    """The served model's tokenizer and limits; parses the calls that are made to it.
+
+    The methods that parse a call take its body as JSON, and raise `ApiError` if it is invalid.
+    """
 
     name: str
     tokenizer: Tokenizer
     context: int
-    """A prompt and its answer together have no more tokens."""
+    """The most tokens of a prompt and its answer together."""
     width: int
-    """Numbers of an embedding."""
+    """The size of an embedding."""
     template: Template | None
-    """The format of its conversations; None: it has not been trained for any."""
+    """The chat template; None: the model has no chat format."""
     texts: int
-    """Texts of one call, at most: what the engine generates and lets wait."""
+    """The most texts of one call: the engine's slots and queue together."""
     max_n: int
-    """Texts for one prompt, at most."""
+    """The most texts per prompt."""
     add_special_tokens: bool
-    """Whether prompts of text begin as documents do, unless a call says otherwise."""
+    """Whether text prompts begin with the beginning-of-document token, unless a call says
+    otherwise."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """The model's own: its end tokens end every text, and its sampling settings are those of a
-    request that does not give its own."""
+    """The model's generation_config.json: its end-of-sequence tokens end every text, and its
+    sampling settings are the defaults of every request."""
 
     def completion(self, content: bytes) -> Call:
-        """A call of /v1/completions, with a request for each text of each prompt, in order."""
+        """Parses a call of /v1/completions: one request for each text of each prompt, in order."""
         body = parse(CompletionBody, content)
         self.check_name(body.model)
         prompts, echoes = [], []
@@ -98,14 +103,14 @@ class Served:
                 echo = Echo(self.tokenizer.decode(prompt), 0)
             echoes += [echo] * body.texts if body.echo else []
         ends = [self.tokenizer.eot, self.tokenizer.eos, *end_ids(self.generation_config)]
-        # 16 is OpenAI's.
+        # OpenAI's default for max_tokens is 16.
         call = self._call(body, prompts, ends, "prompt", default=16)
         scores = bool(body.echo) and body.logprobs is not None
         requests = [replace(request, scores=scores) for request in call.requests]
         return call._replace(requests=requests, echoes=echoes)
 
     def chat(self, content: bytes) -> Call:
-        """A call of /v1/chat/completions, with a request for each choice."""
+        """Parses a call of /v1/chat/completions: one request for each choice."""
         body = parse(ChatBody, content)
         self.check_name(body.model)
         prompt = self._rendered(body.messages)
@@ -114,36 +119,38 @@ class Served:
         return self._call(body, [prompt], ends, "messages", self.context, continues)
 
     def embedding(self, content: bytes) -> EmbeddingCall:
-        """A call of /v1/embeddings, with a request for each input."""
+        """Parses a call of /v1/embeddings: one request for each input."""
         body = parse(EmbeddingBody, content)
         self.check_name(body.model)
         if body.dimensions not in (None, self.width):
-            raise Refused(
+            raise ApiError(
                 400,
-                f"dimensions={body.dimensions}: the model's embeddings have {self.width}; leave "
-                "it out",
+                f"dimensions={body.dimensions} is invalid: the model's embeddings have "
+                f"{self.width}; remove dimensions",
                 param="dimensions",
             )
         prompts = [self._ids(text, "input", self._begin(None)) for text in body.input]
         for prompt in prompts:
             if len(prompt) > self.context:
-                raise Refused(
+                raise ApiError(
                     400,
-                    f"input: {len(prompt)} tokens do not fit the model's context of "
-                    f"{self.context}; make it shorter",
+                    f"input: {len(prompt)} tokens do not fit in the context of {self.context}; "
+                    "shorten the input",
                     param="input",
                     code="context_length_exceeded",
                 )
         return EmbeddingCall(body, [Request(tuple(ids), 0, embeds=True) for ids in prompts])
 
     def tokenize(self, content: bytes) -> dict[str, Any]:
-        """The answer of /tokenize."""
+        """Parses and answers a call of /tokenize."""
         body = parse(TokenizeBody, content)
         self.check_name(body.model)
         fields = "prompt", "content", "messages"
         given = [name for name in fields if getattr(body, name) is not None]
         if len(given) != 1:
-            raise Refused(400, f"give one of {', '.join(fields)}", param=(given[1:] or fields)[0])
+            raise ApiError(
+                400, f"pass exactly one of {', '.join(fields)}", param=(given[1:] or fields)[0]
+            )
         if body.messages is not None:
             ids = self._rendered(body.messages)
         else:
@@ -161,69 +168,75 @@ class Served:
         }
 
     def detokenize(self, content: bytes) -> dict[str, Any]:
-        """The answer of /detokenize."""
+        """Parses and answers a call of /detokenize."""
         body = parse(DetokenizeBody, content)
         self.check_name(body.model)
         text = self.tokenizer.decode(self._encoded(body.tokens, "tokens"))
         return {"prompt": text, "content": text}
 
     def check_name(self, model: str | None) -> None:
-        """Raises Refused where it is another model's."""
+        """Raises ApiError with status 404 if `model` is not the served model's name or None."""
         if model not in (None, self.name):
-            raise Refused(
+            raise ApiError(
                 404,
-                f"there is no model {model[:200]!r} here; the one there is is {self.name!r}",
+                f"model {model[:200]!r} does not exist; this server's model is {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
 
     def _template(self) -> Template:
-        """The format of conversations; Refused where there is none."""
+        """Returns the chat template, or raises ApiError if the model has none."""
         if self.template is None:
-            raise Refused(
+            raise ApiError(
                 400,
-                f"{self.name} has no chat format: it goes on from a text; use /v1/completions, or "
+                f"{self.name} has no chat format: it is a base model; use /v1/completions, or "
                 "serve a model that was trained on conversations",
                 code="no_chat_format",
             )
         return self.template
 
     def _rendered(self, given: Sequence[Message]) -> list[int]:
-        """A conversation up to where an answer begins, or up to the end of what it continues."""
+        """Renders a conversation to token ids, up to where the model's answer begins.
+
+        If the last message is the assistant's, the ids end with that message's text.
+        """
         template = self._template()
         messages = [message.rendered() for message in given]
         try:
             if _continues(given):
                 return render_continuation(template, self.tokenizer, messages)
-            if messages[-1]["role"] == "assistant":  # an empty answer, which is yet to come
+            if messages[-1]["role"] == "assistant":  # an empty message means "answer here"
                 messages.pop()
             return render(template, self.tokenizer, messages, open=True).tokens
         except InputError as error:
-            raise Refused(400, f"messages: {error}", param="messages") from None
+            raise ApiError(400, f"messages: {error}", param="messages") from None
 
     def _begin(self, begins: bool | None) -> list[int]:
-        """The ids with which documents begin, if `begins`; None: the server's default."""
+        """The tokenizer's prefix of a document if `begins`, else none; None: server's default."""
         return (
             self.tokenizer.prefix if (self.add_special_tokens if begins is None else begins) else []
         )
 
     def _ids(self, text: str | list[int], param: str, begin: list[int]) -> list[int]:
-        """A prompt's ids: ids as they are, and text after `begin`; one at least."""
+        """Token ids of a prompt: text is encoded and put after `begin`, ids are used as they are.
+
+        An empty prompt without a prefix becomes the end-of-text token: the model needs one token.
+        """
         ids = self._encoded(text, param)
         return [*begin, *ids] or [self.tokenizer.eot] if isinstance(text, str) else ids
 
     def _encoded(self, text: str | list[int], param: str) -> list[int]:
-        """The ids of a text by itself; ids as they are, if they are the tokenizer's."""
+        """Encodes text without a prefix; token ids are checked against the vocabulary."""
         if isinstance(text, str):
             try:
                 return self.tokenizer.encode(text)
             except InputError as error:
-                raise Refused(400, f"{param}: {error}", param=param) from None
+                raise ApiError(400, f"{param}: {error}", param=param) from None
         for token in text:
             if not 0 <= token < self.tokenizer.vocab_size:
-                raise Refused(
+                raise ApiError(
                     400,
-                    f"{param}: there is no token {token}; ids are 0 to "
+                    f"{param}: token id {token} is not in the vocabulary; ids are 0 to "
                     f"{self.tokenizer.vocab_size - 1}",
                     param=param,
                 )
@@ -231,13 +244,23 @@ class Served:
 
     def _call(
         self,
-        body: Asked,
+        body: RequestBody,
         prompts: Sequence[list[int]],
         ends: Sequence[int],
         param: str,
         default: int,
         continues: bool = True,
     ) -> Call:
+        """Builds a call's requests, after checking its limits and sampling settings.
+
+        Args:
+            body: The parsed body.
+            prompts: Token ids of each prompt.
+            ends: Token ids that end a text.
+            param: The body's field that holds the prompts, for error messages.
+            default: The most tokens to generate if the body does not say.
+            continues: Whether the text continues the prompt's text, see `engine.Request`.
+        """
         self._check_texts(body, len(prompts), param)
         rooms = [self._tokens(body, len(prompt), param, default) for prompt in prompts]
         stop_ids = tuple(dict.fromkeys(ends))
@@ -246,9 +269,10 @@ class Served:
             constraint = constraint._replace(context=())
         never = [id for id, bias in (body.logit_bias or {}).items() if bias <= -100]
         if never and (constraint or len(never) >= self.tokenizer.vocab_size):
-            raise Refused(
+            raise ApiError(
                 400,
-                "logit_bias of -100 may leave no token to draw; leave it out, or set it to -99",
+                "logit_bias: -100 for these tokens may leave no token to sample; use -99 instead, "
+                "or remove logit_bias",
                 param="logit_bias",
             )
         requests = []
@@ -258,7 +282,8 @@ class Served:
                 try:
                     sampling.check(self.tokenizer.vocab_size)
                 except InputError as error:
-                    raise Refused(400, str(error), param=str(error).split()[0]) from None
+                    name = re.match(r"\w*", str(error))  # the message begins with the field
+                    raise ApiError(400, str(error), param=name and name[0]) from None
                 requests.append(
                     Request(
                         tuple(prompt),
@@ -272,41 +297,45 @@ class Served:
                 )
         return Call(body, requests, constraint, [])
 
-    def _check_texts(self, body: Asked, prompts: int, param: str) -> None:
-        """Raises Refused for more texts than the server is configured for."""
+    def _check_texts(self, body: RequestBody, prompts: int, param: str) -> None:
+        """Raises ApiError if a call asks for more texts than the server's limits allow."""
         if body.texts > self.max_n:
             name = "best_of" if body.texts > body.choices else "n"
-            raise Refused(
+            raise ApiError(
                 400,
-                f"{name}={min(body.texts, 10**9)}; this server generates {self.max_n} texts for a "
-                "prompt at most (--max_n)",
+                f"{name}={min(body.texts, 10**9)} is too large: this server generates at most "
+                f"{self.max_n} texts per prompt (--max_n); use {self.max_n} or less",
                 param=name,
             )
         if prompts * body.texts > self.texts:
-            raise Refused(
+            raise ApiError(
                 400,
-                f"{param}: {prompts} prompts with {body.texts} texts each; this server takes "
-                f"{self.texts} texts at once (--slots and --queue); ask in several calls",
+                f"{param}: {prompts} prompts with {body.texts} texts each are too many: this "
+                f"server accepts {self.texts} texts at once (--slots plus --queue); use several "
+                "calls",
                 param=param,
             )
 
-    def _tokens(self, body: Asked, prompt: int, param: str, default: int) -> int:
-        """How many tokens are generated at most; Refused where they do not fit."""
+    def _tokens(self, body: RequestBody, prompt: int, param: str, default: int) -> int:
+        """The most tokens to generate after a prompt of `prompt` tokens.
+
+        Raises ApiError if the prompt and the requested tokens do not fit in the context.
+        """
         room = self.context - prompt
         field, asked = body.limit
         if room < (asked != 0):
-            raise Refused(
+            raise ApiError(
                 400,
-                f"{param}: {prompt} tokens, and the answer, do not fit the model's context of "
-                f"{self.context}; make it shorter",
+                f"{param}: {prompt} tokens and an answer do not fit in the context of "
+                f"{self.context}; shorten the prompt",
                 param=param,
                 code="context_length_exceeded",
             )
         if asked is not None and asked > room:
-            raise Refused(
+            raise ApiError(
                 400,
-                f"{field}={min(asked, 10**9)} after a prompt of {prompt} tokens does not fit the "
-                f"model's context of {self.context}; set it to {room} at most",
+                f"{field}={min(asked, 10**9)} after a prompt of {prompt} tokens does not fit in "
+                f"the context of {self.context}; use {room} or less",
                 param=field,
                 code="context_length_exceeded",
             )

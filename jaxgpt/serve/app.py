@@ -1,8 +1,9 @@
-"""The server's paths, as an ASGI application.
+"""The server's endpoints, as an ASGI application.
 
-A call is read and parsed into requests, the engine generates their texts, and an answer is made of
-those. The event loop only waits: bodies are parsed and tokenized in threads, large ones one at a
-time in a thread of their own, and constraints are compiled in another.
+A call's body is parsed into requests, the engine generates their texts, and an `Answer` turns the
+texts into a response. No work blocks the event loop: bodies are parsed and tokenized in threads
+(large ones one at a time, in a thread of their own), and constraints are compiled in another
+thread.
 """
 
 import asyncio
@@ -22,22 +23,30 @@ from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.serve import docs, page
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
-from jaxgpt.serve.api import Call, EmbeddingCall, Served
-from jaxgpt.serve.bodies import Refused
+from jaxgpt.serve.api import Call, EmbeddingCall, ServedModel
+from jaxgpt.serve.bodies import ApiError
 from jaxgpt.serve.constraints import Compiler
 from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
-from jaxgpt.serve.guard import SECONDS, Guard, Receive, Send, read, refusal, unless_gone
+from jaxgpt.serve.guard import (
+    SECONDS,
+    Guard,
+    Receive,
+    Send,
+    cancel_on_disconnect,
+    error_response,
+    read_body,
+)
 from jaxgpt.serve.metrics import Metrics
 
 T = TypeVar("T")
 
 SMALL = 1 << 14
-"""Bytes of the largest body that is parsed beside others; larger ones are parsed one at a time."""
+"""The size in bytes of the largest body that is parsed concurrently; larger ones one at a time."""
 EMBEDDING = 4
-"""Calls of /v1/embeddings that take a place in the engine's queue at once; the others wait."""
+"""The most calls of /v1/embeddings that use the engine at the same time; the others wait."""
 LARGE = 16
-"""Large bodies that wait while one is parsed, at most."""
+"""The most large bodies that wait while another is parsed."""
 
 
 def create_app(
@@ -50,16 +59,16 @@ def create_app(
     max_n: int = 16,
     add_special_tokens: bool = True,
 ) -> FastAPI:
-    """The server of an engine's model as an ASGI application.
+    """Builds the ASGI application that serves an engine's model.
 
     Args:
-        engine: It has been started.
-        name: What the model is called.
-        api_key: What every call needs, but for the pages and /health; "": nothing.
-        local: Whether calls that name another host than this machine are refused.
-        deadline: Seconds that an answer takes, at most.
-        max_n: Texts that a call may ask for a prompt, at most.
-        add_special_tokens: Whether prompts of text begin as documents do.
+        engine: A started engine.
+        name: The model's name in the API.
+        api_key: The key that all calls need except the pages and /health; "": none.
+        local: Whether to reject calls whose Host header is not this machine's.
+        deadline: The most seconds that an answer may take.
+        max_n: The most texts that a call may ask for per prompt.
+        add_special_tokens: Whether text prompts begin with the beginning-of-document token.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
@@ -73,14 +82,14 @@ def create_app(
     docs_page, docs_policy = docs.page()
 
     async def parsed(parse: Callable[[bytes], T], content: bytes, until: float) -> T:
-        """What `parse` returns, computed in a thread before the deadline."""
+        """Parses a body in a thread; raises TimeoutError if that takes until the deadline."""
         async with asyncio.timeout(until - time.monotonic()):
             if len(content) > SMALL:
                 return await large.run(parse, content)
             return await asyncio.to_thread(parse, content)
 
     async def prepared(parse: Callable[[bytes], Call], content: bytes, until: float) -> Call:
-        """A call that was parsed, whose requests have what their texts have to match."""
+        """Parses a body and compiles its constraint, which is then part of all its requests."""
         call = await parsed(parse, content, until)
         if (constraint := call.constraint) is None:
             return call
@@ -88,28 +97,28 @@ def create_app(
             guide = await compiler.compile(constraint, until)
         except InputError as error:
             field = constraint.field
-            raise Refused(400, f"{field}: {error}", param=field) from None
+            raise ApiError(400, f"{field}: {error}", param=field) from None
         return call._replace(requests=[replace(request, guide=guide) for request in call.requests])
 
     async def started(request: Request) -> tuple[bytes, float]:
-        """A call's body, and when its answer has to be complete."""
+        """Reads a call's body; returns it with the time at which its answer must be complete."""
         if app.state.draining:
             raise _stopping()
-        return await read(request), time.monotonic() + deadline
+        return await read_body(request), time.monotonic() + deadline
 
     async def answer(
         request: Request, parse: Callable[[bytes], Call], kind: type[Answer]
     ) -> Response:
         content, until = await started(request)
-        with _refusing():
-            call = await unless_gone(request.receive, prepared(parse, content, until))
+        with _api_errors():
+            call = await cancel_on_disconnect(request.receive, prepared(parse, content, until))
             streams = Streams(engine, call.requests, until - time.monotonic(), metrics)
         made = kind(call, served)
         ignored = {"x-jaxgpt-ignored": names} if (names := ", ".join(call.body.ignored)) else {}
         if call.body.stream:
             return Events(made.events(streams), streams, ignored)
         try:
-            content = await unless_gone(request.receive, made.whole(streams))
+            content = await cancel_on_disconnect(request.receive, made.response(streams))
             return Response(content, media_type="application/json", headers=ignored)
         finally:
             streams.cancel()
@@ -131,14 +140,14 @@ def create_app(
             async with asyncio.timeout(until - time.monotonic()), embedding:
                 return await embed(call, served, engine, metrics, until)
 
-        with _refusing():
-            answered = await unless_gone(request.receive, made())
+        with _api_errors():
+            answered = await cancel_on_disconnect(request.receive, made())
         return Response(answered, media_type="application/json")
 
     async def tokens(request: Request, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
         content, until = await started(request)
-        with _refusing():
-            return await unless_gone(request.receive, parsed(parse, content, until))
+        with _api_errors():
+            return await cancel_on_disconnect(request.receive, parsed(parse, content, until))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -187,23 +196,23 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
-        known = {404: "there is nothing at this path", 405: "this path takes another method"}
+        known = {404: "this path does not exist", 405: "this path does not allow this method"}
         message = known.get(error.status_code, str(error.detail))
         headers = dict(error.headers) if error.headers else None
-        return refusal(Refused(error.status_code, message, headers=headers))
+        return error_response(ApiError(error.status_code, message, headers=headers))
 
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(Guard, api_key=api_key, local=local, metrics=metrics, paths=paths)
     return app
 
 
-def _served(engine: Engine, name: str, max_n: int, add_special_tokens: bool) -> Served:
+def _served(engine: Engine, name: str, max_n: int, add_special_tokens: bool) -> ServedModel:
     tokenizer, width = engine.trained.tokenizer, engine.trained.config.model.D
     try:
         template = choose(tokenizer)
     except InputError:
         template = None
-    return Served(
+    return ServedModel(
         name,
         tokenizer,
         engine.context,
@@ -217,35 +226,39 @@ def _served(engine: Engine, name: str, max_n: int, add_special_tokens: bool) -> 
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Turns what keeps a call from being answered into Refused."""
+def _api_errors() -> Iterator[None]:
+    """Converts exceptions of the engine and the parsers to ApiError."""
     try:
         yield
     except InputError as error:
         field = re.match(r"(\w+)[:=]", str(error))
-        raise Refused(400, str(error), param=field and field[1]) from None
+        raise ApiError(400, str(error), param=field and field[1]) from None
     except Busy as busy:
-        raise Refused(
+        raise ApiError(
             429,
-            f"the server has too much to do: {busy}; ask again soon",
+            f"the server is overloaded: {busy}; try again later",
             code="queue_full",
             headers={"retry-after": "2"},
         ) from None
     except TimeoutError:
         status, message, code = FAILURES["deadline"]
-        raise Refused(status, message, code=code) from None
+        raise ApiError(status, message, code=code) from None
     except Stopped:
         raise _stopping() from None
 
 
-def _stopping() -> Refused:
-    return Refused(
+def _stopping() -> ApiError:
+    return ApiError(
         503, "the server is shutting down", code="stopped", headers={"retry-after": "30"}
     )
 
 
 class Events(Response):
-    """Server-sent events, until they end, the client leaves, or takes them no longer."""
+    """A response of server-sent events.
+
+    It ends with the events, when the client disconnects, or when the client does not receive an
+    event within `SECONDS`.
+    """
 
     media_type = "text/event-stream"
 
@@ -257,11 +270,11 @@ class Events(Response):
         self._events, self._streams = events, streams
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Writes them; lets go of the streams, however it ends."""
+        """Sends the events; cancels the streams in any case."""
         try:
-            await unless_gone(receive, self._write(send))
-        except (Refused, TimeoutError):
-            pass  # nobody is there to be told
+            await cancel_on_disconnect(receive, self._write(send))
+        except (ApiError, TimeoutError):
+            pass  # the client is gone, so an error cannot be sent
         finally:
             self._streams.cancel()
 
@@ -283,12 +296,12 @@ class OneByOne:
         self._jobs = 0
 
     async def run(self, function: Callable[[bytes], T], content: bytes) -> T:
-        """What the function returns; it does not run if this is cancelled while it waits.
+        """Runs the function and returns its result; raises Busy if too many wait already.
 
-        Raises Busy if too many wait.
+        If the caller is cancelled while it waits, the function does not run.
         """
         if self._jobs > self._waiting:
-            raise Busy(f"{self._waiting} {self._what} wait")
+            raise Busy(f"{self._waiting} {self._what} are waiting")
         self._jobs += 1
         try:
             return await asyncio.wrap_future(self._thread.submit(function, content))

@@ -1,8 +1,8 @@
 """Request bodies: strict JSON, validated by one pydantic model for each path.
 
-A field that is unknown, given twice, of another type or out of range is refused by its name;
-nothing is cast, clipped or cut. A field of OpenAI's or vLLM's that this server lacks is accepted if
-its value asks for nothing: null, [], {} and the values in `NEUTRAL`.
+A field that is unknown, duplicate, of the wrong type or out of range is an error that names the
+field; nothing is cast, clipped or truncated. A field of OpenAI's or vLLM's API that this server
+does not support is accepted if its value has no effect: null, [], {} and the values in `NEUTRAL`.
 """
 
 import json
@@ -31,10 +31,11 @@ from jaxgpt.generation.sampling import Sampling
 from jaxgpt.serve.constraints import Constraint
 
 SEEDS = 1 << 63
+"""Seeds are below this number."""
 STOPS = 16
-"""Stop strings of a request, at most."""
+"""The most stop strings of a request."""
 INPUTS = 2048
-"""Texts of one call of /v1/embeddings, at most."""
+"""The most inputs of one call of /v1/embeddings."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "early_stopping": (False,),
@@ -54,11 +55,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-"""Fields that are not supported, with the values that ask for what happens anyway."""
+"""Fields that are not supported, with the values that request the behavior this server has."""
 
 
-class Refused(Exception):
-    """An answer that is an error: a status, and what OpenAI's error objects say."""
+class ApiError(Exception):
+    """An error response: an HTTP status and the body of an error object of OpenAI's API.
+
+    Args:
+        status: The HTTP status.
+        message: What is wrong and what to do instead.
+        param: The request's invalid field.
+        code: A stable name of the error.
+        headers: Extra response headers.
+    """
 
     def __init__(
         self,
@@ -82,18 +91,18 @@ def _listed(value: Any) -> Any:
 
 
 def _joined(value: Any) -> Any:
-    """The text of a message's parts; what is not a list of text parts stays."""
+    """Joins a message's list of text parts to one string; other values are returned unchanged."""
     if not isinstance(value, list):
         return value
     texts = [part.get("text") for part in value if isinstance(part, dict)]
     parts = [{"type": "text", "text": text} for text in texts if isinstance(text, str)]
     if parts != value:
-        raise ValueError('give text, or parts that are {"type": "text", "text": ...}')
+        raise ValueError('use a string, or a list of parts {"type": "text", "text": ...}')
     return "".join(part["text"] for part in parts)
 
 
 def _finite(value: Any) -> Any:
-    """JSON whose numbers are all within the range of a double; ValueError for others."""
+    """Raises ValueError if JSON contains a number that is out of the range of a double."""
 
     def check(number: str) -> float:
         if not math.isfinite(double := float(number)):
@@ -105,19 +114,19 @@ def _finite(value: Any) -> Any:
 
 
 def _id(key: str) -> int:
-    """A key that is a token id; not " 1", "+1", "01" or "1_0", which int() reads as well."""
+    """Parses a token id; unlike int(), it rejects " 1", "+1", "01" and "1_0"."""
     if not re.fullmatch("0|-?[1-9][0-9]*", key):
-        raise ValueError('give a token id in decimal digits, such as "42"')
+        raise ValueError('use a token id in decimal digits, such as "42"')
     return int(key)
 
 
 def _texts(value: Any) -> list[str | list[int]]:
-    """One text or several, as text or as token ids."""
+    """Converts one text or several, each a string or token ids, to a list."""
     texts = [value] if isinstance(value, str) or (_are(int, value) and value) else value
     if not texts or not (
         _are(str, texts) or (_are(list, texts) and all(x and _are(int, x) for x in texts))
     ):
-        raise ValueError("give text, texts, token ids, or lists of token ids, and none without one")
+        raise ValueError("use a string, strings, token ids, or non-empty lists of token ids")
     return texts
 
 
@@ -126,7 +135,7 @@ def _are(kind: type, values: Any) -> bool:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a field that is not supported has a value that asks for nothing."""
+    """Whether the value of an unsupported field has no effect, see `NEUTRAL`."""
     is_bool = isinstance(value, bool)
     return value in (None, [], {}) or any(
         value == each and isinstance(each, bool) == is_bool for each in NEUTRAL.get(name, ())
@@ -151,7 +160,7 @@ Texts = Annotated[
 
 
 class Body(BaseModel):
-    """Fields of JSON, none of them cast, and no others but those that ask for nothing."""
+    """A JSON object whose values are not cast, without unknown fields that would have an effect."""
 
     model_config = ConfigDict(
         extra="allow", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -162,20 +171,20 @@ class Body(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if not _is_neutral(name, value):
                 raise PydanticCustomError(
-                    "unsupported", "not supported here; leave it out", {"field": name}
+                    "unsupported", "not supported by this server; remove it", {"field": name}
                 )
         return self
 
 
 class StreamOptions(Body):
-    """Of an answer in pieces."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
-    """Whether the last event has the usage."""
+    """Whether a last event reports the token counts."""
 
 
 class JSONSchema(Body):
-    """What a JSON answer has to look like."""
+    """A JSON schema that the answer must match."""
 
     name: str = ""
     description: str | None = None
@@ -184,95 +193,101 @@ class JSONSchema(Body):
 
 
 class ResponseFormat(Body):
-    """Text, a JSON object (nested up to `constrained.DEPTH`), or JSON that fits a schema."""
+    """Any text, any JSON object (nested up to `constrained.DEPTH`), or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
 
-class Asked(Body):
-    """What both ways of asking have in common; a field that is null is as one left out."""
+class RequestBody(Body):
+    """The fields that completions and chat completions share; null is the same as no value."""
 
     model: str | None = None
-    """The model's name, as /v1/models says it."""
+    """The model's name, as listed by /v1/models."""
     max_tokens: Positive | None = None
-    """Tokens to generate, at most."""
+    """The most tokens to generate."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """Logits are divided by it; 0: the likeliest token. Default 1."""
+    """Logits are divided by it; 0: always the most likely token (greedy). Default 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Sample among the likeliest tokens whose probabilities add up to it."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this."""
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    """Sample among so many of the likeliest tokens; 0: among all."""
+    """Sample from this many of the most likely tokens; 0: from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Sample among tokens that are at least so likely as this fraction of the likeliest."""
+    """Sample from tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    """Logits of tokens in the prompt or the text are divided by it."""
+    """Reduces the logits of tokens that are in the prompt or the text; 1: off."""
     frequency_penalty: Penalty | None = None
-    """Subtracted from a token's logit for every time it is in the text."""
+    """Subtracted from a token's logit for each of its occurrences in the text."""
     presence_penalty: Penalty | None = None
-    """Subtracted from the logit of every token in the text."""
+    """Subtracted once from the logit of every token that is in the text."""
     logit_bias: Annotated[dict[Id, Bias], Field(max_length=1024)] | None = None
-    """Added to the logits of these token ids."""
+    """A number to add to the logit, for each token id."""
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
-    """The same seed and settings give the same text."""
+    """The random seed: the same seed and settings give the same text. Default: random."""
     n: Positive | None = None
-    """Answers to each prompt; the server's --max_n is the limit."""
+    """The number of answers to each prompt, up to the server's --max_n."""
     stop: Annotated[list[Stop], Field(max_length=STOPS), BeforeValidator(_listed)] | None = None
-    """Strings before which the text ends."""
+    """Stop strings: the text ends before the first of them."""
     stream: bool | None = None
-    """Whether the answer comes in pieces, as server-sent events."""
+    """Whether the answer is streamed, as server-sent events."""
     stream_options: StreamOptions | None = None
+    """Options of a streamed answer."""
     response_format: ResponseFormat | None = None
-    """Text, any JSON object, or JSON that fits a schema."""
+    """Constrains the answer to any JSON object, or to JSON that fits a schema."""
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
-    """The text is one of these."""
+    """Constrains the answer to one of these strings."""
     guided_regex: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """The text matches this expression."""
+    """Constrains the answer to match this regular expression."""
     service_tier: str | None = None
-    """Every tier is served alike; the answer says "default"."""
+    """Has no effect; the response says "default"."""
     user: str | None = None
-    """Ignored, as the next five."""
+    """Ignored, as are the next five fields."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: bool | None = None
-    """Nothing is stored in any case."""
+    """Ignored: the server never stores requests or answers."""
 
     @property
     def choices(self) -> int:
-        """How many answers to a prompt."""
+        """The number of answers to each prompt."""
         return self.n or 1
 
     @property
     def texts(self) -> int:
-        """How many texts are generated for a prompt, of which `choices` are answered."""
+        """The number of texts to generate per prompt; the best `choices` of them are returned."""
         return self.choices
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """The field that says how many tokens at most, and what it says."""
+        """The name of the field that limits the tokens to generate, and its value."""
         return "max_tokens", self.max_tokens
 
     @property
     def top(self) -> int | None:
-        """How many likeliest tokens are reported beside each; None: no log probabilities."""
+        """The number of top log-probabilities per token; None: no log-probabilities at all."""
         return None
 
     @property
     def ignored(self) -> list[str]:
-        """Fields that are accepted and have no effect, though they ask for something."""
+        """The request's fields that are accepted but ignored, for the header x-jaxgpt-ignored."""
         return []
 
     def check(self) -> None:
-        """Raises Refused where fields do not fit each other."""
+        """Raises ApiError if fields contradict each other."""
         if self.stream_options and not self.stream:
-            raise Refused(400, "stream_options is for stream: true", param="stream_options")
+            raise ApiError(
+                400,
+                "stream_options needs stream: true; set stream, or remove stream_options",
+                param="stream_options",
+            )
         given = self.response_format
         if given and (given.type == "json_schema") != (given.json_schema is not None):
-            raise Refused(
+            raise ApiError(
                 400,
-                "response_format.json_schema goes with type: json_schema, and only with it",
+                "response_format.json_schema is required for type: json_schema, and invalid for "
+                "other types",
                 param="response_format.json_schema",
             )
         guides = {
@@ -281,10 +296,12 @@ class Asked(Body):
             "guided_regex": self.guided_regex is not None,
         }
         if len(names := [name for name, is_given in guides.items() if is_given]) > 1:
-            raise Refused(400, f"{' and '.join(names)} exclude each other", param=names[1])
+            raise ApiError(
+                400, f"{' and '.join(names)} cannot be combined; use one of them", param=names[1]
+            )
 
     def constraint(self, ends: tuple[int, ...]) -> Constraint | None:
-        """What the text has to match before one of the token ids `ends`; None if nothing."""
+        """The constraint on the text before one of the end tokens `ends`; None: there is none."""
         compile_: Callable[..., Guide]
         value: Any
         if self.guided_choice is not None:
@@ -300,9 +317,11 @@ class Asked(Body):
         return Constraint(field, compile_, json.dumps(value), ends)
 
     def sampling(self, choice: int, defaults: Mapping[str, Any]) -> Sampling:
-        """The sampling settings of one of the texts; each has a seed of its own.
+        """Returns the sampling settings of one of the texts.
 
-        `defaults` are the model's, for what the request does not say.
+        Args:
+            choice: The text's number; it is added to the seed, so that the texts differ.
+            defaults: The model's settings, for the fields that the request does not have.
         """
         given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
         given["seed"] = secrets.randbelow(SEEDS) if self.seed is None else self.seed + choice
@@ -311,54 +330,58 @@ class Asked(Body):
         return Sampling(**{**defaults, **given})
 
 
-class CompletionBody(Asked):
+class CompletionBody(RequestBody):
     """The body of /v1/completions."""
 
     prompt: Texts
-    """What is continued: text, token ids, or a list of either."""
+    """The text to continue: a string, token ids, or a list of either."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Tokens to generate, at most; 0, with echo: the prompt is only scored. Default 16."""
+    """The most tokens to generate; 0 with echo only scores the prompt. Default 16."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    """Log-probabilities of the tokens, with so many of the likeliest ones beside each."""
+    """Report log-probabilities of the tokens, and this many top log-probabilities for each."""
     echo: bool | None = None
-    """Whether the text begins with the prompt; with logprobs, its tokens are scored too."""
+    """Whether the text begins with the prompt; with logprobs, the prompt's tokens are scored."""
     best_of: Positive | None = None
-    """Texts that are generated for each prompt, of which the n likeliest by token are answered."""
+    """Generate this many texts per prompt, and return the n with the highest mean log-probability
+    per token."""
     add_special_tokens: bool | None = None
-    """Whether a prompt of text begins as documents of the training data do, with the tokenizer's
-    first token; by default the server's --add_special_tokens."""
+    """Whether a text prompt begins with the tokenizer's beginning-of-document token, as training
+    documents do. Default: the server's --add_special_tokens."""
 
     @property
     def texts(self) -> int:
-        """See `Asked`."""
+        """See `RequestBody`."""
         return self.best_of or self.choices
 
     @property
     def top(self) -> int | None:
-        """See `Asked`."""
+        """See `RequestBody`."""
         return self.logprobs
 
     def check(self) -> None:
-        """Raises Refused where fields do not fit each other."""
+        """Raises ApiError if fields contradict each other."""
         super().check()
         if self.texts < self.choices:
-            raise Refused(
-                400, f"best_of={self.best_of} is below n={self.n}; set it higher", param="best_of"
+            raise ApiError(
+                400,
+                f"best_of={self.best_of} is less than n={self.n}; use {self.n} or more",
+                param="best_of",
             )
         if self.stream and self.texts > self.choices:
-            raise Refused(
+            raise ApiError(
                 400,
-                "best_of above n cannot be streamed: which texts are the best is known at the end",
+                "best_of above n cannot be streamed: the best texts are known only at the end; "
+                "remove best_of or stream",
                 param="best_of",
             )
 
 
 class Message(Body):
-    """One turn of a conversation, in OpenAI's format."""
+    """One message of a conversation, in OpenAI's format."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | None, BeforeValidator(_joined)] = None
-    """Text, or a list of text parts; may be empty, and for the assistant null."""
+    """A string or a list of text parts; may be empty, and null for the assistant."""
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -370,7 +393,7 @@ class Message(Body):
         return self
 
     def rendered(self) -> dict[str, Any]:
-        """The message, as `jaxgpt.chat.render` takes it."""
+        """Converts the message to the format of `jaxgpt.chat.render`."""
         role = "system" if self.role == "developer" else self.role
         given = {
             "name": self.name,
@@ -387,60 +410,66 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
-class ChatBody(Asked):
+class ChatBody(RequestBody):
     """The body of /v1/chat/completions."""
 
     messages: Messages
-    """The conversation; if the last message is the assistant's, its text is continued."""
+    """The conversation. If the last message is the assistant's, the model continues its text."""
     max_completion_tokens: Positive | None = None
-    """Tokens to generate, at most; by default what the context has room for."""
+    """The most tokens to generate. Default: as many as fit in the context."""
     logprobs: bool | None = None
-    """Whether the answer has the log-probabilities of its tokens."""
+    """Whether to report the log-probabilities of the answer's tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """How many of the likeliest tokens are reported beside each."""
+    """The number of top log-probabilities to report for each token."""
     tools: list[dict[str, Any]] | None = None
-    """Accepted, but not shown to the model, which answers in text; the response's header
+    """Accepted but ignored: the model does not see them and answers in text. The response header
     x-jaxgpt-ignored says so."""
     tool_choice: str | dict[str, Any] | None = None
-    """"auto" or "none"; a call cannot be required."""
+    """"auto" or "none"; a tool call cannot be required."""
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
-    """The older name of tools."""
+    """The deprecated name of tools."""
     function_call: str | dict[str, Any] | None = None
-    """The older name of tool_choice."""
+    """The deprecated name of tool_choice."""
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """See `Asked`."""
+        """See `RequestBody`."""
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
 
     @property
     def top(self) -> int | None:
-        """See `Asked`."""
+        """See `RequestBody`."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def ignored(self) -> list[str]:
-        """See `Asked`."""
+        """See `RequestBody`."""
         return [name for name in ("tools", "functions") if getattr(self, name)]
 
     def check(self) -> None:
-        """Raises Refused where fields do not fit each other."""
+        """Raises ApiError if fields contradict each other."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise Refused(400, "top_logprobs is for logprobs: true", param="top_logprobs")
+            raise ApiError(
+                400,
+                "top_logprobs needs logprobs: true; set logprobs, or remove top_logprobs",
+                param="top_logprobs",
+            )
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise Refused(
-                400, "max_tokens and max_completion_tokens exclude each other", param="max_tokens"
+            raise ApiError(
+                400,
+                "max_tokens and max_completion_tokens cannot be combined; use one of them",
+                param="max_tokens",
             )
         for name in ("tool_choice", "function_call"):
             if getattr(self, name) not in (None, "auto", "none"):
-                raise Refused(
+                raise ApiError(
                     400,
-                    f"{name}: the model cannot be made to call a tool here; use auto or none, or "
-                    "response_format with a JSON schema for structured output",
+                    f"{name}: this server cannot make the model call a tool; use auto or none, "
+                    "or response_format with a JSON schema for structured output",
                     param=name,
                 )
 
@@ -449,37 +478,38 @@ class EmbeddingBody(Body):
     """The body of /v1/embeddings."""
 
     model: str | None = None
-    """The model's name, as /v1/models says it."""
+    """The model's name, as listed by /v1/models."""
     input: Annotated[Texts, AfterValidator(lambda texts: _at_most(INPUTS, texts))]
-    """What is embedded: text, token ids, or a list of up to 2,048 of either."""
+    """The text to embed: a string, token ids, or a list of up to 2,048 of either."""
     encoding_format: Literal["float", "base64"] | None = None
-    """Numbers, or the base64 of little-endian float32."""
+    """A list of numbers (default), or base64 of little-endian float32."""
     pooling: Literal["mean", "last"] | None = None
-    """The mean of the last hidden states (default), or the last token's."""
+    """The mean of all tokens' last hidden states (default), or the last token's."""
     dimensions: Positive | None = None
-    """The model's width, and nothing else."""
+    """The embedding's size; only the model's width is supported."""
     user: str | None = None
     """Ignored."""
 
 
 class TokenizeBody(Body):
-    """The body of /tokenize: one of prompt (vLLM), content (llama.cpp) and messages."""
+    """The body of /tokenize: exactly one of prompt (vLLM), content (llama.cpp) and messages."""
 
     model: str | None = None
     prompt: str | None = None
-    """Text, which by default begins as documents do (vLLM's field)."""
+    """Text; by default with the beginning-of-document token before it (vLLM's field)."""
     content: str | None = None
-    """Text, by itself (llama.cpp's field)."""
+    """Text; by default without a special token before it (llama.cpp's field)."""
     messages: Messages | None = None
-    """A conversation, in the model's chat format, up to where the answer begins."""
+    """A conversation; it is rendered in the model's chat format, up to where the answer begins."""
     add_special_tokens: bool | None = None
-    """Whether text begins as documents do; default true for prompt."""
+    """Whether to begin with the beginning-of-document token. Default: true for prompt, false for
+    content."""
     add_special: bool | None = None
-    """The same under llama.cpp's name; default false for content."""
+    """llama.cpp's name of add_special_tokens."""
     return_token_strs: bool | None = None
-    """Whether the answer has the tokens' texts as token_strs."""
+    """Whether to return the tokens' texts as token_strs."""
     with_pieces: bool | None = None
-    """Whether each token is an object of id and piece."""
+    """Whether to return each token as an object with id and piece."""
 
 
 class DetokenizeBody(Body):
@@ -487,12 +517,12 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[int]
-    """Token ids; the answer has their text as prompt (vLLM) and content (llama.cpp)."""
+    """Token ids; the response has their text as prompt (vLLM) and as content (llama.cpp)."""
 
 
 def _at_most(most: int, values: list[Any]) -> list[Any]:
     if len(values) > most:
-        raise ValueError(f"there are {len(values)}; give {most} at most")
+        raise ValueError(f"{len(values)} values are too many; use {most} or less")
     return values
 
 
@@ -500,7 +530,15 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(kind: type[B], content: bytes) -> B:
-    """The body of a call; Refused names the first field that is invalid."""
+    """Parses and validates a call's body.
+
+    Args:
+        kind: The class of the body.
+        content: The body's JSON.
+
+    Raises:
+        ApiError: The body is invalid; the message names the first invalid field.
+    """
     _check_json(content)
     try:
         body = kind.model_validate_json(content)
@@ -510,27 +548,29 @@ def parse(kind: type[B], content: bytes) -> B:
         param = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in place)
         message = first["msg"].removeprefix("Value error, ")
         param = param[1:201]
-        raise Refused(
+        raise ApiError(
             400, f"{param}: {message}" if param else message, param=param or None
         ) from None
-    if isinstance(body, Asked):
+    if isinstance(body, RequestBody):
         body.check()
     return body
 
 
 def _check_json(content: bytes) -> None:
-    """Raises Refused for what JSON parsers read in different ways, and for what is not JSON."""
+    """Raises ApiError for invalid JSON, and for duplicate keys, which parsers treat differently."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> None:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise Refused(400, f"{key[:200]!r} is given twice; give it once", param=key[:200])
+                raise ApiError(
+                    400, f"the key {key[:200]!r} appears twice; use it once", param=key[:200]
+                )
             seen.add(key)
 
     try:
         json.loads(content.decode(), object_pairs_hook=distinct)
     except RecursionError:
-        raise Refused(400, "invalid JSON: it is nested too deep") from None
+        raise ApiError(400, "invalid JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise Refused(400, f"invalid JSON: {error}") from None
+        raise ApiError(400, f"invalid JSON: {error}") from None

@@ -1,9 +1,9 @@
-"""HTTP connections that cannot be used to keep others out: few enough, and none of them for ever.
+"""Limits on HTTP connections, against clients that open many or keep them open (slowloris).
 
-A client has a limited time to send a request's head, to send its body (see `guard.read`) and to
-receive an answer. The number of connections is limited, in total and for each address. A new
-connection over a limit takes the place of the one that has been without a complete request for
-longest; if all have one, the new connection gets /health only, and 503 for the rest.
+A client has a limited time to send a request's headers, to send its body (see `guard.read_body`)
+and to receive an answer. The number of connections is limited, in total and per address. A new
+connection over a limit replaces the one that has been without a complete request for longest. If
+all have one, the new connection is answered at /health only, and with status 503 elsewhere.
 """
 
 import asyncio
@@ -16,21 +16,22 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxgpt.errors import InputError
 
 HEAD_SECONDS = 10.0
-"""Time for the request line and headers to arrive, after connecting or after the last answer."""
+"""Time limit for the request line and headers, from connecting or from the last answer."""
 SECONDS = 30.0
-"""Time for a body to arrive, and for a client to receive what it is sent."""
+"""Time limit for a body to arrive, and for a client to receive what the server sends."""
 CONNECTIONS = 512
-"""Open connections, at most."""
+"""The most open connections."""
 PER_ADDRESS = 256
-"""Open connections of one client address, at most; a proxy's clients share its address."""
+"""The most open connections from one address; clients behind a proxy share its address."""
 PARTS, PART = 256, 512
-"""More parts of a body than PARTS must have PART bytes on average: each takes time to parse."""
+"""A chunked body of more than PARTS chunks must have PART bytes per chunk on average, because
+parsing a chunk takes time however small it is."""
 FULL = "jaxgpt.full"
 """The key in an ASGI scope's state that is true on a connection over the limits."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 connection, with limits."""
+    """uvicorn's HTTP/1.1 connection with the limits of this module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,18 +40,18 @@ class Connection(H11Protocol):
 
     @property
     def has_request(self) -> bool:
-        """Whether a request's head has arrived, and its answer is not yet sent."""
+        """Whether a request's headers have arrived and its response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether a new connection may take this one's place: no complete request is answered."""
+        """Whether a new connection may replace this one: it has no complete request."""
         return not self.has_request or self.cycle.more_body
 
-    # What asyncio calls
+    # Callbacks of asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Makes room for the connection, or marks it as one over the limits."""
+        """Replaces another connection if there are too many, or marks this one as over a limit."""
         super().connection_made(transport)
         self.waiting_since = time.monotonic()
         if not self._make_room():
@@ -63,32 +64,32 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client does not receive what it is sent: from now on its time runs."""
+        """Starts the timer: the client does not receive what is sent to it."""
         super().pause_writing()
         self._restart_timer()
 
     def resume_writing(self) -> None:
-        """The client has received most of it."""
+        """Restarts the timer: the client has received most of what was sent."""
         super().resume_writing()
         self._restart_timer()
 
-    # What uvicorn calls
+    # Methods of uvicorn
 
     def handle_events(self) -> None:
-        """Stops the timer when a request's head is complete."""
+        """Stops the timer when a request's headers are complete."""
         super().handle_events()
         if self.has_request and not self.flow.write_paused:
             self._stop_timer()
 
     def on_response_complete(self) -> None:
-        """Starts the timer for the next request's head."""
+        """Starts the timer for the next request's headers."""
         self.waiting_since = time.monotonic()
         super().on_response_complete()
         self._restart_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP, unless it comes while an answer is being sent."""
-        if self.has_request:  # the rest of its body cannot be read
+        """Answers invalid HTTP with status 400, or disconnects if a response is being sent."""
+        if self.has_request:  # the rest of the request's body cannot be parsed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -96,10 +97,10 @@ class Connection(H11Protocol):
         else:
             self.transport.abort()
 
-    # The limits
+    # Limits
 
     def _make_room(self) -> bool:
-        """Closes other connections if there are too many; whether there are not, after that."""
+        """Replaces other connections if there are too many; returns False if none can be."""
         for most, address in ((PER_ADDRESS, self._address), (CONNECTIONS, None)):
             others = [
                 other
@@ -135,13 +136,13 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _close(self) -> None:
-        """Closes the connection, after what is left to send, if the client receives it in time."""
+        """Closes the connection after the pending output, or when `SECONDS` have passed."""
         self.transport.close()
         self._timer = self.loop.call_later(SECONDS, self.transport.abort)
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which refuses a body in too many small chunks."""
+    """h11's parser, which raises an error for a body in too many small chunks."""
 
     _parts = _bytes = 0
 
@@ -153,26 +154,27 @@ class _Parser(h11.Connection):
             self._parts += 1
             self._bytes += len(event.data)
             if self._parts > PARTS and self._bytes < PART * self._parts:
-                raise h11.RemoteProtocolError(f"the body's {self._parts} parts are too small")
+                raise h11.RemoteProtocolError(f"the body's {self._parts} chunks are too small")
         return event
 
 
 def raise_file_limit() -> None:
-    """Lets the process open a file for every connection, and as many others.
+    """Raises the limit on open files to twice the number of connections.
 
-    Raises InputError if the system does not allow it.
+    Raises:
+        InputError: The system's hard limit is lower.
     """
     try:
         import resource
-    except ImportError:  # Windows, which has no such limit
+    except ImportError:  # Windows has no such limit
         return
     needed = 2 * CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     too_few = [limit != resource.RLIM_INFINITY and limit < needed for limit in (soft, hard)]
     if too_few[1]:
         raise InputError(
-            f"the system allows {hard} open files, too few for {CONNECTIONS} connections; raise "
-            f"the hard limit (ulimit -Hn) to {needed} or more"
+            f"the system allows {hard} open files, which is too few for {CONNECTIONS} "
+            f"connections; raise the hard limit (ulimit -Hn) to {needed} or more"
         )
     if too_few[0]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,7 +1,7 @@
-"""Compiles constraints (choices, regular expressions, JSON schemas) beside all other work.
+"""Compiles constraints (choices, regular expressions, JSON schemas) in a thread of their own.
 
-One thread compiles one constraint at a time, so that a burst of expensive constraints takes at most
-one core, and the threads that parse other requests stay free.
+The thread compiles one constraint at a time, so a burst of expensive constraints uses at most one
+core, and the threads that parse other requests stay free.
 """
 
 import asyncio
@@ -21,18 +21,19 @@ from jaxgpt.serve.engine import STATES, Busy
 from jaxgpt.tokenizer import Tokenizer
 
 WAITING = 16
-"""Constraints that wait while one is compiled, at most."""
+"""The most constraints that wait while another is compiled."""
 GUIDES = 8
-"""Compiled constraints in the cache, at most; one takes up to 2 MB and 4 bytes for each token."""
-REFUSALS = 256
-"""Refused constraints in the cache, at most; one takes its error message."""
+"""The most compiled constraints in the cache; each takes up to 2 MB plus 4 bytes per token of the
+vocabulary."""
+ERRORS = 256
+"""The most error messages of invalid constraints in the cache."""
 
 
 class Constraint(NamedTuple):
-    """What the generated text has to match."""
+    """A constraint on the generated text, not yet compiled."""
 
     field: str
-    """The request's field that has it."""
+    """The request's field that holds the constraint."""
     compile: Callable[..., Guide]
     """`choices`, `regex` or `json_schema` of `jaxgpt.generation.constrained`."""
     value: str
@@ -40,15 +41,15 @@ class Constraint(NamedTuple):
     ends: tuple[int, ...]
     """The token ids that end a text."""
     context: tuple[int, ...] | None = None
-    """The ids before the text, see `jaxgpt.generation.constrained.choices`."""
+    """The token ids before the text, see `jaxgpt.generation.constrained.choices`."""
 
 
 class Compiler:
     """Compiles constraints for the requests of one event loop.
 
-    Identical constraints are compiled once, also while the first is still waiting, and the last
-    results are cached: guides as well as refusals. A constraint that no request waits for any more
-    is removed from the queue, or interrupted if it is being compiled.
+    Identical constraints are compiled once, even if they arrive while the first is still waiting.
+    The most recent results are cached, both compiled guides and errors. A constraint that no
+    request waits for any more is removed from the queue, or interrupted if it is being compiled.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,29 +57,29 @@ class Compiler:
         self._thread = ThreadPoolExecutor(1, "constraints")
         self._jobs: dict[Hashable, _Job] = {}
         self._guides = _Cache(GUIDES)
-        self._refusals = _Cache(REFUSALS)
+        self._errors = _Cache(ERRORS)
 
     async def compile(self, constraint: Constraint, deadline: float) -> Guide:
-        """The guide of a constraint.
+        """Compiles a constraint, or returns it from the cache.
 
         Args:
-            constraint: What to compile.
+            constraint: The constraint.
             deadline: When to give up, in seconds of `time.monotonic`.
 
         Raises:
             InputError: The constraint is invalid or too large.
             Busy: The queue is full.
-            TimeoutError: It is not compiled at the deadline.
+            TimeoutError: The constraint is not compiled at the deadline.
         """
         digest = hashlib.sha256(constraint.value.encode()).digest()
         key = constraint.compile, digest, constraint.ends, constraint.context
-        if (message := self._refusals.get(key)) is not None:
+        if (message := self._errors.get(key)) is not None:
             raise InputError(message)
         if (guide := self._guides.get(key)) is not None:
             return guide
         if (job := self._jobs.get(key)) is None:
             if len(self._jobs) > WAITING:
-                raise Busy(f"a constraint is being compiled, and {WAITING} wait")
+                raise Busy(f"a constraint is being compiled, and {WAITING} are waiting")
             job = _Job()
             compile_ = self._thread.submit(job.run, constraint, self._tokenizer)
             job.result = asyncio.wrap_future(compile_)
@@ -92,7 +93,7 @@ class Compiler:
             self._guides.put(key, guide)
             return guide
         except InputError as error:
-            self._refusals.put(key, str(error))
+            self._errors.put(key, str(error))
             raise
         finally:
             job.requests -= 1
@@ -104,14 +105,14 @@ class Compiler:
 
 @dataclass
 class _Job:
-    """A constraint that is compiled or waits for it, and how many requests want the result."""
+    """A constraint in the queue or being compiled, and how many requests wait for the result."""
 
     requests: int = 0
     result: Any = None
     abandoned: threading.Event = field(default_factory=threading.Event)
 
     def run(self, constraint: Constraint, tokenizer: Tokenizer) -> Guide:
-        """Compiles it, in the compiler's thread."""
+        """Compiles the constraint; runs in the compiler's thread."""
         with interruptible(self._check):
             value = json.loads(constraint.value)
             return constraint.compile(
@@ -127,30 +128,30 @@ class _Job:
             raise _Abandoned
 
     def abandon(self) -> None:
-        """Takes it out of the queue, or interrupts it; nothing if it is done."""
+        """Removes the job from the queue, or interrupts it; has no effect if it is done."""
         self.result.cancel()
         self.abandoned.set()
 
 
 class _Abandoned(Exception):
-    """Nobody waits for the constraint that is being compiled."""
+    """Interrupts the compilation of a constraint that no request waits for."""
 
 
 class _Cache:
-    """The values that were used last, up to a number of them."""
+    """A cache that keeps the most recently used values (LRU)."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._values: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable) -> Any:
-        """The value of a key; None if it is not in the cache."""
+        """Returns the value of a key, or None if it is not in the cache."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Adds a value, and removes the one that was used longest ago if there are too many."""
+        """Adds a value, and evicts the least recently used one if the cache is full."""
         self._values[key] = value
         self._values.move_to_end(key)
         if len(self._values) > self._most:

@@ -1,6 +1,6 @@
-"""/docs: the server's paths and the fields of their bodies, as one page without a script.
+"""The page at /docs: the server's endpoints and the fields of their bodies, without JavaScript.
 
-It is made of the same pydantic models that validate the bodies.
+It is generated from the pydantic models that validate the bodies.
 """
 
 import base64
@@ -21,7 +21,7 @@ from jaxgpt.serve.bodies import (
 
 
 class Route(NamedTuple):
-    """A path, and what it is for."""
+    """The documentation of one endpoint."""
 
     method: str
     path: str
@@ -34,34 +34,38 @@ ROUTES = (
     Route(
         "POST",
         "/v1/chat/completions",
-        "Answers a conversation, as OpenAI's API does. If the last message is the assistant's, its "
-        "text is continued. Tools are accepted and not shown to the model: it answers in text, and "
-        "the header x-jaxgpt-ignored says so; a required call is refused.",
+        "Answers a conversation, as OpenAI's API does. If the last message is the assistant's, the "
+        "model continues its text. Tools are accepted but ignored: the model answers in text, and "
+        "the response header x-jaxgpt-ignored says so. A required tool call is an error.",
         ChatBody,
         '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}',
     ),
     Route(
         "POST",
         "/v1/completions",
-        "Continues text, as OpenAI's older API does. With echo, logprobs and max_tokens 0 it "
-        "scores the prompt. A prompt of text begins with the tokenizer's first token, which echo "
-        "does not show (add_special_tokens); token ids are taken as they are.",
+        "Continues text, as OpenAI's completions API does. With echo, logprobs and max_tokens 0 it "
+        "scores the prompt. A text prompt begins with the tokenizer's beginning-of-document "
+        "token, which echo does not show (see add_special_tokens); token ids are used unchanged.",
         CompletionBody,
         '{"prompt": "Once upon", "max_tokens": 0, "echo": true, "logprobs": 1}',
     ),
     Route(
         "POST",
         "/v1/embeddings",
-        "Vectors of length 1 from the model's last hidden states.",
+        "Computes embeddings: unit vectors from the model's last hidden states.",
         EmbeddingBody,
         '{"input": ["a text", "another"]}',
     ),
-    Route("POST", "/tokenize", "Token ids of a text or a conversation.", TokenizeBody),
-    Route("POST", "/detokenize", "The text of token ids.", DetokenizeBody),
-    Route("GET", "/v1/models", "The model's name."),
+    Route("POST", "/tokenize", "Encodes a text or a conversation to token ids.", TokenizeBody),
+    Route("POST", "/detokenize", "Decodes token ids to text.", DetokenizeBody),
+    Route("GET", "/v1/models", "Lists the model."),
     Route("GET", "/info", "The model's name, whether it can chat, and its context in tokens."),
-    Route("GET", "/health", "loading, ok, draining or stalled; only ok has the status 200."),
-    Route("GET", "/metrics", "Counters and times, in the format of Prometheus."),
+    Route(
+        "GET",
+        "/health",
+        "The server's state: loading, ok, draining or stalled. Status 200 if it is ok, else 503.",
+    ),
+    Route("GET", "/metrics", "Counters and latencies, in the text format of Prometheus."),
     Route("GET", "/", "The chat page."),
 )
 STYLE = """
@@ -74,7 +78,7 @@ pre { overflow-x: auto; padding: .6rem; background: #8882 }
 
 
 def page() -> tuple[str, str]:
-    """Returns the page, and a content security policy that allows its style and nothing else."""
+    """Returns the page's HTML, and a content security policy that allows only its own style."""
     neutral = ", ".join(
         f"{name}: {' or '.join(map(str, values))}".lower() for name, values in NEUTRAL.items()
     )
@@ -82,10 +86,10 @@ def page() -> tuple[str, str]:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>jaxgpt: API</title>'
         '<meta name="viewport" content="width=device-width">'
         f"<style>{STYLE}</style><h1>The server's API</h1>"
-        "<p>Bodies are JSON objects. A field that is null is as one left out; an unknown field is "
-        "refused, unless it is null, [] or {}, or asks for what happens anyway: "
-        f"{escape(neutral)}. Errors have OpenAI's form and name the field. While the model is "
-        "loading, everything is answered with status 503.</p>"
+        "<p>Bodies are JSON objects. A field that is null is the same as an absent one. An unknown "
+        "field is an error, unless it is null, [] or {}, or has a value that requests the default "
+        f"behavior: {escape(neutral)}. Errors have OpenAI's format and name the field. While the "
+        "model is loading, the status of every response is 503.</p>"
         + "".join(map(_section, ROUTES))
         + "</html>"
     )
@@ -114,7 +118,7 @@ def _section(route: Route) -> str:
 
 
 def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """A field's type in words."""
+    """Describes a field's type in words."""
     if "$ref" in field:
         inner = schema["$defs"][field["$ref"].rpartition("/")[2]]
         return f"object of {', '.join(inner['properties'])}"

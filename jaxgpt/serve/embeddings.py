@@ -1,4 +1,4 @@
-"""The answer of /v1/embeddings: a vector of length 1 for each text, from the hidden states."""
+"""The response of /v1/embeddings: a unit vector per input, from the model's last hidden states."""
 
 import asyncio
 import base64
@@ -9,24 +9,35 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.serve.answers import Streams
-from jaxgpt.serve.api import EmbeddingCall, Served
+from jaxgpt.serve.api import EmbeddingCall, ServedModel
 from jaxgpt.serve.engine import Busy, Engine, Prompt
 from jaxgpt.serve.metrics import Metrics
 
 PAUSE = 0.05
-"""Seconds until a call that has begun asks a full engine again."""
+"""Seconds to wait before submitting the next input again if the engine's queue is full."""
 
 
 async def embed(
-    call: EmbeddingCall, served: Served, engine: Engine, metrics: Metrics, until: float
+    call: EmbeddingCall, served: ServedModel, engine: Engine, metrics: Metrics, until: float
 ) -> bytes:
-    """The embeddings of a call's texts as JSON.
+    """Computes the embeddings of a call's inputs.
 
-    Raises Busy if the engine has no place for the first text, and Refused if the answer is not
-    complete at `until`, in seconds of `time.monotonic`.
+    Args:
+        call: The parsed call.
+        served: The served model.
+        engine: The engine, which runs the forward passes.
+        metrics: Counters to update.
+        until: The deadline, in seconds of `time.monotonic`.
+
+    Returns:
+        The response's JSON.
+
+    Raises:
+        Busy: The engine's queue has no room for the first input.
+        ApiError: The embeddings were not complete at the deadline.
     """
     prompts: list[Prompt] = []
-    # One after the other: a long list takes a single place in the engine's queue.
+    # Inputs are submitted one by one, so that a long list takes one place in the engine's queue.
     while len(prompts) < len(call.requests):
         try:
             request = call.requests[len(prompts)]
@@ -37,15 +48,15 @@ async def embed(
             await asyncio.sleep(PAUSE)
             continue
         try:
-            async for written in streams:
-                if written and written.piece.prompt:
-                    prompts.append(written.piece.prompt)
+            async for item in streams:
+                if item and item.delta.prompt:
+                    prompts.append(item.delta.prompt)
         finally:
             streams.cancel()
-    return await asyncio.to_thread(_whole, call, served, prompts)
+    return await asyncio.to_thread(_response, call, served, prompts)
 
 
-def _whole(call: EmbeddingCall, served: Served, prompts: list[Prompt]) -> bytes:
+def _response(call: EmbeddingCall, served: ServedModel, prompts: list[Prompt]) -> bytes:
     tokens = sum(len(request.prompt) for request in call.requests)
     data = [
         {"object": "embedding", "index": number, "embedding": _vector(call, prompt)}
@@ -59,7 +70,7 @@ def _whole(call: EmbeddingCall, served: Served, prompts: list[Prompt]) -> bytes:
 
 
 def _vector(call: EmbeddingCall, prompt: Prompt) -> Any:
-    """A text's embedding, in the encoding that was asked for."""
+    """An input's embedding, normalized, in the body's `encoding_format`."""
     vector_D = np.asarray(prompt.last if call.body.pooling == "last" else prompt.mean, np.float32)
     vector_D = vector_D / max(float(np.linalg.norm(vector_D)), 1e-30)
     if call.body.encoding_format == "base64":

@@ -1,4 +1,4 @@
-"""What stands before every call: who may ask, how much, and what a browser is told to allow."""
+"""Middleware in front of every endpoint: authentication, body size and security headers."""
 
 import asyncio
 import hmac
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from jaxgpt.serve import page
-from jaxgpt.serve.bodies import Refused
+from jaxgpt.serve.bodies import ApiError
 from jaxgpt.serve.connections import FULL, SECONDS
 from jaxgpt.serve.metrics import Metrics
 
@@ -22,10 +22,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 T = TypeVar("T")
 
-BYTES = 1 << 20
-"""Of a body, at most."""
-OPEN = ("/health", "/docs", *page.FILES)
-"""Paths that need no key: nothing of the model is in them."""
+MAX_BODY_BYTES = 1 << 20
+"""The largest size of a body."""
+PUBLIC_PATHS = ("/health", "/docs", *page.FILES)
+"""Paths that need no API key, because they give no access to the model."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -38,11 +38,11 @@ HEADERS = {
 
 
 class Guard:
-    """Middleware: refuses who may not ask, adds `HEADERS`, counts, and keeps errors to OpenAI's
-    format, without what is inside.
+    """ASGI middleware that authenticates calls, adds `HEADERS` and counts responses.
 
-    With `local`, only this machine's names are taken for the server's: a page elsewhere whose
-    name is made to mean 127.0.0.1 (DNS rebinding) is refused.
+    It also converts every exception to an error in OpenAI's format that reveals no internals. With
+    `local` it accepts only this machine's names in the Host header, so that another site whose
+    name resolves to 127.0.0.1 (DNS rebinding) has no access.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Guard:
         self.paths = paths
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """One call."""
+        """Handles one call."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = False
@@ -74,81 +74,102 @@ class Guard:
 
         try:
             if scope.get("state", {}).get(FULL) and scope["path"] != "/health":
-                raise Refused(
+                raise ApiError(
                     503,
-                    "too many connections are open; close some, or try again later",
+                    "too many connections are open; close some of them, or try again later",
                     code="too_many_connections",
                     headers={"retry-after": "2", "connection": "close"},
                 )
             self._check(Request(scope))
             await self.app(scope, receive, guarded)
-        except Refused as refused:
-            await refusal(refused)(scope, receive, guarded)
+        except ApiError as error:
+            await error_response(error)(scope, receive, guarded)
         except Exception:
             logging.getLogger("uvicorn.error").exception("%s failed", scope["path"])
-            if started:  # only a connection that breaks off can still say so
+            if started:  # too late for an error response: uvicorn closes the connection
                 raise
-            error = Refused(500, "the server failed; its log says why", code="failed")
-            await refusal(error)(scope, receive, guarded)
+            failure = ApiError(500, "internal error; see the server's log", code="failed")
+            await error_response(failure)(scope, receive, guarded)
 
     def _check(self, request: Request) -> None:
-        """Raises Refused for who may not ask."""
+        """Raises ApiError if the Host, the origin or the API key of a call is not allowed."""
         host = request.headers.get("host", "").lower()
         if self.local and not re.fullmatch(
             r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", host
         ):
-            raise Refused(
+            raise ApiError(
                 403,
-                f"host {host[:100]!r} is not this machine's; ask 127.0.0.1, or serve with a key "
-                "and another host",
+                f"host {host[:100]!r} is not this machine's name; use 127.0.0.1, or start the "
+                "server with --host and an API key",
                 code="host_not_allowed",
             )
-        # What browsers say of a request that another site's page has made.
+        # Browsers set this header; it tells whether another site's page has made the request.
         if request.method != "GET" and request.headers.get("sec-fetch-site", "none") not in (
             "same-origin",
             "none",
         ):
-            raise Refused(403, "pages of other sites may not ask", code="cross_site")
-        if self.api_key and request.scope["path"] not in OPEN:
+            raise ApiError(403, "requests from other sites' pages are rejected", code="cross_site")
+        if self.api_key and request.scope["path"] not in PUBLIC_PATHS:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             known = hmac.compare_digest(key.strip().encode(), self.api_key)
             if not known or scheme.lower() != "bearer":
-                raise Refused(
+                raise ApiError(
                     401,
-                    "give the server's API key: Authorization: Bearer KEY",
+                    "the API key is missing or wrong; send the header Authorization: Bearer KEY",
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
 
 
-def refusal(refused: Refused) -> JSONResponse:
-    """The response that says it."""
-    return JSONResponse(refused.body, refused.status, refused.headers)
+def error_response(error: ApiError) -> JSONResponse:
+    """Converts an error to a response."""
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-async def read(request: Request) -> bytes:
-    """A JSON body; Refused where it is called something else, too large or too slow."""
+async def read_body(request: Request) -> bytes:
+    """Reads a request's JSON body.
+
+    Raises:
+        ApiError: The content type is not JSON, the body is too large or arrives too slowly, or the
+            client has disconnected.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" or "content-encoding" in request.headers:
-        raise Refused(415, "send application/json, not encoded", code="unsupported_media_type")
+        raise ApiError(
+            415,
+            "the body must be JSON: use content-type application/json and no content-encoding",
+            code="unsupported_media_type",
+        )
     body = bytearray()
     try:
         async with asyncio.timeout(SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > BYTES:
-                    raise Refused(
-                        413, f"the body has more than {BYTES} bytes", code="body_too_large"
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(
+                        413,
+                        f"the body is too large; send at most {MAX_BODY_BYTES} bytes",
+                        code="body_too_large",
                     )
     except ClientDisconnect:
-        raise Refused(499, "the client has left", code="client_left") from None
+        raise ApiError(499, "the client has disconnected", code="client_left") from None
     except TimeoutError:
-        raise Refused(408, f"the body took over {SECONDS:g} seconds", code="too_slow") from None
+        raise ApiError(
+            408, f"the body did not arrive within {SECONDS:g} seconds", code="too_slow"
+        ) from None
     return bytes(body)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work returns; where the client leaves before, the work is cancelled, and Refused."""
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work` and returns its result, but cancels it if the client disconnects.
+
+    Args:
+        receive: The ASGI callable that reports a disconnect.
+        work: The coroutine to run.
+
+    Raises:
+        ApiError: The client has disconnected.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -159,7 +180,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Refused(499, "the client has left", code="client_left")
+        raise ApiError(499, "the client has disconnected", code="client_left")
     finally:
         working.cancel()
         watching.cancel()

@@ -1,7 +1,7 @@
-"""How many slots of how long a context fit into the device's memory, before anything is allocated.
+"""Chooses the number of slots and the context that fit in the device's memory.
 
-The parameters and the KV cache are counted exactly, from shapes. The workspace of the compiled
-programs is estimated from above.
+This happens before anything is allocated. The sizes of the parameters and the KV cache are exact,
+from their shapes; the workspace of the compiled programs is an upper estimate.
 """
 
 import os
@@ -15,39 +15,41 @@ import jax
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype, Source, Trained, smaller
+from jaxgpt.pretrained.load import Dtype, ModelSource, Trained, convert_dtype
 from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
 
 SLOTS = 8
-"""Slots by default, at most."""
+"""The most slots that are chosen by default."""
 FEW = 4
-"""Slots for which the default context is shortened, if need be."""
+"""The default context is shortened until at least this many slots fit."""
 SHORTEST = 512
-"""Tokens of the shortest context that is chosen by default."""
+"""The shortest context in tokens that is chosen by default."""
 USED = {"cpu": 0.8}
-"""Fraction of the free memory that is planned for; others share a CPU's memory."""
+"""The fraction of the free memory to use, by backend; on a CPU other programs need memory too."""
 USED_ELSE = 0.92
-CHUNK = 64  # queries of attention at a time
+"""The fraction of the free memory to use on other backends."""
+CHUNK = 64
+"""The number of queries for which attention computes scores at a time."""
 
 
-class Plan(NamedTuple):
-    """Slots and context, and the bytes that they need."""
+class MemoryPlan(NamedTuple):
+    """A number of slots and a context, and the memory in bytes that they need."""
 
     slots: int
     context: int
     parameters: int
     slot: int
-    """KV cache and settings of one slot."""
+    """KV cache, guide and settings of one slot."""
     workspace: int
-    """What the programs need while they run."""
+    """Temporary arrays of the running programs."""
     loading: int
-    """Parameters in float32 while smaller ones are made of them."""
+    """The float32 parameters, which are in memory while they are converted to a smaller type."""
     free: int | None
-    """Bytes that the device has left; None: unknown."""
+    """The device's free memory; None: unknown."""
 
     @property
     def needed(self) -> int:
-        """All of it at the worst moment."""
+        """The peak memory."""
         running = self.slots * self.slot + self.workspace
         return self.parameters + max(running, self.loading)
 
@@ -61,44 +63,48 @@ class Plan(NamedTuple):
         )
 
 
-class Needs:
-    """What a model needs on a device, as a function of slots and context."""
+class MemoryNeeds:
+    """The memory that a model needs on a device, as a function of slots and context."""
 
-    def __init__(self, found: Source, dtype: Dtype, cache: CacheDtype, free: int | None) -> None:
+    def __init__(
+        self, found: ModelSource, dtype: Dtype, cache: CacheDtype, free: int | None
+    ) -> None:
         self._cache, self._free = cache, free
-        params = jax.eval_shape(partial(smaller, found.config, dtype), found.abstract)
+        params = jax.eval_shape(partial(convert_dtype, found.config, dtype), found.abstract)
         trained = Trained(found.config, params, found.tokenizer)
         self._model = trained.model
         self._parameters = _bytes(params)
         self._loading = 0 if dtype == "float32" else _bytes(found.abstract)
         cpu = jax.default_backend() == "cpu"
-        # XLA for CPU multiplies bfloat16 by way of copies in float32, and keeps some.
+        # XLA on CPU converts bfloat16 operands of a matmul to float32, and keeps some copies.
         self._copies = 4 * self._parameters if cpu and dtype == "bfloat16" else 0
         used = USED.get(jax.default_backend(), USED_ELSE)
         self._budget = float("inf") if free is None else used * free
 
-    def plan(self, slots: int, context: int) -> Plan:
-        """What so many slots of so long a context need."""
+    def plan(self, slots: int, context: int) -> MemoryPlan:
+        """The memory plan for a number of slots and a context."""
         sizes = self._model.cfg.sizes
         D, F, V, N, K, H = (sizes[letter] for letter in "DFVNKH")
 
         cache = partial(empty_cache, self._model, 1, context, dtype=self._cache)
-        # Beside its cache a slot has arrays over the vocabulary, a guide and some numbers.
+        # Besides its KV cache a slot has arrays over the vocabulary, a guide and a few numbers.
         slot = _bytes(jax.eval_shape(cache)) + 13 * V + 4 * STATES * CLASSES + 4 * (STOPS + 13)
-        # A prompt is read into a cache of its own. Of a step, attention may copy a layer's cache.
+        # A prefill has a KV cache of its own. In a decoding step attention may copy one layer's.
         activations = 4 * context * (6 * D + 4 * F + 4 * (N + 2 * K) * H)
         scores = 4 * 3 * (CHUNK * N * context + min(SCORED, context) * V)
-        reading = slot + activations + scores
+        prefill = slot + activations + scores
         step = 4 * slots * (8 * V + 2 * N * context + 2 * K * context * H)
-        workspace = max(reading, step) + self._copies
-        return Plan(slots, context, self._parameters, slot, workspace, self._loading, self._free)
+        workspace = max(prefill, step) + self._copies
+        return MemoryPlan(
+            slots, context, self._parameters, slot, workspace, self._loading, self._free
+        )
 
     def fits(self, slots: int, context: int) -> bool:
-        """Whether the device has the memory for it."""
+        """Whether a number of slots and a context fit in the device's memory."""
         return self.plan(slots, context).needed <= self._budget
 
-    def best(self, slots: int, contexts: list[int], few: int) -> Plan | None:
-        """The longest context that fits with `few` slots, with as many of `slots` as fit."""
+    def best(self, slots: int, contexts: list[int], few: int) -> MemoryPlan | None:
+        """The first of `contexts` that fits with `few` slots, with up to `slots` slots, or None."""
         for context in contexts:
             if self.fits(few, context):
                 most = max(n for n in range(few, slots + 1) if self.fits(n, context))
@@ -106,28 +112,32 @@ class Needs:
         return None
 
 
-def choose(
-    found: Source, dtype: Dtype, cache: CacheDtype, slots: int, context: int, free: int | None
-) -> Plan:
-    """The slots and the context that are served.
+def choose_plan(
+    found: ModelSource, dtype: Dtype, cache: CacheDtype, slots: int, context: int, free: int | None
+) -> MemoryPlan:
+    """Chooses the number of slots and the context to serve.
 
     Args:
-        found: The model, before its parameters are loaded.
-        dtype: Of its matrices.
-        cache: Of keys and values.
-        slots: As many as asked for; 0: up to `SLOTS`, as many as fit.
-        context: As long as asked for; 0: the model's, or a shorter one that fits.
-        free: Bytes that the device has left; None: unknown, and then everything fits.
+        found: The model, whose parameters are not loaded yet.
+        dtype: The data type of the weight matrices.
+        cache: The data type of the KV cache.
+        slots: The number of slots; 0: as many as fit, up to `SLOTS`.
+        context: The context in tokens; 0: the model's, halved until it fits.
+        free: The device's free memory in bytes; None: unknown, and then any plan fits.
 
     Raises:
-        InputError: What was asked for does not fit; it says how much is needed and what to set.
+        InputError: The requested slots and context do not fit; the message says how much memory
+            they need and which options to change.
     """
     longest = found.config.model.decode_T
     if slots < 0:
-        raise InputError(f"slots={slots}; set it to 1 or more, or to 0 for as many as fit")
+        raise InputError(f"slots={slots} is invalid; use 1 or more, or 0 for as many as fit")
     if context and not 2 <= context <= longest:
-        raise InputError(f"context={context} of a model of {longest}; set it to 2 to {longest}")
-    needs = Needs(found, dtype, cache, free)
+        raise InputError(
+            f"context={context} is invalid for a model with a context of {longest}; use 2 to "
+            f"{longest}, or 0 for the longest that fits"
+        )
+    needs = MemoryNeeds(found, dtype, cache, free)
     shorter = [longest]
     while shorter[-1] >= 2 * SHORTEST:
         shorter.append(shorter[-1] // 2)
@@ -149,17 +159,17 @@ def choose(
         ("int8", "int8"),
     ]
     for in_bytes in smaller_ones:
-        if not advice and Needs(found, *in_bytes, free).best(few, shorter, few):
+        if not advice and MemoryNeeds(found, *in_bytes, free).best(few, shorter, few):
             advice.append("--dtype {} --cache {} and a smaller --context".format(*in_bytes))
     raise InputError(
-        f"{needs.plan(slots or 1, contexts[-1])}; that is too much: at most "
-        f"{_gb(int(needs._budget))} are planned for. Set "
-        f"{' or '.join(advice) or 'another model, or serve it on a larger device'}"
+        f"{needs.plan(slots or 1, contexts[-1])}; this is more than the "
+        f"{_gb(int(needs._budget))} that the server may use. Use "
+        f"{' or '.join(advice) or 'a smaller model or a larger device'}"
     )
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Bytes that can be allocated on a device; None where that is unknown."""
+    """Returns the free memory of a device in bytes, or None if it is unknown."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -167,11 +177,11 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def _host_memory() -> int | None:
-    """Bytes of main memory that are available, within the limit of a container."""
+    """The available main memory in bytes, within the limit of a container (cgroup)."""
     found = []
     if meminfo := _read("/proc/meminfo"):
         found += [1024 * int(kib) for kib in re.findall(r"MemAvailable:\s*(\d+)", meminfo)]
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all there is
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: the total memory
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for folder, limit, usage in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),

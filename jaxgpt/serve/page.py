@@ -1,8 +1,8 @@
-"""The chat page: its files and the content security policy that the browser applies to them.
+"""The files of the chat page, and its content security policy.
 
-The page loads nothing from other servers. Scripts and styles come only from the files served here,
-and Trusted Types forbid every function that turns text into HTML, so a model's output can never
-become markup or code.
+The page loads nothing from other servers. The policy allows scripts and styles from this server's
+files only, and Trusted Types forbid every function that converts text to HTML, so a model's output
+can never become markup or code.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ FILES = {
         if file.suffix in MEDIA_TYPES
     },
 }
-"""The server's paths, and the file that each one serves."""
+"""Maps the server's paths to the files that they serve."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -26,7 +26,7 @@ POLICY = (
 
 
 def read_files() -> dict[str, tuple[bytes, str]]:
-    """Returns the content and the media type of every file, by the server's path."""
+    """Reads all files; returns their content and media type by the server's path."""
     return {
         path: (file.read_bytes(), MEDIA_TYPES.get(file.suffix, "text/html"))
         for path, file in FILES.items()

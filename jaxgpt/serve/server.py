@@ -1,7 +1,7 @@
-"""The server's life: an address, a model that is loaded while the server listens, and its end.
+"""Starts the server, loads its model in the background, and shuts the server down on a signal.
 
-The address is bound first, so that a port in use is an error before any loading. From then on
-/health answers: "loading", with status 503, until the model is loaded and compiled.
+The address is bound first, so that a port in use is an error before the model is loaded. Until the
+model is loaded and compiled, /health answers "loading" with status 503.
 """
 
 import ipaddress
@@ -25,25 +25,25 @@ from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.load import source
 from jaxgpt.serve import ServeConfig, memory
 from jaxgpt.serve.app import create_app
-from jaxgpt.serve.bodies import Refused
+from jaxgpt.serve.bodies import ApiError
 from jaxgpt.serve.connections import Connection, raise_file_limit
 from jaxgpt.serve.engine import Engine
-from jaxgpt.serve.guard import App, Guard, Receive, Send, refusal
+from jaxgpt.serve.guard import App, Guard, Receive, Send, error_response
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.signals import end_process
 
 DRAIN = 25.0
-"""Seconds that what is running has, after SIGTERM, to end."""
+"""Seconds that running requests have to finish after SIGTERM."""
 CLOSE = 5
-"""Seconds more that connections have to take what is left."""
+"""Additional seconds that clients have to receive the rest of their responses."""
 BACKLOG = 2048
-"""Connections that wait to be accepted, at most."""
+"""The most connections that wait to be accepted."""
 RETRY = {"retry-after": "5"}
-"""Headers of what is answered while the model is loading."""
+"""Headers of the responses while the model is loading."""
 
 
 class Gate:
-    """An ASGI application that says it is loading, until the one behind it is there."""
+    """An ASGI application that answers "loading" until `open` gives it the real application."""
 
     def __init__(self, api_key: str, local: bool) -> None:
         self._app: App = Guard(
@@ -51,43 +51,43 @@ class Gate:
         )
         self._state: Any = None
         self.engine: Engine | None = None
-        """The engine, once it takes requests."""
+        """The engine; None until the model is loaded."""
         self.draining = False
-        """Whether new calls are refused, because the server is shutting down."""
+        """Whether new calls are rejected because the server is shutting down."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """One call."""
+        """Handles one call."""
         await self._app(scope, receive, send)
 
     def open(self, app: Any, engine: Engine) -> None:
-        """Gives calls to a FastAPI application from now on."""
+        """Passes all further calls to a FastAPI application."""
         self._app, self._state, self.engine = app, app.state, engine
 
     def drain(self) -> None:
-        """Refuses new calls."""
+        """Makes the application reject new calls."""
         self.draining = self._state.draining = True
 
 
 async def _loading(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-    """What is answered while the model is loading."""
+    """The ASGI application that answers while the model is loading."""
     response: Response
     if scope["path"] == "/health":
         response = JSONResponse({"status": "loading"}, 503, RETRY)
     elif scope["path"] == "/":
         page = (
             '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
-            "<title>Loading</title><p>The model is loading. This page waits for it."
+            "<title>Loading</title><p>The model is loading. This page reloads until it is ready."
         )
         response = HTMLResponse(page, 503, RETRY)
     else:
-        response = refusal(
-            Refused(503, "the model is loading; ask again soon", code="loading", headers=RETRY)
+        response = error_response(
+            ApiError(503, "the model is loading; try again later", code="loading", headers=RETRY)
         )
     await response(scope, receive, send)
 
 
-def configured(app: Any) -> uvicorn.Config:
-    """How uvicorn serves an ASGI application."""
+def uvicorn_config(app: Any) -> uvicorn.Config:
+    """Returns uvicorn's configuration for an ASGI application."""
     return uvicorn.Config(
         app,
         http=Connection,
@@ -96,28 +96,31 @@ def configured(app: Any) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         access_log=False,
-        log_config=None,  # it would close other libraries' handlers, and stderr with them
+        log_config=None,  # uvicorn's would close other libraries' log handlers, and stderr too
         log_level="warning",
         timeout_graceful_shutdown=CLOSE,
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on the first signal refuses new calls and lets the running ones end."""
+    """uvicorn's server with a graceful shutdown: a signal rejects new calls and drains others."""
 
     def __init__(self, gate: Gate) -> None:
-        super().__init__(configured(gate))
+        super().__init__(uvicorn_config(gate))
         self._gate = gate
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; the next, or one while the model is loading, ends at once."""
+        """Drains on the first signal; exits at once on the second, or while the model loads."""
         if self._gate.engine is None:
             end_process(sig)
         elif self._gate.draining:
             self.should_exit = self.force_exit = True
         else:
             self._gate.drain()
-            print("ending what is running; once more to end at once", file=sys.stderr)
+            print(
+                "shutting down when running requests are finished; press Ctrl-C again to stop now",
+                file=sys.stderr,
+            )
             threading.Thread(target=self._drain, args=[self._gate.engine], daemon=True).start()
 
     def _drain(self, engine: Engine) -> None:
@@ -130,23 +133,25 @@ def run(path: str, cfg: ServeConfig) -> None:
     host, port = cfg.host, cfg.port
     api_key = cfg.api_key or os.environ.get("JAXGPT_API_KEY", "")
     if not re.fullmatch(r"[!-~]*", api_key):
-        raise InputError("api_key has characters that no header can; use letters and digits")
+        raise InputError(
+            "api_key has characters that are invalid in an HTTP header; use letters and digits"
+        )
     local = _is_local(host)
     if not (local or api_key):
         raise InputError(
-            f"host={host} can be reached from other machines; set api_key, or $JAXGPT_API_KEY, to "
-            "a secret, or host to 127.0.0.1"
+            f"host={host} can be reached from other machines; set api_key (or $JAXGPT_API_KEY) to "
+            "a secret, or use host=127.0.0.1"
         )
     if not cfg.deadline > 0:
-        raise InputError(f"deadline={cfg.deadline}; set it to seconds above 0")
+        raise InputError(f"deadline={cfg.deadline} is invalid; use a number of seconds above 0")
     if cfg.max_n < 1:
-        raise InputError(f"max_n={cfg.max_n}; set it to 1 or more")
+        raise InputError(f"max_n={cfg.max_n} is invalid; use 1 or more")
     raise_file_limit()
-    with _bound(host, port) as sock:
+    with _bind(host, port) as sock:
         gate = Gate(api_key, local)
         server = Server(gate)
         address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-        print(f"loading {path}; until then {address}/health says so", flush=True)
+        print(f"loading {path}; {address}/health shows when it is ready", flush=True)
         errors: list[BaseException] = []
 
         def load() -> None:
@@ -156,7 +161,7 @@ def run(path: str, cfg: ServeConfig) -> None:
                 errors.append(error)
                 server.should_exit = True
 
-        # Signals are handled in the main thread, which therefore only runs the event loop.
+        # Python runs signal handlers in the main thread, so it only runs the event loop.
         threading.Thread(target=load, name="loading", daemon=True).start()
         try:
             server.run([sock])
@@ -172,7 +177,7 @@ def _load(path: str, cfg: ServeConfig, gate: Gate, api_key: str, local: bool, ad
     began = time.monotonic()
     found = source(path)
     free = memory.free_memory(jax.devices()[0])
-    plan = memory.choose(found, cfg.dtype, cfg.cache, cfg.slots, cfg.context, free)
+    plan = memory.choose_plan(found, cfg.dtype, cfg.cache, cfg.slots, cfg.context, free)
     print(plan, flush=True)
     for line in generation.notes(found.generation_config, Sampling()):
         print(line, file=sys.stderr)
@@ -189,7 +194,7 @@ def _load(path: str, cfg: ServeConfig, gate: Gate, api_key: str, local: bool, ad
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise InputError(
-            f"the device's memory does not suffice for {plan}; set a smaller --slots or --context, "
+            f"the device has too little memory: {plan}; use a smaller --slots or --context, "
             "--cache int8 or --dtype int8"
         ) from None
     is_from_hub = "revision" in found.lineage
@@ -206,9 +211,9 @@ def _load(path: str, cfg: ServeConfig, gate: Gate, api_key: str, local: bool, ad
     gate.open(app, engine)
     print(
         f"{name} is ready after {time.monotonic() - began:.0f} s\n"
-        f"  to chat:     {address}/\n"
-        f"  the API:     {address}/v1, described at {address}/docs\n"
-        "  to stop it:  Ctrl-C",
+        f"  chat page:  {address}/\n"
+        f"  API:        {address}/v1, documented at {address}/docs\n"
+        "  to stop:    press Ctrl-C",
         flush=True,
     )
 
@@ -220,10 +225,10 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address; InputError where there can be none."""
+def _bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens at the address, or raises InputError if it cannot be bound."""
     if not 0 <= port < 1 << 16:
-        raise InputError(f"port={port}; set it from 1 to 65535, or to 0 for a free one")
+        raise InputError(f"port={port} is invalid; use 1 to 65535, or 0 for any free port")
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -232,6 +237,6 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise InputError(
-            f"cannot serve at host={host} port={port}: {error.strerror}; set another"
+            f"cannot bind host={host} port={port}: {error.strerror}; use another host or port"
         ) from None
     return sock

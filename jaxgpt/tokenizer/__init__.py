@@ -1,13 +1,14 @@
-"""Text to token ids and back.
+"""Tokenizers, which convert text to token ids and back.
 
     tokenizer = build(TokenizerConfig(kind="bpe", vocab_size=4096), documents)
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
-One interface over bytes, characters, a byte pair encoding trained on the corpus, the published
-ones of tiktoken, and those that come with a model of Hugging Face's. What it promises: encoding
-text never yields a special token, whatever the text says; decoding gives the text back;
-`<|endoftext|>` exists in all of our own; and a tokenizer written with `to_json` is itself again
-after `from_json`, without files or network.
+One interface covers bytes, characters, byte pair encoding (BPE) trained on the corpus, tiktoken's
+published vocabularies, and the tokenizers of Hugging Face models. Every tokenizer guarantees that
+- encoding never returns a special token, even if the text contains a special token's name;
+- decoding returns the original text;
+- `from_json(tokenizer.to_json())` restores it without files or network access.
+All tokenizers built here have the special token `<|endoftext|>`.
 """
 
 import base64
@@ -46,28 +47,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Text to ids."""
+    """Options of the tokenizer."""
 
     kind: Kind = "bpe"
-    """bpe: trained on the corpus; bytes; characters: those of the corpus; huggingface: that of
-    the model in `start`; else tiktoken's."""
+    """bpe: byte pair encoding trained on the corpus. bytes: UTF-8 bytes. characters: the characters
+    that occur in the corpus. gpt2, cl100k_base, o200k_base: published by OpenAI, from tiktoken.
+    huggingface: the tokenizer of the model in `start`."""
     vocab_size: int = 4096
-    """Of bpe: bytes, merges and <|endoftext|> together; the other kinds bring their own."""
+    """Vocabulary size of bpe, including the 256 bytes and <|endoftext|>. A larger one gives fewer
+    tokens per text and a larger embedding. Other kinds have a fixed vocabulary and ignore it."""
     sample_bytes: int = 64_000_000
-    """Of bpe: text to train on, at most; a larger corpus is sampled evenly."""
+    """Maximum bytes of text that bpe is trained on; a larger corpus is sampled evenly."""
     source: str = ""
-    """Where to take the tokenizer from, without the weights beside it, instead of building one:
-    a run or a checkpoint, a folder of Hugging Face's layout, or a name there (Qwen/Qwen3-0.6B). The
-    other fields are then what it says. On the command line and in JSON: tokenizer.from."""
+    """Where to load an existing tokenizer from, without its model's weights: a run, a checkpoint, a
+    folder in Hugging Face's layout, or a model name on its hub (Qwen/Qwen3-0.6B). Empty: build one.
+    The other options are then those of the loaded tokenizer. Named tokenizer.from on the command
+    line and in JSON."""
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be."""
+        """Raises InputError if a field is invalid."""
         if self.kind not in get_args(Kind):
             kinds = ", ".join(get_args(Kind))
-            raise InputError(f"tokenizer.kind={self.kind!r}; set it to one of {kinds}")
+            raise InputError(f"tokenizer.kind={self.kind!r} is unknown; set it to one of {kinds}")
         if self.kind == "bpe" and self.vocab_size < 257:
             raise InputError(
-                f"tokenizer.vocab_size={self.vocab_size} has no room for 256 bytes and {EOT}; "
+                f"tokenizer.vocab_size={self.vocab_size} is too small for 256 bytes and {EOT}; "
                 "set it to 257 or more"
             )
         if self.kind == "bpe" and self.sample_bytes < 1_000_000:
@@ -78,10 +82,18 @@ class TokenizerConfig:
 
 
 def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
-    """The tokenizer a config asks for; `documents` are read, once, for kinds bpe and characters.
+    """Builds the tokenizer that a config describes.
 
-    Raises InputError for an empty corpus, one with fewer merges than `vocab_size` asks for,
-    published files that are neither in tiktoken's cache nor within reach, and kind huggingface.
+    Args:
+        cfg: The config.
+        documents: The corpus; read once for the kinds bpe and characters, otherwise ignored.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: `cfg` is invalid or of kind huggingface, the corpus is empty or too small for
+            `vocab_size`, or tiktoken's files are neither in its cache nor downloadable.
     """
     cfg.check()
     if cfg.kind == "bytes":
@@ -96,15 +108,19 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
         return train(documents, cfg.vocab_size, cfg.sample_bytes)
     if cfg.kind == "huggingface":
         raise InputError(
-            "tokenizer.kind=huggingface comes with a model and is not built; set start, or "
-            "tokenizer.from for its tokenizer alone, to the model's folder or name; or set "
-            "tokenizer.kind to bpe"
+            "tokenizer.kind=huggingface cannot be built, because it comes with a model; set start "
+            "(or tokenizer.from, to load the tokenizer alone) to the model's folder or name, or "
+            "set tokenizer.kind to bpe"
         )
     return published_bpe(cfg.kind)
 
 
 def from_json(values: Any) -> Tokenizer:
-    """The tokenizer that `to_json` wrote; InputError names the field that is missing or damaged."""
+    """Restores a tokenizer from the output of `Tokenizer.to_json`.
+
+    Raises:
+        InputError: A field is missing, unknown or damaged; the message names it.
+    """
     try:
         kind = field(values, "kind", str)
         tokenizer: Tokenizer
@@ -123,32 +139,37 @@ def from_json(values: Any) -> Tokenizer:
                 raise InputError(f"ranks has an entry that is not base64: {error}") from None
             tokenizer = BPE(kind, ranks, pattern, specials)
         else:
-            raise InputError(f"kind={kind!r} is none of {', '.join(get_args(Kind))}")
+            raise InputError(f"kind={kind!r} is not one of {', '.join(get_args(Kind))}")
         if unknown := values.keys() - tokenizer.to_json().keys():
             raise InputError(f"{min(unknown)} is not a field of kind {kind}")
         if field(values, "fingerprint", str) != tokenizer.fingerprint:
-            raise InputError("fingerprint is not that of the other fields; one of them was changed")
+            raise InputError("fingerprint does not match the other fields; one of them was changed")
     except InputError as error:
-        raise InputError(f"not a tokenizer: {error}; use one that to_json wrote") from None
+        raise InputError(
+            f"this is not a valid tokenizer: {error}; use the output of to_json"
+        ) from None
     return tokenizer
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """How much text a token holds, and how fast text becomes tokens."""
+    """Compression ratio and encoding speed of a tokenizer on some text."""
 
     bytes: int
+    """Size of the text in UTF-8."""
     tokens: int
+    """Number of tokens of the text."""
     seconds: float
+    """Time to encode the text, on one core."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of UTF-8 for a token."""
+        """Average bytes of UTF-8 per token; higher means better compression."""
         return self.bytes / self.tokens
 
     @property
     def megabytes_per_second(self) -> float:
-        """10**6 bytes of UTF-8 encoded in a second, on one core."""
+        """Encoding speed on one core, in units of 10**6 bytes of UTF-8 per second."""
         return self.bytes / 1e6 / self.seconds
 
     def __str__(self) -> str:
@@ -159,7 +180,7 @@ class CompressionReport:
 
 
 def report(tokenizer: Tokenizer, texts: Iterable[str]) -> CompressionReport:
-    """Encodes `texts` and measures; InputError if there is no text in them."""
+    """Measures compression and speed by encoding `texts`; raises InputError if all are empty."""
     bytes, tokens, seconds = 0, 0, 0.0
     for text in texts:
         bytes += len(encoded(text))

@@ -1,4 +1,4 @@
-"""What every tokenizer is and promises, and the checks they share."""
+"""The base class of all tokenizers, the streaming decoder, and the checks that they share."""
 
 import hashlib
 import json
@@ -20,98 +20,105 @@ Kind = Literal["bpe", "bytes", "characters", "gpt2", "cl100k_base", "o200k_base"
 
 
 class Tokenizer(ABC):
-    """Text to ids and back; a subclass says how text is encoded and where it may be cut."""
+    """Converts text to token ids and back; a subclass defines the encoding."""
 
     kind: Kind
+    """The kind, as in `TokenizerConfig.kind`."""
     eot: int
-    """The id of `<|endoftext|>`, or of what a model from elsewhere has in its place."""
+    """The id that separates documents: `<|endoftext|>`, or the model's equivalent token."""
     pieces: Sequence[bytes]
-    """The bytes each id stands for in a text; an id of no token stands for U+FFFD."""
+    """The bytes of each id; U+FFFD for an id without a token."""
     first_pieces: Mapping[int, bytes] = MappingProxyType({})
-    """The bytes of the ids that are spelled in another way at the beginning of a text."""
+    """The bytes of those ids that decode differently at the start of a text."""
     single_words: frozenset[str] = frozenset()
-    """The special tokens whose names count only where no letter or digit is beside them."""
+    """The special tokens that are recognized only if no letter or digit is next to them."""
     spaced: frozenset[int] = frozenset()
-    """The ids whose bytes end in a space that is not written at the end of a text."""
+    """The ids whose bytes end with a space, which is omitted at the end of a text."""
     single_bytes: frozenset[int] = frozenset()
-    """The ids of single bytes: where some in a row are not UTF-8, `decode` has U+FFFD for each."""
+    """The ids of single bytes. If a run of them is not UTF-8, `decode` replaces each by U+FFFD."""
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint32[T], none of them special; InputError if it has no UTF-8."""
+        """Encodes text to ids, uint32[T], without special tokens.
+
+        Raises:
+            InputError: The text contains an unpaired surrogate, or cannot be encoded.
+        """
 
     @abstractmethod
     def safe_cut(self, text: str) -> int:
-        """The last position where `text` may be cut without a change to its tokens, whatever
-        text follows it; 0 if there is none.
+        """Returns the last position at which `text` can be cut without changing its tokens.
 
-        A long document is encoded in parts with it: `encode(text)` is
-        `encode(text[:cut]) + encode(text[cut:])`.
+        It is valid whatever text follows, so that a long document can be encoded in parts:
+        `encode(text) == encode(text[:cut]) + encode(text[cut:])`. Returns 0 if there is none.
         """
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """All that decides what ids a text gets, in JSON values."""
+        """Returns everything that determines the encoding, as JSON values."""
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, special ones included."""
+        """The number of ids, including special tokens."""
         return len(self.pieces)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest of uint16 and uint32 that holds every id."""
+        """The dtype for stored tokens: uint16 if every id fits, otherwise uint32."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @cached_property
     def specials(self) -> dict[str, int]:
-        """The special tokens: names, and the ids that no text gets."""
+        """The ids of the special tokens, by name. Encoding text never returns them."""
         return {EOT: self.eot}
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Any special token's name, the longest first."""
+        """A regular expression that matches the name of any special token, the longest first."""
         return any_of(self.specials)
 
     @property
     def eos(self) -> int:
-        """The id that ends what a model writes: `eot` where no other does."""
+        """The id at which generation stops: the end-of-sequence token, or else `eot`."""
         return self.eot
 
     @cached_property
     def prefix(self) -> list[int]:
-        """The ids that a prompt begins with, as documents do; may be none."""
+        """The ids with which documents and prompts start; may be empty."""
         return [self.eot]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of `content`; tokenizers with the same one give every text the same ids."""
+        """SHA-256 of `content`; tokenizers with equal fingerprints encode all text alike."""
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, none of them special; InputError if it has no UTF-8."""
+        """Encodes text to a list of ids, like `encode_array`."""
         return self.encode_array(text).tolist()
 
     def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
-        """The ids of a part of a longer text, between two special tokens.
+        """Encodes a part of a longer text that lies between two special tokens.
 
         Args:
             text: The part, without special tokens.
-            before: The name of the special token before it; "" if other text is before it; None if
-                the longer text begins with it.
-            after: The same of what is after it.
+            before: The name of the special token before it; "" if there is other text before it;
+                None if it starts the longer text.
+            after: The same for what follows it; None if it ends the longer text.
         """
         return self.encode(text) if text else []
 
     def spell(
         self, tokens: Sequence[int] | np.ndarray, begins: bool = True, space: bool = False
     ) -> list[bytes]:
-        """The bytes of each id, as it is spelled in a text.
+        """Decodes consecutive ids one by one.
 
         Args:
-            tokens: Ids that follow each other.
-            begins: Whether the first one begins a text; see `place`.
-            space: Whether a space separates the first one from the id before; see `place`.
+            tokens: The ids.
+            begins: Whether the first id starts a text; see `place`.
+            space: Whether a space separates the first id from the one before it; see `place`.
+
+        Returns:
+            The bytes of each id.
 
         Raises:
             InputError: An id is outside the vocabulary.
@@ -127,13 +134,15 @@ class Tokenizer(ABC):
         return spelled
 
     def place(self, context: Sequence[int] | None) -> tuple[bool, bool]:
-        """How the token after some ids is spelled.
+        """Returns how to decode the next token after some ids.
 
         Args:
-            context: The ids before it, of which special tokens are no text. None: unknown text.
+            context: The ids before the token; special tokens do not count as text. None: the
+                token follows unknown text.
 
         Returns:
-            Whether the token begins a text, and whether a space separates it from the id before.
+            `begins` and `space` for `spell`: whether the token starts a text, and whether a space
+            separates it from the id before it.
         """
         if context is None:
             return False, False
@@ -146,32 +155,47 @@ class Tokenizer(ABC):
         return frozenset(self.specials.values())
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that ids stand for, special ones written out; InputError for other ids."""
+        """Decodes ids to bytes, including the names of special tokens.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
+        """
         return b"".join(self.spell(tokens))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text that ids stand for; U+FFFD in place of bytes that are not UTF-8."""
+        """Decodes ids to text, with U+FFFD in place of bytes that are not UTF-8.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
+        """
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def extended(self, names: Sequence[str]) -> "Tokenizer":
-        """This tokenizer with the special tokens it lacks, their ids after the last, in order.
+        """Returns a tokenizer with additional special tokens, whose ids follow the existing ones.
 
-        Itself where it lacks none. Raises InputError for a name that text already yields, and for
-        bytes and characters, whose ids are all taken.
+        Args:
+            names: The names; those that already are special tokens are ignored.
+
+        Returns:
+            The extended tokenizer, or this one if no name is new.
+
+        Raises:
+            InputError: A name is empty or is an ordinary token, or the tokenizer is of kind bytes
+                or characters, which cannot be extended.
         """
         new = [name for name in dict.fromkeys(names) if name not in self.specials]
         if not all(map(encoded, new)):
-            raise InputError("a special token without a name; give it one, such as <|user|>")
+            raise InputError("a special token has an empty name; use a name such as <|user|>")
         return self._with_specials(new) if new else self
 
     def _with_specials(self, names: list[str]) -> "Tokenizer":
         raise InputError(
-            f"tokenizer.kind={self.kind} has no special token but {EOT}, and {', '.join(names)} "
-            "would be new; use a model whose tokenizer.kind is bpe, gpt2 or another with merges"
+            f"tokenizer.kind={self.kind} cannot have special tokens other than {EOT}, such as "
+            f"{', '.join(names)}; use a model whose tokenizer.kind is bpe, gpt2 or another BPE"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All there is to this tokenizer, in JSON values; the inverse of `from_json`."""
+        """Serializes the tokenizer to JSON values, from which `from_json` restores it."""
         return {**self.content(), "fingerprint": self.fingerprint}
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> list[int]:
@@ -179,32 +203,37 @@ class Tokenizer(ABC):
         if ids.size == 0:
             return []
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(f"cannot decode {ids.dtype}{list(ids.shape)}; give one row of ids")
+            raise InputError(
+                f"cannot decode {ids.dtype}{list(ids.shape)}; pass a one-dimensional list of ids"
+            )
         outside = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
         if outside.size:
             raise InputError(
                 f"token {ids[outside[0]]} at position {outside[0]} is not an id of this tokenizer; "
-                f"they are 0 to {self.vocab_size - 1}"
+                f"use ids from 0 to {self.vocab_size - 1}"
             )
         return ids.tolist()
 
 
 class TextDecoder:
-    """Decodes ids that arrive a few at a time (streaming).
+    """Decodes a stream of ids a few at a time.
 
-    The texts joined are what `decode` returns for all ids. Bytes of an incomplete character are
-    held back, and so are single bytes until the last one in a row is known. `context` are the ids
-    before the first one, see `Tokenizer.place`.
+    The concatenated results equal `Tokenizer.decode` of all ids. Incomplete UTF-8 characters, and
+    runs of single-byte tokens that may continue, are held back until they are complete.
+
+    Args:
+        tokenizer: The tokenizer.
+        context: The ids before the first one; see `Tokenizer.place`.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] | None = ()) -> None:
         self._tokenizer = tokenizer
         self._place = tokenizer.place(context)
-        self._run: list[tuple[int, bytes]] = []  # ids of single bytes, and these as spelled
+        self._run: list[tuple[int, bytes]] = []  # the current run of single-byte ids, with bytes
         self._decoder = getincrementaldecoder("utf-8")("replace")
 
     def decode(self, tokens: Sequence[int], final: bool = False) -> str:
-        """The text that is certain with these ids, the rest of it if they are the final ones."""
+        """Returns the text that these ids complete; with `final`, all remaining text."""
         text, tokenizer = "", self._tokenizer
         for token, piece in zip(tokens, tokenizer.spell(tokens, *self._place), strict=True):
             if token in tokenizer.single_bytes:
@@ -224,37 +253,39 @@ class TextDecoder:
 
 
 def encoded(text: str, codec: str = "utf-8") -> bytes:
-    """The bytes of `text`; InputError with the position of half a surrogate pair."""
+    """Encodes text with a codec; raises InputError at an unpaired surrogate."""
     try:
         return text.encode(codec)
     except UnicodeEncodeError as error:
         raise InputError(
-            f"U+{ord(text[error.start]):04X} at position {error.start} is half a surrogate pair, "
+            f"U+{ord(text[error.start]):04X} at position {error.start} is an unpaired surrogate, "
             "not a character; remove it"
         ) from None
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Any of some texts, the longest first; nothing where there are none."""
+    """Returns a regular expression that matches any of some texts, the longest first."""
     longest = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def code_points(text: str) -> np.ndarray:
-    """The code points of `text`, uint32[T]."""
+    """Returns the Unicode code points of text, uint32[T]."""
     return np.frombuffer(encoded(text, "utf-32-le"), np.uint32)
 
 
 def check_not_empty(corpus: Any) -> None:
-    """Raises InputError for nothing at all."""
+    """Raises InputError if the corpus is empty."""
     if not corpus:
-        raise InputError("there is no text for the tokenizer; give at least one document with some")
+        raise InputError(
+            "there is no text for the tokenizer; use at least one document that is not empty"
+        )
 
 
 def field(values: Any, name: str, type_: type) -> Any:
-    """`values[name]`; InputError where `values` is no dict, lacks it, or has another type there."""
+    """Returns `values[name]`; raises InputError if it is missing or not of type `type_`."""
     if not isinstance(values, dict):
-        raise InputError(f"{type(values).__name__} is not a table of fields")
+        raise InputError(f"{type(values).__name__} is not an object with fields")
     if name not in values:
         raise InputError(f"{name} is missing")
     if not isinstance(values[name], type_):

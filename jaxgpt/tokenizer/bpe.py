@@ -1,4 +1,4 @@
-"""Byte pair encoding, run by tiktoken, and its training on a corpus."""
+"""Byte pair encoding (BPE): encoding with tiktoken, and training on a corpus with rustbpe."""
 
 import base64
 import re
@@ -17,28 +17,37 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-"""How text is split before the merges of our own BPE, which never cross a split.
+"""The pattern that splits text into chunks before BPE merges, which never cross chunks.
 
-GPT-4's pattern (cl100k_base), which keeps a word with the space before it and runs of spaces of
-indented code whole, but with numbers in groups of at most two digits instead of three: in a small
-vocabulary a thousand groups of three digits would take the place of words.
+It is GPT-4's pattern (cl100k_base), which keeps a word together with the space before it, and runs
+of spaces in indented code. The difference is that numbers are split into groups of at most two
+digits instead of three, because a small vocabulary has no room for a thousand groups of digits.
 """
 
 BLOCK = 1 << 16  # characters; the unit in which a corpus is sampled for training
-LONGEST_SPACE = 500_000  # characters; from about 10**6 on tiktoken overflows its stack and panics
+LONGEST_SPACE = 500_000  # characters; from about 10**6 tiktoken overflows its stack and panics
 
-# Before a space that follows anything else, or after a lone newline. No pattern here looks
-# back, so the tokens after a cut are those of the whole wherever a split begins there, and
-# those before it wherever no split crosses it and no run of white space is shortened. "/" may
-# follow punctuation and newlines in one split of o200k_base.
+# A cut is safe before a space that follows a non-space, and after a lone newline. No pattern here
+# looks behind, so the tokens after a cut do not change if a chunk starts there, and those before
+# it do not change if no chunk crosses it and no run of white space gets shorter. "/" is excluded,
+# because a chunk of o200k_base may contain punctuation, newlines and "/".
 _CUT = re.compile(r".*(?:(?<=\S)(?= )|(?<=\S\n)(?=[^\s/]))", re.DOTALL)
 
 
 class BPE(Tokenizer):
-    """Byte pair encoding: text is split by a pattern, and the bytes of a split are merged by rank.
+    """Byte-level BPE: a pattern splits text into chunks, whose bytes are merged by rank.
 
-    `ranks[i]` are the bytes of id i, and a lower id is merged earlier; `specials` are ids beyond.
-    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
+    Args:
+        kind: The kind, as in `TokenizerConfig.kind`.
+        ranks: The bytes of each ordinary token, by id; pairs with lower ids are merged first.
+        pattern: The regular expression that splits text into chunks.
+        specials: The ids of the special tokens, by name; they follow the ordinary ids.
+
+    Raises:
+        InputError: An argument is invalid, or the pattern does not match all text.
+
+    References:
+        Sennrich et al. 2016, arXiv:1508.07909; for bytes, Radford et al. 2019 (GPT-2).
     """
 
     _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}")
@@ -66,26 +75,33 @@ class BPE(Tokenizer):
             raise InputError(f"pattern is not a regular expression: {error}") from None
         ascii = "".join(map(chr, range(128)))
         if self.decode(self.encode(ascii)) != ascii:
-            raise InputError("pattern does not match all text; what it leaves out would be lost")
+            raise InputError(
+                "pattern does not match all text, so encoding would lose some of it; use another"
+            )
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint32[T]; InputError for endless white space."""
-        # tiktoken would replace half a surrogate pair in silence.
+        """Encodes text to ids, uint32[T].
+
+        Raises:
+            InputError: The text has an unpaired surrogate, or very many white-space characters in
+                a row.
+        """
+        # tiktoken would silently replace an unpaired surrogate.
         if not text.isascii():
             encoded(text)
         if len(text) >= LONGEST_SPACE and (space := self._LONG_SPACE.search(text)):
             raise InputError(
-                f"white space goes on for {LONGEST_SPACE:,} characters from position "
-                f"{space.start()}; shorten it, or set tokenizer.kind to bytes"
+                f"the text has {LONGEST_SPACE:,} or more white-space characters in a row from "
+                f"position {space.start()}; remove some, or set tokenizer.kind to bytes"
             )
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def safe_cut(self, text: str) -> int:
-        """The last place that no split of a known pattern crosses, or 0."""
+        """Returns the last position that no chunk of a known pattern crosses, or 0."""
         return last_cut(text)
 
     def content(self) -> dict[str, Any]:
-        """The ranks in base64, in order, with the pattern and the special tokens."""
+        """Returns the kind, the ranks in base64, the pattern and the special tokens."""
         return {
             "kind": self.kind,
             "pattern": self.pattern,
@@ -96,15 +112,15 @@ class BPE(Tokenizer):
     def _with_specials(self, names: list[str]) -> "BPE":
         if ordinary := {name.encode() for name in names}.intersection(self.ranks):
             raise InputError(
-                f"{min(ordinary).decode()!r} is a token that text yields, and cannot be a special "
-                "one; give it another name, such as <|user|>"
+                f"{min(ordinary).decode()!r} is already an ordinary token and cannot become a "
+                "special token; use another name, such as <|user|>"
             )
         new = {name: number for number, name in enumerate(names, self.vocab_size)}
         return BPE(self.kind, self.ranks, self.pattern, self.specials | new)
 
 
 def last_cut(text: str) -> int:
-    """The last place that no split of a pattern of GPT-2's or GPT-4's kind crosses, or 0."""
+    """Returns the last position that no chunk of GPT-2's or GPT-4's patterns crosses, or 0."""
     cut = _CUT.match(text)
     return cut.end() if cut else 0
 
@@ -112,23 +128,32 @@ def last_cut(text: str) -> int:
 def _check_ranks_and_specials(ranks: Sequence[bytes], specials: dict[str, int]) -> None:
     distinct = set(ranks)
     if len(distinct) < len(ranks) or b"" in distinct:
-        raise InputError("ranks has an entry twice, or an empty one")
+        raise InputError("ranks has a duplicate or an empty entry")
     if not distinct.issuperset(Bytes.pieces[:256]):
         raise InputError("ranks lacks some of the 256 single bytes")
     if EOT not in specials:
         raise InputError(f"specials lacks {EOT}")
     for name, special in specials.items():
-        # Published vocabularies leave gaps, but small ones.
+        # Published vocabularies have gaps between ids, but small ones.
         if type(special) is not int or not 0 <= special - len(ranks) < 1 << 16:
-            raise InputError(f"specials gives {name} the id {special!r}, not one just after ranks")
+            raise InputError(
+                f"specials has the id {special!r} for {name}, which does not follow the ids of "
+                "ranks"
+            )
     if len(set(specials.values())) < len(specials):
-        raise InputError("specials has an id twice")
+        raise InputError("specials has a duplicate id")
 
 
 def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
-    """A BPE of `vocab_size` ids, trained on at most `sample_bytes` of the documents.
+    """Trains a BPE tokenizer.
 
-    Raises InputError for an empty corpus and one with fewer merges than `vocab_size` asks for.
+    Args:
+        documents: The corpus.
+        vocab_size: Vocabulary size, including the 256 bytes and `<|endoftext|>`.
+        sample_bytes: Maximum bytes of text to train on; a larger corpus is sampled evenly.
+
+    Raises:
+        InputError: The corpus is empty, or too small for so large a vocabulary.
     """
     import rustbpe
 
@@ -138,14 +163,14 @@ def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
     ranks = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     if len(ranks) < vocab_size - 1:
         raise InputError(
-            f"tokenizer.vocab_size={vocab_size}, but the text supports only "
-            f"{len(ranks) - 256} merges; set it to {len(ranks) + 1} or less, or give more text"
+            f"tokenizer.vocab_size={vocab_size} is too large, because the text has only "
+            f"{len(ranks) - 256} merges; set it to {len(ranks) + 1} or less, or use more text"
         )
     return BPE("bpe", ranks, PATTERN, {EOT: len(ranks)})
 
 
 def _sample(documents: Iterable[str], limit: int) -> list[str]:
-    """At most `limit` bytes of the documents: every n-th block, n the smallest power of 2."""
+    """Samples at most `limit` bytes: every n-th block, with n the smallest power of 2 that fits."""
     kept: list[str] = []
     total = size = 0
     stride = 1
@@ -162,7 +187,7 @@ def _sample(documents: Iterable[str], limit: int) -> list[str]:
     check_not_empty(kept)
     if stride > 1:
         print(
-            f"tokenizer: trains on {size / 1e6:.1f} of {total / 1e6:.1f} MB, "
+            f"tokenizer: training on {size / 1e6:.1f} of {total / 1e6:.1f} MB, "
             f"one block in {stride}; see tokenizer.sample_bytes",
             file=sys.stderr,
         )

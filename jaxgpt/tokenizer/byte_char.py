@@ -1,4 +1,4 @@
-"""Tokenizers that merge nothing: a token is a byte, or a character."""
+"""The simplest tokenizers: one token per UTF-8 byte, or one per character."""
 
 import sys
 from typing import Any
@@ -10,27 +10,27 @@ from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, code_points, encoded
 
 
 class Bytes(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for `<|endoftext|>`."""
+    """A token is a byte of UTF-8; id 256 is `<|endoftext|>`."""
 
     kind: Kind = "bytes"
     eot = 256
     pieces = (*(bytes([byte]) for byte in range(256)), EOT.encode())
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The bytes of `text`, uint32[T]."""
+        """Encodes text to its UTF-8 bytes, uint32[T]."""
         return np.frombuffer(encoded(text), np.uint8).astype(np.uint32)
 
     def safe_cut(self, text: str) -> int:
-        """The end: bytes do not depend on each other."""
+        """Returns the end of the text, because bytes are encoded independently."""
         return len(text)
 
     def content(self) -> dict[str, Any]:
-        """Nothing but the kind."""
+        """Returns the kind alone."""
         return {"kind": self.kind}
 
 
 class Characters(Tokenizer):
-    """An alphabet of characters, sorted, and one id more for `<|endoftext|>`."""
+    """A token is a character of a sorted alphabet; the last id is `<|endoftext|>`."""
 
     kind: Kind = "characters"
 
@@ -41,27 +41,31 @@ class Characters(Tokenizer):
         self.alphabet = alphabet
         self.eot = len(alphabet)
         self.pieces = [*(character.encode() for character in alphabet), EOT.encode()]
-        # At every code point its id; where there is none, that of <|endoftext|>, as a mark.
+        # Maps code points to ids; a character outside the alphabet to <|endoftext|>, as a marker.
         self._ids = np.full(sys.maxunicode + 1, self.eot, np.uint32)
         self._ids[codes] = np.arange(len(alphabet))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint32[T]; InputError for a character outside the alphabet."""
+        """Encodes text to ids, uint32[T].
+
+        Raises:
+            InputError: A character is not in the alphabet.
+        """
         ids = self._ids[code_points(text)]
         outside = ids == self.eot
         if outside.any():
             position = int(outside.argmax())
             raise InputError(
                 f"{text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not "
-                f"among the {len(self.alphabet)} characters the tokenizer was built on; leave it "
-                "out, or set tokenizer.kind to bpe or bytes, which take any text"
+                f"among the {len(self.alphabet)} characters of the tokenizer; remove it, or set "
+                "tokenizer.kind to bpe or bytes, which can encode any text"
             )
         return ids
 
     def safe_cut(self, text: str) -> int:
-        """The end: characters do not depend on each other."""
+        """Returns the end of the text, because characters are encoded independently."""
         return len(text)
 
     def content(self) -> dict[str, Any]:
-        """The alphabet."""
+        """Returns the kind and the alphabet."""
         return {"kind": self.kind, "alphabet": self.alphabet}

@@ -1,4 +1,4 @@
-"""Our own tokenizers as a tokenizer.json, which the `tokenizers` library runs."""
+"""Exports our own tokenizers as tokenizer.json, the format of Hugging Face's tokenizers library."""
 
 import re
 from collections.abc import Sequence
@@ -15,27 +15,34 @@ SPECIAL = {
     **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
     "special": True,
 }
-"""The flags of a special token."""
+"""The flags of a special token in tokenizer.json."""
 
 
 def oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's for the engine of the `tokenizers` library.
+    """Converts a tiktoken pattern to Oniguruma, the regex engine of the tokenizers library.
 
-    There `$` is the end of a line, and `+` after `{1,2}` a repetition; nothing in these patterns
-    matches more where possessive quantifiers are greedy.
+    There `$` matches the end of a line, and `{1,2}+` is a repetition instead of a possessive
+    quantifier. These patterns match the same text with greedy instead of possessive quantifiers.
     """
     return re.sub(r"(?:(?<=[?*+])|(?<=\d}))\+", "", pattern).replace("$", r"\z")
 
 
-def exported(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json with the ids of one of our own; its format is that of tokenizers 0.20."""
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Converts one of our own tokenizers to a tokenizer.json with the same ids.
+
+    Returns:
+        The content of the file, in the format of tokenizers 0.20.
+
+    Raises:
+        InputError: The tokenizer is not one of ours.
+    """
     regex = {"type": "Split", "behavior": "Isolated", "invert": False}
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None}
     pre_tokenizer: dict[str, Any]
     if isinstance(tokenizer, Characters):
         vocabulary = {character: i for i, character in enumerate(tokenizer.alphabet)}
-        # A token that does not exist: any other character is an error.
+        # This unknown token is not in the vocabulary, so that any other character is an error.
         model = {"type": "WordLevel", "unk_token": "<unk>"}
         pre_tokenizer = {**regex, "pattern": {"Regex": r"[\s\S]"}}
         decoder = {"type": "Fuse"}
@@ -45,14 +52,14 @@ def exported(tokenizer: Tokenizer) -> dict[str, Any]:
         pre_tokenizer = {**_BYTE_LEVEL, "use_regex": False}
     elif isinstance(tokenizer, BPE):
         vocabulary = {_spelled(piece): rank for rank, piece in enumerate(tokenizer.ranks)}
-        # Like tiktoken, take a split that is a token whole, whatever its merges.
+        # Like tiktoken, encode a chunk that is in the vocabulary as one token, without merges.
         model |= {"ignore_merges": True, "merges": _merges(tokenizer.ranks)}
         pre_tokenizer = {**_BYTE_LEVEL, "use_regex": tokenizer.kind == "gpt2"}
         if tokenizer.kind != "gpt2":
             split = {**regex, "pattern": {"Regex": oniguruma(tokenizer.pattern)}}
             pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
     else:
-        raise InputError(f"tokenizer.kind={tokenizer.kind} has no form in tokenizer.json")
+        raise InputError(f"tokenizer.kind={tokenizer.kind} cannot be exported as tokenizer.json")
     specials = sorted(tokenizer.specials.items(), key=lambda item: item[1])
     model["vocab"] = vocabulary | dict(specials)
     return {
@@ -69,7 +76,7 @@ def exported(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _begins_with(name: str, number: int) -> dict[str, Any]:
-    """The post-processor that begins a text with a special token, as our documents begin."""
+    """Returns the post-processor that adds a special token at the start of a text."""
     special = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
     return {
@@ -81,7 +88,7 @@ def _begins_with(name: str, number: int) -> dict[str, Any]:
 
 
 def _merges(ranks: Sequence[bytes]) -> list[str]:
-    """Every pair of pieces that make a piece, in the order of the pieces."""
+    """Returns all merges: every pair of tokens that joins to a token, in the order of the ids."""
     known = set(ranks)
     return [
         f"{_spelled(piece[:i])} {_spelled(piece[i:])}"

@@ -1,9 +1,9 @@
-"""Tokenizers in Hugging Face's files: run what a model brought along, and write ours for others.
+"""Reads and writes tokenizers in Hugging Face's file formats.
 
-tokenizer = read(folder)                  # tokenizer.json, or GPT-2's vocab.json and merges.txt
-write(tokenizer, folder, context=1024)    # for transformers.AutoTokenizer.from_pretrained
+    tokenizer = read_tokenizer(folder)    # tokenizer.json, or GPT-2's vocab.json and merges.txt
+    write_tokenizer(tokenizer, folder, context=1024)    # for transformers' AutoTokenizer
 
-They are run by the `tokenizers` library, from JSON alone: no code of the folder's is executed.
+The tokenizers library runs them from JSON alone; code in the folder is never executed.
 """
 
 import hashlib
@@ -25,17 +25,16 @@ from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
-from jaxgpt.tokenizer.exported import SPECIAL, oniguruma
-from jaxgpt.tokenizer.exported import exported as _exported
+from jaxgpt.tokenizer.exported import SPECIAL, oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
 
-LARGEST_FILE = 1 << 26  # bytes; the largest in use, Gemma 3's tokenizer.json, has 33 million
-MOST_GROWTH = 1024  # times that a normalizer or decoder may make a text longer
+LARGEST_FILE = 1 << 26  # bytes; the largest known file, Gemma 3's tokenizer.json, has 33 million
+MOST_GROWTH = 1024  # maximum factor by which a normalizer or decoder may lengthen a text
 GPT2_MERGES = {
     "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0",
     "dd58806ca2acd014786022b63dca3696098314b70e5c8dd6391d354060bc3a2c",
 }
-"""SHA-256 of the lines of GPT-2's merges: as OpenAI published them, and as `write` does."""
+"""SHA-256 of the lines of GPT-2's merges: as published by OpenAI, and as `write_tokenizer` does."""
 
 _UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 
@@ -44,7 +43,7 @@ _FILES = (
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
 )
 CHAT_TEMPLATES = "additional_chat_templates"
-"""A folder of templates with other names than "default"."""
+"""The subfolder with chat templates other than the default one."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -62,19 +61,25 @@ _CUTTABLE = {
 
 _Flags = tuple[bool, bool, bool]
 _BESIDE_TEXT: _Flags = (True, False, False)
-"""Flags of a token after which text goes on: a normalizer puts no space before what follows."""
+"""Flags of a stand-in for other text, so that a normalizer adds no space before what follows."""
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json, run by the `tokenizers` library.
+    """A tokenizer.json, run by Hugging Face's tokenizers library.
 
-    `json` is the file's text, `config` the table of tokenizer_config.json, which names the special
-    tokens. Text never yields one of them, and nothing is cut or padded whatever the file says. A
-    normalizer stays: with Qwen's (NFC) or Llama 2's, decoding gives the normalized text back. What
-    the tokenizer has no token for is refused, not replaced by its unknown token.
+    Encoding never returns a special token, and truncation and padding settings of the file are
+    ignored. Text without a token is an error instead of becoming the unknown token. A normalizer
+    is applied, so that with Qwen's (NFC) or Llama 2's, decoding returns the normalized text.
 
-    `eot` is the id of `bos_token` where the config names one, else of `<|endoftext|>`, else of
-    `eos_token`. Raises InputError for what the library cannot run.
+    `eot` is the id of the config's `bos_token`, if it has one, else of `<|endoftext|>`, else of
+    `eos_token`.
+
+    Args:
+        text: The content of tokenizer.json.
+        config: The parsed tokenizer_config.json, which names the special tokens.
+
+    Raises:
+        InputError: The tokenizers library cannot run the file, or a feature is not supported.
     """
 
     kind: Kind = "huggingface"
@@ -83,7 +88,7 @@ class HuggingFace(Tokenizer):
         self.json = text
         self.config = config
         parsed = parse(text, "tokenizer.json")
-        # The library accepts fields that this code does not expect, and has no list of them.
+        # The library accepts fields of types that the code below does not expect.
         with _library("tokenizer.json or tokenizer_config.json has an invalid field"):
             _check_growth(parsed)
             self._set_up(text, config, parsed)
@@ -95,15 +100,15 @@ class HuggingFace(Tokenizer):
         size = 1 + max(vocabulary.values(), default=-1)
         if size > len(vocabulary) + (1 << 16):
             raise InputError(
-                f"tokenizer.json has the id {size - 1}, but {len(vocabulary)} tokens; use one "
-                "without large gaps"
+                f"tokenizer.json has the id {size - 1}, but only {len(vocabulary)} tokens; use a "
+                "tokenizer without large gaps between ids"
             )
         for added in parsed.get("added_tokens") or []:
             if (given := vocabulary.get(added["content"])) != added["id"]:
                 raise InputError(
-                    f"added_tokens of tokenizer.json gives {added['content']!r} the id "
-                    f"{added['id']}, but the tokenizers library {given}; "
-                    "number them as the vocabulary does, or from its end on without gaps"
+                    f"added_tokens of tokenizer.json has the id {added['id']} for "
+                    f"{added['content']!r}, but the tokenizers library uses {given}; use the ids "
+                    "of the vocabulary, or ids that follow it without gaps"
                 )
         spelled = spelling(_parts(parsed.get("decoder")), vocabulary)
         self.pieces, self.first_pieces = spelled.pieces, spelled.first
@@ -112,7 +117,7 @@ class HuggingFace(Tokenizer):
 
         begin = _begin(config, vocabulary)
         names = [begin, token_name(config, "eos_token"), _unknown(model)]
-        # Read before they are added again below, which the library does without their flags.
+        # Read these before adding them again below, which resets their flags in the library.
         self._added = {a.content: a for a in self._tokenizer.get_added_tokens_decoder().values()}
         names += [added.content for added in self._added.values() if added.special]
         self.single_words = frozenset(n for n, added in self._added.items() if added.single_word)
@@ -127,19 +132,23 @@ class HuggingFace(Tokenizer):
         self._check_spelling()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint32[T]; InputError for text the tokenizer has no token for."""
+        """Encodes text to ids, uint32[T].
+
+        Raises:
+            InputError: The tokenizer has no token for a part of the text.
+        """
         if not text.isascii():
             encoded(text)
         return self._ids(self._encoding(self._tokenizer, text), text)
 
     def _encoding(self, library: Any, text: str) -> Any:
         with _library("the tokenizers library cannot encode the text"):
-            # `encode` would hold the interpreter lock, for a second and more if the text is long.
+            # `encode` would hold the global interpreter lock, for over a second with a long text.
             (encoding,) = library.encode_batch([text], add_special_tokens=False)
         return encoding
 
     def _ids(self, encoding: Any, text: str, part: slice = slice(None)) -> np.ndarray:
-        """A part of the ids of an encoding of `text`; InputError where one of them is special."""
+        """Returns a part of an encoding's ids; raises InputError if one is a special token."""
         ids = np.asarray(encoding.ids[part], np.uint32)
         special = self._special[ids]
         if special.any():
@@ -147,16 +156,17 @@ class HuggingFace(Tokenizer):
             start, end = encoding.offsets[part][token]
             raise InputError(
                 f"{text[start:end]!r} at position {start} would become the special token "
-                f"{encoding.tokens[part][token]}: the tokenizer has no other for it; leave it out"
+                f"{encoding.tokens[part][token]}, because the tokenizer has no other token for it; "
+                "remove it"
             )
         return ids
 
     def encode_between(self, text: str, before: str | None, after: str | None) -> list[int]:
-        """See `Tokenizer`; as the library encodes a text in which these special tokens stand.
+        """Encodes a part between two special tokens as the library would encode the whole text.
 
-        A space may be put only before the first text, and a special token may take the spaces
-        beside it. The library would read special tokens in `text` too, so that others stand in for
-        those beside it, which no text contains.
+        A normalizer may add a space only at the start of the whole text, and a special token may
+        strip the spaces next to it. To get this right without recognizing special tokens inside
+        `text`, random stand-in tokens with the same flags replace the two special tokens.
         """
         library, stand_ins = self._stand_ins
         left, right = (
@@ -167,10 +177,10 @@ class HuggingFace(Tokenizer):
             return []
         encoded(text)
         encoding = self._encoding(library, left + text + right)
-        tokens = [token.strip() for token in encoding.tokens]  # of white space that it took
+        tokens = [token.strip() for token in encoding.tokens]  # a stand-in may strip white space
         if any(word and word not in tokens for word in (left, right)):
             raise InputError(
-                f"the tokenizers library does not find {before or after!r} beside {text[:40]!r}, "
+                f"the tokenizers library does not find {before or after!r} next to {text[:40]!r}, "
                 "because of the normalizer; use a tokenizer whose special tokens are not normalized"
             )
         first = tokens.index(left) + 1 if left else 0
@@ -178,22 +188,22 @@ class HuggingFace(Tokenizer):
         return self._ids(encoding, left + text + right, slice(first, last)).tolist()
 
     def _flags(self, name: str) -> _Flags:
-        """Whether a special token is found in normalized text, and what it strips beside it."""
+        """Returns a special token's flags: normalized, lstrip and rstrip."""
         added = self._added.get(name)
         return (added.normalized, added.lstrip, added.rstrip) if added else (False, False, False)
 
     @cached_property
     def _stand_ins(self) -> tuple[Any, dict[_Flags, str]]:
-        """The library's tokenizer with a token for each kind of special token, and their names.
+        """Returns the library's tokenizer with a stand-in token for each combination of flags.
 
-        They are not special, so that the library finds them where it takes special tokens for text.
+        Stand-ins are not special, because the library is set to treat special tokens as text.
         """
         import tokenizers
 
         kinds = {_BESIDE_TEXT, *map(self._flags, self.specials)}
         names = {flags: f"standin{secrets.token_hex(16)}" for flags in kinds}
         library = self._tokenizer
-        if len(self._vocabulary) < self.vocab_size:  # a new token would get an id that is in use
+        if len(self._vocabulary) < self.vocab_size:  # a new token could get an id in use
             library = _open(self.json, self.specials)
         library.add_tokens(
             [
@@ -206,25 +216,23 @@ class HuggingFace(Tokenizer):
         return library, names
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text that the library makes of ids, special ones written out."""
+        """Decodes ids with the tokenizers library, including the names of special tokens."""
         ids = self._checked(tokens)
         with _library("the tokenizers library cannot decode the ids"):
             return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def safe_cut(self, text: str) -> int:
-        """As for BPE where the text is split by a known pattern; else 0: anything may depend on
-        what is before it.
-        """
-        # NFC neither makes nor moves a space or newline, and composes nothing across one.
+        """Returns the last safe cut, as for `BPE`, if the pattern is known; otherwise 0."""
+        # NFC neither adds nor moves a space or newline, and composes nothing across one.
         return last_cut(text) if self._cuttable else 0
 
     @property
     def eos(self) -> int:
-        """The id of `eos_token`, or `eot` where the config names none."""
+        """The id of the config's `eos_token`, or `eot` if it has none."""
         return self.specials.get(token_name(self.config, "eos_token") or "", self.eot)
 
     def content(self) -> dict[str, Any]:
-        """The text of tokenizer.json, and tokenizer_config.json."""
+        """Returns the content of tokenizer.json and of tokenizer_config.json."""
         return {"kind": self.kind, "json": self.json, "config": self.config}
 
     def _with_specials(self, names: list[str]) -> "HuggingFace":
@@ -236,48 +244,48 @@ class HuggingFace(Tokenizer):
                 added[name]["special"] = True
             elif name in vocabulary:
                 raise InputError(
-                    f"{name!r} is a token that text yields, and cannot be a special one; give it "
+                    f"{name!r} is already an ordinary token and cannot become a special token; use "
                     "another name, such as <|user|>"
                 )
             else:
                 added[name] = {"id": size, "content": name, **SPECIAL}
                 size += 1
         parsed["added_tokens"] = list(added.values())
-        if EOT in names:  # else documents would begin with it from now on
+        if EOT in names:  # keep `eot`, which would otherwise become the new token
             begin = next(name for name, token in self.specials.items() if token == self.eot)
             config = {**config, "bos_token": begin}
         return HuggingFace(_dumped(parsed), config)
 
     def _check_spelling(self) -> None:
-        """Raises InputError where the library writes some tokens in a row in another way."""
+        """Raises InputError if `TextDecoder` and the library decode some random ids differently."""
         known = np.fromiter(self._vocabulary.values(), np.int64)
         for ids in np.random.default_rng(0).choice(known, (16, 12)):
             ours, theirs = TextDecoder(self).decode(ids.tolist(), final=True), self.decode(ids)
             if ours != theirs:
                 raise InputError(
-                    f"the decoder of tokenizer.json writes {theirs!r} where its steps say "
-                    f"{ours!r}; use another tokenizer"
+                    f"the decoder of tokenizer.json is not supported: it decodes some ids to "
+                    f"{theirs!r} instead of {ours!r}; use another tokenizer"
                 )
 
     def _prefix(self) -> list[int]:
-        """What the post-processor adds in front of text, apart from what it adds after it."""
+        """Returns the ids that the post-processor adds before a text."""
         ordinary = (token for token in range(self.vocab_size) if not self._special[token])
         for token, _ in zip(ordinary, range(1000), strict=False):
             with _library("post_processor of tokenizer.json cannot run"):
                 try:
                     encoding = self._tokenizer.encode(self._tokenizer.decode([token]))
-                except Exception:  # a token that is no text by itself
+                except Exception:  # a token that cannot be encoded by itself
                     continue
             if 0 in encoding.special_tokens_mask:
                 return encoding.ids[: encoding.special_tokens_mask.index(0)]
-        raise InputError("tokenizer.json has no token that is text")
+        raise InputError("tokenizer.json has no token that is ordinary text; use another tokenizer")
 
 
 def _open(text: str, specials: Iterable[str] = ()) -> Any:
-    """The library's tokenizer of a tokenizer.json; it takes special tokens in text for text."""
+    """Loads a tokenizer.json with the library, set to encode names of special tokens as text."""
     import tokenizers
 
-    with _library("tokenizer.json is none that the tokenizers library can run"):
+    with _library("the tokenizers library cannot load tokenizer.json"):
         library = tokenizers.Tokenizer.from_str(text)
     library.no_truncation()
     library.no_padding()
@@ -288,15 +296,23 @@ def _open(text: str, specials: Iterable[str] = ()) -> Any:
     return library
 
 
-def read(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder; GPT-2's own is our BPE of kind gpt2.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Reads the tokenizer of a Hugging Face model's folder.
 
-    Where the folder has a manifest, as our exports do, the files are compared with it. Raises
-    InputError for a folder without one of the files, and for files that are damaged, too large, or
-    links that lead out of the folder.
+    If the folder has a manifest, as our exports do, the files are checked against it.
+
+    Args:
+        folder: A folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt.
+
+    Returns:
+        A `HuggingFace`, or, for GPT-2's own tokenizer, a `BPE` of kind gpt2.
+
+    Raises:
+        InputError: The folder lacks these files, or a file is damaged, too large, unsupported, or
+            a link that leads out of the folder.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the one with tokenizer.json")
+        raise InputError(f"{folder} is not a folder; use the folder that has tokenizer.json")
     check_manifest(folder, _FILES)
     text = read_text(folder, "tokenizer.json")
     if text is not None:
@@ -324,12 +340,12 @@ def read(folder: Path) -> Tokenizer:
     )
     if vocabulary is not None and merges is not None:
         raise InputError(
-            f"vocab.json and merges.txt of {folder} are not GPT-2's, and do not say how text is "
-            f"split; there is no tokenizer.json, which does: {convert}"
+            f"{folder} has no tokenizer.json, and its vocab.json and merges.txt are not GPT-2's, "
+            f"so the pattern that splits text is unknown; {convert}"
         )
     if inside(folder, "tokenizer.model").exists():
         raise InputError(
-            f"{folder} has tokenizer.model, SentencePiece's, and no tokenizer.json; {convert}"
+            f"{folder} has SentencePiece's tokenizer.model, but no tokenizer.json; {convert}"
         )
     raise InputError(
         f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; {convert}"
@@ -337,10 +353,10 @@ def read(folder: Path) -> Tokenizer:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
-    """The chat template of a folder, as the field of tokenizer_config.json has it.
+    """Returns a folder's chat template, in the form of tokenizer_config.json's `chat_template`.
 
-    As in transformers, chat_template.jinja and the templates beside it win over that field. That of
-    a processor, in chat_template.json, counts where there is no other.
+    As in transformers, chat_template.jinja and the additional templates have priority over that
+    field, and chat_template.json, which belongs to a processor, is used if there is no other.
     """
     templates: dict[str, Any] = {"default": read_text(folder, "chat_template.jinja")}
     for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja")):
@@ -356,17 +372,25 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
     return parse(table, str(folder / "chat_template.json")).get("chat_template")
 
 
-def write(
+def write_tokenizer(
     tokenizer: Tokenizer, folder: Path, context: int, chat_template: str | None = None
 ) -> None:
-    """Writes the files with which transformers' AutoTokenizer gives text the same ids.
+    """Writes the files from which transformers' AutoTokenizer loads the same tokenizer.
 
-    They are tokenizer.json, tokenizer_config.json with `context` as its model_max_length, and
-    special_tokens_map.json; for gpt2 vocab.json and merges.txt too, where no special token was
-    added, which they could not tell. Where a text is encoded with special tokens, it begins with
-    `<|endoftext|>`, as documents do here; not for gpt2, as published. A `HuggingFace` is written
-    as it was read, but for code that its config names. `chat_template` is written where the
-    tokenizer brings none. Raises InputError where the folder cannot be written.
+    These are tokenizer.json, tokenizer_config.json and special_tokens_map.json, and, for gpt2
+    without additional special tokens, vocab.json and merges.txt. A `HuggingFace` is written
+    unchanged, except that references to code (`auto_map`) are removed. For other tokenizers,
+    transformers adds `<|endoftext|>` at the start of a text, as documents have here, but not for
+    gpt2, as published.
+
+    Args:
+        tokenizer: The tokenizer.
+        folder: The folder to write to; it is created if it does not exist.
+        context: Context length of the model, written as `model_max_length`.
+        chat_template: Chat template to write if the tokenizer has none.
+
+    Raises:
+        InputError: The folder cannot be written.
     """
     files: dict[str, str] = {}
     config: dict[str, Any] = {
@@ -377,7 +401,7 @@ def write(
         files["tokenizer.json"] = tokenizer.json
         config |= {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
     else:
-        exported = _exported(tokenizer)
+        exported = to_tokenizer_json(tokenizer)
         files["tokenizer.json"] = _dumped(exported)
         config |= {
             "bos_token": EOT,
@@ -398,54 +422,59 @@ def write(
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error}); give a folder that can be") from None
+        raise InputError(f"cannot write to {folder} ({error}); use a writable folder") from None
 
 
 def read_text(folder: Path, name: str) -> str | None:
-    """The text of a file of at most LARGEST_FILE bytes, None where there is none; see `inside`."""
+    """Returns the text of a file inside a folder, or None if it does not exist.
+
+    Raises:
+        InputError: The file is larger than LARGEST_FILE, outside the folder, or not UTF-8 text.
+    """
     path = inside(folder, name)
     try:
         if not path.exists():
             return None
         if regular_file(path).stat().st_size > LARGEST_FILE:
-            raise InputError(f"{path} has more than {LARGEST_FILE} bytes; no such file is so large")
+            raise InputError(
+                f"{path} is larger than {LARGEST_FILE} bytes, the limit for such a file; use "
+                "another tokenizer"
+            )
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
 def parse(text: str, name: str) -> dict[str, Any]:
-    """The table that JSON text holds; InputError with the file's `name` for anything else."""
+    """Parses a JSON object; raises InputError with the file's `name` for anything else."""
     try:
         value = strict_json.loads(text)
     except ValueError as error:
-        raise InputError(f"{name} is not JSON: {error}; fetch it again") from None
+        raise InputError(f"{name} is not JSON: {error}; download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{name} has {type(value).__name__}, not a table; fetch it again")
+        raise InputError(f"{name} is {type(value).__name__}, not a JSON object; download it again")
     return value
 
 
 def token_name(config: dict[str, Any], field: str) -> str | None:
-    """The special token that a field of tokenizer_config.json names, if it does."""
+    """Returns the special token that a field of tokenizer_config.json names; None without one."""
     value = config.get(field)
     if isinstance(value, dict):
         value = value.get("content")
     if not isinstance(value, str | None):
-        raise InputError(
-            f"{field} of tokenizer_config.json is {value!r:.80}, not the text of a token"
-        )
+        raise InputError(f"{field} of tokenizer_config.json is {value!r:.80}, not a token's text")
     return value or None
 
 
 @contextmanager
 def _library(what: str) -> Iterator[None]:
-    """Turns the errors of the tokenizers library into InputError."""
+    """Converts the errors of the tokenizers library to InputError."""
     try:
         yield
     except InputError:
         raise
     except BaseException as error:
-        # What Rust calls a panic is not an Exception.
+        # A panic of Rust code is a BaseException, but not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
@@ -453,51 +482,53 @@ def _library(what: str) -> Iterator[None]:
 
 
 def _check_growth(parsed: dict[str, Any]) -> None:
-    """Raises InputError for steps that replace or repeat text and so make it far longer."""
+    """Raises InputError if steps that replace or repeat text could make it far longer."""
     for name in ("normalizer", "decoder"):
         growth = 1
         for step in _parts(parsed.get(name)):
             added = step.get("content") or step.get("prepend") or ""
             pattern = step.get("pattern")
-            # An expression may match between all characters, which then stay beside what is added.
+            # A regex may match the empty text between characters, which are then kept.
             stays = isinstance(pattern, dict) and "Regex" in pattern
             growth *= max(1, stays + len(added)) if isinstance(added, str) else 1
             if growth > MOST_GROWTH:
                 raise InputError(
                     f"the {name} of tokenizer.json may make text more than {MOST_GROWTH} times as "
-                    "long; use one that does not"
+                    "long; use another tokenizer"
                 )
     for step in _parts(parsed.get("post_processor")):
         template = step.get("single")
         if isinstance(template, list) and sum("Sequence" in piece for piece in template) > 1:
-            raise InputError("the post_processor of tokenizer.json repeats the text; use another")
+            raise InputError(
+                "the post_processor of tokenizer.json repeats the text; use another tokenizer"
+            )
 
 
 def _parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, without their sequences."""
+    """Returns the steps of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if not step:
         return []
     if not isinstance(step, dict):
-        raise InputError(f"tokenizer.json has {step!r:.80} for a step; make it a table with a type")
+        raise InputError(
+            f"tokenizer.json has {step!r:.80} for a step; use a JSON object with a type"
+        )
     for name in ("normalizers", "pretokenizers", "processors", "decoders"):
         if name in step:
             if not isinstance(step[name], list):
-                raise InputError(
-                    f"tokenizer.json has {step[name]!r:.80} for {name}; make it a list"
-                )
+                raise InputError(f"tokenizer.json has {step[name]!r:.80} for {name}; use a list")
             return [part for inner in step[name] for part in _parts(inner)]
     return [step]
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """The token that the model gives to text it has none for."""
+    """Returns the model's unknown token; None without one."""
     if isinstance(number := model.get("unk_id"), int):
         return model["vocab"][number][0]
     return model.get("unk_token")
 
 
 def _check_takes_all_text(parsed: dict[str, Any], vocabulary: dict[str, int]) -> None:
-    """Raises InputError where the library would drop text that has no token, silently."""
+    """Raises InputError if the library would silently drop text that has no token."""
     model = parsed["model"]
     if "merges" not in model or model.get("unk_token") is not None:
         return
@@ -509,40 +540,41 @@ def _check_takes_all_text(parsed: dict[str, Any], vocabulary: dict[str, int]) ->
     else:
         raise InputError(
             "the model of tokenizer.json would drop characters that have no token; "
-            "give it an unk_token"
+            "add an unk_token to it"
         )
     if missing:
         raise InputError(
             f"the model of tokenizer.json would drop the byte 0x{missing[0]:02X}, which has no "
-            "token; give it one, or an unk_token"
+            "token; add a token for it, or an unk_token"
         )
 
 
 def _begin(config: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """The name of the token that stands between documents."""
+    """Returns the name of the token that separates documents."""
     if begin := token_name(config, "bos_token"):
         if begin not in vocabulary:
             raise InputError(
-                f"bos_token of tokenizer_config.json is {begin!r}, no token of tokenizer.json; "
-                "set it to one"
+                f"bos_token of tokenizer_config.json is {begin!r}, which is not in tokenizer.json; "
+                "set it to one of its tokens"
             )
         return begin
     for name in (EOT, token_name(config, "eos_token")):
         if name in vocabulary:
             return name
     raise InputError(
-        f"tokenizer_config.json names no bos_token, tokenizer.json has no {EOT}, and eos_token "
-        f"is {token_name(config, 'eos_token')!r}; set bos_token or eos_token to one of its tokens"
+        f"tokenizer_config.json has no bos_token, tokenizer.json has no {EOT}, and eos_token is "
+        f"{token_name(config, 'eos_token')!r}; set bos_token or eos_token to a token of "
+        "tokenizer.json"
     )
 
 
 def _is_cuttable(parsed: dict[str, Any]) -> bool:
-    """Whether splits are those of a known pattern, and nothing else reaches across a cut."""
+    """Whether text is split by a known pattern, and nothing else depends on text across a cut."""
     normalizers = [part.get("type") for part in _parts(parsed.get("normalizer"))]
     if any(type_ != "NFC" for type_ in normalizers):
         return False
     for added in parsed.get("added_tokens") or []:
-        # A token without white space, and that takes none from beside it, crosses no cut.
+        # A token that neither contains nor strips white space cannot cross a cut.
         if re.search(r"\s", added["content"]) or added["lstrip"] or added["rstrip"]:
             return False
     return _splits_as_gpt2(parsed) or _splits_by_known_pattern(parsed)
@@ -575,7 +607,7 @@ def _is_byte_level(step: dict[str, Any], use_regex: bool) -> bool:
 
 
 def _gpt2(parsed: dict[str, Any]) -> BPE | None:
-    """GPT-2's own tokenizer, if a tokenizer.json is that one in all that decides ids."""
+    """Returns GPT-2's tokenizer if a tokenizer.json encodes text as it does; otherwise None."""
     model = parsed.get("model")
     added = parsed.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(added, list):

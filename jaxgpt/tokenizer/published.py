@@ -1,4 +1,4 @@
-"""The vocabularies that OpenAI published, from tiktoken's cache or its addresses."""
+"""OpenAI's published vocabularies (gpt2, cl100k_base, o200k_base), from tiktoken's files."""
 
 import hashlib
 import http.client
@@ -19,14 +19,14 @@ from jaxgpt.tokenizer.bpe import BPE
 
 
 class File(NamedTuple):
-    """A published file of a vocabulary; tiktoken's cache knows it by the SHA-1 of its URL."""
+    """A published file of a vocabulary."""
 
     url: str
     sha256: str
 
     @property
     def cached_as(self) -> str:
-        """The file's name in the cache."""
+        """The file's name in tiktoken's cache: the SHA-1 of its URL."""
         return hashlib.sha1(self.url.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -56,15 +56,20 @@ PUBLISHED: dict[str, tuple[File, ...]] = {
     ),
 }
 
-ANSWER_SECONDS = 1.8  # for a server to be found and to answer; then it is taken to be unreachable
-READ_SECONDS = 30.0  # without a byte, while a file arrives
+ANSWER_SECONDS = 1.8  # timeout for name lookup, connection and the first response
+READ_SECONDS = 30.0  # timeout for each read of a download
 
 
 def published_bpe(kind: Kind) -> BPE:
-    """A vocabulary of tiktoken's, which reads the files of its cache that we make sure are there.
+    """Loads a published vocabulary with tiktoken, after downloading missing files to its cache.
 
-    tiktoken downloads them too, but it waits without end where there is no network. Raises
-    InputError for files that are neither in the cache nor within reach.
+    tiktoken would download them itself, but without a timeout, so it hangs without network access.
+
+    Args:
+        kind: One of `PUBLISHED`.
+
+    Raises:
+        InputError: A file is neither in the cache nor downloadable, or is damaged.
     """
     folder = _cache_folder()
     for file in PUBLISHED[kind]:
@@ -76,9 +81,9 @@ def published_bpe(kind: Kind) -> BPE:
             except (OSError, http.client.HTTPException, InputError) as error:
                 names = ", ".join(f"{f.url} as {f.cached_as}" for f in PUBLISHED[kind])
                 raise InputError(
-                    f"tokenizer.kind={kind} needs {file.url}, which did not arrive ({error}). "
-                    "Without network, download on another machine and put into the folder that "
-                    f"TIKTOKEN_CACHE_DIR names (now {folder}): {names}; "
+                    f"tokenizer.kind={kind} needs {file.url}, which could not be downloaded "
+                    f"({error}). Without network access, download these files on another machine "
+                    f"and copy them to the folder in TIKTOKEN_CACHE_DIR (now {folder}): {names}; "
                     "or set tokenizer.kind to bpe, which needs no files"
                 ) from None
             _write(path, content)
@@ -86,7 +91,7 @@ def published_bpe(kind: Kind) -> BPE:
             _check_content(path.read_bytes(), file)
         except (OSError, InputError) as error:
             raise InputError(
-                f"{path} is not {file.url} ({error}); delete it to download it again"
+                f"{path} is not a copy of {file.url} ({error}); delete it to download it again"
             ) from None
     parts = openai_public.ENCODING_CONSTRUCTORS[kind]()
     ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].__getitem__)
@@ -94,7 +99,7 @@ def published_bpe(kind: Kind) -> BPE:
 
 
 def _cache_folder() -> Path:
-    """Where tiktoken looks for its files."""
+    """Returns the folder in which tiktoken caches its files."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if name in os.environ:
@@ -115,7 +120,7 @@ def _download(url: str) -> bytes:
 
 
 def _answer(url: str) -> http.client.HTTPResponse:
-    """The open response, or TimeoutError after ANSWER_SECONDS."""
+    """Opens a URL; raises TimeoutError if there is no response within ANSWER_SECONDS."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:
@@ -124,8 +129,7 @@ def _answer(url: str) -> http.client.HTTPResponse:
         except (OSError, http.client.HTTPException) as error:
             answers.put(error)
 
-    # No timeout reaches the look-up of a name, so a thread waits for it, which ends with the
-    # program at the latest.
+    # Timeouts do not apply to the DNS lookup, so a daemon thread waits for it.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=ANSWER_SECONDS)
@@ -149,6 +153,5 @@ def _write(path: Path, content: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise InputError(
-            f"cannot write to {path.parent} ({error}); set TIKTOKEN_CACHE_DIR to a folder that "
-            "can be written to"
+            f"cannot write to {path.parent} ({error}); set TIKTOKEN_CACHE_DIR to a writable folder"
         ) from None

@@ -1,7 +1,8 @@
-"""How the decoder of a tokenizer.json spells tokens, from the file alone.
+"""Computes the bytes of every token from the decoder in a tokenizer.json.
 
-Most decoders give every token the same bytes wherever it stands. Some do not: WordPiece puts a
-space before every word but the first, BPE with a suffix after every word but the last.
+Most decoders map a token to the same bytes in any context. Exceptions are WordPiece, which puts a
+space before every word except the first, and BPE with an end-of-word suffix, which puts one after
+every word except the last.
 """
 
 import re
@@ -10,14 +11,15 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import InputError
 
-# GPT-2's own code gives every byte a letter: itself where it can be seen, else one from U+0100 on.
+# GPT-2's byte-level BPE maps bytes to visible characters: printable ones to themselves, the others
+# to characters from U+0100 on.
 _SEEN = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
 LETTERS = {byte: chr(byte) for byte in _SEEN} | {
     byte: chr(256 + i) for i, byte in enumerate(_UNSEEN)
 }
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
-"""The byte of each of these letters."""
+"""The inverse of LETTERS."""
 _LETTERS = "".join(BYTES)
 
 _BYTE_TOKEN = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
@@ -27,26 +29,31 @@ _CLEANUP = {
     **{" ' ": "'", " n't": "n't", " 'm": "'m", " do not": " don't"},
     **{f" '{letters}": f"'{letters}" for letters in ("s", "ve", "re")},
 }
-"""What WordPiece's decoder replaces in every token, in order."""
+"""The replacements that WordPiece's decoder makes in every token, in order."""
 
 
 class Spelling(NamedTuple):
-    """The bytes of tokens."""
+    """The bytes of all tokens; the fields are those of `Tokenizer`."""
 
     pieces: list[bytes]
-    """Of each id in the middle of a text; U+FFFD for an id of no token."""
+    """The bytes of each id in the middle of a text; U+FFFD for an id without a token."""
     first: dict[int, bytes]
-    """Of the ids that are spelled in another way at the beginning of a text."""
+    """The bytes of those ids that decode differently at the start of a text."""
     spaced: frozenset[int]
-    """The ids whose bytes end in a space that is not written at the end of a text."""
+    """The ids whose bytes end with a space, which is omitted at the end of a text."""
     single_bytes: frozenset[int]
-    """The ids of single bytes: if some in a row are not UTF-8, each of them is U+FFFD."""
+    """The ids of single bytes. If a run of them is not UTF-8, each is decoded to U+FFFD."""
 
 
 def spelling(steps: Sequence[Mapping[str, Any]], vocabulary: Mapping[str, int]) -> Spelling:
-    """The spelling of a vocabulary by the steps of a decoder.
+    """Computes the bytes of all tokens.
 
-    Raises InputError for a step that is unknown, or whose result for a token cannot be told.
+    Args:
+        steps: The steps of the decoder in tokenizer.json.
+        vocabulary: The id of each token.
+
+    Raises:
+        InputError: A step is unknown, or its result depends on more than the token.
     """
     found = Spelling(["\ufffd".encode()] * (1 + max(vocabulary.values(), default=-1)), {}, *_NONE)
     spaced, single = set(), set()
@@ -54,7 +61,7 @@ def spelling(steps: Sequence[Mapping[str, Any]], vocabulary: Mapping[str, int]) 
         form = _Form(name)
         for step in steps:
             form.apply(step)
-        if not steps:  # the library joins tokens with spaces
+        if not steps:  # without a decoder, the library joins tokens with spaces
             form.middle = b" " + form.first
         found.pieces[token] = form.middle
         if form.first != form.middle:
@@ -70,7 +77,7 @@ _NONE: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
 class _Form:
-    """A token while the steps of a decoder are applied to it."""
+    """The bytes of a token while the steps of a decoder are applied to it."""
 
     __slots__ = ("first", "fused", "middle", "name", "single_byte", "spaced")
 
@@ -78,13 +85,13 @@ class _Form:
         self.name = name
         self.first = self.middle = name.encode(errors="replace")
         self.spaced = self.single_byte = False
-        self.fused = False  # whether tokens are one text by now
+        self.fused = False  # whether an earlier step has joined the tokens to one text
 
     def apply(self, step: Mapping[str, Any]) -> None:
-        """One step of the decoder, as the tokenizers library takes it."""
+        """Applies one step of the decoder, as the tokenizers library does."""
         kind = step.get("type")
         if kind == "ByteLevel":
-            if not self.name.strip(_LETTERS):  # a token with another letter is itself
+            if not self.name.strip(_LETTERS):  # a token with any other character is unchanged
                 self.first = self.middle = bytes(map(BYTES.__getitem__, self.name))
             self.fused = True
         elif kind == "ByteFallback":
@@ -150,8 +157,8 @@ class _Form:
 
     def _unknown(self, step: Mapping[str, Any]) -> InputError:
         return InputError(
-            f"the decoder of tokenizer.json has the step {dict(step)!s:.200}, by which the text "
-            f"of the token {self.name!r:.80} is not known; use another tokenizer"
+            f"the decoder of tokenizer.json has the step {dict(step)!s:.200}, which is not "
+            f"supported for the token {self.name!r:.80}; use another tokenizer"
         )
 
 

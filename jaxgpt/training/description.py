@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxgpt import config, data, tokenizer
-from jaxgpt.pretrained.load import Source, versions
+from jaxgpt.pretrained.load import ModelSource, versions
 from jaxgpt.training.finetune import Diff
 from jaxgpt.training.inputs import Resumed
 
@@ -12,8 +12,8 @@ def describe(
     cfg: config.Config,
     text: tokenizer.Tokenizer,
     dataset: data.Dataset,
-    origin: Source | None,
-    teacher: Source | None,
+    origin: ModelSource | None,
+    teacher: ModelSource | None,
     resumed: Resumed,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself: config, tokenizer, data, versions and lineage."""
@@ -43,7 +43,7 @@ def print_summary(
     dataset: data.Dataset,
     model_note: str,
     devices_note: str,
-    origin: Source | None,
+    origin: ModelSource | None,
     diff: Diff | None,
     start: int | None,
 ) -> None:

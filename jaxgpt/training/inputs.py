@@ -9,7 +9,7 @@ import jax
 
 from jaxgpt import config, data, tokenizer
 from jaxgpt.errors import InputError
-from jaxgpt.pretrained.load import Source, check_exists, find_tokenizer, source
+from jaxgpt.pretrained.load import ModelSource, check_exists, find_tokenizer, source
 from jaxgpt.training import checkpoint
 
 
@@ -38,7 +38,7 @@ def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:
     """
 
     def read(step: int | None) -> dict[str, Any]:
-        return {} if step is None else checkpoint.read(checkpoints.folder / str(step))
+        return {} if step is None else checkpoint.read_metadata(checkpoints.folder / str(step))
 
     start = checkpoints.latest()
     saved = read(start)
@@ -54,7 +54,7 @@ def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:
 
 def prepare_data(
     cfg: config.Config, saved: dict[str, Any]
-) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, Source | None]:
+) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, ModelSource | None]:
     """Reads the text or the records, finds the tokenizer, and makes the batches.
 
     Args:
@@ -106,7 +106,7 @@ def prepare_data(
 def find_text_tokenizer(
     cfg: config.Config,
     saved: dict[str, Any],
-    origin: Source | None,
+    origin: ModelSource | None,
     splits: dict[str, list[data.Record]],
 ) -> tuple[config.Config, tokenizer.Tokenizer]:
     """The tokenizer: saved, of the model that is started from, of another one, or a new one.
@@ -154,7 +154,7 @@ def batch_options(cfg: config.Config) -> dict[str, int]:
 
 def find_teacher(
     cfg: config.Config, text: tokenizer.Tokenizer, saved: dict[str, Any]
-) -> Source | None:
+) -> ModelSource | None:
     """The teacher that the objective names, or None. Raises InputError if it does not fit."""
     path = cfg.objective.teacher_path
     if not path:

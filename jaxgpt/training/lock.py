@@ -1,7 +1,7 @@
-"""The lock on a run's folder: one process at a time trains a run.
+"""A lock on a run's folder, so that one process at a time trains a run.
 
-The lock is `flock` on the file `lock` in the folder, so it ends with the process that holds it,
-even after a crash. The file says which process that is.
+It is a `flock` on the file `lock` in the folder, which the operating system releases when the
+process ends, even after a crash. The file has the process's host and id.
 """
 
 import contextlib
@@ -15,18 +15,22 @@ from typing import Any
 
 from jaxgpt.errors import InputError, TrainingError
 
-# What flock answers on mounts that have no locks, such as some network file systems.
+# The errors of flock on file systems without locks, such as some network file systems.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def flock(fd: int, *, shared: bool = False) -> bool:
-    """Takes a lock on an open file or folder without waiting.
+    """Locks an open file or folder without waiting.
+
+    Args:
+        fd: The file descriptor.
+        shared: Whether other processes may hold a shared lock at the same time.
 
     Returns:
-        Whether the file system has locks; if not, nothing is locked.
+        Whether the file system supports locks; if not, nothing is locked.
 
     Raises:
-        BlockingIOError: Another process holds a lock that excludes this one.
+        BlockingIOError: Another process holds a conflicting lock.
     """
     try:
         import fcntl
@@ -44,9 +48,10 @@ def flock(fd: int, *, shared: bool = False) -> bool:
 
 
 class RunLock:
-    """Holds a run's folder, which is made if it does not exist; a context manager.
+    """A context manager that creates and locks a run's folder.
 
-    A folder that holds nothing but the lock at the end, as after bad input, is removed again.
+    On exit, a folder that has nothing but the lock file (for example after invalid input) is
+    removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,23 +67,23 @@ class RunLock:
         except BlockingIOError:
             raise InputError(
                 f"{self.folder} is being trained by {_read_holder(self._path)}; wait for it, stop "
-                "it, or set another name"
+                "it, or use another run name"
             ) from None
         except OSError as error:
             raise InputError(
-                f"{self.folder} cannot be written: {error.strerror}; make room, or set `runs` to "
-                "another folder"
+                f"{self.folder} cannot be written: {error.strerror}; free disk space, or set "
+                "`runs` to another folder"
             ) from None
         return self
 
     def _take(self) -> bool:
-        """Opens and locks the file; False if the process that held it removed it meanwhile."""
+        """Opens and locks the file; returns False if another process has just removed it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not flock(fd):
                 print(
-                    f"warning: {self.folder} is on a file system without locks: make sure that no "
+                    f"warning: {self.folder} is on a file system without locks; make sure that no "
                     "other process trains this run",
                     file=sys.stderr,
                 )
@@ -96,7 +101,7 @@ class RunLock:
         return True
 
     def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError):  # the folder is not empty, or is gone
+        with contextlib.suppress(OSError):  # the folder is not empty or was removed
             if os.listdir(self.folder) == ["lock"] and _is_file(self._fd, self._path):
                 self._path.unlink()
                 self.folder.rmdir()
@@ -106,13 +111,13 @@ class RunLock:
         """Raises TrainingError if the folder was removed or replaced since it was locked."""
         if not _is_file(self._fd, self._path):
             raise TrainingError(
-                f"{self.folder} has disappeared or is another folder now; put it back, or mount "
-                "its disk again"
+                f"{self.folder} has disappeared or was replaced; restore it, or mount its disk "
+                "again"
             )
 
 
 def find_holder(folder: Path) -> str:
-    """The process that holds the lock on a run's folder; empty if none does."""
+    """Describes the process that holds the lock on a run's folder; "" if none does."""
     path = folder / "lock"
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -128,7 +133,7 @@ def find_holder(folder: Path) -> str:
 
 
 def _is_file(fd: int, path: Path) -> bool:
-    """Whether an open file is the one at a path."""
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except OSError:
@@ -136,6 +141,7 @@ def _is_file(fd: int, path: Path) -> bool:
 
 
 def _read_holder(path: Path) -> str:
+    """Describes the process that wrote a lock file."""
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on host {found['host']}"

@@ -1,7 +1,8 @@
-"""`metrics.jsonl`, the history of a run: one JSON object a line, safe from kills and full disks.
+"""`metrics.jsonl`, the history of a run: one JSON object per line.
 
-Lines are only ever appended. When a run resumes from a checkpoint, the records of later steps are
-moved to `metrics.abandoned.jsonl`, so that the file is one history and nothing is lost.
+Lines are only appended, so killed processes and full disks do no harm. When a run resumes from a
+checkpoint, records of later steps are moved to `metrics.abandoned.jsonl`, so that the file is one
+consistent history and no record is lost.
 """
 
 import contextlib
@@ -19,13 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The open file of a run; records that cannot be written wait in memory and are tried again."""
+    """The open metrics file of a run; keeps records in memory until they can be written."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """Opens the file after the records of step `start`; later ones are moved away.
+        """Opens the file to append to it.
+
+        Args:
+            path: The file.
+            start: The step from which the run resumes; records of later steps are moved away.
 
         Raises:
-            TrainingError: It cannot be written.
+            TrainingError: The file cannot be written.
         """
         self.path = path
         self.waiting: list[bytes] = []
@@ -39,20 +44,20 @@ class MetricsFile:
                 self._file.truncate(self._size)
         except OSError as error:
             raise TrainingError(
-                f"{path} cannot be written: {error.strerror}; make room, or set `runs` to another "
-                "folder"
+                f"{path} cannot be written: {error.strerror}; free disk space, or set `runs` to "
+                "another folder"
             ) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a record, whose numbers are finite; see `flush` for what it raises."""
+        """Appends a record of finite numbers; raises TrainingError like `flush`."""
         self.waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self.flush()
 
     def flush(self) -> None:
-        """Writes the records that wait.
+        """Writes all pending records.
 
         Raises:
-            TrainingError: They cannot be written; they wait for the next try.
+            TrainingError: They cannot be written, and stay pending until the next call.
         """
         while self.waiting:
             try:
@@ -62,7 +67,7 @@ class MetricsFile:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._size)  # no half of a line
+                    self._file.truncate(self._size)  # removes a partial line
                 raise TrainingError(
                     f"{len(self.waiting)} records cannot be written to {self.path}: "
                     f"{error.strerror}"
@@ -71,29 +76,30 @@ class MetricsFile:
             del self.waiting[0]
 
     def close(self) -> None:
-        """Closes the file; records that wait are lost."""
+        """Closes the file; pending records are lost."""
         self._file.close()
 
 
 def mark_finished(path: Path, step: int) -> None:
-    """Records that all that is done after the last step of a run was done."""
+    """Adds a record that the run is finished, including the work after its last step."""
     file = MetricsFile(path, step)
     file.write({"step": step, "finished": step, "time": round(time.time(), 3)})
     file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; its last line may be incomplete after a kill.
+    """Reads the records of a `metrics.jsonl`.
 
-    Any other line that is not a record is skipped with a warning.
+    The last line is ignored if it is incomplete, as after a kill. Any other line that is not a
+    record is skipped with a warning.
     """
     for message in find_bad_lines(path):
-        logger.warning("%s: %s and is skipped", path, message)
+        logger.warning("%s: %s; skipped it", path, message)
     return [record for line in _lines(path) if (record := _parse(line)) is not None]
 
 
 def find_bad_lines(path: Path) -> list[str]:
-    """Which lines, but an incomplete last one, are not records."""
+    """Returns a message for each line that is not a record, except an incomplete last line."""
     lines = _lines(path)
     return [
         f"line {number} is not a record"
@@ -107,6 +113,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _parse(line: str | bytes) -> dict[str, Any] | None:
+    """Parses a record; returns None if the line is not a JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -115,7 +122,7 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
 
 
 def _end_of_step(content: bytes, start: int) -> int:
-    """Where the records of later steps begin, or a last line that is incomplete."""
+    """The offset at which records after step `start`, or an incomplete last line, begin."""
     end = position = 0
     for line in content.splitlines(keepends=True):
         position += len(line)

@@ -1,4 +1,4 @@
-"""What is in runs' folders: which files are intact, and how far each run is."""
+"""Verifies the files of runs, and lists runs with their progress."""
 
 import time
 from collections.abc import Callable
@@ -19,35 +19,35 @@ from jaxgpt.training.metrics import find_bad_lines, read_metrics
 
 @dataclass(frozen=True)
 class Verified:
-    """One folder or file that was verified."""
+    """The result of verifying one folder or file."""
 
     path: Path
     bytes: int
-    """Size of its files."""
+    """The size of its files."""
     damage: tuple[str, ...] = ()
-    """What is wrong with it; empty if it is intact."""
+    """A message for each damaged file; empty if all are intact."""
 
 
 def verify(path: str | Path) -> list[Verified]:
-    """Hashes everything of a run, one checkpoint, or an export.
+    """Verifies the hashes of a run, a checkpoint or an exported model.
 
     Args:
-        path: A run's folder (its checkpoints, the cached tokens it is trained on, its metrics), or
-            a folder with a manifest.
+        path: A run's folder, of which the checkpoints, the cached training tokens and the metrics
+            are verified; or a folder with a manifest.
 
     Returns:
-        Each part with what is wrong with it.
+        A result for each part.
 
     Raises:
-        InputError: The path is none of these.
+        InputError: The path is not such a folder.
     """
     folder = Path(path).expanduser()
     if (folder / MANIFEST).is_file():
         return [_verify_folder(folder)]
     if not (folder / "checkpoints").is_dir():
         raise InputError(
-            f"{path} is not a run's folder and has no {MANIFEST}; name a folder in `runs`, a "
-            "checkpoint or an export"
+            f"{path} is not a run's folder and has no {MANIFEST}; use a folder in `runs`, a "
+            "checkpoint or an exported model"
         )
     found = _verify_steps(folder / "checkpoints")
     for one in reversed(found):
@@ -61,7 +61,7 @@ def verify(path: str | Path) -> list[Verified]:
 
 
 def _verify_steps(folder: Path) -> list[Verified]:
-    """Every checkpoint of a run, but those that the run deletes meanwhile."""
+    """Verifies every checkpoint of a run, except those that the run deletes in the meantime."""
     found = []
     for step in checkpoint.step_folders(folder):
         with suppress(FileNotFoundError):
@@ -78,13 +78,13 @@ def _check_step(folder: Path) -> list[str]:
 def _verify_folder(folder: Path, check: Callable[[Path], list[str]] = find_damage) -> Verified:
     try:
         return Verified(folder, size_of(folder), tuple(check(folder)))
-    except InputError as error:  # a file cannot be read, or is of a newer version
+    except InputError as error:  # a file cannot be read, or a newer jaxgpt wrote it
         return Verified(folder, size_of(folder), (str(error),))
 
 
 def _verify_tokens(folder: Path) -> list[Verified]:
-    """The entries of the token cache that the run of a checkpoint uses and that exist."""
-    about = checkpoint.read(folder)
+    """Verifies the entries of the token cache that the run of a checkpoint uses."""
+    about = checkpoint.read_metadata(folder)
     cfg = config.from_dict(config.Config, about["config"])
     if not isinstance(cfg.data, data.DataConfig):
         return []
@@ -98,19 +98,19 @@ def _verify_tokens(folder: Path) -> list[Verified]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files under a folder."""
+    """Returns the size in bytes of all files in a folder and its subfolders."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is."""
+    """The progress of a run."""
 
     name: str
     step: int
-    """Of the newest checkpoint; 0 if there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     steps: int
-    """That the run's config asks for; 0 if it cannot be read."""
+    """The number of steps in the run's config; 0 if it cannot be read."""
     loss: float | None
     """The last training loss."""
     val_loss: float | None
@@ -119,27 +119,27 @@ class RunState:
     """The lowest validation loss."""
     bytes: int
     state: str
-    """`training` (with its process), `finished`, `stopped` or `empty`."""
+    """`training` (with the process), `finished`, `stopped` or `empty`."""
     damaged: tuple[str, ...]
-    """Names of checkpoints that are damaged now, or were and are set aside."""
+    """The names of damaged checkpoints, including those renamed to STEP.damaged."""
     updated: float
-    """Unix time of the last record."""
+    """The Unix time of the last record."""
 
 
 def list_runs(folder: str | Path, hash_files: bool = True) -> list[RunState]:
-    """The runs in a folder, by name.
+    """Lists the runs in a folder with their progress, sorted by name.
 
     Args:
         folder: A folder of runs.
-        hash_files: Verify the files of all checkpoints, at about 1 s per GB. Without, only
-            checkpoints that lack their manifest or were set aside count as damaged.
+        hash_files: Whether to verify the files of all checkpoints, which takes about 1 s per GB. If
+            not, only checkpoints without a manifest or named STEP.damaged count as damaged.
 
     Raises:
-        InputError: There is no such folder.
+        InputError: The folder does not exist.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise InputError(f"there is no folder {folder}; name the folder that holds the runs")
+        raise InputError(f"there is no folder {folder}; use the folder that contains the runs")
     marks = ("checkpoints", "config.json", "metrics.jsonl")
     runs = [path for path in sorted(root.iterdir()) if any((path / m).exists() for m in marks)]
     return [_state_of(run, hash_files) for run in runs]
@@ -186,12 +186,12 @@ def _values(records: list[dict[str, Any]], name: str) -> list[float]:
 def _wanted_steps(run: Path) -> int:
     try:
         return config.read(run / "config.json").train.steps
-    except (InputError, OSError):  # of another version, or not written yet
+    except (InputError, OSError):  # written by another version, or not written yet
         return 0
 
 
 def show_verified(found: list[Verified], seconds: float) -> str:
-    """A line for each part, and a summary."""
+    """Formats the results of `verify`: a line for each part, and a summary."""
     lines = []
     for one in found:
         state = "DAMAGED" if one.damage else "intact"
@@ -203,8 +203,11 @@ def show_verified(found: list[Verified], seconds: float) -> str:
 
 
 def show_runs(states: list[RunState]) -> str:
-    """A table of runs."""
-    head = ("run", "step", "loss", "val", "best", "size", "updated", "checkpoints", "state")
+    """Formats runs as a table."""
+    head = (
+        *("run", "step", "loss", "val_loss", "best_val_loss"),
+        *("size", "updated", "checkpoints", "state"),
+    )
     rows = [
         (
             one.name,

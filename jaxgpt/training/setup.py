@@ -19,7 +19,7 @@ from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
 from jaxgpt.model.params import merge
 from jaxgpt.objectives import FrozenModel
-from jaxgpt.pretrained.load import Source, Trained
+from jaxgpt.pretrained.load import ModelSource, Trained
 from jaxgpt.training import checkpoint, finetune, optim
 from jaxgpt.training.description import describe, print_summary
 from jaxgpt.training.evaluate import evaluate
@@ -40,7 +40,7 @@ from jaxgpt.training.step import (
 class Teacher(NamedTuple):
     """The model that an objective learns from."""
 
-    source: Source
+    source: ModelSource
     model: Any
 
 
@@ -189,7 +189,7 @@ def prepare(cfg: config.Config) -> Run:
     )
 
 
-def build_network(cfg: config.Config, teacher: Source | None) -> Network:
+def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
     """The model, its parameter tree, and its layout over the devices; no array is made."""
     mesh = sharding.make_mesh(cfg.parallel)
     if cfg.objective.uses_rollouts and jax.process_count() > 1:
@@ -244,7 +244,7 @@ def create_state(
     cfg: config.Config,
     network: Network,
     tx: optax.GradientTransformation,
-    origin: Source | None,
+    origin: ModelSource | None,
     diff: finetune.Diff | None,
 ) -> TrainState:
     """The state of a new run, whose parameters are new or, as `diff` says, those of `origin`."""

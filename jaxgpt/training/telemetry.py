@@ -1,8 +1,8 @@
-"""Progress, metrics, goodput and loss curves of a run.
+"""Progress display, metrics, goodput and loss curves of a run.
 
 `metrics.jsonl` always gets every record. The display, TensorBoard and Weights & Biases never stop a
-run: the first error of one of them, a network that hangs included, is printed once on stderr and
-switches it off. TensorBoard and Weights & Biases work in threads of their own.
+run: the first error of one of them, including a network that hangs, is printed once to stderr and
+turns it off. TensorBoard and Weights & Biases have threads of their own.
 """
 
 import logging
@@ -26,11 +26,11 @@ from jaxgpt.training.metrics import MetricsFile, read_metrics
 
 BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
 
-# Peaks of one jax device in TFLOP/s: dense bfloat16 products summed in float32 (float16 on V100 and
-# T4, which have no bfloat16), without sparsity. By `device_kind`, without NVIDIA's name before it.
+# Peak TFLOP/s of one JAX device by `device_kind` (without the prefix "NVIDIA "): dense bfloat16
+# matrix products with float32 accumulation, or float16 on V100 and T4, which have no bfloat16.
 # Sources: the "System architecture" pages of cloud.google.com/tpu/docs; NVIDIA's data sheets, which
-# often print the figure with sparsity, twice this; for GeForce the GA102 and Ada white papers.
-# A jax device is half a chip on TPU v2, v3 and 7x, a chip elsewhere.
+# often give the figure with sparsity, twice this one; for GeForce the GA102 and Ada white papers.
+# A JAX device is half a chip on TPU v2, v3 and 7x, and a whole chip elsewhere.
 PEAK_TFLOPS = {
     "TPU v2": 45 / 2,
     "TPU v3": 123 / 2,
@@ -57,7 +57,7 @@ PEAK_TFLOPS = {
     "GeForce RTX 4090": 165,
 }
 
-# Seconds given to TensorBoard and W&B to begin or to finish.
+# Seconds that TensorBoard and W&B may take to start or to finish.
 PATIENCE = 30.0
 
 logger = logging.getLogger(__name__)
@@ -65,28 +65,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What is shown beside `metrics.jsonl`."""
+    """Where to show metrics in addition to `metrics.jsonl`."""
 
     progress: Literal["auto", "lines", "none"] = "auto"
-    """A live display on a terminal and lines elsewhere; lines always; or nothing."""
+    """The progress display. auto: a progress bar on a terminal, else lines; lines: always lines;
+    none: no display."""
     tensorboard: bool = False
-    """Also write TensorBoard's event files, with tensorboardX."""
+    """Whether to write event files for TensorBoard to the run's folder (needs tensorboardX)."""
     wandb: bool = False
-    """Also send metrics to Weights & Biases (pip install wandb; WANDB_MODE=offline keeps them)."""
+    """Whether to log metrics to Weights & Biases (needs wandb; WANDB_MODE=offline keeps them on
+    this machine)."""
     wandb_project: str = "jaxgpt"
-    """The project there."""
+    """The name of the Weights & Biases project."""
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """A device's peak in FLOP/s by jax's name for its kind, or None where it is not known."""
+    """Returns the peak FLOP/s of a device by its `device_kind`, or None if it is unknown."""
     tflops = PEAK_TFLOPS.get(device_kind.removeprefix("NVIDIA "))
     return None if tflops is None else tflops * 1e12
 
 
 class Goodput:
-    """A clock with buckets: `with clock("eval"): ...`; time in an inner bucket is not the outer's.
+    """Measures how much time a run spends on what: `with clock("eval"): ...`.
 
-    What is in no bucket is "other", so that the buckets add up to the wall time.
+    Each moment counts for the innermost bucket, or for "other" outside of all, so the buckets add
+    up to the wall time.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -97,24 +100,24 @@ class Goodput:
 
     @contextmanager
     def __call__(self, bucket: str) -> Iterator[None]:
-        """Counts the time of a block in a bucket, one of `BUCKETS`."""
+        """Counts the time of a `with` block for a bucket, one of `BUCKETS`."""
         if bucket not in BUCKETS:
-            raise ValueError(f"no bucket {bucket!r}; there are {', '.join(BUCKETS)}")
-        self._turn()
+            raise ValueError(f"no bucket {bucket!r}; use one of {', '.join(BUCKETS)}")
+        self._update()
         self._stack.append(bucket)
         try:
             yield
         finally:
-            self._turn()
+            self._update()
             self._stack.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds in every bucket until now."""
-        self._turn()
+        """Returns the seconds in every bucket until now."""
+        self._update()
         return dict(self._seconds)
 
     def table(self) -> str:
-        """The buckets with their seconds and shares of the wall time."""
+        """Formats the buckets' seconds and their fractions of the wall time as a table."""
         seconds = self.seconds()
         wall = sum(seconds.values())
         return "\n".join(
@@ -122,19 +125,29 @@ class Goodput:
             for name, s in [*seconds.items(), ("wall", wall)]
         )
 
-    def _turn(self) -> None:
+    def _update(self) -> None:
+        """Adds the time since the last call to the current bucket."""
         now = self._now()
         self._seconds[self._stack[-1]] += now - self._mark
         self._mark = now
 
 
 class Telemetry:
-    """The records of one run, shown and written as they come; a context manager.
+    """Writes and displays the metrics of one run; a context manager.
 
-    `steps` is the number of steps in total, `start` how many are done; `flops_per_token` and the
-    devices' kind make MFU where the peak is known. `clock` tells training time from all other.
-    `config` is the run's, for Weights & Biases.
-    Of several processes, only the first shows and writes.
+    With several processes, only the first one writes and displays.
+
+    Args:
+        folder: The run's folder.
+        cfg: The display and loggers to use.
+        start: The number of steps that are already done.
+        steps: The total number of steps.
+        tokens_per_step: The number of tokens in a step.
+        flops_per_token: FLOPs of training on a token, for the model FLOPs utilization (MFU), which
+            is reported if the devices' peak is known.
+        devices: The devices used for training.
+        clock: Distinguishes training time from other time.
+        config: The run's config, for Weights & Biases.
     """
 
     def __init__(
@@ -178,9 +191,13 @@ class Telemetry:
         self.close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes a record of a step: numbers by name. Numbers that are not finite become null.
+        """Writes a record of a step; NaN and infinities become null.
 
-        If the file cannot be written, a warning says so and the record waits in memory.
+        If the file cannot be written, a warning is printed and the record is kept in memory.
+
+        Args:
+            step: The step.
+            values: Numbers by name.
         """
         self._step = step
         self._skipped = int(values.get("skipped", self._skipped))
@@ -191,7 +208,10 @@ class Telemetry:
             sink.put(step, values)
 
     def rate(self, step: int) -> dict[str, float]:
-        """Tokens per second since this was last asked, training alone; and MFU if known."""
+        """Returns training tokens per second since the last call, and the MFU if it is known.
+
+        Only training time counts, without evaluation, saving and compilation.
+        """
         last, seconds = self._measured
         now = self._training_seconds()
         if step == last or now == seconds:
@@ -204,30 +224,30 @@ class Telemetry:
         return rates
 
     def show(self, step: int) -> None:
-        """Updates the display."""
+        """Updates the progress display."""
         left = (self.steps - step) * self._tokens_per_step / self._rate
         numbers = _numbers(self._loss, self._val_loss, self._rate, left, self._skipped)
         self._on_display(lambda display: display.show(step, numbers))
 
     def say(self, text: str) -> None:
-        """Prints above the display."""
+        """Prints a line above the progress display."""
         self._on_display(lambda display: display.say(text))
 
     def warn(self, text: str) -> None:
-        """Prints a warning on stderr."""
-        with suppress(OSError, ValueError):  # nobody reads it
+        """Prints a warning to stderr."""
+        with suppress(OSError, ValueError):  # stderr is closed
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Writes the records that wait; raises TrainingError if they cannot be written."""
+        """Writes pending records; raises TrainingError if they cannot be written."""
         if self._file is not None:
             waited = len(self._file.waiting)
             self._file.flush()
             if waited:
-                self.warn(f"{waited} records that waited are written to {self._file.path}")
+                self.warn(f"{waited} pending records are now written to {self._file.path}")
 
     def close(self) -> None:
-        """Ends the display, writes where the time went, and waits for the options to finish."""
+        """Ends the display and loggers, and writes the goodput to `metrics.jsonl`."""
         self._on_display(lambda display: display.close())
         for sink in self._sinks:
             sink.close()
@@ -235,7 +255,7 @@ class Telemetry:
             seconds = self.clock.seconds()
             self._record({"goodput": {name: round(s, 3) for name, s in seconds.items()}})
             if self._file.waiting:
-                self.warn(f"{len(self._file.waiting)} records are not in {self._file.path}")
+                self.warn(f"{len(self._file.waiting)} records are missing in {self._file.path}")
             self._file.close()
             self._file = None
 
@@ -244,7 +264,7 @@ class Telemetry:
         return seconds["step"] + seconds["data"]
 
     def _on_display(self, action: Callable[[Any], None]) -> None:
-        """Uses the display, and switches it off if its terminal or pipe is gone."""
+        """Calls the display; turns it off if its terminal or pipe is closed."""
         try:
             action(self._display)
         except (OSError, ValueError) as error:
@@ -264,13 +284,13 @@ class Telemetry:
             self._file.write(finite)
         except TrainingError as error:
             if not waited:
-                self.warn(f"{error}; training goes on, and they are tried again")
+                self.warn(f"{error}; training continues and will retry")
 
 
 class _Sink:
-    """A place for records that may be missing, fail or hang: it is fed from a thread of its own.
+    """A logger such as TensorBoard in a thread of its own, because it may fail or hang.
 
-    `connect` returns two functions: one takes (step, values), the other ends.
+    `connect` starts the logger and returns two functions: `send(step, values)` and `finish()`.
     """
 
     def __init__(
@@ -286,15 +306,15 @@ class _Sink:
         self._thread.start()
 
     def put(self, step: int, values: dict[str, float]) -> None:
-        """Passes a record on; never waits."""
+        """Queues a record; never waits."""
         if self._works:
             try:
                 self._queue.put_nowait((step, values))
             except queue.Full:
-                self._switch_off("it does not keep up: 1000 records wait")
+                self._switch_off("it is too slow, and 1000 records are waiting")
 
     def close(self) -> None:
-        """Waits, but not forever, for the records that are on their way."""
+        """Waits up to `PATIENCE` seconds for queued records to be sent."""
         if self._works:
             with suppress(queue.Full):
                 self._queue.put_nowait(None)
@@ -308,7 +328,7 @@ class _Sink:
             while (record := self._queue.get()) is not None:
                 send(*record)
             finish()
-        except BaseException as error:  # SystemExit too: nothing said here is for the run
+        except BaseException as error:  # also SystemExit, which must not end the run
             self._switch_off(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _switch_off(self, why: str) -> None:
@@ -318,8 +338,8 @@ class _Sink:
 
 
 def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callable[[], None]]:
-    # Not its SummaryWriter, which writes in a thread of its own: an error there, as on a full disk,
-    # is a traceback, and then the process never ends.
+    # tensorboardX's SummaryWriter is not used because it writes in a thread of its own: after an
+    # error there, such as a full disk, the process never ends.
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -327,7 +347,7 @@ def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callabl
     writer = event_file_writer.EventsWriter(
         str(folder / "tensorboard" / "events"), f".{os.getpid()}"
     )
-    if start:  # steps of an earlier history, after `start`, are no longer shown
+    if start:  # makes TensorBoard hide records after `start` of an earlier session
         writer.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def send(step: int, values: dict[str, float]) -> None:
@@ -347,8 +367,8 @@ def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callabl
 def _wandb(
     folder: Path, project: str, config: dict[str, Any]
 ) -> tuple[Callable[..., None], Callable[[], None]]:
-    # Silent, it neither asks for a key at the terminal nor prints into the display. The times end a
-    # hanging network: the program's exit waits for W&B's own threads.
+    # In silent mode W&B does not ask for an API key or print into the progress display. The
+    # timeouts are needed because the exit of the program waits for W&B's threads.
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_INIT_TIMEOUT", f"{PATIENCE:g}")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{PATIENCE:g}")
@@ -357,7 +377,7 @@ def _wandb(
     run = wandb.init(
         project=project, name=folder.name, group=folder.name, dir=str(folder), config=config
     )
-    # A resumed run goes back some steps, which W&B's own step count may not.
+    # W&B's own step may not decrease, but a resumed run repeats some steps.
     run.define_metric("*", step_metric="step")
 
     def send(step: int, values: dict[str, float]) -> None:
@@ -367,7 +387,7 @@ def _wandb(
 
 
 class _Silent:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def show(self, step: int, numbers: list[str]) -> None:
         pass
@@ -380,7 +400,7 @@ class _Silent:
 
 
 class _Lines(_Silent):
-    """A line for every call: for files and notebooks."""
+    """A display that prints a line for every update, for files and notebooks."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -395,14 +415,14 @@ class _Lines(_Silent):
 
 
 class _Live(_Silent):
-    """One line that changes in place, under everything else that is printed."""
+    """A display with a progress bar at the bottom of a terminal."""
 
     def __init__(self, start: int, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
         from rich.text import Text
 
         class Now(ProgressColumn):
-            """The newest numbers; before the first, for how long the step has been compiled."""
+            """The newest metrics; before the first ones, the time of compilation."""
 
             def render(self, task: Task) -> Text:
                 return Text(task.fields["now"] or f"compiling {task.elapsed or 0:.0f} s")
@@ -423,10 +443,10 @@ class _Live(_Silent):
 
 
 def _numbers(loss: float, val_loss: float, rate: float, left: float, skipped: int) -> list[str]:
-    """What is known of loss, validation loss, speed, time left and skipped steps, as text."""
+    """Formats loss, validation loss, speed, time left and skipped steps, if they are known."""
     known = [f"loss {loss:.4f}"]
     if not math.isnan(val_loss):
-        known.append(f"val {val_loss:.4f}")
+        known.append(f"val_loss {val_loss:.4f}")
     if math.isfinite(rate):
         known += [f"{rate:,.0f} tok/s", f"{timedelta(seconds=round(left))} left"]
     if skipped:
@@ -435,6 +455,7 @@ def _numbers(loss: float, val_loss: float, rate: float, left: float, skipped: in
 
 
 def _display(progress: str, start: int, steps: int) -> Any:
+    """The progress display for `TelemetryConfig.progress`."""
     if progress == "none":
         return _Silent()
     if progress == "auto" and sys.stdout.isatty():
@@ -443,9 +464,10 @@ def _display(progress: str, start: int, steps: int) -> Any:
 
 
 def before_and_after(folder: Path) -> str:
-    """What was measured on held-out data at step 0 and at the end, as a table.
+    """Formats validation and test metrics before and after training as a table.
 
-    Empty if nothing was measured at step 0, as in a run that starts from new parameters.
+    The table is empty if nothing was measured at step 0, as in a run that starts from random
+    parameters.
     """
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
@@ -465,10 +487,14 @@ def before_and_after(folder: Path) -> str:
 
 
 def plot(folder: Path) -> Path | None:
-    """Draws training and validation loss over steps from `metrics.jsonl` into `loss.png`.
+    """Plots the training and validation loss in `metrics.jsonl` to `loss.png`.
 
-    Returns the picture's path, or None where there is no loss to draw or no room for it, which is
-    said on stderr: it never stops a run.
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The plot's path, or None if there is no loss or the file cannot be written. The latter is a
+        warning on stderr, because it must not stop a run.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -478,8 +504,13 @@ def plot(folder: Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     styles: dict[str, dict[str, Any]] = {
-        "loss": {"label": "training", "color": "#7b8794", "linewidth": 1.0},
-        "val_loss": {"label": "validation", "color": "#c2410c", "marker": "o", "markersize": 4},
+        "loss": {"label": "training loss", "color": "#7b8794", "linewidth": 1.0},
+        "val_loss": {
+            "label": "validation loss",
+            "color": "#c2410c",
+            "marker": "o",
+            "markersize": 4,
+        },
     }
     for name, style in styles.items():
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
@@ -495,6 +526,6 @@ def plot(folder: Path) -> Path | None:
     try:
         figure.savefig(path)
     except OSError as error:
-        print(f"warning: {path} is not drawn: {error.strerror}", file=sys.stderr)
+        print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr)
         return None
     return path

@@ -147,7 +147,7 @@ def digests(name: str) -> dict[str, str]:
     """The dtype, shape and SHA-256 of every array in a run's checkpoint of step STEPS."""
     folder = Path("runs", name, "checkpoints", str(STEPS))
     found = {}
-    for item in checkpoint.read(folder)["leaves"]:
+    for item in checkpoint.read_metadata(folder)["leaves"]:
         tree = checkpoint.load_params(folder, item=item)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

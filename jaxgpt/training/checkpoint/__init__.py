@@ -1,31 +1,32 @@
-"""Checkpoints that survive a kill, detect damage, and describe themselves.
+"""Atomic, self-describing checkpoints with hashes.
 
 A checkpoint is a folder named by its step:
 
     runs/NAME/checkpoints/500/
         params/ train/   the arrays of each top-level item of the state, written by Orbax
-        config.json ...  descriptions by the caller: config, tokenizer, data, versions, lineage
+        config.json ...  metadata from the caller: config, tokenizer, data, versions, lineage
         format.json      the version of this layout
-        metrics.json     the step, and what was measured before it was saved
-        evaluation.json  what was measured after it was saved, such as the validation loss
+        metrics.json     the step, and metrics that were measured before the save
+        evaluation.json  metrics that were measured after the save, such as the validation loss
         leaves.json      the path, dtype and shape of every array
-        SHA256SUMS       the hash of every file above
+        SHA256SUMS       the manifest: the hash of every file above
 
-A save is written to `500.saving` and renamed to `500` once its manifest is complete. Files are
-hashed before they are read; files that the manifest does not list are ignored. A damaged checkpoint
-is never deleted: it is renamed to `500.damaged`, and training resumes from the newest intact one.
-`500.abandoned` is a checkpoint that training went back from.
+A checkpoint is written to `500.saving` and renamed to `500` when its manifest is complete, so a
+killed process leaves no partial checkpoint. Files are hashed before they are read, and files that
+are not in the manifest are ignored. A damaged checkpoint is never deleted: it is renamed to
+`500.damaged`, and training resumes from the newest intact one. `500.abandoned` is a checkpoint that
+is later than the step to which a run was reset with --resume.
 """
 
 from jaxgpt.training.checkpoint.arrays import as_abstract
 from jaxgpt.training.checkpoint.reader import (
     OpenCheckpoint,
     best_step,
-    find_step,
+    find_checkpoint,
     load_params,
     open_checkpoint,
-    read,
     read_measured,
+    read_metadata,
     step_folders,
     steps_in,
 )
@@ -37,11 +38,11 @@ __all__ = [
     "OpenCheckpoint",
     "as_abstract",
     "best_step",
-    "find_step",
+    "find_checkpoint",
     "load_params",
     "open_checkpoint",
-    "read",
     "read_measured",
+    "read_metadata",
     "step_folders",
     "steps_in",
 ]

@@ -1,4 +1,4 @@
-"""Trees of arrays as Orbax stores them: leaves by path, with their dtypes and shapes as text."""
+"""Converts pytrees to the form in which Orbax stores them: arrays by path, with type and shape."""
 
 import json
 from functools import partial
@@ -12,26 +12,33 @@ from jaxgpt.errors import InputError
 
 
 def flatten_leaves(tree: Any, item: str) -> tuple[dict[str, Any], Any]:
-    """Leaves by path, such as `blocks/0/q/w`, and the tree's structure.
+    """Flattens a pytree.
+
+    Args:
+        tree: A pytree of arrays.
+        item: The tree's name, for error messages.
+
+    Returns:
+        The leaves by path, such as `blocks/0/q/w`, and the tree's structure.
 
     Raises:
-        InputError: A leaf is not an array, or two paths differ only in `/` and `.`: Orbax names
-            the arrays `blocks.0.q.w`, so they would be one.
+        InputError: A leaf is not an array, or two paths differ only in `/` and `.`, which Orbax
+            does not distinguish: it names the arrays `blocks.0.q.w`.
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in entries
     }
     if len({path.replace("/", ".") for path in leaves}) < len(entries):
-        raise InputError(f"{item}: two leaves have the same path but for `/` and `.`; rename one")
+        raise InputError(f"{item}: two paths differ only in `/` and `.`; rename one of them")
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise InputError(f"{item}/{path} is a {type(leaf).__name__}; make it an array")
+            raise InputError(f"{item}/{path} is a {type(leaf).__name__}; use an array instead")
     return leaves, treedef
 
 
 def nest_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
+    """Converts leaves by path to nested dicts: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -43,25 +50,33 @@ def nest_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_spec(leaf: Any) -> str:
-    """A leaf's dtype and shape, such as `float32[64,64]`; `_parse_spec` is the inverse."""
+    """Formats a leaf's dtype and shape, as in `float32[64,64]`; the inverse of `_parse_spec`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def as_abstract(leaves: dict[str, str]) -> dict[str, Any]:
-    """An item of a checkpoint's `leaves`, as nested dicts of `ShapeDtypeStruct`s."""
+    """Converts an item of leaves.json to nested dicts of `ShapeDtypeStruct`s."""
     return nest_leaves({path: _parse_spec(spec) for path, spec in leaves.items()})
 
 
 def as_numbers(leaf: Any) -> Any:
-    """A typed random key as its numbers; any other array as it is."""
+    """Converts a typed random key to its integers; returns any other array unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Reads the items of an intact checkpoint as trees like those of `abstract`.
+    """Reads items of an intact checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        abstract: By item, trees whose leaves have a shape, a dtype and optionally a sharding; the
+            default is the first device.
+
+    Returns:
+        The items as trees like those of `abstract`.
 
     Raises:
-        InputError: There is no such item, or a path, shape or dtype is not the saved one.
+        InputError: An item does not exist, or a path, shape or dtype differs from the saved one.
     """
     import orbax.checkpoint as ocp
 
@@ -79,8 +94,8 @@ def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         ]
     if wrong:
         raise InputError(
-            f"checkpoint {folder} does not fit: {list_some(wrong)}; set the config it was saved "
-            "with"
+            f"checkpoint {folder} does not fit: {list_some(wrong)}; use the config with which it "
+            "was saved"
         )
 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -115,12 +130,13 @@ def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_some(messages: list[str]) -> str:
-    """The first messages in one line, and how many more there are."""
+    """Joins up to 8 messages in one line, and says how many more there are."""
     more = f"; and {len(messages) - 8} more" if len(messages) > 8 else ""
     return "; ".join(messages[:8]) + more
 
 
 def _parse_spec(spec: str) -> jax.ShapeDtypeStruct:
+    """Parses a dtype and shape, including types of random keys; see `format_spec`."""
     name, _, lengths = spec.rstrip("]").partition("[")
     shape = tuple(int(n) for n in lengths.split(",") if n)
     for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
@@ -135,7 +151,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _as_key(array: jax.Array, leaf: Any) -> jax.Array:
-    """The inverse of `as_numbers`: numbers become a key again if `leaf` is one."""
+    """The inverse of `as_numbers`: converts integers to a random key if `leaf` is one."""
     if not _is_key(leaf):
         return array
     impl: list[Any] = []

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run, choosing the one to resume from, and deleting old ones."""
+"""Writes the checkpoints of a run, finds the one to resume from, and deletes old ones."""
 
 import contextlib
 import errno
@@ -37,10 +37,10 @@ from jaxgpt.training.checkpoint.reader import (
     FORMAT,
     best_step,
     check_format,
-    check_items,
     is_complete,
     step_folders,
     steps_in,
+    verify,
 )
 from jaxgpt.training.lock import flock
 
@@ -51,34 +51,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and which of them are kept."""
+    """When to save checkpoints and how many to keep."""
 
     every: int = 500
-    """Steps between checkpoints; one is always saved at the end. 0: only at the end."""
+    """Steps between checkpoints. The last step is always saved; 0: only that one."""
     keep: int = 2
-    """How many of the newest checkpoints are kept; older ones are deleted."""
+    """The number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
-    """Whether the checkpoint with the lowest validation loss is kept too."""
+    """Whether to also keep the checkpoint with the lowest validation loss."""
     patience: float = 10.0
-    """Minutes for which training waits and tries again when a checkpoint cannot be saved, because
-    the disk is full or the folder is away; after that the run ends with an error."""
+    """Minutes for which training waits and retries if a checkpoint cannot be saved, for example
+    because the disk is full or not mounted. Then the run ends with an error."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
         if self.every < 0:
-            raise InputError(f"checkpoint.every={self.every}; set it to 0 or more")
+            raise InputError(f"checkpoint.every={self.every} is invalid; use 0 or more steps")
         if self.keep < 1:
-            raise InputError(f"checkpoint.keep={self.keep}; set it to 1 or more")
+            raise InputError(f"checkpoint.keep={self.keep} is invalid; use 1 or more")
         if not 0 <= self.patience < math.inf:
-            raise InputError(f"checkpoint.patience={self.patience}; set it to 0 or more minutes")
+            raise InputError(
+                f"checkpoint.patience={self.patience} is invalid; use 0 or more minutes"
+            )
 
 
 class Checkpoints:
-    """The checkpoints of one run, for the process or the group of processes that trains it.
+    """The checkpoints of one run, for the process or processes that train it.
 
-    The caller holds the run's lock (`lock.RunLock`): unfinished saves of an earlier process are
-    deleted when the checkpoints are opened. With several processes, each makes the same calls on a
-    folder they share.
+    The caller must hold the run's lock (`lock.RunLock`), because the constructor deletes unfinished
+    saves of an earlier process. With several processes, all make the same calls on a shared folder.
     """
 
     def __init__(self, folder: str | Path, cfg: CheckpointConfig | None = None) -> None:
@@ -93,21 +94,21 @@ class Checkpoints:
         self.sweep()
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, ascending; their files are not hashed."""
+        """Returns the steps of all complete checkpoints, ascending; does not verify their files."""
         return steps_in(self.folder)
 
     def latest(self) -> int | None:
-        """The newest step whose files are all intact; None for a run without checkpoints.
+        """Returns the newest step whose files are intact, or None if there are no checkpoints.
 
-        Newer checkpoints that are damaged are renamed to `STEP.damaged`, with a warning.
+        Damaged newer checkpoints are renamed to `STEP.damaged`, with a warning.
 
         Raises:
-            InputError: There are checkpoints and none is intact, or a file cannot be read.
+            InputError: There are checkpoints but none is intact, or a file cannot be read.
         """
         return self._resume_from(step_folders(self.folder), "damaged")
 
     def go_back(self, step: int) -> None:
-        """Makes an earlier step the latest: later ones are renamed to `STEP.abandoned`.
+        """Makes an earlier step the latest one by renaming later ones to `STEP.abandoned`.
 
         Raises:
             InputError: There is no checkpoint of this step, or it is damaged.
@@ -117,7 +118,7 @@ class Checkpoints:
         self._resume_from([step], "abandoned")
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss, or None if none was measured."""
+        """Returns the step with the lowest validation loss, or None if none was measured."""
         self.wait()
         return best_step(self.folder)
 
@@ -129,31 +130,33 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         recreate: bool = False,
     ) -> None:
-        """Saves a state in the background; returns once it is copied off the devices.
+        """Saves a state in the background; returns when it is copied from the devices.
 
-        A step that is already saved and intact is not written again: the step determines the
-        state.
+        A step that is already saved and intact is not written again, because training is
+        deterministic.
 
         Args:
-            step: How many steps were taken.
-            state: By item name, trees of arrays; each item can be restored without the others.
-            describe: By name, what is written as NAME.json.
-            metrics: Numbers to store with the step; those that are not finite become null.
-            recreate: Make the folder again if it has disappeared since the last save, instead of
-                raising TrainingError.
+            step: The number of training steps that are done.
+            state: Trees of arrays by item; each item can be restored without the others.
+            describe: Metadata by name; each value is written to NAME.json.
+            metrics: Numbers to store with the step; NaN and infinities become null.
+            recreate: Whether to create the folder again if it has disappeared since the last save,
+                instead of raising TrainingError.
 
         Raises:
             InputError: The arguments cannot be stored, or later checkpoints exist.
-            TrainingError: This save or the one before it failed. Earlier checkpoints remain.
+            TrainingError: This save or the previous one failed. Earlier checkpoints remain.
         """
         self.wait()
         if later := [other for other in self.steps() if other > step]:
             raise InputError(
-                f"step {step} cannot be saved in {self.folder}, which holds step {later[-1]}; "
-                "resume from there, go back with --resume, or use another run name"
+                f"step {step} cannot be saved in {self.folder}, which has the later step "
+                f"{later[-1]}; resume from that, go back with --resume, or use another run name"
             )
         if reserved := RESERVED & describe.keys():
-            raise InputError(f"describe: the names {', '.join(sorted(reserved))} are reserved")
+            raise InputError(
+                f"describe: the names {', '.join(sorted(reserved))} are reserved; use other names"
+            )
         flat = {item: flatten_leaves(tree, item)[0] for item, tree in state.items()}
         texts = {
             **describe,
@@ -166,7 +169,7 @@ class Checkpoints:
         }
         files = {f"{name}.json": _to_json(name, value) for name, value in texts.items()}
 
-        import orbax.checkpoint as ocp  # here, for it takes longer to import than jax
+        import orbax.checkpoint as ocp  # imported here because it takes longer than jax
 
         folder, first = self.folder / str(step), jax.process_index() == 0
         try:
@@ -183,7 +186,7 @@ class Checkpoints:
                 self.sweep()
                 needed = _bytes_on_disk(flat)
                 free = shutil.disk_usage(self.folder).free
-                if free < needed:  # found out before, because Orbax fails with pages of tracebacks
+                if free < needed:  # checked first, because Orbax fails with pages of tracebacks
                     raise OSError(
                         errno.ENOSPC,
                         f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)",
@@ -205,14 +208,14 @@ class Checkpoints:
         self._saving = self._thread.submit(self._finish, step, files)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds what was measured after a step was saved; `val_loss` decides which is the best.
+        """Adds metrics that were measured after a step was saved, such as `val_loss`.
 
-        It is written in the background, after the save.
+        They are written in the background, after the save.
         """
         self._saving = self._thread.submit(self._record, step, metrics, self._saving)
 
     def failure(self) -> TrainingError | None:
-        """The error of the save in the background if it has ended with one; does not wait."""
+        """Returns the error of the background save if it has failed, or None; does not wait."""
         if self._saving is None or not self._saving.done():
             return None
         try:
@@ -226,22 +229,22 @@ class Checkpoints:
 
         Args:
             step: One of `steps()`.
-            abstract: By item, trees whose leaves have a shape, a dtype and maybe a sharding
-                (without one, the array is put on the first device).
+            abstract: By item, trees whose leaves have a shape, a dtype and optionally a sharding;
+                the default is the first device.
 
         Returns:
-            The items as trees like those of `abstract`, on its shardings.
+            The items as trees like those of `abstract`, with its shardings.
 
         Raises:
-            InputError: A file is damaged, or a path, shape or dtype is not the saved one; before
-                any array is read.
+            InputError: A file is damaged, or a path, shape or dtype differs from the saved one.
+                This is checked before any array is read.
         """
         self.wait()
         folder = self.folder / str(step)
         if not is_complete(folder):
             raise InputError(f"no checkpoint of step {step}; {self._list()}")
         if step not in self._intact:
-            if found := check_items(folder, abstract):
+            if found := verify(folder, abstract):
                 raise InputError(
                     f"checkpoint {folder} is damaged: {list_some(found)}; use another step"
                 )
@@ -249,10 +252,10 @@ class Checkpoints:
         return restore_items(folder, abstract)
 
     def sweep(self) -> None:
-        """Deletes what saves left that were killed or failed before they were complete.
+        """Deletes the files of saves that were killed or failed.
 
-        That includes empty folders, if the run's folder has disappeared: Orbax makes it again, and
-        it would be in the way of the one that comes back.
+        If the run's folder has disappeared, for example because its disk was unmounted, Orbax
+        creates it again; such empty folders are deleted too, because they would block the mount.
         """
         if jax.process_index() == 0 and self.folder.is_dir():
             for child in self.folder.iterdir():
@@ -270,19 +273,22 @@ class Checkpoints:
             saving.result()
 
     def close(self) -> None:
-        """Waits, and frees the background threads; raises TrainingError if the save failed."""
+        """Waits and stops the background threads; raises TrainingError if the save failed."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
             if self._orbax is not None:
-                with contextlib.suppress(Exception):  # `wait` has raised it
+                with contextlib.suppress(Exception):  # `wait` has already raised it
                     self._orbax.close()
                 self._orbax = None
                 logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def _resume_from(self, steps: list[int], why: str) -> int | None:
-        """The newest intact one of some steps, on every process; later ones are set aside."""
+        """Returns the newest intact one of `steps`, the same on every process.
+
+        Later checkpoints are renamed to STEP.WHY.
+        """
         self.wait()
         chosen, failed = -1, None
         if jax.process_index() == 0:
@@ -293,13 +299,13 @@ class Checkpoints:
         chosen = _from_first_process(chosen)
         if chosen == -2:
             raise failed or InputError(
-                f"process 0 cannot use the checkpoints in {self.folder}; its message says why"
+                f"process 0 cannot use the checkpoints in {self.folder}; see its error message"
             )
         self._intact.add(chosen)
         return None if chosen < 0 else chosen
 
     def _newest_intact(self, steps: list[int], why: str) -> int:
-        """The newest intact step, or -1 if there are none to choose from."""
+        """Returns the newest intact one of `steps`, or -1 if `steps` is empty."""
         wrong: dict[int, str] = {}
         for step in reversed(steps):
             folder = self.folder / str(step)
@@ -311,20 +317,24 @@ class Checkpoints:
                 moved = _set_aside(self.folder / str(later), why)
                 reason = f" ({wrong[later]})" if later in wrong else ""
                 logger.warning(
-                    "checkpoint %s/%d is %s%s; it is now %s", self.folder, later, why, reason, moved
+                    "checkpoint %s/%d is %s%s; renamed it to %s",
+                    *(self.folder, later, why, reason, moved),
                 )
             return step
         if wrong:
             listed = "; ".join(f"step {step}: {found}" for step, found in wrong.items())
             raise InputError(
-                f"no checkpoint in {self.folder} is intact, and nothing was changed. {listed}. "
-                "Restore the files from a copy; or, to train again from step 0, rename that folder "
-                "or set another name"
+                f"no checkpoint in {self.folder} is intact; nothing was changed. {listed}. "
+                "Restore the files from a backup, or, to train again from step 0, rename that "
+                "folder or use another run name"
             )
         return -1
 
     def _finish(self, step: int, files: dict[str, str]) -> None:
-        """Completes what Orbax has written and gives it its name; runs in the background."""
+        """Adds metadata and manifest to what Orbax has written, and renames the folder.
+
+        Runs in the background thread.
+        """
         folder = self.folder / str(step)
         draft = _draft(folder)
         try:
@@ -334,35 +344,36 @@ class Checkpoints:
             for name, text in files.items():
                 (draft / name).write_text(text)
             write_manifest(draft)
-            self._check_folder()  # Orbax makes a folder again that has disappeared
+            self._check_folder()  # Orbax creates the folder again if it has disappeared
             draft.rename(folder)
         except Exception as error:
             raise self._failure(step, error) from error
         self._prune()
 
     def _record(self, step: int, metrics: dict[str, float], saving: Future[None] | None) -> None:
+        """Writes evaluation.json after the save `saving`; runs in the background thread."""
         if saving is not None:
             saving.result()
         folder = self.folder / str(step)
         if jax.process_index() != 0 or not is_complete(folder):
             return
         try:
-            # Complete before the manifest lists it; until then it is ignored.
+            # The file is complete before the manifest lists it; until then readers ignore it.
             draft = folder / f"{EVALUATION}.draft"
             draft.write_text(_to_json("evaluation", _finite(metrics)))
             draft.replace(folder / EVALUATION)
             add_to_manifest(folder, EVALUATION)
         except OSError as error:
             logger.warning(
-                "what was measured at step %d is not in its checkpoint: %s", step, error.strerror
+                "the metrics of step %d were not added to its checkpoint: %s", step, error.strerror
             )
         self._prune()
 
     def _prune(self) -> None:
-        """Deletes old checkpoints and what failed saves left behind.
+        """Deletes old checkpoints and the files of failed saves.
 
-        Orbax reports the first item of a save that fails while another may still be written, so a
-        failed save can leave files after `_failure` has removed them.
+        Orbax reports a failure while other items of the save may still be being written, so a
+        failed save can leave files even after `_failure` has removed them.
         """
         try:
             self.sweep()
@@ -371,25 +382,31 @@ class Checkpoints:
             keep = {*steps[-self.cfg.keep :], best}
             for step in steps:
                 folder = self.folder / str(step)
-                # Damage there may hide that it is the best one.
-                if step not in keep and (found := check_items(folder, ())):
+                # If its metrics are damaged, it may be the best one, so it is not deleted.
+                if step not in keep and (found := verify(folder, ())):
                     moved, reason = _set_aside(folder, "damaged"), list_some(found)
-                    logger.warning("checkpoint %s is damaged (%s): now %s", folder, reason, moved)
+                    logger.warning(
+                        "checkpoint %s is damaged (%s); renamed it to %s", folder, reason, moved
+                    )
                 elif step not in keep:
                     _delete(folder)
         except (OSError, InputError) as error:
-            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
+            logger.warning("old checkpoints in %s could not be deleted: %s", self.folder, error)
 
     def _check_folder(self) -> None:
-        """Raises OSError if the folder is not the one of the first save."""
+        """Raises OSError if the folder was removed or replaced since the first save."""
         if _identity(self.folder) != self._made:
             raise FileNotFoundError(errno.ENOENT, f"{self.folder} has disappeared")
 
     def _failure(self, step: int, error: Exception) -> TrainingError:
-        """Removes what a failed save wrote; the error says which checkpoint is good."""
+        """Removes a failed save's files; returns an error that names the last good checkpoint."""
         self.sweep()
         good = self.steps()
-        left = f"step {good[-1]} in {self.folder} is good" if good else "there is no earlier one"
+        left = (
+            f"the last checkpoint is step {good[-1]} in {self.folder}"
+            if good
+            else "there is no earlier checkpoint"
+        )
         code = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(code[1])) if code else _reason(error)
         return TrainingError(f"the checkpoint of step {step} was not saved: {reason}; {left}")
@@ -399,7 +416,7 @@ class Checkpoints:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another at the same path; None if there is none."""
+    """The device and inode of a folder, to notice if it is replaced; None if there is none."""
     try:
         found = folder.stat()
     except OSError:
@@ -408,7 +425,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _draft(folder: Path) -> Path:
-    """Where a checkpoint is written until it is complete."""
+    """The folder in which a checkpoint is written before it is renamed."""
     return folder.with_name(f"{folder.name}.saving")
 
 
@@ -421,35 +438,35 @@ def _set_aside(folder: Path, why: str) -> str:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a checkpoint, its manifest first, unless another program has it open."""
+    """Deletes a checkpoint, its manifest first, unless another process has it open."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         flock(fd)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
     except BlockingIOError:
-        pass  # the next save deletes it
+        pass  # in use; the next save tries again
     finally:
         os.close(fd)
 
 
 def _from_first_process(value: int) -> int:
-    """Process 0's value, on every process: they must take the same branch."""
+    """Returns process 0's value on every process, so that all take the same branch."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _bytes_on_disk(items: dict[str, dict[str, Any]]) -> int:
-    """At most how many bytes a checkpoint of these arrays takes, with what describes them."""
+    """An upper estimate of the size of a checkpoint of these arrays."""
     leaves = [leaf for item in items.values() for leaf in item.values()]
     return int(1.05 * sum(leaf.nbytes for leaf in leaves)) + 8192 * len(leaves) + (1 << 18)
 
 
 def _hide_errors_of_orbax() -> None:
-    """Hides tracebacks that Orbax's threads print, some of them after the error was handled.
+    """Installs exception hooks that hide the tracebacks of Orbax's threads.
 
-    `save` and `wait` raise the first error of a save that fails.
+    They are redundant: `save` and `wait` raise the first error of a failed save.
     """
 
     def hide(inner: Any, is_known: Callable[[Any], bool]) -> Any:
@@ -467,7 +484,7 @@ def _hide_errors_of_orbax() -> None:
         files = [frame.f_code.co_filename for frame, _ in walk_tb(traceback)]
         return any(part in file for file in files for part in parts)
 
-    # Of the threads that write; and of callbacks into their event loops, which have ended.
+    # Exceptions in the threads that write, and in callbacks to their closed event loops.
     threading.excepthook = hide(
         threading.excepthook, lambda args: is_in(args[0].exc_traceback, "/orbax/")
     )
@@ -478,7 +495,7 @@ def _hide_errors_of_orbax() -> None:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Keeps Orbax from logging pages on an error that `save` or `wait` raises anyway."""
+    """A log filter that drops Orbax's long error logs, because `save` or `wait` raise the error."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
@@ -496,4 +513,7 @@ def _to_json(name: str, value: Any) -> str:
     try:
         return json.dumps(value, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise InputError(f"describe[{name!r}] cannot be written as JSON: {error}") from None
+        raise InputError(
+            f"describe[{name!r}] is not valid JSON: {error}; use finite numbers, strings, lists "
+            "and dicts"
+        ) from None
