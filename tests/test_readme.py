@@ -40,7 +40,7 @@ def blocks(page):
 
 def commands(text):
     """The program and arguments of each line that runs Python; None for other lines."""
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and re.match(r"\w+=", words[0]):  # environment variables
             del words[0]
