@@ -209,7 +209,7 @@ def test_a_run_keeps_the_settings_of_its_published_model_and_adds_end_tokens(
 
 def test_the_models_end_tokens_and_sampling_settings_are_the_defaults(published, monkeypatch):
     gpt, asked = jaxgpt.load(published), []
-    monkeypatch.setattr(load, "write", lambda *_, **how: asked.append(how) or iter(()))
+    monkeypatch.setattr(load, "stream_text", lambda *_, **how: asked.append(how) or iter(()))
     gpt("a")
     gpt("a", temperature=0, top_k=3)
     assert all(how["stop_ids"] == (EOT, 7) for how in asked)

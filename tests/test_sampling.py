@@ -63,7 +63,7 @@ def drawn(logits, samplings, positions, *, past=None, vocabulary=V, draw=DRAW):
     B = max(len(samplings), len(positions))
     at = sampling_params(samplings * (B // len(samplings)), vocabulary, V)
     logits = np.broadcast_to(np.float32(logits), (B, V))
-    tokens, _ = sample_tokens(logits, at, past or memory(B), np.int32(positions))
+    tokens, _ = draw(logits, at, past or memory(B), np.int32(positions))
     return np.asarray(tokens)
 
 
