@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -255,7 +256,8 @@ def _masked(messages: Sequence[Message]) -> tuple[list[Message], dict[str, tuple
     """
     masked, meant = [], {}
     for n, message in enumerate(messages):
-        word = secrets.token_hex(16)
+        # With every letter and digit, so that a template that replaces one is noticed.
+        word = secrets.token_hex(16) + string.ascii_letters + string.digits
         if core := message.content.strip():
             # Keep the surrounding white space, so that templates strip it as usual.
             before, _, after = message.content.partition(core)
