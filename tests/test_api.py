@@ -110,6 +110,7 @@ def here(tmp_path, monkeypatch):
     Path("text.txt").write_text("the quick brown fox " * 200)
 
 
+@pytest.mark.slow
 def test_training_in_process_returns_the_model_and_resumes_after_ctrl_c(here, monkeypatch, capsys):
     log = loop.telemetry.Telemetry.log
 

@@ -336,6 +336,7 @@ def test_an_open_checkpoint_is_not_deleted_until_it_is_closed(folder):
     assert checkpoints.steps() == [20]
 
 
+@pytest.mark.slow
 def test_loading_never_fails_while_a_run_saves_and_deletes(folder):
     checkpoints = save(folder, 1, keep=1, keep_best=False)
     errors, loads = [], []

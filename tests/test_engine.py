@@ -204,6 +204,7 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(engine, trained):
     assert deltas[-1].finish == "stop"
 
 
+@pytest.mark.slow
 def test_int8_weights_and_cache_give_the_same_text_as_without_a_batch(trained):
     small = trained.held_in("int8")
     made = Engine(small, slots=2, queue=4, chunk=4, cache="int8")

@@ -88,6 +88,7 @@ def config(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_it_is_trained_sharded_saved_and_generated_from(config):
     trained = jaxgpt.train(config)
     assert isinstance(trained.config.model, MoEConfig)

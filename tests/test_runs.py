@@ -91,6 +91,7 @@ def test_the_table_of_runs_shows_progress_and_damage(trained, capsys):
     assert len(rows) == 5 and "damaged: 5.damaged, 6" in rows[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_training_is_shown_with_its_process(trained):
     process = spawn("--train.steps", "100000", "--checkpoint.every", "50", name="now")
     try:

@@ -210,6 +210,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(trained):
     assert val_losses("b") == val_losses("a")
 
 
+@pytest.mark.slow
 def test_training_waits_while_the_disk_is_full(here, monkeypatch, capsys):
     save = Run.save
     tries = []
@@ -229,6 +230,7 @@ def test_training_waits_while_the_disk_is_full(here, monkeypatch, capsys):
     assert_same_run("a", "b", 6)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_the_background_is_made_with_a_later_step(here, monkeypatch, capsys):
     write, failures = checkpoint.writer.write_manifest, iter([True])
 
@@ -273,6 +275,7 @@ def test_a_folder_that_disappears_and_comes_back_is_waited_for(here, capfd):
     assert sorted(losses_of("a")) == list(range(1, step + 1))
 
 
+@pytest.mark.slow
 def test_a_folder_that_stays_away_ends_the_run_with_its_state_saved(here):
     process = spawn("--train.steps", "100000", *QUICK, name="a")
     wait_for_step("a", 4)
@@ -283,6 +286,7 @@ def test_a_folder_that_stays_away_ends_the_run_with_its_state_saved(here):
     assert f"step {step} is saved" in output
 
 
+@pytest.mark.slow
 def test_parameters_that_have_exploded_are_not_saved(here, monkeypatch, capsys):
     assert run() == 0
     # One update that makes the loss finite and huge.

@@ -162,6 +162,7 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
     assert jax.tree.structure(whole) == jax.tree.structure(jaxgpt.load("runs/parts").params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--compute.layers", "scan"), ("--parallel.fsdp", "2")])
 def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, options):
     monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:2]))
