@@ -290,11 +290,6 @@ def test_what_is_no_regular_file_is_never_opened(exports, tmp_path, irregular):
         irregular(folder / name)
         with pytest.raises(InputError, match=name):
             jaxgpt.load(folder)
-    folder = copy(exports["gpt2"], tmp_path / "flax")
-    (folder / "model.safetensors").unlink()
-    irregular(folder / "flax_model.msgpack")
-    with pytest.raises(InputError, match=r"flax_model.msgpack"):
-        jaxgpt.load(folder)
     folder = copy(exports["gpt2"], tmp_path / "summed", manifest=True)
     irregular(folder / "SHA256SUMS")
     with pytest.raises(InputError, match="SHA256SUMS"):

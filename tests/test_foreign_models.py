@@ -51,6 +51,10 @@ FOLDERS = {
         {"config.json": text("{}"), "pytorch_model.bin.index.json": text("{}")},
         ["pytorch_model.bin", "save_pretrained("],
     ),
+    "Flax": (
+        {"config.json": text("{}"), "flax_model.msgpack": text("x")},
+        ["flax_model.msgpack, which is not supported", "model.safetensors"],
+    ),
     "an adapter": (
         {"adapter_config.json": ADAPTER, "adapter_model.safetensors": SAFETENSORS},
         ["LoRA adapter", "load('Qwen/Qwen3-0.6B', adapter='{}')", "--adapter {}"],

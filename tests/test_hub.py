@@ -274,12 +274,6 @@ def test_an_index_that_lists_invalid_files_is_rejected(server, shard, reason):
     assert "pytorch_model.bin" not in server.asked_for("GET")
 
 
-def test_flax_weights_are_downloaded_if_there_are_no_safetensors(server):
-    server.add("me/mine", {**GPT2, "flax_model.msgpack": b"flax", "pytorch_model.bin": b"!"})
-    assert contents(hub.fetch("me/mine"))["flax_model.msgpack"] == b"flax"
-    assert "pytorch_model.bin" not in server.asked_for("GET")
-
-
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.ckpt", "tf_model.h5", "model.pt"])
 def test_a_pickle_is_never_downloaded(server, file):
     server.add("me/mine", {**GPT2, file: b"!"})

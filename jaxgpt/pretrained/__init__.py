@@ -21,12 +21,11 @@ from jaxgpt.manifest import MANIFEST, check_manifest
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
-from jaxgpt.pretrained.hub import CONFIG, FLAX
+from jaxgpt.pretrained.hub import CONFIG
 from jaxgpt.pretrained.tensors import (
     DTYPES,
     INDEX,
     SINGLE,
-    InMemoryTensor,
     Tensor,
     read_folder,
     read_json,
@@ -58,7 +57,7 @@ class Pretrained:
 
 def has_model(folder: Path) -> bool:
     """Whether a folder contains a model in the layout of Hugging Face."""
-    weights = any((folder / name).exists() for name in (SINGLE, INDEX, FLAX))
+    weights = any((folder / name).exists() for name in (SINGLE, INDEX))
     # With a manifest and no config.json the model is damaged, which `read_model` reports.
     return weights and any((folder / name).exists() for name in (CONFIG, MANIFEST))
 
@@ -89,17 +88,10 @@ def read_model(folder: Path) -> Pretrained:
             f"{folder / CONFIG}: the weights are quantized ({name!r:.80}), which is not supported; "
             "use the original, unquantized model"
         )
-    if any((folder / name).exists() for name in (INDEX, SINGLE)):
-        tensors = read_folder(folder)
-    elif (folder / FLAX).exists():
-        from jaxgpt.pretrained import msgpack
-
-        check_manifest(folder, (FLAX,))
-        arrays = msgpack.tensors(folder / FLAX)
-        tensors = {name: InMemoryTensor(folder / FLAX, array) for name, array in arrays.items()}
-    else:
+    if not any((folder / name).exists() for name in (INDEX, SINGLE)):
         foreign.raise_if_foreign(folder)
-        raise InputError(f"{folder} has no {SINGLE}, {INDEX} or {FLAX}; download one of them")
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}; download the weights")
+    tensors = read_folder(folder)
     # The numbers in config.json are checked against the shapes of the weights.
     values = Fields(config, folder / CONFIG, [tensor.shape for tensor in tensors.values()])
     cfg = family.read_config(values)

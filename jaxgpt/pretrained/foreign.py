@@ -47,6 +47,11 @@ def _raise_for_folder(folder: Path) -> None:
         raise InputError(_litgpt(folder / "lit_model.pth"))
     if {"config.json", "pytorch_model.bin"} <= names or "pytorch_model.bin.index.json" in names:
         raise InputError(_pickled(folder))
+    if "flax_model.msgpack" in names:
+        raise InputError(
+            f"{folder} has its weights only as flax_model.msgpack, which is not supported; use the "
+            "model.safetensors of the same model"
+        )
     weights = sorted(
         name
         for name in names

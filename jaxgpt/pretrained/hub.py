@@ -26,7 +26,7 @@ from jaxgpt.pretrained.foreign import ADAPTER
 from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
 from jaxgpt.tokenizer.huggingface import CHAT_TEMPLATES
 
-CONFIG, FLAX = "config.json", "flax_model.msgpack"
+CONFIG = "config.json"
 BESIDE_WEIGHTS = (
     CONFIG,
     "generation_config.json",
@@ -83,10 +83,10 @@ def looks_like_name(text: str) -> bool:
 def fetch(name: str, revision: str = "main", weights: bool = True) -> Snapshot:
     """Downloads the files that are needed to load a model, unless they are in the cache.
 
-    The weights are safetensors, or flax_model.msgpack if there are none. The environment variables
-    of huggingface_hub apply: $HF_HOME or $HF_HUB_CACHE is the cache's folder, $HF_TOKEN gives
-    access to gated and private models, $HF_ENDPOINT is another hub. With $HF_HUB_OFFLINE, or if the
-    hub does not answer, only the cache is used.
+    Weights are only downloaded as safetensors. The environment variables of huggingface_hub apply:
+    $HF_HOME or $HF_HUB_CACHE is the cache's folder, $HF_TOKEN gives access to gated and private
+    models, $HF_ENDPOINT is another hub. With $HF_HUB_OFFLINE, or if the hub does not answer, only
+    the cache is used.
 
     Args:
         name: A name on the hub, or a short name in `SHORT`.
@@ -219,10 +219,11 @@ class _Repository:
 
     def weights(self, files: Collection[str]) -> str:
         """Chooses the file of weights to download; raises InputError if there are only pickles."""
-        for name in (INDEX, SINGLE, FLAX):
+        for name in (INDEX, SINGLE):
             if name in files:
                 return name
-        others = sorted(n for n in files if n.endswith((*NEVER, ".safetensors", ".gguf", ".onnx")))
+        kinds = (*NEVER, ".safetensors", ".gguf", ".onnx", ".msgpack")
+        others = sorted(name for name in files if name.endswith(kinds))
         if pickles := [name for name in others if name.endswith(NEVER)]:
             raise InputError(
                 f"{self.url} has its weights only as {pickles[0]}, and such files can run "
@@ -230,7 +231,7 @@ class _Repository:
                 "if you trust this one, load it with transformers and save it with save_pretrained"
             )
         raise InputError(
-            f"{self.url} has no {SINGLE}, {INDEX} or {FLAX} (its weights: "
+            f"{self.url} has neither {SINGLE} nor {INDEX} (its weights: "
             f"{', '.join(others[:3]) or 'none'}); use a repository with one of them"
         )
 
@@ -389,7 +390,7 @@ def _is_complete(folder: Path, with_weights: bool) -> bool:
         return _has_tokenizer(here)
     if INDEX in here:
         return here.issuperset(_shards(folder))
-    return SINGLE in here or FLAX in here
+    return SINGLE in here
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

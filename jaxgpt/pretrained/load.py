@@ -640,7 +640,7 @@ def _digest(folder: Path) -> str:
     """The SHA-256 of a folder's config, weights and tokenizer files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".msgpack") and file.is_file():
+        if file.suffix in (".json", ".safetensors") and file.is_file():
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

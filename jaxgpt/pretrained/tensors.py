@@ -11,7 +11,6 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,28 +80,6 @@ class StoredTensor(NamedTuple):
         if array.size != count:
             raise InputError(f"{self.file} was truncated while it was read; download it again")
         return array.reshape(stop - start, *self.shape[1:])
-
-
-@dataclass(frozen=True)
-class InMemoryTensor:
-    """A tensor in memory, from a file of another format."""
-
-    file: Path
-    array: np.ndarray
-
-    @property
-    def dtype(self) -> str:
-        """The data type's name in the safetensors format."""
-        return name_of(self.array.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        return self.array.shape
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Returns rows of the first dimension."""
-        return self.array[start:stop]
 
 
 def name_of(dtype: Any) -> str:
