@@ -193,8 +193,10 @@ function receive({ choices: [choice], usage }, turn, conversation) {
   turn.tokens = usage.completion_tokens;
   turn.total = usage.total_tokens;
   if (turn.total >= info.context) turn.note = "The context is full: the answer ends here.";
-  const rate = (turn.tokens - 1) / ((performance.now() - viewOf(turn).start) / 1000);
-  viewOf(turn).rate = turn.tokens > 4 && Number.isFinite(rate) ? `, ${rate.toFixed(rate < 10 ? 1 : 0)} a second` : "";
+  const seconds = (performance.now() - viewOf(turn).start) / 1000;
+  const rate = (turn.tokens - 1) / seconds;
+  // Tokens come in groups, so the rate of a short answer says nothing.
+  viewOf(turn).rate = seconds > 0.5 ? `, ${rate.toFixed(rate < 10 ? 1 : 0)} a second` : "";
 }
 
 function stop(conversation) {
