@@ -28,6 +28,7 @@ from jaxgpt.generation.sampling import (
     sample_tokens,
     sampling_params,
 )
+from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
 from jaxgpt.model.cache import Cache, CacheDtype
 
@@ -314,11 +315,6 @@ def pad_sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | Non
     if len(sources) != len(prompts):
         raise InputError(f"{len(sources)} sources for {len(prompts)} prompts; give one for each")
     return padded(sources, model.cfg, model.cfg.T, "a source")
-
-
-def power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is at least the number and at least `least`."""
-    return max(least, 1 << (number - 1).bit_length())
 
 
 def positions(wanted: int, cfg: GPTConfig) -> int:

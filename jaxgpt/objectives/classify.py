@@ -14,6 +14,7 @@ import numpy as np
 from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
+from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPTConfig, Leaves
 from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, hidden
@@ -247,7 +248,7 @@ class Classify(Objective):
         for start in range(0, len(encoded), batch):
             some = encoded[start : start + batch]
             longest = max(len(each["tokens"]) for each in some)
-            T = min(1 << (longest - 1).bit_length(), trained.config.model.T)
+            T = min(power_of_two(longest), trained.config.model.T)
             tokens = np.zeros((batch, T), np.int32)
             segments = np.zeros((batch, T), np.int32)
             for row, each in enumerate(some):

@@ -12,6 +12,7 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.translation import bleu
 from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
 from jaxgpt.objectives.base import Batch, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum
@@ -140,7 +141,7 @@ class Translate(NextToken):
                     f"is {model.cfg.T}; shorten it"
                 )
         # Batches are powers of two, so that few programs are compiled.
-        size = min(1 << (len(sources) - 1).bit_length(), max(1, ROWS // width))
+        size = min(power_of_two(len(sources)), max(1, ROWS // width))
         found: list[list[int]] = []
         for start in range(0, len(sources), size):
             some = sources[start : start + size]

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained.expressions import Expressions
+from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.tokenizer.base import Tokenizer
 
 LIMIT = 4096
@@ -192,7 +193,9 @@ def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndar
     given = [guide for guide in guides if guide is not None]
     if (ids := max((len(guide.classes_V) for guide in given), default=0)) > V:
         raise InputError(f"V={V}, but a guide has {ids} ids; set it to that or more")
-    S, C = (_power(max((guide.next_SC.shape[i] for guide in given), default=1)) for i in (0, 1))
+    S, C = (
+        power_of_two(max((guide.next_SC.shape[i] for guide in given), default=1)) for i in (0, 1)
+    )
     classes_BV = np.full((len(guides), V), _NEVER, np.int32)
     next_BSC = np.full((len(guides), S, C), -1, np.int32)
     for row, guide in enumerate(guides):
@@ -203,11 +206,6 @@ def stacked(guides: Sequence[Guide | None], V: int) -> tuple[np.ndarray, np.ndar
             classes_BV[row, : len(guide.classes_V)] = guide.classes_V
             next_BSC[row, :states, :classes] = guide.next_SC
     return classes_BV, next_BSC
-
-
-def _power(size: int) -> int:
-    """The smallest power of two that is at least the number."""
-    return 1 << (size - 1).bit_length()
 
 
 def _end_ids(tokenizer: Tokenizer, ends: Sequence[int] | None) -> list[int]:
