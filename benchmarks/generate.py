@@ -1,14 +1,12 @@
-"""Writing with a GPT-2 of random weights: ours against transformers' with its cache of keys.
+"""Speed of generation with a GPT-2 of random weights, against transformers with its KV cache.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --ours float32 int8 --batches 1 8 32
 
-Both sides write the likeliest tokens after the same prompts, on the same machine, one after the
-other in each round and each in its own process. What one token takes at least is the bytes of all
-matrices and of the keys and values so far, read once, over the speed at which memory is copied here
-(bytes read and written, over the time); the share of that limit is told beside, and that of the
-speed at which it is read where nothing is written. torch and transformers are needed here only:
-`pip install torch transformers`.
+Both sides decode greedily after the same prompts, on the same machine, one after the other in each
+round and each in its own process. A token cannot take less time than reading all weights and the KV
+cache once; the table shows the fraction of that limit, by the measured bandwidth of copying memory
+(bytes read and written) and of only reading it. Needs `pip install torch transformers`.
 """
 
 import importlib.metadata
@@ -39,21 +37,21 @@ class Options:
     context: int = 1024
     vocabulary: int = 50257
     batches: tuple[int, ...] = (1, 8, 32)
-    """Texts at once."""
+    """Batch sizes."""
     prompt: int = 128
     """Tokens of each prompt."""
     new: int = 128
-    """Tokens written after it."""
+    """New tokens."""
     ours: tuple[str, ...] = ("float32", "int8", "int8+cache")
-    """Our matrices: float32, bfloat16, int8; and keys and values in int8 too."""
+    """Formats of our weights: float32, bfloat16, int8; int8+int8: with an int8 KV cache too."""
     theirs: str = "float32"
-    """Theirs: float32, bfloat16."""
+    """Formats of their weights: float32, bfloat16."""
     rounds: int = 3
-    """Times each side is measured."""
+    """Rounds, in which each side is measured once."""
 
 
 def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], None], float, float]:
-    """Our side: what it is, how it writes, and the bytes of its matrices and of a cached token."""
+    """Our side: its description, its function, the bytes of its weights and of a cached token."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
     import jax
 
@@ -142,7 +140,8 @@ def transformers(
 
 
 def speeds() -> tuple[float, float]:
-    """Bytes a second on the device: read and written by copying a large array, and only read."""
+    """Memory bandwidth of the device in bytes/s: of copying a large array, and of only reading
+    it."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Time and memory of a step of LoRA against full fine-tuning, each in a process of its own.
+"""Time and memory of a LoRA training step against full fine-tuning, each in its own process.
 
     python benchmarks/lora.py                      # GPT-2 124M, random weights
     python benchmarks/lora.py --layers 2 --width 128 --rows 2 --context 64

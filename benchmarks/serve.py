@@ -1,11 +1,11 @@
-"""Load on a live server: many clients at once, some of them rude, and the promises it keeps.
+"""Load test of a live server: many clients at once, some misbehaving, and the promises it keeps.
 
     python benchmarks/serve.py --seconds 300                     # a tiny model, random weights
     python benchmarks/serve.py --run runs/default --seconds 300
 
-`python -m jaxgpt serve` runs in a process of its own. Clients ask for texts of which this process
-has written every one before, alone; some leave in the middle, some ask for what cannot be. Then the
-server gets SIGTERM while all of them ask. Exits with 1 where a promise is broken.
+`python -m jaxgpt serve` runs in a process of its own. Clients request texts that this process has
+generated before without a batch, to compare with; some disconnect during the answer, some send
+invalid requests. Then the server gets SIGTERM under load. Exits with 1 if a promise is broken.
 
 Needs Linux and `pip install 'jaxgpt[serve]'`; the clients are plain sockets. They share the machine
 with the server.
@@ -47,30 +47,30 @@ COMPILED = re.compile(r"Finished XLA compilation of (\S+)")
 
 @dataclass(frozen=True)
 class Options:
-    """What is served, and how hard it is asked."""
+    """The model, and the load."""
 
     run: str = ""
     """What `serve` takes; empty: two layers of 64 with random weights, made for this."""
     seconds: float = 300.0
-    """Of load; before it a tenth of that, one request at a time."""
+    """Seconds of load; a tenth of it before, with one request at a time."""
     clients: int = 64
     prompts: int = 64
-    """Different calls, of all lengths the context allows."""
+    """Distinct requests, of all lengths that fit the context."""
     tokens: int = 64
-    """Written for each, at most."""
+    """The most tokens of an answer."""
     slots: int = 8
-    """Of the server."""
+    """The server's option --slots."""
     queue: int = 32
-    """Of the server; with more clients than both together, some are told to come again."""
+    """The server's option --queue; clients beyond slots and queue get a 429."""
     leave: float = 0.1
-    """Share of calls whose client disconnects in the middle."""
+    """Fraction of requests whose client disconnects during the answer."""
     bad: float = 0.05
-    """Share of calls that cannot be."""
+    """Fraction of invalid requests."""
     seed: int = 0
 
 
 class Case(NamedTuple):
-    """A call, and the text of each of its choices, written alone."""
+    """A request, and the text of each choice as generated without a batch."""
 
     path: str
     body: dict[str, Any]
@@ -78,7 +78,7 @@ class Case(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """A call that cannot be, and the status that says so."""
+    """An invalid request, and the status that it must get."""
 
     name: str
     content: bytes
@@ -103,7 +103,7 @@ def make(folder: Path) -> None:
 
 
 def cases(trained: Any, options: Options) -> list[Case]:
-    """Calls of many lengths and settings, with what the model writes alone."""
+    """Requests of many lengths and settings, with their texts as generated without a batch."""
     from jaxgpt.chat import choose, render
     from jaxgpt.errors import InputError
 
@@ -184,7 +184,7 @@ def get(path: str) -> bytes:
 
 
 def mistakes(context: int, vocabulary: int) -> list[Mistake]:
-    """Calls that cannot be, one of each kind."""
+    """One invalid request of each kind."""
     path, fine = "/v1/completions", {"prompt": [0], "max_tokens": 4}
     bodies: dict[str, Any] = {
         "no JSON": b'{"prompt": ',
@@ -238,7 +238,7 @@ class Connection:
         return int(lines[0].split()[1]), self._headers
 
     async def parts(self) -> AsyncIterator[bytes]:
-        """The answer's body, as it comes."""
+        """The body of the answer, in chunks."""
         if self._headers.get("transfer-encoding") == "chunked":
             while size := int(await self._reader.readuntil(b"\r\n"), 16):
                 yield (await self._reader.readexactly(size + 2))[:-2]
@@ -454,7 +454,7 @@ class Load:
         return True
 
     def compare(self, index: int, answer: Answer) -> None:
-        """With what the model writes alone, and with how the first answer to this call ended."""
+        """Compares an answer with the text without a batch, and with how earlier answers ended."""
         case, ends = self.cases[index], (answer.finishes, answer.tokens)
         if answer.texts != case.texts:
             self.broken["texts"].append(f"{case.body}: {answer.texts}, alone {case.texts}")
@@ -491,7 +491,7 @@ class Load:
         return True
 
     async def mistake(self, mistake: Mistake) -> bool:
-        """A call that cannot be."""
+        """Sends an invalid request."""
         connection = Connection(self.port)
         try:
             await connection.send(mistake.content)
@@ -672,11 +672,11 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
     ended = sum(answer.ended > load.signalled for answer in load.answers)
     ends = f"{running} had begun, {ended} ended, {load.turned_away} turned away"
     promises = [
-        ("every answer is what is written alone", f"{answers} answers", broken["texts"]),
+        ("every answer equals that without a batch", f"{answers} answers", broken["texts"]),
         ("every call is answered", calls, broken["ended"]),
         ("no 5xx before SIGTERM", statuses, broken["5xx"]),
         ("429 says when to come again", f"{load.again} times", broken["429"]),
-        ("what cannot be is refused", f"{sum(load.refused.values())} calls", broken["refused"]),
+        ("invalid requests are refused", f"{sum(load.refused.values())} calls", broken["refused"]),
         ("who leaves is let go", f"{let_go} texts stopped", left > 50 and not let_go),
         ("nothing runs or waits when all have left", f"{still[0]} and {still[1]}", still != (0, 0)),
         ("memory grows by 5% at most", f"{growth:+.1f}%", not growth <= GROWTH),

@@ -1,4 +1,4 @@
-"""A live server under abuse: how long a plain request takes before it and meanwhile.
+"""A live server under abuse: the latency of plain requests before and during the abuse.
 
     python benchmarks/serve_abuse.py                             # a tiny model, random weights
     python benchmarks/serve_abuse.py --run runs/default --only "constraint storm"

@@ -1,13 +1,13 @@
-"""Speculative decoding: a model alone, and with a smaller one guessing ahead.
+"""Speculative decoding: the speed of a model alone and with a draft model.
 
     python train.py && python train.py configs/distill.py
     python benchmarks/speculative.py runs/default runs/distill
     python benchmarks/speculative.py --layers 36 --width 1280 --heads 20
 
-With two runs of one tokenizer, told are the share of tokens that were guessed and the time, and
-that both write the same. Without, it is the most there is to win: a GPT-2 of random weights, of
-which all layers but the first two add nothing, guessed ahead by those two, so that every guess is
-right.
+With two runs of the same tokenizer it reports the fraction of accepted tokens and the time, and
+checks that the texts are equal. Without runs it measures the largest possible gain: a GPT-2 of
+random weights in which all layers but the first two add nothing, with these two layers as the draft
+model, so that every proposal is accepted.
 """
 
 import statistics
@@ -26,11 +26,11 @@ class Options:
     """What is compared."""
 
     run: tyro.conf.Positional[str] = ""
-    """The run that writes."""
+    """The large model."""
     draft: tyro.conf.Positional[str] = ""
-    """The run that guesses."""
+    """The draft model."""
     layers: int = 12
-    """Without runs: of the model that writes."""
+    """Without runs: layers of the large model."""
     width: int = 768
     """Without runs: of both models."""
     heads: int = 12
@@ -38,7 +38,7 @@ class Options:
     new: int = 96
     """Tokens."""
     ahead: int = 4
-    """Guesses at once."""
+    """Proposed tokens per step."""
     rounds: int = 4
     """Times each is measured."""
     temperatures: tuple[float, ...] = (0.0, 0.8)

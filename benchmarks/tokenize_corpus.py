@@ -1,9 +1,9 @@
-"""Tokenizes a text file larger than one wants in memory, and reports speed and peak memory.
+"""Tokenizes a text file that is too large for memory, and reports speed and peak memory.
 
     python benchmarks/tokenize_corpus.py --gigabytes 2
 
-The file is made of the Python standard library's modules in random order, and is one document. The
-other side is the same encoding in one call per mebibyte, in one thread, on a sample of the file.
+The file is made of the Python standard library's modules in random order, and is one document. It
+is compared with the same encoding in one call per mebibyte, in one thread, on a sample of the file.
 """
 
 import argparse

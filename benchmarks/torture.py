@@ -18,7 +18,7 @@
 
 Runs take 24 steps of a tiny model and are started as processes of `train.py` in a temporary folder.
 Bit-equal means every array of the last checkpoint and every record of metrics.jsonl, compared with
-an undisturbed run's. All randomness is that of `--seed`, but for the speed of the machine.
+those of an undisturbed run. Apart from the speed of the machine, randomness comes from `--seed`.
 """
 
 import sys

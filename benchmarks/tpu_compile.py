@@ -1,14 +1,14 @@
-"""The training step compiled for TPUs that are not there: its memory, its traffic, its speed limit.
+"""Compiles the training step for TPUs without having one: memory, memory traffic, speed limits.
 
     pip install libtpu==VERSION         # the one that `pip show jax` names in its tpu extra
     python benchmarks/tpu_compile.py --configs configs/gpt2_124m.py --rows 16
 
 Every config is compiled as `train.py` would compile it, data parallel (`data`) and with the
-parameters split too (`fsdp`). Per chip and step, the table shows the state, the temporaries and all
-that is held at once, in GiB; the gigabytes moved, as the compiler counts them; and the milliseconds
-that the multiplications (`flops_per_token`, causal) and the traffic need at a v5e chip's peaks. The
-compiler counts the body of a loop once; `--chunk` at the context's length leaves no loop. `in
-loops` is what the chips add up in every turn of a loop, in megabytes: it should be next to nothing.
+parameters sharded too (`fsdp`). Per chip and step, the table shows the train state, temporaries and
+peak memory in GiB; the memory traffic in gigabytes, as the compiler counts it; and the milliseconds
+that the FLOPs (`flops_per_token`, causal) and the traffic take at a v5e chip's peak rates. The
+compiler counts the body of a loop once; with `--chunk` at the context length there is no loop. `in
+loops` is the size of all-reduces in each iteration of a loop, in megabytes, and should be small.
 """
 
 import os

@@ -1,14 +1,15 @@
-"""A step of writing compiled for a TPU that is not there: its loops, and its time as estimated.
+"""Compiles a decoding step for a TPU without having one: its loops, and its estimated time.
 
     pip install libtpu==VERSION         # the one that `pip show jax` names in its tpu extra
     python benchmarks/tpu_decode.py
 
 `jaxgpt.generation.decode.decode_steps` is compiled for one v5e chip, as `generate`, `chat` and
 `serve` run it with `--dtype bfloat16`, or `--dtype int8 --cache int8`, and keys and values of 256
-positions. For each batch the table shows the loops in a step, of which there should be none but
-those of drawing; the milliseconds in which its memory gives up the weights and the cache at its
-peak; and those that the compiler expects of a step but for the drawing, by the cycles for which it
-chose its programs, at 1.5 GHz: they tell better programs from worse ones, and measure nothing."""
+positions. For each batch size the table shows the loops in a step, of which only those of sampling
+should be there; the milliseconds of reading weights and cache at peak bandwidth; and the compiler's
+own estimate of a step without sampling, from its cycle counts at 1.5 GHz, which compares programs
+and is not a measurement.
+"""
 
 import json
 import re

@@ -1,12 +1,11 @@
-"""Our training step against transformers' GPT-2 under torch.compile: same size, tokens and machine.
+"""Speed of a training step against transformers' GPT-2 under torch.compile, with equal sizes.
 
     python benchmarks/train_step.py --dtype bfloat16
 
 Both sides train a GPT-2 from random weights with AdamW (decay on matrices and embeddings only) and
-clipping at 1.0, on the same tokens, drawn by Zipf's law. Each side lives in its own process, so its
-memory is its own; the parent lets them run a few steps in turn, never both at once, and whoever
-began a round is second in the next. Run it on an idle machine. torch and transformers are needed
-here only: `pip install torch transformers`.
+clipping at 1.0, on the same tokens, distributed by Zipf's law. Each side has its own process and
+memory. They run a few steps in turn, never at once, and the side that is first in one round is
+second in the next. Run it on an idle machine. Needs `pip install torch transformers`.
 """
 
 import importlib.util
