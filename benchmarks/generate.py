@@ -43,7 +43,7 @@ class Options:
     new: int = 128
     """New tokens."""
     ours: tuple[str, ...] = ("float32", "int8", "int8+cache")
-    """Formats of our weights: float32, bfloat16, int8; int8+int8: with an int8 KV cache too."""
+    """Formats of our weights: float32, bfloat16, int8; int8+cache: with an int8 KV cache too."""
     theirs: str = "float32"
     """Formats of their weights: float32, bfloat16."""
     rounds: int = 3

@@ -717,7 +717,7 @@ def main(options: Options) -> int:
         trained = jaxgpt.load(path)
         start = time.monotonic()
         calls = cases(trained, options)
-        print(f"{len(calls)} calls written alone in {time.monotonic() - start:.0f} s")
+        print(f"{len(calls)} texts generated without a batch in {time.monotonic() - start:.0f} s")
         return asyncio.run(measure(path, trained, calls, options))
 
 
