@@ -511,7 +511,8 @@ def test_an_answer_is_drawn_once_a_frame_at_most(page, engine):
 
 
 def test_an_answer_does_not_move_a_page_that_was_scrolled_up(page, engine):
-    answer(engine, "\n\n".join(f"Paragraph {n}" for n in range(30)))
+    # So long that it has not ended when the page shows its beginning, on a busy machine either.
+    answer(engine, "\n\n".join(f"Paragraph {n}" for n in range(150)))
     from_end = "document.documentElement.scrollHeight - innerHeight - scrollY"
     engine.pause = 0.001
     page.set_viewport_size({"width": 1100, "height": 400})
