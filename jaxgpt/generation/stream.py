@@ -112,7 +112,7 @@ def stream_text(
     draft: tuple[GPT, Any] | None = None,
     cache: CacheDtype = "same",
 ) -> TextStream:
-    """Generates the text of up to `tokens` tokens after a prompt of ids, in pieces as they come.
+    """Streams the text of up to `tokens` tokens that continue a prompt of token ids.
 
     A text may be longer than the context: when the context is full, generation continues from the
     newest half of it.

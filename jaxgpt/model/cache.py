@@ -55,7 +55,7 @@ class Int8KVCache(NamedTuple):
     def write(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
     ) -> "Int8KVCache":
-        """As `KVCache.write`; what is written is off by at most half of its scale."""
+        """As `KVCache.write`; the rounding error of a stored value is at most half of its scale."""
         (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (
             quantize(x_BKTH, (3,)) for x_BKTH in KVCache.of(k_BTKH, v_BTKH)
         )

@@ -179,7 +179,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class UnknownObjective(Objective):
-    """Stands for the objective of a checkpoint whose class is not defined in this process."""
+    """A placeholder for a checkpoint's objective whose class is not defined in this process."""
 
     name: str = ""
     """The name of the class."""
