@@ -16,12 +16,13 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
+from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
-from jaxgpt.pretrained.load import Dtype, GenerationConfig, Trained, check_exists, load
+from jaxgpt.pretrained.load import Dtype, Trained, check_exists, load
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers

@@ -21,9 +21,10 @@ from rich.text import Text
 
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
+from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.generation.stream import TextStream
-from jaxgpt.pretrained.load import GenerationConfig, Trained
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
 
 MOMENT = 0.5  # seconds

@@ -18,8 +18,9 @@ import jaxgpt
 from jaxgpt import cli, model
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
+from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import GenerationConfig, Trained
+from jaxgpt.pretrained.load import Trained
 from jaxgpt.signals import Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.tokenizer import Bytes, TokenizerConfig

@@ -5,7 +5,7 @@ from jaxgpt.model.encoder_decoder import EncoderDecoder
 from jaxgpt.model.gpt import GPT, empty_cache
 from jaxgpt.model.mixture_of_experts import MoEConfig
 from jaxgpt.model.output import logits, next_logits, output_weights
-from jaxgpt.model.params import Leaves, count, init, letters, stack, unstack
+from jaxgpt.model.params import Leaves, Params, count, init, letters, stack, unstack
 
 __all__ = [
     "GPT",
@@ -14,6 +14,7 @@ __all__ = [
     "GPTConfig",
     "Leaves",
     "MoEConfig",
+    "Params",
     "count",
     "empty_cache",
     "init",

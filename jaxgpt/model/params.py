@@ -9,7 +9,7 @@ have a leading L. The first axes of every matrix are its outputs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from jaxgpt.model.config import ComputeConfig
 
 Path = tuple[str, ...]
+
+# A parameter tree, or a part of one: dicts of arrays and of such dicts.
+Params = Mapping[str, Any]
 
 # The letters and the shape of each parameter, by its path.
 Leaves = dict[Path, tuple[tuple[str, ...], tuple[int, ...]]]

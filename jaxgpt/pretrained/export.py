@@ -16,13 +16,14 @@ from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose
 from jaxgpt.chat.rendering import chat_template
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
+from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
 from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
-from jaxgpt.pretrained.load import GenerationConfig, ModelSource, source, versions
+from jaxgpt.pretrained.load import ModelSource, source, versions
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
