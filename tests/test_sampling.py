@@ -350,7 +350,7 @@ def test_transformers_leaves_the_same(possible):
         ({"frequency_penalty": math.nan}, "frequency_penalty=nan"),
         ({"presence_penalty": -math.inf}, "presence_penalty=-inf"),
         ({"presence_penalty": 1e39}, "presence_penalty=1e"),
-        ({"seed": -1}, "seed=-1; set it from 0 to 2"),
+        ({"seed": -1}, "seed=-1; set it from 0 to below 9"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"logit_bias": {8: 1.0}}, "logit_bias has token 8; ids are 0 to 7"),
