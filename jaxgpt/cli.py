@@ -1,12 +1,13 @@
 """The commands of `python -m jaxgpt`: generate, chat, serve, classify, translate, export and
 more."""
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -16,6 +17,8 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.measure import Evaluator, spread, table
+from jaxgpt.evaluation.suite import read_tasks
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.objectives import Classify, Translate
@@ -282,6 +285,65 @@ def list_runs(folder: tyro.conf.Positional[str] = "runs", verify: bool = True) -
     print(runs.show_runs(runs.list_runs(folder, verify)))
 
 
+def evaluate(
+    path: tyro.conf.Positional[str],
+    tasks: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    shots: int | None = None,
+    limit: int = 0,
+    seeds: tuple[int, ...] = (0,),
+    json_file: Annotated[str, tyro.conf.arg(name="json")] = "",
+    details: str = "",
+    adapter: str = "",
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure a model on tasks, and print a table with standard errors.
+
+    Args:
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        tasks: Task files (JSON Lines), folders of evaluation bundles in the format of DCLM's CORE,
+            or python, a suite from the standard library, which is the default.
+        shots: The number of solved examples in each prompt; by default as the task says.
+        limit: The most examples of each task; 0: all.
+        seeds: Seeds with which solved examples are drawn; with several, the table has the means and
+            the standard deviations over seeds.
+        json_file: A file to write the results to, as JSON.
+        details: A file to write what was measured for each example to, as JSON Lines.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
+        dtype: The format of the weights.
+    """
+    chosen = [task for name in tasks or ("python",) for task in read_tasks(name)]
+    if shots is not None:
+        chosen = [replace(task, shots=shots if task.type != "text" else 0) for task in chosen]
+    for task in chosen:
+        task.check()
+    trained = _ready(path, adapter, dtype)
+    results = []
+    for task in chosen:
+        measured = [
+            Evaluator(trained, seed=seed, limit=limit).measure(task)
+            for seed in (seeds if task.shots and not task.fixed else seeds[:1])
+        ]
+        results.append(spread(measured) if len(measured) > 1 else measured[0])
+    print(table(results))
+    if json_file:
+        _write_text(json_file, json.dumps([result.as_json() for result in results], indent=2))
+    if details:
+        lines = [
+            json.dumps({"task": result.task.name, **one})
+            for result in results
+            for one in result.details
+        ]
+        _write_text(details, "\n".join(lines))
+
+
+def _write_text(path: str, text: str) -> None:
+    try:
+        expand(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
@@ -289,6 +351,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "classify": classify,
     "translate": translate,
     "tokenize": tokenize,
+    "eval": evaluate,
     "export": export,
     "verify": verify,
     "runs": list_runs,

@@ -25,6 +25,8 @@ training
 config
 pretrained
 terminal
+serve.engine
+evaluation.likelihood evaluation.tasks evaluation.measure evaluation.suite
 training.inputs training.description training.setup training.loop training.runs
 serve
 cli

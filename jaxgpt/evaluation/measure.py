@@ -1,0 +1,352 @@
+"""Measures a model on tasks: metrics with standard errors, as a table and as JSON."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.errors import InputError
+from jaxgpt.evaluation.likelihood import LogLikelihood, Score
+from jaxgpt.evaluation.tasks import Task
+from jaxgpt.generation.sampling import Sampling
+from jaxgpt.pretrained.generation import end_ids
+from jaxgpt.pretrained.load import Trained
+from jaxgpt.serve.engine import Engine, Request
+
+MAIN = {
+    "multiple_choice": "accuracy",
+    "schema": "accuracy",
+    "cloze": "accuracy",
+    "generate": "exact_match",
+    "text": "bits_per_byte",
+}
+"""The metric of each type of task that tables show first."""
+
+
+class Metric(NamedTuple):
+    """The mean of a measurement over examples, and its standard error."""
+
+    value: float
+    error: float
+    """The standard error of the mean: the standard deviation over examples, divided by the root of
+    their number; NaN for one example."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Metric":
+        """The mean of values and its standard error."""
+        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(fmean(values), error)
+
+    @classmethod
+    def ratio(cls, sums: Sequence[float], sizes: Sequence[float]) -> "Metric":
+        """The ratio of two sums over examples, such as nats per token.
+
+        The standard error is that of a ratio estimator (Cochran 1977, section 6.4).
+        """
+        total, n = math.fsum(sizes), len(sums)
+        value = math.fsum(sums) / total
+        if n < 2:
+            return cls(value, math.nan)
+        rest = math.fsum((a - value * b) ** 2 for a, b in zip(sums, sizes, strict=True))
+        return cls(value, math.sqrt(rest / (n - 1) * n) / total)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model reached on a task."""
+
+    task: Task = field(repr=False)
+    metrics: dict[str, Metric]
+    count: int
+    """The number of examples that were measured."""
+    truncated: int
+    """The number of prompts that lost their beginning because they did not fit the context."""
+    seconds: float
+    details: list[dict[str, Any]] = field(repr=False)
+    """What was measured for each example."""
+
+    @property
+    def main(self) -> Metric:
+        """The metric that tables show first."""
+        return self.metrics[MAIN[self.task.type]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as JSON values, without the details."""
+        return {
+            "task": self.task.name,
+            "type": self.task.type,
+            "shots": self.task.shots,
+            "examples": self.count,
+            "truncated": self.truncated,
+            "seconds": round(self.seconds, 3),
+            "metrics": {name: metric.value for name, metric in self.metrics.items()},
+            "standard_errors": {
+                name: None if math.isnan(metric.error) else metric.error
+                for name, metric in self.metrics.items()
+            },
+        }
+
+
+class Evaluator:
+    """Measures one model on tasks.
+
+    Args:
+        trained: The model.
+        seed: The seed with which solved examples are drawn.
+        limit: The most examples of each task; 0: all.
+        progress: Called with a text and the share of the work that is done.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        *,
+        seed: int = 0,
+        limit: int = 0,
+        progress: Callable[[str, float], object] = lambda what, share: None,
+    ) -> None:
+        if limit < 0:
+            raise InputError(f"limit={limit}; set it to 0 or more", field="limit")
+        self._trained, self._seed, self._limit = trained, seed, limit
+        self._scorer = LogLikelihood(trained)
+        self._progress = progress
+
+    def measure(self, task: Task) -> Result:
+        """Measures the model on a task.
+
+        Raises:
+            InputError: The task is invalid, or a continuation does not fit the model's context.
+        """
+        task.check()
+        began, self._scorer.truncated = time.perf_counter(), 0
+        numbers = list(task.measured)
+        numbers = numbers[: self._limit] if self._limit else numbers
+        how = {
+            "multiple_choice": self._multiple_choice,
+            "schema": self._schema,
+            "cloze": self._cloze,
+            "generate": self._generate,
+            "text": self._text,
+        }[task.type]
+        metrics, details = how(task, numbers)
+        return Result(
+            task,
+            metrics,
+            len(numbers),
+            self._scorer.truncated,
+            time.perf_counter() - began,
+            [{"example": number, **more} for number, more in zip(numbers, details, strict=True)],
+        )
+
+    def _score(self, task: Task, requests: Sequence[tuple[str, str]]) -> list[Score]:
+        total = max(len(requests), 1)
+        return self._scorer.score(requests, lambda done: self._progress(task.name, done / total))
+
+    def _multiple_choice(
+        self, task: Task, numbers: Sequence[int]
+    ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+        requests, owners = [], []
+        for number in numbers:
+            example = task.examples[number]
+            before = task.prompt(number, self._seed) + task.queried(example)
+            requests += [(before, choice) for choice in example["choices"]]
+            owners.append(example)
+        scores = iter(self._score(task, requests))
+        # The likelihood of a choice without its query: most tasks have the same few choices.
+        alone = dict.fromkeys(choice for example in owners for choice in example["choices"])
+        unconditional = dict(
+            zip(alone, self._score(task, [("", choice) for choice in alone]), strict=True)
+        )
+        details = []
+        for example in owners:
+            choices = example["choices"]
+            found = [next(scores) for _ in choices]
+            sums = [score.logprob for score in found]
+            details.append(
+                {
+                    "logprobs": sums,
+                    "gold": example["gold"],
+                    **_rights(
+                        example["gold"],
+                        accuracy=sums,
+                        accuracy_per_byte=[
+                            s / len(choice.encode())
+                            for s, choice in zip(sums, choices, strict=True)
+                        ],
+                        accuracy_per_token=[score.logprob / score.tokens for score in found],
+                        accuracy_unconditional=[
+                            s - unconditional[choice].logprob
+                            for s, choice in zip(sums, choices, strict=True)
+                        ],
+                    ),
+                }
+            )
+        names = [name for name in details[0] if name.startswith("accuracy")]
+        return _means(details, names), details
+
+    def _schema(
+        self, task: Task, numbers: Sequence[int]
+    ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+        requests = [
+            (task.prompt(number, self._seed) + context + task.delimiter, example["continuation"])
+            for number in numbers
+            for example in [task.examples[number]]
+            for context in example["context_options"]
+        ]
+        scores, details = iter(self._score(task, requests)), []
+        for number in numbers:
+            example = task.examples[number]
+            sums = [next(scores).logprob for _ in example["context_options"]]
+            rights = _rights(example["gold"], accuracy=sums)
+            details.append({"logprobs": sums, "gold": example["gold"], **rights})
+        return _means(details, ["accuracy"]), details
+
+    def _cloze(
+        self, task: Task, numbers: Sequence[int]
+    ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+        requests = []
+        for number in numbers:
+            example = task.examples[number]
+            before = task.prompt(number, self._seed) + example["context"].rstrip()
+            requests.append((before + task.delimiter, example["continuation"]))
+        scores = self._score(task, requests)
+        details = [
+            {"logprob": score.logprob, "accuracy": float(score.is_greedy)} for score in scores
+        ]
+        metrics = _means(details, ["accuracy"])
+        loss = Metric.of([-score.logprob for score in scores])
+        # The error of exp(x) is exp(x) times that of x, to first order.
+        perplexity = math.exp(min(loss.value, 700))
+        return metrics | {"perplexity": Metric(perplexity, perplexity * loss.error)}, details
+
+    def _text(
+        self, task: Task, numbers: Sequence[int]
+    ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+        tokenizer, requests, counts = self._trained.tokenizer, [], []
+        for number in numbers:
+            windows = self._scorer.rolling(tokenizer.encode(task.examples[number]["text"]))
+            requests += windows
+            counts.append(len(windows))
+        scores = iter(
+            self._scorer.score_tokens(
+                requests, lambda done: self._progress(task.name, done / max(len(requests), 1))
+            )
+        )
+        details = []
+        for number, count in zip(numbers, counts, strict=True):
+            found = [next(scores) for _ in range(count)]
+            details.append(
+                {
+                    "logprob": math.fsum(score.logprob for score in found),
+                    "tokens": sum(score.tokens for score in found),
+                    "bytes": len(task.examples[number]["text"].encode()),
+                }
+            )
+        nats = [-one["logprob"] for one in details]
+        loss = Metric.ratio(nats, [one["tokens"] for one in details])
+        per_byte = Metric.ratio(nats, [one["bytes"] for one in details])
+        perplexity = math.exp(min(loss.value, 700))
+        return {
+            "bits_per_byte": Metric(*(x / math.log(2) for x in per_byte)),
+            "loss": loss,
+            "perplexity": Metric(perplexity, perplexity * loss.error),
+        }, details
+
+    def _generate(
+        self, task: Task, numbers: Sequence[int]
+    ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+        prompts = [
+            task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
+            for number in numbers
+        ]
+        details = []
+        for number, text in zip(numbers, self._write(task, prompts), strict=True):
+            right = task.extracted(task.examples[number]["answer"])
+            answer = task.extracted(text)
+            details.append(
+                {"text": text, "answer": answer, "exact_match": float(answer == right != "")}
+            )
+        return _means(details, ["exact_match"]), details
+
+    def _write(self, task: Task, prompts: Sequence[str]) -> Iterator[str]:
+        """The text that greedy decoding writes after each prompt."""
+        tokenizer, most = self._trained.tokenizer, self._scorer.context
+        ends = [tokenizer.eot, tokenizer.eos, *end_ids(self._trained.generation_config)]
+        requests = []
+        for prompt in prompts:
+            ids = [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.eot]
+            room = most - task.tokens
+            if room < 1:
+                raise InputError(
+                    f"task {task.name}: answers of {task.tokens} tokens do not fit the context of "
+                    f"{most}; set tokens to less"
+                )
+            self._scorer.truncated += len(ids) > room
+            requests.append(
+                Request(
+                    tuple(ids[-room:]),
+                    task.tokens,
+                    Sampling(temperature=0),
+                    task.stop,
+                    tuple(dict.fromkeys(ends)),
+                )
+            )
+        with _running(self._trained, len(requests)) as engine:
+            streams = [engine.submit(request) for request in requests]
+            for done, stream in enumerate(streams, 1):
+                yield "".join(delta.text for delta in stream)
+                self._progress(task.name, done / len(streams))
+
+
+@contextmanager
+def _running(trained: Trained, requests: int) -> Iterator[Engine]:
+    engine = Engine(trained, slots=min(requests, 8), queue=requests)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def _rights(gold: int, **scores: Sequence[float]) -> dict[str, float]:
+    """1 for each kind of scores whose highest is that of `gold`, else 0."""
+    return {name: float(int(np.argmax(each)) == gold) for name, each in scores.items()}
+
+
+def _means(details: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Metric]:
+    return {name: Metric.of([one[name] for one in details]) for name in names}
+
+
+def spread(results: Sequence[Result]) -> Result:
+    """One result of several seeds: the means, with the standard deviation over seeds as errors."""
+    first = results[0]
+    metrics = {}
+    for name in first.metrics:
+        values = [result.metrics[name].value for result in results]
+        metrics[name] = Metric(fmean(values), stdev(values) if len(values) > 1 else math.nan)
+    return replace(first, metrics=metrics, seconds=sum(result.seconds for result in results))
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results for a terminal: a line for each task with its metrics and standard errors."""
+    rows = [["task", "shots", "examples", "metric", "value", "error"]]
+    for result in results:
+        task = result.task
+        for place, (name, metric) in enumerate(result.metrics.items()):
+            head = ["", "", ""] if place else [task.name, str(task.shots), str(result.count)]
+            error = "" if math.isnan(metric.error) else f"± {metric.error:.4f}"
+            rows.append([*head, name, f"{metric.value:.4f}", error])
+    widths = [max(len(row[at]) for row in rows) for at in range(6)]
+    right = (1, 2, 4)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
