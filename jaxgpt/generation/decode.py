@@ -1,12 +1,12 @@
 """Batched decoding with a KV cache.
 
-`prefill` runs the prefill of prompts, and `decode_steps` samples some tokens per call, in one loop
+`prefill` fills the cache with prompts, and `decode_steps` samples some tokens per call, in one loop
 on the device that ends early if every row is done. Both are pure functions, compiled once per
 shape, and prompts are padded to powers of two, so that there are few shapes.
 
-    state = start(model, params, prompts_BP, lengths_B, new_B, S)
-    state, generated = steps(model, params, state, settings, stops_BE, n)
-    generated = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
+    state = prefill(model, params, prompts_BP, lengths_B, new_B, S)
+    state, generated = decode_steps(model, params, state, at, stops_BE, n)
+    generated = generate(model, params, prompts_BP, lengths_B, at, stops_BE, new)
 
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
 """

@@ -141,7 +141,8 @@ class Objective(ABC):
         Args:
             model: The model.
             params: Its parameters, with those of `leaves`.
-            batch: Arrays with B rows.
+            batch: Arrays with B rows: those of `encode`, or for text tokens, targets and weights
+                [B, T]; and segments and positions [B, T] if parts of a row are kept apart.
             key: For dropout; None in evaluation, where nothing is random.
             reference: The model at the start of training, if `uses_reference`. An objective that
                 needs neither model need not have these two arguments.

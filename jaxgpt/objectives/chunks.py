@@ -47,7 +47,7 @@ def chunked_sum(
         size: Positions of each row in a chunk.
         hidden_BTD: Hidden states; the sum is differentiable with respect to them.
         w_DV: The weights of the output layer; the sum is differentiable with respect to them.
-        batch: Arrays [B, T] that the loss reads, without a gradient.
+        batch: Arrays [B, T, ...] that the loss reads, without a gradient.
 
     Returns:
         The sum of the loss, and the sums to report, which have no gradient.

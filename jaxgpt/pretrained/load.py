@@ -41,8 +41,10 @@ RUNS = Config().runs
 class Trained:
     """A trained model, which can be unpacked or called to generate text.
 
-    config, params, tokenizer = jaxgpt.load(path)
-    text = jaxgpt.load(path)("Once upon a time")
+        config, params, tokenizer = jaxgpt.load(path)
+        text = jaxgpt.load(path)("Once upon a time")
+
+    `params` are the arrays; `model` is the Flax module for them.
     """
 
     config: Config

@@ -610,15 +610,15 @@ def _score(
     next_P = jnp.roll(prompt_P, -1)
 
     def block(i: jax.Array, out: Any) -> Any:
-        prefill = jnp.minimum(i * size, P - size)
-        hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, prefill, size, 1)
-        next_X = jax.lax.dynamic_slice_in_dim(next_P, prefill, size)
+        start = jnp.minimum(i * size, P - size)
+        hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, start, size, 1)
+        next_X = jax.lax.dynamic_slice_in_dim(next_P, start, size)
         logprobs_XV = jax.nn.log_softmax(next_logits(cfg, params, hidden_1XD)[0])
         logprobs_X = jnp.take_along_axis(logprobs_XV, next_X[:, None], 1)[:, 0]
         top_logprobs_XA, top_ids_XA = jax.lax.top_k(logprobs_XV, MAX_LOGPROBS)
         new = logprobs_X, top_ids_XA, top_logprobs_XA
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_, one, prefill, 0)
+            jax.lax.dynamic_update_slice_in_dim(all_, one, start, 0)
             for all_, one in zip(out, new, strict=True)
         )
 
