@@ -22,6 +22,8 @@ UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops
 LOOPS = 8
 LONGEST_INT8 = 1 << 17  # slots of a cache: a sum of more int8 products may overflow int32
 FEW = 16  # row and head pairs that a CPU computes faster one by one than as a batch
+Quantized = tuple[jax.Array, jax.Array]  # int8 values and their scales
+Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
 
 
@@ -50,24 +52,33 @@ def obstacle(
     return None
 
 
-def choose(wanted: str, platform: str, **facts) -> tuple[str, str]:
+def choose(
+    wanted: str, platform: str, *, dtype: str, H: int, T: int, dropout: float, segments: bool
+) -> tuple[str, str]:
     """The implementation to run, and the reason in a few words.
 
     Args:
         wanted: An implementation, or "auto" for the fastest that can run.
         platform: As jax names it, such as "cpu".
-        **facts: What `obstacle` takes: dtype, H, T, dropout, segments.
+        dtype: Of the computation.
+        H: Head size.
+        T: Tokens of a row.
+        dropout: The rate of dropout on attention weights.
+        segments: Whether documents are masked from each other.
 
     Raises:
         InputError: The wanted implementation cannot run.
     """
+    facts = partial(
+        obstacle, platform=platform, dtype=dtype, H=H, T=T, dropout=dropout, segments=segments
+    )
     if wanted != "auto":
-        why_not = obstacle(wanted, platform, **facts)
+        why_not = facts(wanted)
         if why_not:
             raise InputError(f"compute.attention={wanted}: {why_not}; set compute.attention=auto")
         return wanted, "as asked"
     best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "chunked")
-    why_not = obstacle(best, platform, **facts)
+    why_not = facts(best)
     return ("plain", f"{best} cannot: {why_not}") if why_not else (best, f"fastest on {platform}")
 
 
@@ -80,7 +91,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     segments_BT: jax.Array | None = None,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    drop: Drop | None = None,
 ) -> jax.Array:
     """Softmax self-attention (Vaswani et al. 2017, section 3.2), softmax in float32.
 
@@ -122,7 +133,7 @@ def attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    drop: Drop | None = None,
 ) -> jax.Array:
     """Softmax attention of each query to the keys in its mask, otherwise as `attention`.
 
@@ -136,7 +147,13 @@ def attend(
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
-def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
+def _attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    drop: Drop | None = None,
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
@@ -150,7 +167,9 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
     return (out / total_BTKG[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _attend_per_head(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
+def _attend_per_head(
+    q_B1NH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1S: jax.Array
+) -> jax.Array:
     """Each head of each row by itself: in a batch, a CPU's threads wait for each other at each."""
     B, _, N, H = q_B1NH.shape
     K = k_BSKH.shape[2]
@@ -167,12 +186,7 @@ def _attend_per_head(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
     return out_XGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
 
 
-def attend_int8(
-    q_BTNH: jax.Array,
-    k: tuple[jax.Array, jax.Array],
-    v: tuple[jax.Array, jax.Array],
-    mask_BTS: jax.Array,
-) -> jax.Array:
+def attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
     """`attend` to int8 keys and values [B, K, S, H], each with scales [B, K, S].
 
     A CPU multiplies int8 faster than it converts it to float32. Queries and weights are then two
@@ -185,12 +199,14 @@ def attend_int8(
     )
 
 
-def _attend_dequantized(q_BTNH, k, v, mask_BTS):
+def _attend_dequantized(
+    q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array
+) -> jax.Array:
     k_BSKH, v_BSKH = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def _attend_int8(q_BTNH, k, v, mask_BTS):
+def _attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     (k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS) = k, v
     _, K, S, _ = k_BKSH.shape
@@ -224,7 +240,15 @@ def _two_digit_product(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> ja
     return (y[:, :, 0] + y[:, :, 1] / 254) * scale_BKX1
 
 
-def _chunked(q_BTNH, k_BTKH, v_BTKH, chunk, window, segments_BT, drop):
+def _chunked(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    chunk: int,
+    window: int,
+    segments_BT: jax.Array | None,
+    drop: Drop | None,
+) -> jax.Array:
     T = q_BTNH.shape[1]
     # Here and not chunk by chunk, for the gradients of the chunks are added up in float32.
     k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
@@ -278,7 +302,13 @@ def prompt_attention(
     return jnp.concatenate(outs, axis=1)[:, :T]
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
+def _splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    window: int,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -288,7 +318,9 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
 
     _, T, _, H = q_BTNH.shape
 
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    def local(
+        q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         heads = q_BTNH.shape[2]
         one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
         block = next(size for size in (512, 256, 128) if T % size == 0)

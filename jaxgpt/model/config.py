@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
@@ -10,6 +10,9 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.model.attention import choose
 from jaxgpt.model.rotary import RopeScaling, rotary_frequencies
+
+if TYPE_CHECKING:
+    from jaxgpt.model.gpt import GPT
 
 VOCABULARY_MULTIPLE = 128
 GATED = ("swiglu", "geglu")  # MLPs with a third matrix, the gate
@@ -156,7 +159,7 @@ class GPTConfig:
                 f"model.rope_scaling.kind={self.rope_scaling.kind} needs model.position=rotary"
             )
 
-    def build(self, compute: "ComputeConfig") -> Any:
+    def build(self, compute: "ComputeConfig") -> "GPT":
         """The model of this config. A subclass for another architecture overrides it.
 
         Args:
@@ -226,7 +229,7 @@ class ComputeConfig:
             InputError: What was asked for cannot run on this platform.
         """
         accelerator = platform in ("tpu", "gpu", "cuda")
-        dtype: Any = self.dtype
+        dtype = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if accelerator else "float32"
         if dtype == "bfloat16" and platform == "cpu" and jax.__version_info__ < (0, 9):

@@ -1,12 +1,13 @@
 """The layers that models are built of: linear layers and norms."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from jaxgpt.model.config import ComputeConfig, GPTConfig
 from jaxgpt.model.lora import adapted_matmul
@@ -22,7 +23,7 @@ class Linear(nn.Module):
 
     cfg: GPTConfig
     equation: str
-    dtype: Any
+    dtype: DTypeLike
     bias: bool
     init_scale: float = 1.0
     """The initial standard deviation is `cfg.init_std` times this."""
@@ -74,13 +75,16 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> Any:
+def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> partial[Linear]:
     """`Linear` with the options that all linear layers of a model share."""
     dtype = jnp.dtype(compute.dtype)
     return partial(Linear, cfg, dtype=dtype, bias=cfg.bias, int8_activations=decoding)
 
 
-def parameter(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...], Any]:
+def parameter(
+    cfg: GPTConfig, letters: str, init: Callable[..., jax.Array]
+) -> tuple[Callable[..., jax.Array], tuple[int, ...], DTypeLike]:
     """The arguments of `Module.param` for a float32 leaf whose shape is spelled by letters."""
     shape = tuple(cfg.sizes[letter] for letter in letters)
-    return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
+    boxed = nn.with_logical_partitioning(init, tuple(letters))
+    return boxed, shape, jnp.float32  # type: ignore[return-value]  # `param` unboxes

@@ -9,7 +9,7 @@ All experts are computed for all tokens and those not chosen get weight 0, which
 exact, and saves no time: an implementation for large models would dispatch tokens to experts."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -43,7 +43,7 @@ class MoEConfig(GPTConfig):
                 f"model.active={self.active} of {self.E} experts; set it from 1 to {self.E}"
             )
 
-    def build(self, compute: ComputeConfig) -> Any:
+    def build(self, compute: ComputeConfig) -> GPT:
         """The model. Raises InputError as for the GPT."""
         gpt = super().build(compute)
         return MoE(gpt.cfg, gpt.compute)
@@ -84,10 +84,10 @@ def keep_top(logits_BTE: jax.Array, active: int) -> jax.Array:
 class MoEBlock(Block):
     """A block with experts instead of an MLP."""
 
-    mlp: ClassVar[Any] = Experts
+    mlp: ClassVar[type[nn.Module]] = Experts
 
 
 class MoE(GPT):
     """A GPT with a mixture of experts in every block."""
 
-    block: ClassVar[Any] = MoEBlock
+    block: ClassVar[type[nn.Module]] = MoEBlock

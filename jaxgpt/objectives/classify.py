@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.generation.shapes import power_of_two
-from jaxgpt.model import GPTConfig, Leaves
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, hidden
+from jaxgpt.model import GPT, GPTConfig, Leaves, Params
+from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, hidden
+from jaxgpt.objectives.trained import TrainedModel
 from jaxgpt.tokenizer import Tokenizer
 
 BINS = 10  # of confidence, for the calibration error
@@ -104,7 +105,7 @@ class Classify(Objective):
             )
         return str(value).strip()
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The label, stripped of white space, and the text."""
         return {self.label: self._label(record), self.text: record.values.get(self.text)}
 
@@ -147,7 +148,7 @@ class Classify(Objective):
         }
 
     def probabilities(
-        self, model: Any, params: Any, batch: Batch, key: jax.Array | None = None
+        self, model: GPT, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of the classes at each token, and the text's probabilities [B, T,
         C]."""
@@ -164,8 +165,8 @@ class Classify(Objective):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -227,7 +228,7 @@ class Classify(Objective):
         weights = dict(zip(self.labels, self.class_weights, strict=False))
         return tf_idf_baseline(train_texts, test_texts, self.labels, weights)
 
-    def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+    def predict(self, trained: TrainedModel, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """The probabilities of texts [texts, C], in the order of `labels`.
 
         Raises:
@@ -239,16 +240,16 @@ class Classify(Objective):
             if not text.strip():
                 raise InputError(f"text {number} is empty; give it some words")
             encoded.append(self.encode_text(text, trained.tokenizer))
-            if (length := len(encoded[-1]["tokens"])) > trained.config.model.T:
+            if (length := len(encoded[-1]["tokens"])) > model.cfg.T:
                 raise InputError(
                     f"text {number} has {length} tokens, and the context is "
-                    f"{trained.config.model.T}; shorten it"
+                    f"{model.cfg.T}; shorten it"
                 )
         found = []
         for start in range(0, len(encoded), batch):
             some = encoded[start : start + batch]
             longest = max(len(each["tokens"]) for each in some)
-            T = min(power_of_two(longest), trained.config.model.T)
+            T = min(power_of_two(longest), model.cfg.T)
             tokens = np.zeros((batch, T), np.int32)
             segments = np.zeros((batch, T), np.int32)
             for row, each in enumerate(some):
@@ -264,7 +265,9 @@ class Classify(Objective):
         """The first held-out text, or `prompt` if there is none."""
         return records[0].text(self.text) if records else prompt
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(
+        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
+    ) -> str:
         """The predicted labels of the first held-out texts."""
         if not records:
             return ""
@@ -281,7 +284,7 @@ class Classify(Objective):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _probabilities(objective: Classify, model: Any, params: Any, rows: Batch) -> jax.Array:
+def _probabilities(objective: Classify, model: GPT, params: Params, rows: Batch) -> jax.Array:
     return objective.probabilities(model, params, rows)[1]
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.model import GPT, Params
+from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located
+from jaxgpt.objectives.trained import TrainedModel
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -99,7 +101,7 @@ class GRPO(Objective):
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The problem and what is right, whichever fields hold them."""
         with located(record):
             asked = chat.read_request(record.values, self.prompt)
@@ -142,7 +144,9 @@ class GRPO(Objective):
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 
-    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
+    def rollout(
+        self, trained: TrainedModel, batch: dict[str, np.ndarray], key: jax.Array
+    ) -> dict[str, np.ndarray]:
         """Samples and scores `group` answers to each problem, each in a row of its own.
 
         Returns:
@@ -190,8 +194,8 @@ class GRPO(Objective):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -226,7 +230,9 @@ class GRPO(Objective):
             "length": Mean(tokens, answers),
         }
 
-    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+    def measure(
+        self, trained: TrainedModel, records: Sequence[Record], whole: bool
+    ) -> dict[str, float]:
         """The mean reward of greedy answers, to the first 256 problems or to all if `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
@@ -234,7 +240,9 @@ class GRPO(Objective):
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(
+        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
+    ) -> str:
         """Greedy answers to the first held-out problems."""
         lines = []
         for record in records[:5]:
@@ -262,7 +270,7 @@ _NUMBER = re.compile(
 
 
 def draw_answers(
-    trained: Any, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
+    trained: TrainedModel, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
 ) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
     """An answer to each prompt (None if it does not end), its ids and their log-probabilities."""
     tokenizer = trained.tokenizer

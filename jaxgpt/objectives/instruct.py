@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.objectives.trained import TrainedModel
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ class Instruct(NextToken):
         """The fields of an instruction and its answer."""
         return ("instruction", "output")
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The conversation, in whichever fields it is."""
         with located(record):
             return chat.read_conversation(record.values)
@@ -57,7 +58,9 @@ class Instruct(NextToken):
                 raise InputError("the last turn is not the assistant's; add its answer")
             return rendered(conversation, tokenizer, float(self.learn == "all"))
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(
+        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
+    ) -> str:
         """Answers to the first three held-out requests, with those of the records."""
         if not records:
             return trained.answer([{"role": "user", "content": prompt}], tokens)

@@ -409,7 +409,8 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
             put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
             for name in tables:
                 there, place = found.abstract[name], base[name].sharding
-                base[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+                table = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+                base = {**base, name: table}
             tree = merge(put, found.params(base))
         for name, wanted in tables.items():
             grown = wanted.shape[0] - tree[name].shape[0]
@@ -417,7 +418,7 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
             if name in rows:
                 leaf = leaf.at[rows[name].ids].set(rows[name].values)
             place = tree[name].sharding if abstract is None else abstract[name].sharding
-            tree[name] = jax.device_put(leaf, place)
+            tree = {**tree, name: jax.device_put(leaf, place)}
         return tree
 
     return replace(
