@@ -20,7 +20,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from jaxgpt.errors import InputError
@@ -221,7 +220,7 @@ def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh) -> PyTree:
     parameter does; every other leaf is on all devices.
     """
 
-    def one(path: KeyPath, leaf: jax.Array) -> NamedSharding:
+    def one(path: tuple[object, ...], leaf: jax.Array) -> NamedSharding:
         names_of = (getattr(entry, "key", getattr(entry, "name", "")) for entry in path)
         keys = tuple(map(str, names_of))
         for start in range(len(keys)):
@@ -275,6 +274,10 @@ class Layout:
             return jitted(*args)
         with jax.set_mesh(self.mesh):
             return jitted(*args)
+
+    def place(self, tree: Tree) -> Tree:
+        """A tree of arrays, moved to their places."""
+        return jax.device_put(tree, self.shardings(tree))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, ArrayLike]:
         """This process's rows of a batch, split over the devices."""

@@ -23,7 +23,7 @@ LOOPS = 8
 LONGEST_INT8 = 1 << 17  # slots of a cache: a sum of more int8 products may overflow int32
 FEW = 16  # row and head pairs that a CPU computes faster one by one than as a batch
 Quantized = tuple[jax.Array, jax.Array]  # int8 values and their scales
-Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights
+Drop = Callable[[jax.Array], jax.Array] | None  # the dropout of attention weights, if any
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
 
 
@@ -91,7 +91,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     segments_BT: jax.Array | None = None,
-    drop: Drop | None = None,
+    drop: Drop = None,
 ) -> jax.Array:
     """Softmax self-attention (Vaswani et al. 2017, section 3.2), softmax in float32.
 
@@ -133,7 +133,7 @@ def attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
-    drop: Drop | None = None,
+    drop: Drop = None,
 ) -> jax.Array:
     """Softmax attention of each query to the keys in its mask, otherwise as `attention`.
 
@@ -141,9 +141,10 @@ def attend(
     which is finite and not to be used.
     """
     if q_BTNH.shape[1] == 1 and drop is None and len(q_BTNH) * k_BSKH.shape[2] <= FEW:
-        return jax.lax.platform_dependent(
+        out_BTNH: jax.Array = jax.lax.platform_dependent(
             q_BTNH, k_BSKH, v_BSKH, mask_BTS, cpu=_attend_per_head, default=_attend
         )
+        return out_BTNH
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
@@ -152,7 +153,7 @@ def _attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
-    drop: Drop | None = None,
+    drop: Drop = None,
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -194,9 +195,10 @@ def attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Arr
     """
     if k[0].shape[2] > LONGEST_INT8:
         return _attend_dequantized(q_BTNH, k, v, mask_BTS)
-    return jax.lax.platform_dependent(
+    out_BTNH: jax.Array = jax.lax.platform_dependent(
         q_BTNH, k, v, mask_BTS, cpu=_attend_int8, default=_attend_dequantized
     )
+    return out_BTNH
 
 
 def _attend_dequantized(
@@ -247,7 +249,7 @@ def _chunked(
     chunk: int,
     window: int,
     segments_BT: jax.Array | None,
-    drop: Drop | None,
+    drop: Drop,
 ) -> jax.Array:
     T = q_BTNH.shape[1]
     # Here and not chunk by chunk, for the gradients of the chunks are added up in float32.
@@ -341,7 +343,8 @@ def _splash(
         k_BTNH, v_BTNH = repeat(k_BTKH), repeat(v_BTKH)
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH / math.sqrt(H), k_BTNH, v_BTNH))
         ids = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
-        return jax.vmap(splash)(q, k, v, ids).transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
+        out_BNTH: jax.Array = jax.vmap(splash)(q, k, v, ids)
+        return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
     mesh = jax.sharding.get_abstract_mesh()
     if "fsdp" not in mesh.axis_names:

@@ -228,10 +228,8 @@ class ComputeConfig:
         Raises:
             InputError: What was asked for cannot run on this platform.
         """
-        accelerator = platform in ("tpu", "gpu", "cuda")
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if accelerator else "float32"
+        fastest = "bfloat16" if platform in ("tpu", "gpu", "cuda") else "float32"
+        dtype = fastest if self.dtype == "auto" else self.dtype
         if dtype == "bfloat16" and platform == "cpu" and jax.__version_info__ < (0, 9):
             raise InputError(
                 f"compute.dtype=bfloat16: jax {jax.__version__} lacks its products on a CPU; "

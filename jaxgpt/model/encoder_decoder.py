@@ -19,11 +19,7 @@ class CrossAttention(Attention):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        context: Context,
-        cache: LayerCache | None = None,
-        drop: Drop | None = None,
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, drop: Drop = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """As `Attention`; the prefill puts the source's keys and values into the cache."""
         q_BTNH = self.heads("cross_q", "BTD,NHD->BTNH", x_BTD, context)

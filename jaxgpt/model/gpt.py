@@ -13,7 +13,7 @@ E experts, R LoRA rank, C classes. `params.py` lists the paths of the parameters
 
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,8 +29,6 @@ from jaxgpt.model.quantize import embedding_lookup
 from jaxgpt.model.rotary import RopeScaling, Tables, rotary_tables, rotate
 from jaxgpt.model.stacking import run_blocks
 from jaxgpt.sharding import constrain
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Context(NamedTuple):
@@ -65,11 +63,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        context: Context,
-        cache: LayerCache | None = None,
-        drop: Drop | None = None,
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, drop: Drop = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """The output [B, T, D], and the layer's cache with these tokens; `drop` is for weights."""
         q_BTNH = self.heads("q", "BTD,NHD->BTNH", x_BTD, context)
@@ -90,9 +84,8 @@ class Attention(nn.Module):
                 drop=drop,
             )
         else:
-            start_B, lengths_B = context.start_B, context.lengths_B
             out_BTNH, cache = attend_and_cache(
-                q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, self.window
+                q_BTNH, k_BTKH, v_BTKH, cache, context.start_B, context.lengths_B, self.window
             )
         return self.merge_heads("o", out_BTNH, context), cache
 
@@ -161,7 +154,7 @@ class Block(nn.Module):
         y_BTD = mlp(self.norm("norm2", x_BTD), context)
         return x_BTD + drop(self.post_norm("norm2_post", y_BTD)), cache
 
-    def part(self, module: Module) -> Module:
+    def part(self, module: nn.Module) -> nn.Module:
         """A module whose parameters lie in the block's own subtree: `q`, not `Attention_0/q`."""
         nn.share_scope(self, module)
         return module
@@ -174,7 +167,7 @@ class Block(nn.Module):
         """What is added to the residual stream, normalized if the config says so."""
         return self.norm(name, y_BTD) if self.cfg.post_norm else y_BTD
 
-    def weight_drop(self, drop: Drop) -> Drop | None:
+    def weight_drop(self, drop: Drop) -> Drop:
         """The dropout of attention weights; None if there is none."""
         return drop if self.cfg.dropout and self.has_rng("dropout") else None
 

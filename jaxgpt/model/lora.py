@@ -4,11 +4,12 @@ Beside a `w` [N, H, D] may lie `w_scale` [N, H], by which the int8 `w` is multip
 factors (Hu et al. 2021) `lora_a` [R, D], `lora_b` [N, H, R] and the number `lora_scale`.
 """
 
+from collections.abc import Mapping
+
 import jax
 from jax.typing import DTypeLike
 
 from jaxgpt.model.matmul import matmul
-from jaxgpt.model.params import Params
 from jaxgpt.model.quantize import dequantize, int8_matmul
 
 
@@ -16,7 +17,7 @@ def adapted_matmul(
     equation: str,
     x: jax.Array,
     w: jax.Array,
-    leaves: Params,
+    leaves: Mapping[str, jax.Array],
     dtype: DTypeLike,
     int8_activations: bool,
 ) -> jax.Array:

@@ -45,7 +45,8 @@ def product(equation: str, x: jax.Array, w: jax.Array, accumulator: DTypeLike) -
         partial(f, accumulator=accumulator) for f in (_four_weight_parts, _four_equal_rows)
     )
     on_cpu = weight_parts if w.dtype == jnp.float32 else equal_rows
-    return jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=equal_rows, default=einsum)
+    y: jax.Array = jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=equal_rows, default=einsum)
+    return y
 
 
 def _four_weight_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> jax.Array:

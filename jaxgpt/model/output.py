@@ -34,7 +34,8 @@ def output_weights(cfg: GPTConfig, params: Params) -> jax.Array:
 
     The leaf is [V, D]. A loss transposes it once, so that its chunks need not.
     """
-    return (params["wte"] if cfg.tied else params["head"]).T
+    w_VD: jax.Array = params["wte"] if cfg.tied else params["head"]
+    return w_VD.T
 
 
 def _capped_and_masked(cfg: GPTConfig, product_BTV: jax.Array) -> jax.Array:

@@ -21,9 +21,10 @@ from jaxgpt.data.records import Reader, Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, GPTConfig, Leaves, Params
 from jaxgpt.objectives.chunks import Batch, Mean
-from jaxgpt.objectives.trained import TrainedModel
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
+Arrays = dict[str, np.ndarray]  # of an example, or of a batch on the host
 Sums = dict[str, Any]  # Means, and other values that add up over batches
 
 
@@ -97,7 +98,7 @@ class Objective(ABC):
         """The tokenizer with the special tokens that the objective needs."""
         return tokenizer
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """The arrays of a record: [T] for values per token, [] for one value per record.
 
         Raises:
@@ -105,7 +106,7 @@ class Objective(ABC):
         """
         raise InputError(f"{type(self).__name__} reads records and lacks `encode`; define it")
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """An example that is too long, truncated at its end."""
         return {name: array[:length] if array.ndim else array for name, array in example.items()}
 
@@ -120,9 +121,7 @@ class Objective(ABC):
         """
         return {}
 
-    def rollout(
-        self, trained: TrainedModel, batch: dict[str, np.ndarray], key: jax.Array
-    ) -> dict[str, np.ndarray]:
+    def rollout(self, trained: Trained, batch: Arrays, key: jax.Array) -> Arrays:
         """The batch to train on: samples of the current model, `trained`, for a batch of data."""
         return batch
 
@@ -160,9 +159,7 @@ class Objective(ABC):
         """What a simple baseline reaches on the test set, as text."""
         return ""
 
-    def measure(
-        self, trained: TrainedModel, records: Sequence[Record], whole: bool
-    ) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """Metrics for which the model must be used on held-out records, such as BLEU.
 
         Args:
@@ -176,9 +173,7 @@ class Objective(ABC):
         """An example argument for `command`, such as a held-out text; "" if it takes none."""
         return prompt if self.command == "generate" else ""
 
-    def sample(
-        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
-    ) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """A sample of what the trained model does, as text: here, a continuation of the prompt."""
         return trained(prompt, tokens)
 

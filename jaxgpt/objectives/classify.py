@@ -16,9 +16,9 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, GPTConfig, Leaves, Params
-from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Batch, Mean, hidden
-from jaxgpt.objectives.trained import TrainedModel
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 BINS = 10  # of confidence, for the calibration error
@@ -109,7 +109,7 @@ class Classify(Objective):
         """The label, stripped of white space, and the text."""
         return {self.label: self._label(record), self.text: record.values.get(self.text)}
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, label, weights, ends, each [T].
 
         `weights` add up to 1 over the tokens on which the head is trained; `ends` is 1 at the token
@@ -123,16 +123,16 @@ class Classify(Objective):
             )
         return self.encode_text(record.text(self.text), tokenizer, self.labels.index(label))
 
-    def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> dict[str, np.ndarray]:
+    def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> Arrays:
         """The arrays of a text; the label is 0 if it is unknown."""
         tokens = np.asarray([*tokenizer.prefix, *tokenizer.encode(text)], np.int32)
         return self._example(tokens, label)
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """An example whose text is truncated to `length` tokens."""
         return self._example(example["tokens"][:length], int(example["label"][0]))
 
-    def _example(self, tokens: np.ndarray, label: int) -> dict[str, np.ndarray]:
+    def _example(self, tokens: np.ndarray, label: int) -> Arrays:
         weights, ends = np.zeros((2, len(tokens)), np.float32)
         ends[0 if self.token == "first" else -1] = 1
         weights[:] = 1 / len(tokens) if self.token == "every" else ends
@@ -228,7 +228,7 @@ class Classify(Objective):
         weights = dict(zip(self.labels, self.class_weights, strict=False))
         return tf_idf_baseline(train_texts, test_texts, self.labels, weights)
 
-    def predict(self, trained: TrainedModel, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+    def predict(self, trained: Trained, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """The probabilities of texts [texts, C], in the order of `labels`.
 
         Raises:
@@ -265,9 +265,7 @@ class Classify(Objective):
         """The first held-out text, or `prompt` if there is none."""
         return records[0].text(self.text) if records else prompt
 
-    def sample(
-        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
-    ) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The predicted labels of the first held-out texts."""
         if not records:
             return ""

@@ -5,13 +5,12 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, Params
-from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located, rendered
 from jaxgpt.tokenizer import Tokenizer
@@ -77,9 +76,9 @@ class DPO(Objective):
         with located(record):
             return chat.read_preference(record.values)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, targets, weights [T], each with the prefixes `chosen_` and `rejected_`."""
-        pair: dict[str, np.ndarray] = {}
+        pair: Arrays = {}
         with located(record):
             asked, *answers = chat.read_preference(record.values)
             for side, answer in zip(("chosen", "rejected"), answers, strict=True):

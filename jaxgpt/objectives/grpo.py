@@ -16,10 +16,10 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPT, Params
-from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located
-from jaxgpt.objectives.trained import TrainedModel
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -107,7 +107,7 @@ class GRPO(Objective):
             asked = chat.read_request(record.values, self.prompt)
         return asked, record.values.get(self.answer)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
@@ -134,7 +134,7 @@ class GRPO(Objective):
             return float(number is not None and number == last_number(right))
         return float(answer.strip() == right.strip())
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """InputError: half a problem is another problem."""
         raise InputError(
             f"a problem of {example['length']} tokens does not fit a row of {length}, and is not "
@@ -144,9 +144,7 @@ class GRPO(Objective):
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 
-    def rollout(
-        self, trained: TrainedModel, batch: dict[str, np.ndarray], key: jax.Array
-    ) -> dict[str, np.ndarray]:
+    def rollout(self, trained: Trained, batch: Arrays, key: jax.Array) -> Arrays:
         """Samples and scores `group` answers to each problem, each in a row of its own.
 
         Returns:
@@ -230,9 +228,7 @@ class GRPO(Objective):
             "length": Mean(tokens, answers),
         }
 
-    def measure(
-        self, trained: TrainedModel, records: Sequence[Record], whole: bool
-    ) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """The mean reward of greedy answers, to the first 256 problems or to all if `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
@@ -240,9 +236,7 @@ class GRPO(Objective):
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
-    def sample(
-        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
-    ) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Greedy answers to the first held-out problems."""
         lines = []
         for record in records[:5]:
@@ -270,7 +264,7 @@ _NUMBER = re.compile(
 
 
 def draw_answers(
-    trained: TrainedModel, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
+    trained: Trained, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
 ) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
     """An answer to each prompt (None if it does not end), its ids and their log-probabilities."""
     tokenizer = trained.tokenizer

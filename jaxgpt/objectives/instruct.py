@@ -10,8 +10,9 @@ import numpy as np
 from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
+from jaxgpt.objectives.base import Arrays
 from jaxgpt.objectives.next_token import NextToken
-from jaxgpt.objectives.trained import TrainedModel
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -49,7 +50,7 @@ class Instruct(NextToken):
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, targets and weights [T] of a conversation."""
         with located(record):
             conversation = chat.read_conversation(record.values)
@@ -58,9 +59,7 @@ class Instruct(NextToken):
                 raise InputError("the last turn is not the assistant's; add its answer")
             return rendered(conversation, tokenizer, float(self.learn == "all"))
 
-    def sample(
-        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
-    ) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Answers to the first three held-out requests, with those of the records."""
         if not records:
             return trained.answer([{"role": "user", "content": prompt}], tokens)
@@ -81,9 +80,7 @@ def located(record: Record) -> Iterator[None]:
         raise InputError(f"{record.where}: {error}") from None
 
 
-def rendered(
-    conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0
-) -> dict[str, np.ndarray]:
+def rendered(conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0) -> Arrays:
     """tokens, targets and weights [T] of a conversation in the tokenizer's chat format.
 
     Args:

@@ -7,7 +7,7 @@ from jaxgpt.model import GPT, Params
 from jaxgpt.tokenizer import Tokenizer
 
 
-class TrainedModel(Protocol):
+class Trained(Protocol):
     """A model that can generate text, such as the one that `jaxgpt.load` returns."""
 
     @property

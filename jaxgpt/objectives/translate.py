@@ -22,10 +22,10 @@ from jaxgpt.model import (
     logits,
     output_weights,
 )
-from jaxgpt.objectives.base import FrozenModel, Sums
+from jaxgpt.objectives.base import Arrays, FrozenModel, Sums
 from jaxgpt.objectives.chunks import Batch, Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
-from jaxgpt.objectives.trained import TrainedModel
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 ROWS = 64  # decoded at once, all beams counted
@@ -74,7 +74,7 @@ class Translate(NextToken):
         if self.length_penalty < 0:
             raise InputError(f"objective.length_penalty={self.length_penalty}; set it to 0 or more")
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """source [S]; tokens, targets and weights [T].
 
         The source "a b" with the target "x" becomes: source a b eot, tokens eot x, targets x eot,
@@ -124,7 +124,7 @@ class Translate(NextToken):
         count = batch["weights"].sum()
         return total, {"loss": Mean(cross_entropy, count), "accuracy": Mean(right, count)}
 
-    def translate(self, trained: TrainedModel, texts: Sequence[str], beam: int = 0) -> list[str]:
+    def translate(self, trained: Trained, texts: Sequence[str], beam: int = 0) -> list[str]:
         """The translation of each text; one that does not end within the context is cut off.
 
         Args:
@@ -163,9 +163,7 @@ class Translate(NextToken):
             )[: len(some)]
         return [tokenizer.decode(ids) for ids in found]
 
-    def measure(
-        self, trained: TrainedModel, records: Sequence[Record], whole: bool
-    ) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """BLEU: of greedy translations of the first records, of all by beam search if `whole`.
 
         Without sacrebleu there is none.
@@ -183,9 +181,7 @@ class Translate(NextToken):
         """The first held-out source, or `prompt` if there is none."""
         return records[0].text(self.source) if records else prompt
 
-    def sample(
-        self, trained: TrainedModel, records: Sequence[Record], prompt: str, tokens: int
-    ) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The first three held-out sources, their references and the model's translations."""
         texts, there = ([record.text(field) for record in records[:3]] for field in self.fields)
         said = zip(texts, there, self.translate(trained, texts), strict=True)

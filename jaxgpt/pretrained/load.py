@@ -21,7 +21,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import GenerationConfig, check_type
 from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
-from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
+from jaxgpt.model import GPT, ComputeConfig, Leaves, Params, letters
 from jaxgpt.model.params import flat, merge, nested, split
 from jaxgpt.model.quantize import quantize_params
 from jaxgpt.paths import expand
@@ -298,7 +298,7 @@ class ModelSource:
         plain = jax.eval_shape(fold_lora, self.abstract)
         return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
 
-    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Any:
+    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Params:
         """Loads the parameters for another architecture, with LoRA merged.
 
         Args:
