@@ -350,6 +350,8 @@ def _splash(
     if "fsdp" not in mesh.axis_names:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     in_specs = (spec("BTNH"), spec("BTKH"), spec("BTKH"), spec("BT"))
-    return jax.shard_map(
+    sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=spec("BTNH"), check_vma=False
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    )
+    out_BTNH: jax.Array = sharded(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return out_BTNH
