@@ -31,7 +31,7 @@ from jaxgpt.generation.constrained.expressions import Expressions, check_length
 from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
-from jaxgpt.model.params import flat, nested
+from jaxgpt.model.params import Params, flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
     """The tokens' rows, float32 [n, D]."""
 
 
-def read_adapter(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
+def read_adapter(folder: Path, cfg: GPTConfig) -> Params:
     """Reads an adapter's LoRA factors.
 
     If a module has queries, keys and values in one matrix (GPT-2), each of the three gets the
