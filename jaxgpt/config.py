@@ -254,7 +254,9 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
             return UnknownObjective(name)
         if name not in classes:
             raise InputError(
-                f"{path}type={name!r}; set it to one of {', '.join(classes)}", field=f"{path}type"
+                f"{path}type={name!r} is not known; set it to one of {', '.join(classes)}, or use "
+                "the config file that defines it (`load` needs a class in the package)",
+                field=f"{path}type",
             )
         cls = classes[name]
     if dataclasses.is_dataclass(cls):
