@@ -9,7 +9,6 @@ Invalid arguments are refused before the first piece is requested.
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,15 +16,17 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
-from jaxgpt.generation.decode import decode_steps, padded, positions, prefill, stops_of
-from jaxgpt.generation.sampling import Sampling, sampling_params
+from jaxgpt.generation.decode import Rows, decode_steps, padded, positions, prefill, stops_of
+from jaxgpt.generation.sampling import Sampling, SamplingParams, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, Params
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import TextDecoder, Tokenizer
 
 CHUNK = 16  # tokens sampled on the device before the host looks at them
 AHEAD = 4  # tokens that a draft model proposes at once
+
+_Inputs = tuple[SamplingParams, Rows]  # of a prefill and the decoding after it
 
 
 class TextStream:
@@ -99,7 +100,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def stream_text(
     model: GPT,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     tokens: int,
@@ -109,7 +110,7 @@ def stream_text(
     stop_ids: Sequence[int] = (),
     continues: bool = True,
     guide: Guide | None = None,
-    draft: tuple[GPT, Any] | None = None,
+    draft: tuple[GPT, Params] | None = None,
     cache: CacheDtype = "same",
 ) -> TextStream:
     """Streams the text of up to `tokens` tokens that continue a prompt of token ids.
@@ -143,7 +144,7 @@ def stream_text(
     text = IncrementalText(tokenizer, stops, prompt if continues else ())
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
 
-    def read(ids: list[int], sampling: Sampling) -> Any:
+    def read(ids: list[int], sampling: Sampling) -> _Inputs:
         at = sampling_params([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
         return jax.device_put(at), padded(
             [ids], cfg, cfg.decode_T - 1, "a prompt, with a token after it,"
@@ -159,7 +160,7 @@ def stream_text(
 
 def stream_beam_search(
     model: GPT,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     tokens: int,
@@ -204,15 +205,15 @@ def stream_beam_search(
 
 def _pieces(
     model: GPT,
-    params: Any,
-    begun: Any,
-    read: Callable[[list[int], Sampling], Any],
+    params: Params,
+    begun: _Inputs,
+    read: Callable[[list[int], Sampling], _Inputs],
     text: IncrementalText,
     ids: list[int],
     left: int,
     sampling: Sampling,
     stop_ids: Sequence[int],
-    draft: tuple[GPT, Any] | None,
+    draft: tuple[GPT, Params] | None,
     cache: CacheDtype,
 ) -> Generator[str, None, str]:
     cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
