@@ -19,12 +19,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
-from jaxgpt.data.dataset import Batch, Dataset
+from jaxgpt.data.dataset import Batch, Dataset, Fingerprint
 from jaxgpt.data.records import print_note
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
@@ -64,7 +63,7 @@ def streams(
     Raises:
         InputError: As for `Batches`.
     """
-    shape: dict[str, Any] = {
+    shape = {
         "context": context,
         "batch": batch,
         "process_index": process_index,
@@ -161,7 +160,7 @@ class Batches:
             firsts.append(firsts[-1] + 1 + -(-(len(stream) - context - 1) // self.stride))
         self._firsts, self.windows = firsts, firsts[-1]
         self._order = window_order(firsts, cfg.weights, seed if cfg.shuffle else None)
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: Fingerprint = {
             **corpus.fingerprint,
             "weights": list(cfg.weights),
             "context": context,

@@ -1,0 +1,73 @@
+"""Reads TFDS datasets that were prepared as array_record or Parquet, without TensorFlow.
+
+A path is `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`. SPLIT is in TFDS's syntax, such as
+`train[:10%]`, and `train` by default.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxgpt.data.formats import as_text
+from jaxgpt.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+
+
+@dataclass(frozen=True)
+class TfdsSplit:
+    """A split of a TFDS dataset."""
+
+    path: str
+    records: Sequence[Mapping[str, object]]
+    """The values of each record as TFDS reads them: numpy arrays, and text as bytes."""
+    builder: "DatasetBuilder"
+    name: str
+
+    def rows(self) -> Iterator[tuple[int, dict[str, object]]]:
+        """Yields each record's number and values: text, names of classes, numbers and lists.
+
+        Raises:
+            InputError: Text is not UTF-8.
+        """
+        features = self.builder.info.features
+        for number, record in enumerate(self.records):
+            where = f"{self.path} {number}"
+            yield number, {n: _plain(where, value, features[n]) for n, value in record.items()}
+
+
+def open_tfds(path: str) -> TfdsSplit:
+    """Opens a TFDS dataset; raises InputError if TFDS cannot, or ignores a slice of a split."""
+    import tensorflow_datasets as tfds
+
+    spec, _, data_dir = path.removeprefix("tfds:").partition("@")
+    name, _, split = spec.partition("#")
+    split = split or "train"
+    try:
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+        records = builder.as_data_source(split)
+        info = builder.info.splits[split]
+    except Exception as error:  # for a bad name TFDS raises many types, even AssertionError
+        raise InputError(
+            f"TFDS cannot open {path}: {str(error).strip().splitlines()[0]} Prepare the dataset "
+            "beforehand with file_format='array_record' or 'parquet', and add its folder after @"
+        ) from error
+    if len(records) != info.num_examples:
+        raise InputError(
+            f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
+            f"{info.num_examples}; prepare the dataset with file_format='array_record'"
+        )
+    return TfdsSplit(path, records, builder, split)
+
+
+def _plain(where: str, value: Any, feature: Any = None) -> object:
+    if hasattr(feature, "int2str"):
+        return feature.int2str(int(value)) if value >= 0 else int(value)  # -1: no label
+    if isinstance(value, dict):
+        return {name: _plain(where, part) for name, part in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return [_plain(where, part) for part in value]
+    return as_text(value, where) if isinstance(value, bytes) else value
