@@ -35,9 +35,8 @@ def read_parquet(file: str, options: ReadOptions) -> Iterator[Row]:
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         longest = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
         size = min(BATCH_ROWS, max(1, BATCH_BYTES // max(longest, 1)))
-        if any(
-            "." in table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)
-        ):
+        schema = table.metadata.schema
+        if any("." in schema.column(i).path for i in range(table.metadata.num_columns)):
             size = min(size, BATCH_NESTED)
         for batch in table.iter_batches(size, columns=[options.column] if options.column else None):
             for row in range(len(batch)):

@@ -32,7 +32,7 @@ from jaxgpt.data.rows import VALUE_BYTES, ReadOptions, Row
 from jaxgpt.data.synthetic import SYNTHETIC
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile, check_encoding, reading
-from jaxgpt.data.tfds import open_tfds
+from jaxgpt.data.tfds import read_tfds
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
@@ -197,7 +197,7 @@ def _open_records(
     if path in SYNTHETIC:
         records = [Record(f"{path} {n}", values) for n, values in enumerate(SYNTHETIC[path]())]
     elif path.startswith("tfds:"):
-        records = [Record(f"{path} {n}", values) for n, values in open_tfds(path).rows()]
+        records = [Record(f"{path} {n}", values) for n, values in read_tfds(path)]
     elif os.path.exists(place) and (format := format_of(place)):
         known = tuple(given.values())
         options = ReadOptions(cfg.encoding, "", cfg.columns, reader.fields, known, True, note)

@@ -237,8 +237,8 @@ def _raise(error: OSError) -> None:
 
 
 def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) -> TextSource:
-    split = open_tfds(path)
-    info = split.builder.info
+    records, builder, split = open_tfds(path)
+    info = builder.info
     given = parse_fields(fields, ("text",))
     column = formats.text_column(path, list(info.features), given)
     if not fields:
@@ -246,12 +246,12 @@ def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) ->
 
     def documents() -> Iterator[Document]:
         with reading(path):
-            for number, record in enumerate(split.records):
+            for number, record in enumerate(records):
                 yield (formats.field_text(record, column, f"{path} record {number}"),)
 
     return TextSource(
         path,
-        tuple(str(file) for file in info.splits[split.name].filepaths),
+        tuple(str(file) for file in info.splits[split].filepaths),
         documents,
-        selection=f"{column} of {info.full_name}, {split.name}",
+        selection=f"{column} of {info.full_name}, {split}",
     )

@@ -6,7 +6,6 @@ A path is `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`. SPLIT is in TFDS's 
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.data.formats import as_text
@@ -16,30 +15,27 @@ if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
 
-@dataclass(frozen=True)
-class TfdsSplit:
-    """A split of a TFDS dataset."""
+def read_tfds(path: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yields the number and the values of each record: text, names of classes, numbers and lists.
 
-    path: str
-    records: Sequence[Mapping[str, object]]
-    """The values of each record as TFDS reads them: numpy arrays, and text as bytes."""
-    builder: "DatasetBuilder"
-    name: str
-
-    def rows(self) -> Iterator[tuple[int, dict[str, object]]]:
-        """Yields each record's number and values: text, names of classes, numbers and lists.
-
-        Raises:
-            InputError: Text is not UTF-8.
-        """
-        features = self.builder.info.features
-        for number, record in enumerate(self.records):
-            where = f"{self.path} {number}"
-            yield number, {n: _plain(where, value, features[n]) for n, value in record.items()}
+    Raises:
+        InputError: As for `open_tfds`, or text is not UTF-8.
+    """
+    records, builder, _ = open_tfds(path)
+    features = builder.info.features
+    for number, record in enumerate(records):
+        where = f"{path} {number}"
+        yield number, {n: _plain(where, value, features[n]) for n, value in record.items()}
 
 
-def open_tfds(path: str) -> TfdsSplit:
-    """Opens a TFDS dataset; raises InputError if TFDS cannot, or ignores a slice of a split."""
+def open_tfds(path: str) -> tuple[Sequence[Mapping[str, object]], "DatasetBuilder", str]:
+    """Returns the records of a TFDS dataset, its builder, and the name of the split.
+
+    The values of a record are as TFDS reads them: numpy arrays, and text as bytes.
+
+    Raises:
+        InputError: TFDS cannot open the dataset, or ignores the slice of a split.
+    """
     import tensorflow_datasets as tfds
 
     spec, _, data_dir = path.removeprefix("tfds:").partition("@")
@@ -59,7 +55,7 @@ def open_tfds(path: str) -> TfdsSplit:
             f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
             f"{info.num_examples}; prepare the dataset with file_format='array_record'"
         )
-    return TfdsSplit(path, records, builder, split)
+    return records, builder, split
 
 
 def _plain(where: str, value: Any, feature: Any = None) -> object:
