@@ -243,6 +243,12 @@ def read_conversation(record: Mapping[str, object]) -> Conversation:
 
     Raises:
         InputError: The record has none of these formats, or an invalid field.
+
+    >>> record = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    >>> for message in read_conversation(record).messages:
+    ...     print(message.role, repr(message.content))
+    user 'Add.\\n\\n1, 2'
+    assistant '3'
     """
     if (name := _first(record, TURNS)) is not None:
         return Conversation(_with_system(record, _list(record, name)), _tools(record))

@@ -199,6 +199,17 @@ def eval_batches(
     The stream's first token is never a target. The last row and the last batch are padded with
     weight 0, so that all processes have the same number of batches.
 
+    >>> stream = TokenStream([np.array([9, 5, 6, 9, 7, 8])], eot=9)  # two documents
+    >>> masked = DataConfig(documents="masked")
+    >>> (batch,) = eval_batches(stream, masked, context=4, batch=2)
+    >>> for name, rows in batch.items():
+    ...     print(f"{name:9}", rows.tolist())
+    tokens    [[9, 5, 6, 9], [7, 0, 0, 0]]
+    targets   [[5, 6, 9, 7], [8, 0, 0, 0]]
+    weights   [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+    segments  [[1, 1, 1, 2], [0, 0, 0, 0]]
+    positions [[0, 1, 2, 0], [0, 1, 2, 3]]
+
     Args:
         stream: The validation tokens.
         cfg: The data config.

@@ -83,6 +83,11 @@ def match_columns(
     Returns:
         The column of each field that was found; and, for each required field that was not, the
         list of candidate columns, which may be empty.
+
+    >>> match_columns(["Question", "Reply", "id"], ["instruction", "output"])
+    ({'instruction': 'Question', 'output': 'Reply'}, {})
+    >>> match_columns(["review", "comment"], ["text"])
+    ({}, {'text': ['review', 'comment']})
     """
     given = given or {}
     found = dict(given)
@@ -118,6 +123,9 @@ def rename(values: dict[str, object], mapping: Mapping[str, str]) -> dict[str, o
 
     Returns:
         The values of the fields, and of the columns that are not mapped.
+
+    >>> rename({"translation": {"de": "Hund"}, "id": 7}, {"target": "translation.de"})
+    {'target': 'Hund', 'translation': {'de': 'Hund'}, 'id': 7}
     """
     if all(field == column for field, column in mapping.items()):
         return values

@@ -330,7 +330,11 @@ def positions(wanted: int, cfg: GPTConfig) -> int:
 
 
 def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
-    """The stops of each row, int32 [B, E], E a power of two; padded with -1."""
+    """The stops of each row, int32 [B, E], E a power of two; padded with -1.
+
+    >>> stops_of([[7], [8, 9]]).tolist()
+    [[7, -1], [8, 9]]
+    """
     most = power_of_two(max(map(len, stops), default=1) or 1)
     return np.asarray([[*row, *[-1] * (most - len(row))] for row in stops], np.int32)
 

@@ -170,6 +170,14 @@ def sample_tokens(
 
     Returns:
         The tokens, int32 [B], and the memory with them.
+
+    >>> logits_BV = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2]] * 3))
+    >>> greedy, no_1 = Sampling(temperature=0), Sampling(temperature=0, logit_bias={1: -100})
+    >>> at = sampling_params([greedy, no_1, Sampling(top_k=1)], vocabulary=4, V=4)
+    >>> none_B = jnp.zeros(3, jnp.int32)
+    >>> memory = TokenHistory(jnp.zeros((3, 4), jnp.int32), jnp.zeros((3, 4), bool), none_B)
+    >>> sample_tokens(logits_BV, at, memory, position_B=none_B)[0].tolist()
+    [1, 2, 1]
     """
     logits_BV = logits_BV + at.bias_BV
     logits_BV = _if(

@@ -55,6 +55,12 @@ class IncrementalText:
     Text is returned as soon as it cannot change: incomplete characters, and text with which a stop
     string may begin, are held back. All returned pieces together are the text up to the first stop
     string. `context` are the ids before the text, see `Tokenizer.place`.
+
+    >>> from jaxgpt.tokenizer import Bytes
+    >>> tokenizer = Bytes()
+    >>> text = IncrementalText(tokenizer, stops=["END"])
+    >>> [text.add([token]) for token in tokenizer.encode("né. E, END")]
+    ['n', '', 'é', '.', ' ', '', 'E,', ' ', '', '', '']
     """
 
     def __init__(
