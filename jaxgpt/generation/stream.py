@@ -6,6 +6,7 @@
 Invalid arguments are refused before the first piece is requested.
 """
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,11 +51,21 @@ class TextStream:
 
 
 class IncrementalText:
-    """Incremental detokenization: the text of tokens that come a few at a time.
+    """Incremental detokenization: the text of tokens that come a few at a time, and where it ends.
 
     Text is returned as soon as it cannot change: incomplete characters, and text with which a stop
     string may begin, are held back. All returned pieces together are the text up to the first stop
-    string. `context` are the ids before the text, see `Tokenizer.place`.
+    string or end token.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        stops: Strings before which the text ends.
+        context: The ids before the text, see `Tokenizer.place`.
+        stop_ids: Tokens before which the text ends.
+        limit: The most tokens, with the one that ends the text.
+
+    Raises:
+        InputError: A stop string is empty.
 
     >>> from jaxgpt.tokenizer import Bytes
     >>> tokenizer = Bytes()
@@ -68,20 +79,36 @@ class IncrementalText:
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         context: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        limit: int = sys.maxsize,
     ):
         if not all(stops):
             raise InputError("a stop string is empty; give it a character, or remove it")
-        self.stops = tuple(stops)
+        self.stops, self.stop_ids = tuple(stops), tuple(stop_ids)
+        self.left = limit
+        """The number of tokens that may still follow."""
         self.stopped = False
+        """Whether a stop string or an end token has ended the text."""
         self._decoder = TextDecoder(tokenizer, context)
         self._held = ""
 
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" or "length" as in `TextStream`; "" while the text goes on."""
+        return "stop" if self.stopped else "" if self.left else "length"
+
     def add(self, ids: Sequence[int]) -> str:
-        """The next piece of text, after these tokens; "" after a stop string."""
-        return self._show(self._decoder.decode(ids))
+        """The next piece of text, after these tokens; "" after the end of the text."""
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        text = self._show(self._decoder.decode(ids[:end]))
+        self.left -= len(ids)
+        if end < len(ids) or self.finish_reason:
+            text += self.end()
+        self.stopped = self.stopped or end < len(ids)
+        return text
 
     def end(self) -> str:
-        """The last piece, when no more tokens will come."""
+        """The last piece, when no more tokens will come; "" if `add` has returned it."""
         return self._show(self._decoder.decode((), final=True), over=True)
 
     def _show(self, fresh: str, over: bool = False) -> str:
@@ -147,7 +174,7 @@ def stream_text(
     cfg = model.cfg
     if tokens < 1:
         raise InputError(f"tokens={tokens}; set it to 1 or more")
-    text = IncrementalText(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else (), stop_ids, tokens)
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
 
     def read(ids: list[int], sampling: Sampling) -> _Inputs:
@@ -158,9 +185,7 @@ def stream_text(
 
     begun = read(list(prompt), sampling)
     return TextStream(
-        _pieces(
-            model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
-        )
+        _pieces(model, params, begun, read, text, list(prompt), sampling, draft, cache)
     )
 
 
@@ -181,7 +206,7 @@ def stream_beam_search(
 
     Prompt and text must fit the context.
     """
-    text = IncrementalText(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else (), limit=tokens)
     T, length = model.cfg.decode_T, len(prompt)
     padded([prompt], model.cfg, T, "a prompt")  # raises InputError now, and not later
     room = T + 1 - length
@@ -204,7 +229,7 @@ def stream_beam_search(
         )
         if piece := text.add(ids) + text.end():
             yield piece
-        return "stop" if text.stopped or len(ids) < tokens else "length"
+        return text.finish_reason or "stop"
 
     return TextStream(pieces())
 
@@ -216,16 +241,14 @@ def _pieces(
     read: Callable[[list[int], Sampling], _Inputs],
     text: IncrementalText,
     ids: list[int],
-    left: int,
     sampling: Sampling,
-    stop_ids: Sequence[int],
     draft: tuple[GPT, Params] | None,
     cache: CacheDtype,
 ) -> Generator[str, None, str]:
-    cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
-    while left:
+    cfg, stops_1E, memory = model.cfg, stops_of([text.stop_ids]), None
+    while True:
         at, (prompt_1P, length_1) = begun
-        fit = min(left, cfg.decode_T - len(ids))
+        fit = min(text.left, cfg.decode_T - len(ids))
         S = positions(prompt_1P.shape[1] + fit, cfg)
         ahead = AHEAD if draft else 0
         begin = partial(
@@ -249,18 +272,12 @@ def _pieces(
             else:
                 state, written = decode_steps(model, params, state, at, stops_1E, CHUNK)
             new = [token for token in np.asarray(written.tokens_Bn)[0].tolist() if token >= 0]
-            ended = new[-1] in stop_ids
-            piece = text.add(new[:-1] if ended else new)
-            if ended or text.stopped or len(new) == left:
-                piece += text.end()
-                if piece:
-                    yield piece
-                return "stop" if ended or text.stopped else "length"
-            if piece:
+            if piece := text.add(new):
                 yield piece
-            ids, left, fit = ids + new, left - len(new), fit - len(new)
+            if text.finish_reason:
+                return text.finish_reason
+            ids, fit = ids + new, fit - len(new)
         ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
         # Positions repeat, and the noise at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
         begun = read(ids, sampling)
-    return "length"
