@@ -18,7 +18,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
 from jaxgpt.generation.decode import Rows, decode_steps, padded, positions, prefill, stops_of
-from jaxgpt.generation.sampling import Sampling, SamplingParams, sampling_params
+from jaxgpt.generation.sampling import SEEDS, Sampling, SamplingParams, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import GPT, Params
 from jaxgpt.model.cache import CacheDtype
@@ -279,5 +279,5 @@ def _pieces(
             ids, fit = ids + new, fit - len(new)
         ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
         # Positions repeat, and the noise at them should not.
-        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
+        sampling = replace(sampling, seed=(sampling.seed + 1) % SEEDS)
         begun = read(ids, sampling)
