@@ -181,7 +181,13 @@ def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) 
 
 
 def spec(letters: str | tuple[str, ...]) -> P:
-    """The PartitionSpec of a shape: `spec("BTD")` is `P(("data", "fsdp"), None, None)`."""
+    """The PartitionSpec of a shape, by the letters of its dimensions.
+
+    >>> spec("BTD") == P(("data", "fsdp"), None, None)
+    True
+    >>> spec("DF") == P("fsdp", "tensor")
+    True
+    """
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for letter in letters:

@@ -91,6 +91,10 @@ def stack(tree: Tree) -> Tree:
     """Stacks the separate leaves `blocks/i/...` of a tree into `blocks/...` with a leading L.
 
     It works on any tree that contains trees shaped like the parameters, such as a train state.
+
+    >>> layer = {"norm": jnp.zeros(5)}
+    >>> stack({"blocks": {"0": layer, "1": layer}})["blocks"]["norm"].shape
+    (2, 5)
     """
 
     def one(layers: Params) -> Params:
@@ -125,7 +129,11 @@ def _has_blocks(tree: object) -> bool:
 
 
 def flat(tree: Params) -> dict[Path, Any]:
-    """The leaves of nested dicts by path."""
+    """The leaves of nested dicts by path.
+
+    >>> flat({"blocks": {"0": {"q": 1, "k": 2}}, "wte": 3})
+    {('blocks', '0', 'k'): 2, ('blocks', '0', 'q'): 1, ('wte',): 3}
+    """
     return {
         tuple(entry.key for entry in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -133,7 +141,11 @@ def flat(tree: Params) -> dict[Path, Any]:
 
 
 def nested(leaves: Mapping[Path, object]) -> Params:
-    """The inverse of `flat`."""
+    """The inverse of `flat`.
+
+    >>> nested({("blocks", "0", "q"): 1, ("wte",): 3})
+    {'blocks': {'0': {'q': 1}}, 'wte': 3}
+    """
     tree: dict[str, Any] = {}
     for (*parents, name), leaf in leaves.items():
         inner = tree
