@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from jaxgpt import chat, serve
 from jaxgpt.config import Config
@@ -867,7 +868,6 @@ def test_an_internal_error_reveals_nothing():
 
 
 def test_metrics_count_responses_tokens_and_latencies():
-    parser = pytest.importorskip("prometheus_client.parser")
     with serving(FakeEngine(text="ab")) as port:
         call(port, "/v1/completions", {"prompt": "a", "n": 2})
         call(port, "/v1/completions", {"prompt": "a", "n": 99})
@@ -876,7 +876,7 @@ def test_metrics_count_responses_tokens_and_latencies():
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
     samples = {
         (sample.name, *sample.labels.values()): sample.value
-        for family in parser.text_string_to_metric_families(data.decode())
+        for family in text_string_to_metric_families(data.decode())
         for sample in family.samples
     }
     responses = "jaxgpt_http_responses_total"

@@ -82,16 +82,16 @@ class Streams:
                 continue
             tokens, finish = item.delta.tokens, item.delta.finish
             if first and tokens:
-                self._metrics.first.add(time.monotonic() - self._start)
+                self._metrics.first.observe(time.monotonic() - self._start)
                 first = False
             if finish:
-                self._metrics.finished[finish] += 1
+                self._metrics.finished.labels(finish).inc()
                 left -= 1
             if finish in FAILURES:
                 status, message, code = FAILURES[finish]
                 raise ApiError(status, message, code=code)
             yield item
-        self._metrics.total.add(time.monotonic() - self._start)
+        self._metrics.total.observe(time.monotonic() - self._start)
 
     def cancel(self) -> None:
         """Cancels all choices that are not finished."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxgpt.chat import choose
@@ -37,7 +37,7 @@ from jaxgpt.serve.guard import (
     error_response,
     read_body,
 )
-from jaxgpt.serve.metrics import Metrics
+from jaxgpt.serve.metrics import MEDIA_TYPE, Metrics
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def create_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
     served = _served(engine, name, max_n, add_special_tokens)
-    metrics = Metrics()
+    metrics = Metrics(lambda: engine.stats)
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
     embedding = asyncio.Semaphore(EMBEDDING)
@@ -179,8 +179,7 @@ def create_app(
 
     @app.get("/metrics")
     async def counted() -> Response:
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return PlainTextResponse(metrics.text(engine.stats), media_type=kind)
+        return Response(metrics.text(), media_type=MEDIA_TYPE)
 
     async def page_file(request: Request) -> Response:
         content, media_type = page_files[request.scope["path"]]

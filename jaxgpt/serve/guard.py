@@ -65,7 +65,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.responses[path, message["status"]] += 1
+                self.metrics.responses.labels(path, message["status"]).inc()
                 given = {name.lower() for name, _ in message["headers"]}
                 for name, value in HEADERS.items():
                     if name.encode() not in given:
