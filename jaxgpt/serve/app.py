@@ -13,26 +13,25 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.serve import docs, page
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Call, EmbeddingCall, ServedModel
-from jaxgpt.serve.bodies import ApiError
+from jaxgpt.serve.bodies import ApiError, JSONObject
 from jaxgpt.serve.constraints import Compiler
 from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import (
     SECONDS,
     Guard,
-    Receive,
-    Send,
     cancel_on_disconnect,
     error_response,
     read_body,
@@ -144,32 +143,32 @@ def create_app(
             answered = await cancel_on_disconnect(request.receive, made())
         return Response(answered, media_type="application/json")
 
-    async def tokens(request: Request, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
+    async def tokens(request: Request, parse: Callable[[bytes], JSONObject]) -> JSONObject:
         content, until = await started(request)
         with _api_errors():
             return await cancel_on_disconnect(request.receive, parsed(parse, content, until))
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> JSONObject:
         return await tokens(request, served.tokenize)
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
+    async def detokenize(request: Request) -> JSONObject:
         return await tokens(request, served.detokenize)
 
     model = {"id": name, "object": "model", "created": created, "owned_by": "jaxgpt"}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> JSONObject:
         return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{asked:path}")
-    async def one_model(asked: str) -> dict[str, Any]:
+    async def one_model(asked: str) -> JSONObject:
         served.check_name(asked)
         return model
 
     @app.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info() -> JSONObject:
         return {"name": name, "chat": served.template is not None, "context": served.context}
 
     @app.get("/health")
@@ -268,7 +267,7 @@ class Events(Response):
         del self.headers["content-length"]
         self._events, self._streams = events, streams
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events; cancels the streams in any case."""
         try:
             await cancel_on_disconnect(receive, self._write(send))
