@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
@@ -251,11 +251,12 @@ def _stopping() -> ApiError:
     )
 
 
-class Events(Response):
+class Events(StreamingResponse):
     """A response of server-sent events.
 
     It ends with the events, when the client disconnects, or when the client does not receive an
-    event within `SECONDS`.
+    event within `SECONDS`. sse-starlette would need the same code around it, patches uvicorn's
+    signal handler in the whole process, and by default cuts off the last events at shutdown.
     """
 
     media_type = "text/event-stream"
@@ -263,26 +264,22 @@ class Events(Response):
     def __init__(
         self, events: AsyncIterator[bytes], streams: Streams, headers: dict[str, str]
     ) -> None:
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self._events, self._streams = events, streams
+        super().__init__(events, headers=headers)
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events; cancels the streams in any case."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SECONDS):
+                await send(message)
+
         try:
-            await cancel_on_disconnect(receive, self._write(send))
+            await cancel_on_disconnect(receive, self.stream_response(send_in_time))
         except (ApiError, TimeoutError):
             pass  # the client is gone, so an error cannot be sent
         finally:
             self._streams.cancel()
-
-    async def _write(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        async for event in self._events:
-            async with asyncio.timeout(SECONDS):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class OneByOne:
