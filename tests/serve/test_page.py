@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 pytest.importorskip("playwright", reason="needs pip install playwright")
+from fake_server import BASE, CHAT, TEXT, FakeEngine, serving, until
 from playwright import sync_api as api
-from test_serve import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 from jaxgpt import chat
 from jaxgpt.serve import page as page_files
@@ -662,7 +662,7 @@ def test_the_page_loads_only_its_own_files_under_a_strict_policy(page, server):
 
 
 def test_the_package_has_every_file_of_the_page_and_the_licenses():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["jaxgpt.serve"]
     folder = page_files.FOLDER
     packed = {file for pattern in patterns for file in folder.parent.glob(pattern)}
