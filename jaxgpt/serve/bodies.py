@@ -30,8 +30,9 @@ from jaxgpt.generation.constrained import Guide, choices, json_schema, regex
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.serve.constraints import Constraint
 
-JSONObject = dict[str, object]
 T = TypeVar("T")
+JSONObject = dict[str, object]
+"""A JSON object: its values are JSON, too."""
 
 SEEDS = 1 << 63
 """Seeds are below this number."""

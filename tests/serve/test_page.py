@@ -534,12 +534,13 @@ def test_an_answer_does_not_move_a_page_that_was_scrolled_up(page, engine):
 
 def test_answers_are_read_out_as_their_parts_are_complete(page, engine):
     answer(engine, "First *part*.\n\n```\ncode\n```\n\nThe end.")
-    engine.pause = 0.015
+    engine.pause = 0.1
     page.fill("#text", "Hi")
     page.press("#text", "Enter")
     page.wait_for_selector("#spoken p:text-is('First part.')", state="attached")
     assert page.get_attribute("#spoken", "role") == "log"
     assert "The end." not in page.text_content("#spoken")
+    engine.pause = 0
     finished(page)
     assert page.locator("#spoken p").all_text_contents() == ["First part.", "Code.", "The end."]
     assert page.text_content("#status") == "little has finished."
