@@ -130,7 +130,8 @@ class FakeEngine:
 @contextlib.contextmanager
 def serving(engine, name="little", **options):
     """Runs a server for an engine, and yields its port."""
-    with running(app.create_app(engine, name=name, **options)) as port:
+    application = app.create_app(engine, name=name, **options)
+    with running(uvicorn.Server(server.uvicorn_config(application))) as port:
         try:
             yield port
         finally:
@@ -138,9 +139,8 @@ def serving(engine, name="little", **options):
 
 
 @contextlib.contextmanager
-def running(application):
-    """Runs uvicorn with an ASGI application in a thread, and yields its port."""
-    serves = uvicorn.Server(server.uvicorn_config(application))
+def running(serves):
+    """Runs a server of uvicorn's in a thread, and yields its port."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # connections inherit this
         sock.bind(("127.0.0.1", 0))

@@ -109,11 +109,10 @@ def test_an_internal_error_reveals_nothing(port, engine):
 
 
 DRAINING = """
-import socket
 import sys
 
 sys.path.insert(0, {folder!r})
-from fake_server import BASE, FakeEngine
+from fake_server import FakeEngine
 from jaxgpt.serve import app, server
 
 class Telling(FakeEngine):
@@ -122,11 +121,10 @@ class Telling(FakeEngine):
         print("asked", flush=True)
         return stream
 
-engine = Telling({arguments})
+engine = Telling(pause=0.1)
 gate = server.Gate("", True)
 gate.open(app.create_app(engine, name="little"), engine)
 sock = server._bind("127.0.0.1", 0)
-sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
 print(sock.getsockname()[1], flush=True)
 server.Server(gate).run([sock])
 """
@@ -142,16 +140,6 @@ def process(code):
             made.kill()
 
 
-@contextlib.contextmanager
-def draining(arguments):
-    """A server in another process that is ready for SIGTERM; yields the process and the port."""
-    folder = str(Path(__file__).parent)
-    with process(DRAINING.format(folder=folder, arguments=arguments)) as made:
-        port = int(made.stdout.readline())
-        until(lambda: is_listening(port), 30)
-        yield made, port
-
-
 def is_listening(port):
     with socket.socket() as client:
         return not client.connect_ex(("127.0.0.1", port))
@@ -159,7 +147,9 @@ def is_listening(port):
 
 def test_sigterm_finishes_running_requests_and_rejects_new_ones():
     body, found = {"messages": HELLO}, []
-    with draining("pause=0.1") as (served, port):
+    with process(DRAINING.format(folder=str(Path(__file__).parent))) as served:
+        port = int(served.stdout.readline())
+        until(lambda: is_listening(port), 30)
         ask = threading.Thread(
             target=lambda: found.append(events(port, "/v1/chat/completions", body))
         )
@@ -175,22 +165,23 @@ def test_sigterm_finishes_running_requests_and_rejects_new_ones():
     assert done == "[DONE]" and join(map(json.loads, chunks), "content") == TEXT
 
 
-def test_sigterm_lets_a_slow_client_receive_its_whole_answer():
-    with (
-        draining("BASE, 'a' * 4000, context=10_000") as (served, port),
-        slow_client(port) as client,
-    ):
-        assert served.stdout.readline() == "asked\n"
-        served.send_signal(signal.SIGTERM)
-        time.sleep(1)  # by now the engine is finished, and the server waits for the client
+def test_a_shutdown_lets_a_slow_client_receive_its_whole_answer():
+    engine = FakeEngine(BASE, "a" * 500, context=10_000)
+    gate = server.Gate("", local=True)
+    gate.open(app.create_app(engine, name="little"), engine)
+    serves = server.Server(gate)
+    with running(serves) as port, slow_client(port) as client:
+        until(lambda: engine.streams)
+        serves.handle_exit(signal.SIGTERM, None)
+        until(lambda: serves.should_exit)  # the engine has finished, and the client has to read
+        time.sleep(1)
         received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        assert b"data: [DONE]" in received and received.count(b"data: ") == 4001
-        assert served.wait(10) == 0
+    assert b"data: [DONE]" in received and received.count(b"data: ") == 501
 
 
 def test_until_the_model_is_loaded_every_response_has_retry_after():
     gate = server.Gate("secret", local=True)
-    with running(gate) as port:
+    with running(server.Server(gate)) as port:
         key = {"authorization": "Bearer secret"}
         status, headers, answer = call(port, "/health")
         assert (status, answer, headers["retry-after"]) == (503, {"status": "loading"}, "5")
