@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def chat_server():
-    from fake_server import FakeEngine, serving
+    from tests.serve.fake_server import FakeEngine, serving
 
     engine = FakeEngine()
     with serving(engine) as port:
@@ -14,7 +14,7 @@ def chat_server():
 
 @pytest.fixture(scope="session")
 def byte_server():
-    from fake_server import BASE, FakeEngine, serving
+    from tests.serve.fake_server import BASE, FakeEngine, serving
 
     engine = FakeEngine(BASE)
     with serving(engine) as port:

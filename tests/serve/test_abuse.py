@@ -12,12 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_server import BASE, CHAT, FakeEngine, call, post, serving, until
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.constrained.expressions import Expressions
 from jaxgpt.serve import app, connections, constraints, guard
+from tests.serve.fake_server import BASE, CHAT, FakeEngine, call, post, serving, until
 
 PLAIN = {"prompt": "a", "max_tokens": 2}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

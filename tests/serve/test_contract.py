@@ -8,13 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_server import CHAT, HELLO, PERSON, TEXT, FakeEngine, call, events, join, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxgpt import chat
 from jaxgpt.serve import page
 from jaxgpt.serve.bodies import ChatBody, CompletionBody, EmbeddingBody, TokenizeBody
 from jaxgpt.serve.engine import Busy
+from tests.serve.fake_server import (
+    CHAT,
+    HELLO,
+    PERSON,
+    TEXT,
+    FakeEngine,
+    call,
+    events,
+    join,
+    serving,
+)
 
 
 def test_a_completion_has_openais_fields(port):

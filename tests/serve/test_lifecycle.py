@@ -13,7 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_server import (
+
+from jaxgpt import serve
+from jaxgpt.errors import InputError
+from jaxgpt.serve import answers, app, memory, server
+from jaxgpt.serve.engine import Stopped
+from tests.serve.fake_server import (
     BASE,
     HELLO,
     TEXT,
@@ -26,11 +31,6 @@ from fake_server import (
     serving,
     until,
 )
-
-from jaxgpt import serve
-from jaxgpt.errors import InputError
-from jaxgpt.serve import answers, app, memory, server
-from jaxgpt.serve.engine import Stopped
 
 
 @pytest.mark.parametrize(

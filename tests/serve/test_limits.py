@@ -6,12 +6,12 @@ import re
 from http.client import HTTPConnection
 
 import pytest
-from fake_server import CHAT, HELLO, FakeEngine, call, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.serve import guard
 from jaxgpt.serve.bodies import ChatBody, CompletionBody
+from tests.serve.fake_server import CHAT, HELLO, FakeEngine, call, serving
 
 LONG = "a" * 500
 

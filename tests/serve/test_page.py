@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 pytest.importorskip("playwright", reason="needs pip install playwright")
-from fake_server import BASE, CHAT, TEXT, FakeEngine, serving, until
 from playwright import sync_api as api
 
 from jaxgpt import chat
 from jaxgpt.serve import page as page_files
 from jaxgpt.serve.engine import Busy
+from tests.serve.fake_server import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 HTML = "Look: <img src=x onerror=\"document.title='taken'\"><script>alert(1)</script> <b>bold</b>"
 KEY = "jaxgpt.conversation."

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from fake_server import CHAT, HELLO, PERSON, call, events, join, post, serving, until
 
 from jaxgpt.config import Config
 from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.serve.engine import Engine
+from tests.serve.fake_server import CHAT, HELLO, PERSON, call, events, join, post, serving, until
 
 
 @pytest.fixture(scope="module")
