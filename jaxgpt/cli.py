@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -16,8 +16,8 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
-from jaxgpt.generation.config import GenerationConfig
-from jaxgpt.model.cache import CacheDtype
+from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
+from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
@@ -31,65 +31,35 @@ from jaxgpt.training import runs
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of `generate` and `chat`; None: the value in the model's
-    generation_config.json."""
+class Options(GenerationConfig):
+    """The options of `generate` and `chat`: those of generation, and how to load the model."""
 
-    temperature: float | None = None
-    """Logits are divided by it; 0: greedy decoding. 0.8 if the model has no default."""
-    top_k: int | None = None
-    """Sample from this many of the most probable tokens; 0: from all."""
-    top_p: float | None = None
-    """Sample from the fewest most probable tokens whose probabilities add up to this (nucleus
-    sampling); 1: from all."""
-    min_p: float | None = None
-    """Sample from tokens whose probability is at least this fraction of the highest; 0: from
-    all."""
-    repetition_penalty: float | None = None
-    """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied; 1:
-    none."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it is in the text, not counting the prompt."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of all tokens in the text, not counting the prompt."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids; -100 or less: never sampled."""
-    seed: int = 0
-    """The random seed: the same seed and settings give the same text."""
     stop: tuple[str, ...] = ()
-    """Stop strings, before which the text ends."""
+    """Stop strings: the text ends before the first of them."""
     choices: tuple[str, ...] = ()
-    """The text must be one of these."""
-    regex: str = ""
-    """The text must match this regular expression as a whole."""
-    schema: str = ""
-    """A file with a JSON schema; the text must be JSON that is valid for it."""
+    """Constrained decoding: the text is one of these strings."""
+    schema: str = ""  # type: ignore[assignment]  # the file of the JSON schema
+    """Constrained decoding: a file with a JSON schema, which the text, as JSON, fits."""
     draft: str = ""
-    """A smaller model with the same tokenizer, for speculative decoding; the text is the same."""
-    beam: int = 1
-    """The beam width of a beam search for the most probable text; 1: sampling."""
+    """The draft model of speculative decoding: a smaller model with the same tokenizer. It does not
+    change the text, only the speed."""
     adapter: str = ""
     """A folder with a LoRA adapter in PEFT's format, to fold into the model."""
     dtype: Dtype = "float32"
     """The format of the weights: bfloat16 takes half the memory of float32; int8 a quarter, and is
     faster, with nearly the same results."""
-    cache: CacheDtype = "same"
-    """The format of the KV cache: that of the computation, or int8, which takes less memory."""
 
-    def load(self, path: str) -> tuple[Trained, dict[str, Any]]:
-        """The model at `path`, and the options that its `stream` takes."""
+    def load(self, path: str) -> tuple[Trained, GenerationConfig]:
+        """The model at `path`, and how it generates."""
         trained = _ready(path, self.adapter, self.dtype)
-        options = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("dtype", "adapter") and value is not None
-        }
-        options["schema"] = _json(self.schema) if self.schema else None
-        options["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
+        own = {field.name: getattr(self, field.name) for field in fields(GenerationConfig)}
+        own["schema"] = _json(self.schema) if self.schema else None
+        own["draft"] = load(self.draft, dtype=self.dtype) if self.draft else None
         if self.beam == 1:
-            for line in generation.notes(trained.generation_config, GenerationConfig(), options):
+            defaults = {**NEUTRAL, "temperature": TEMPERATURE}
+            for line in generation.notes(trained.generation_config, self, defaults):
                 print(line, file=sys.stderr)
-        return trained, options
+        return trained, GenerationConfig(**own)
 
 
 Flat = Annotated[Options, tyro.conf.arg(name="")]
@@ -111,7 +81,7 @@ def generate(
         options: How to generate.
     """
     trained, how = options.load(path)
-    _, stopped = terminal.say(lambda: trained.stream(prompt, tokens, **how), before=prompt)
+    _, stopped = terminal.say(lambda: trained.stream(prompt, tokens, **vars(how)), before=prompt)
     if stopped:
         raise KeyboardInterrupt
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jaxgpt import strict_json, synonyms
+from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
@@ -33,39 +34,30 @@ from jaxgpt.training.telemetry import TelemetryConfig
 class TrainConfig:
     """The length of training, the batch, and how often to log and evaluate."""
 
-    steps: int = 1000
+    steps: Annotated[int, Ge(1)] = 1000
     """The total number of updates."""
-    epochs: float = 0.0
+    epochs: Annotated[float, Ge(0)] = 0.0
     """Passes over the training set, from which `steps` is computed; 0: `steps` counts. It suits
     fine-tuning on small data. On the command line, --train.steps alone overrides the epochs of a
     config file."""
-    batch: int = 32
+    batch: Annotated[int, Ge(1)] = 32
     """Rows of tokens in each step, over all devices and processes."""
-    context: int = 0
+    context: Annotated[int, Ge(0)] = 0
     """Tokens in a row; 0: the model's context length, model.T."""
-    micro: int = 1
+    micro: Annotated[int, Ge(1)] = 1
     """Gradient accumulation: the number of parts in which a batch is computed, to save memory. The
     gradient is the same."""
-    log_every: int = 10
+    log_every: Annotated[int, Ge(1)] = 10
     """Steps between log lines; only then does the host wait for the devices."""
-    eval_every: int = 250
+    eval_every: Annotated[int, Ge(0)] = 250
     """Steps between evaluations on the validation set; 0: only at the end, where there is always
     one."""
-    eval_batches: int = 0
+    eval_batches: Annotated[int, Ge(0)] = 0
     """The number of batches of an evaluation, spread evenly over the validation set; 0: all."""
     prompt: str = "\n"
     """The prompt of the sample that is generated after training."""
-    sample_tokens: int = 200
+    sample_tokens: Annotated[int, Ge(0)] = 200
     """The length of that sample in tokens; 0: no sample."""
-
-    def check(self) -> None:
-        """Raises InputError if a field is invalid."""
-        for name in ("steps", "batch", "micro", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name}={getattr(self, name)}; set it to 1 or more")
-        for name in ("context", "epochs", "eval_every", "eval_batches", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise InputError(f"train.{name}={getattr(self, name)}; set it to 0 or more")
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Config:
     """The folder of all runs."""
     seed: int = 1337
     """The random seed of initial weights, data order and dropout."""
-    resume: int = 0
+    resume: Annotated[int, Ge(0)] = 0
     """The step of an earlier checkpoint of this run to go back to; later checkpoints are renamed to
     STEP.abandoned. Repeating the command resumes, and does not go back again. 0: resume from the
     newest checkpoint."""
@@ -123,16 +115,16 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError if a field is invalid, before any data or device is used."""
-        self.train.check()
-        if self.resume < 0:
-            raise InputError(f"resume={self.resume}; set it to the step of a checkpoint, or 0")
+        check_bounds(self)
+        check_bounds(self.train, "train.")
         if self.adapter and not self.start:
             raise InputError(f"adapter={self.adapter} belongs to a model; set start to that")
         self.model.check()
         if self.context > self.model.T and not self.start:
             raise InputError(
                 f"train.context={self.train.context} is more than model.T={self.model.T}; "
-                "set it to that or less"
+                "set it to that or less",
+                field="train.context",
             )
         self.tokenizer.check()
         self.data.check()
@@ -253,14 +245,17 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     """
     classes = _classes(cls)
     if (classes or dataclasses.is_dataclass(cls)) and not isinstance(values, dict):
-        raise InputError(f"{path.rstrip('.') or 'config'}={values!r} is not a table of fields")
+        name = path.rstrip(".") or "config"
+        raise InputError(f"{name}={values!r} is not a table of fields", field=name)
     if classes:
         name = values.get("type", next(iter(classes)))
         values = {k: v for k, v in values.items() if k != "type"}
         if name not in classes and cls is Objective:
             return UnknownObjective(name)
         if name not in classes:
-            raise InputError(f"{path}type={name!r}; set it to one of {', '.join(classes)}")
+            raise InputError(
+                f"{path}type={name!r}; set it to one of {', '.join(classes)}", field=f"{path}type"
+            )
         cls = classes[name]
     if dataclasses.is_dataclass(cls):
         if cls is TokenizerConfig:
@@ -275,7 +270,7 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise InputError(f"{path}{name} is not an option; {hint}")
+                raise InputError(f"{path}{name} is not an option; {hint}", field=path + name)
         make: Any = cls
         return make(
             **{
@@ -287,16 +282,17 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     origin, options = typing.get_origin(cls), typing.get_args(cls)
     if origin is Literal:
         if values not in options:
-            raise InputError(f"{where}={values!r}; set it to one of {', '.join(map(str, options))}")
+            listed = ", ".join(map(str, options))
+            raise InputError(f"{where}={values!r}; set it to one of {listed}", field=where)
         return values
     if origin is tuple:
         if not isinstance(values, list | tuple):
-            raise InputError(f"{where}={values!r} is not a list")
+            raise InputError(f"{where}={values!r} is not a list", field=where)
         return tuple(from_dict(options[0], v, f"{where}[{i}].") for i, v in enumerate(values))
     if cls is float and isinstance(values, int) and not isinstance(values, bool):
         return float(values)
     if not isinstance(values, cls) or (isinstance(values, bool) and cls is not bool):
-        raise InputError(f"{where}={values!r} is not a value of type {cls.__name__}")
+        raise InputError(f"{where}={values!r} is not a value of type {cls.__name__}", field=where)
     return values
 
 

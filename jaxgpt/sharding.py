@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError
 
 Entered = TypeVar("Entered")
@@ -52,7 +53,7 @@ class ParallelConfig:
     """Devices that shard the parameters as well as the rows of the batch (FSDP, ZeRO-3)."""
     tensor: int = 1
     """Devices that shard heads, MLP and vocabulary (Megatron's tensor parallelism)."""
-    processes: int = 1
+    processes: Annotated[int, Ge(0)] = 1
     """The number of processes, one per host, each started by the same command on a shared folder;
     0: found from the cluster (TPU pod, Slurm, Open MPI, Kubernetes)."""
     process: int = 0
@@ -62,21 +63,23 @@ class ParallelConfig:
 
     def check(self) -> None:
         """Raises InputError where a field cannot be; `make_mesh` checks those of devices."""
-        if self.processes < 0:
-            raise InputError(f"parallel.processes={self.processes}; set it to 0 or more")
+        check_bounds(self, "parallel.")
         if self.processes < 2 and (self.process or self.coordinator):
             raise InputError(
                 f"parallel.process={self.process} and coordinator={self.coordinator!r} are for "
-                f"processes of 2 or more, and it is {self.processes}; set parallel.processes too"
+                f"processes of 2 or more, and it is {self.processes}; set parallel.processes too",
+                field="parallel.process",
             )
         if self.processes > 1 and not 0 <= self.process < self.processes:
             raise InputError(
                 f"parallel.process={self.process}; of {self.processes} processes, "
-                f"set it to 0 to {self.processes - 1}"
+                f"set it to 0 to {self.processes - 1}",
+                field="parallel.process",
             )
         if self.processes > 1 and not re.fullmatch(r"\S+:\d+", self.coordinator):
             raise InputError(
-                f"parallel.coordinator={self.coordinator!r}; set it to HOST:PORT of process 0"
+                f"parallel.coordinator={self.coordinator!r}; set it to HOST:PORT of process 0",
+                field="parallel.coordinator",
             )
 
 
@@ -160,10 +163,14 @@ def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
     if jax.process_count() > 1 and here % shape[-1]:
         raise InputError(
             f"parallel.tensor={shape[-1]} reaches over the {here} devices of a process, whose rows "
-            f"of the batch are its own; set it to a divisor of {here}"
+            f"of the batch are its own; set it to a divisor of {here}",
+            field="parallel.tensor",
         )
     if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
-        raise InputError(f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit")
+        raise InputError(
+            f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit",
+            field="parallel.mode",
+        )
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

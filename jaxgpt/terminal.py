@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 from unicodedata import category
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from jaxgpt.chat import choose, render
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import GenerationConfig
-from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.generation.stream import TextStream
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
@@ -137,10 +137,10 @@ def clock(what: str) -> Iterator[None]:
 class Conversation:
     """A conversation, and the settings of the next answer."""
 
-    def __init__(self, trained: Trained, system: str, tokens: int, settings: dict[str, Any]):
+    def __init__(self, trained: Trained, system: str, tokens: int, config: GenerationConfig):
         self.trained = trained
         self.tokens = tokens
-        self.settings = settings
+        self.config = config
         self.chats = True
         try:
             choose(trained.tokenizer)
@@ -152,7 +152,7 @@ class Conversation:
             )
         if tokens < 1:
             raise InputError(f"tokens={tokens}; set it to 1 or more")
-        GenerationConfig(**settings).check(trained.tokenizer.vocab_size)
+        config.check(trained.tokenizer.vocab_size)
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -165,8 +165,8 @@ class Conversation:
         """The pieces of the answer to the last message, or of its continuation."""
         if self.chats:
             room = self._room(messages)
-            return self.trained.stream_chat(messages, min(self.tokens, room), **self.settings)
-        return self.trained.stream(messages[-1]["content"], self.tokens, **self.settings)
+            return self.trained.stream_chat(messages, min(self.tokens, room), **vars(self.config))
+        return self.trained.stream(messages[-1]["content"], self.tokens, **vars(self.config))
 
     def _room(self, messages: list[dict[str, str]]) -> int:
         """The number of tokens that fit the context after the messages; InputError if there are
@@ -276,7 +276,8 @@ def command(conversation: Conversation, text: str) -> bool:
         asked = [at for at, m in enumerate(conversation.messages) if m["role"] == "user"]
         if not asked:
             raise InputError("there is no message to answer again")
-        conversation.settings["seed"] = (conversation.settings.get("seed", 0) + 1) % 2**63
+        config = conversation.config
+        conversation.config = replace(config, seed=(config.seed + 1) % SEEDS)
         reply(conversation, conversation.messages[: asked[-1] + 1])
     else:
         raise InputError(f"/{name} is no command; /help lists them")
@@ -290,9 +291,9 @@ def setting(conversation: Conversation, text: str) -> None:
     if name not in known:
         raise InputError(f"/set {text}: there are {', '.join(known)}")
     try:
-        number = int(value) if name in ("top_k", "seed") else float(value)
+        number: Any = int(value) if name in ("top_k", "seed") else float(value)
     except ValueError:
         raise InputError(f"/set {text}: give a name and a number, as in /set top_k 40") from None
-    changed = {**conversation.settings, name: number}
-    GenerationConfig(**changed).check(conversation.trained.tokenizer.vocab_size)
-    conversation.settings = changed
+    changed = replace(conversation.config, **{name: number})
+    changed.check(conversation.trained.tokenizer.vocab_size)
+    conversation.config = changed

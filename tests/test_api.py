@@ -82,7 +82,7 @@ def test_any_argument_is_right_or_an_input_error(gpt, name, value):
     ("options", "says"),
     [
         ({"schema": '{"type":"boolean"}'}, "use a JSON schema as a dict"),
-        ({"temperature": None}, "temperature=None is invalid; use a number"),
+        ({"temperature": "hot"}, "temperature=.hot. is invalid; use a number"),
         ({"tokens": 5.0}, "tokens=5.0 is invalid; use a whole number"),
         ({"seed": True}, "seed=True is invalid"),
         ({"stop": [1]}, "use a string or a list of strings"),

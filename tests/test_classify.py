@@ -268,8 +268,8 @@ def test_a_record_that_cannot_be_is_named(record, says):
 @pytest.mark.parametrize(
     ("objective", "says"),
     [
-        (Classify(class_weights=(1.0, 0.0)), "must be positive and finite"),
-        (Classify(class_weights=(1.0, float("nan"))), "must be positive and finite"),
+        (Classify(class_weights=(1.0, 0.0)), "set each above 0"),
+        (Classify(class_weights=(1.0, float("nan"))), "set each above 0"),
         (Classify(labels=("a", "a")), "has a label twice"),
     ],
 )

@@ -336,7 +336,7 @@ def test_invalid_batches_are_refused(options, message):
     [
         ({"paths": ()}, "data.paths is empty"),
         ({"paths": ("a", "b"), "weights": (1.0,)}, "1 numbers for 2 paths"),
-        ({"weights": (0.0,)}, "must be positive"),
+        ({"weights": (0.0,)}, "set each above 0"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"stride": -1}, "data.stride=-1"),
         ({"workers": -1}, "data.workers=-1"),

@@ -150,7 +150,10 @@ def test_without_a_share_it_is_next_token_prediction():
         (Distill(), "teacher is empty; set it to the run"),
         (Distill(teacher="run", share=1.1), "share=1.1; set it from 0 to 1"),
         (Distill(teacher="run", temperature=0), "temperature=0; set it above 0"),
-        (Distill(teacher="run", label_smoothing=1.0), "label_smoothing=1.0 leaves no weight"),
+        (
+            Distill(teacher="run", label_smoothing=1.0),
+            "label_smoothing=1.0; set it from 0 to below 1",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_with_what_to_set(objective, says):

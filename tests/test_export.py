@@ -234,7 +234,7 @@ def test_the_command_line_prints_the_models_settings_once(published, capsys, mon
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
     (published / "generation_config.json").write_text(json.dumps({**PUBLISHED, "typical_p": 0.9}))
     _, how = cli.Options(top_k=0).load(str(published))
-    assert "temperature" not in how and how["top_k"] == 0
+    assert how.temperature is None and how.top_k == 0
     said = capsys.readouterr().err
     assert "generation_config.json: temperature=0.6, repetition_penalty=1.1\n" in said
     assert "not supported, ignored from generation_config.json: typical_p\n" in said

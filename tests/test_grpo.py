@@ -336,7 +336,7 @@ def test_reward_rises():
 @pytest.mark.parametrize(
     ("objective", "says"),
     [
-        (GRPO(group=1), "group=1 has nothing to compare"),
+        (GRPO(group=1), "group=1; set it to 2 or more"),
         (GRPO(tokens=0), "tokens=0; set it to 1 or more"),
         (GRPO(updates=0), "updates=0; set it to 1 or more"),
         (GRPO(chunk=0), "chunk=0; set it to 1 or more"),

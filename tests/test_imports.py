@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 # A module may import from its own line and from the lines above it. The most specific name counts.
 LAYERS = """
 errors
+bounds
 paths strict_json manifest signals synonyms sharding
 model
 tokenizer

@@ -421,7 +421,7 @@ def test_balancing_keeps_equally_many_and_says_so(tmp_path, capsys):
         (
             4,
             {"val_fraction": 1.0},
-            "data.val_fraction=1.0 is invalid; set it to at least 0 and below",
+            "data.val_fraction=1.0; set it from 0 to below 1",
         ),
         (4, {"test_fraction": -0.1}, "data.test_fraction=-0.1"),
         (4, {"val_fraction": 0.5, "test_fraction": 0.5}, "leave no training records"),

@@ -22,6 +22,7 @@ DRAW = jax.jit(sample_tokens)
 
 def probabilities(logits, sampling, written=NOTHING, given=NOTHING, vocabulary=V):
     """Of each id, in float64 by sorting; NaN where it takes more than float32 to know."""
+    sampling = sampling.with_defaults({})
     x = np.array(logits, np.float64)
     for token, bias in sampling.logit_bias.items():
         x[token] += bias if bias > -100 else -np.inf
@@ -328,28 +329,28 @@ def test_transformers_leaves_the_same(possible):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"temperature": -0.1}, "temperature=-0.1; set it to 0 to 1000"),
+        ({"temperature": -0.1}, "temperature=-0.1; set it from 0 to 1000"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": 1001.0}, "temperature=1001.0"),
-        ({"top_k": -1}, "top_k=-1; set it to a whole number, 0 or more"),
+        ({"top_k": -1}, "top_k=-1; set it to 0 or more"),
         ({"top_k": 2.5}, "top_k=2.5"),
         ({"top_k": math.nan}, "top_k=nan"),
         ({"top_p": 0.0}, "top_p=0.0; set it above 0, and to 1 at most"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_p": math.nan}, "top_p=nan"),
-        ({"min_p": -0.1}, "min_p=-0.1; set it to 0 to 1"),
+        ({"min_p": -0.1}, "min_p=-0.1; set it from 0 to 1"),
         ({"min_p": 1.1}, "min_p=1.1"),
         ({"min_p": math.nan}, "min_p=nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0; set it to 0.001 to 1000"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0; set it from 0.001 to 1000"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"repetition_penalty": 1e39}, "repetition_penalty=1e"),
         ({"repetition_penalty": math.nan}, "repetition_penalty=nan"),
-        ({"frequency_penalty": math.inf}, "frequency_penalty=inf; set it to -1000 to 1000"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty=inf; set it from -1000 to 1000"),
         ({"frequency_penalty": math.nan}, "frequency_penalty=nan"),
         ({"presence_penalty": -math.inf}, "presence_penalty=-inf"),
         ({"presence_penalty": 1e39}, "presence_penalty=1e"),
-        ({"seed": -1}, "seed=-1; set it from 0 to 2"),
+        ({"seed": -1}, "seed=-1; set it from 0 to below 9"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"logit_bias": {8: 1.0}}, "logit_bias has token 8; ids are 0 to 7"),

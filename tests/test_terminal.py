@@ -333,7 +333,7 @@ def test_a_message_is_answered_again_in_another_way(chat, said):
         ("/set temperature", "/set temperature: give a name and a number"),
         ("/set temperature hot", "/set temperature hot: give a name and a number"),
         ("/set top_k 2.5", "/set top_k 2.5: give a name and a number"),
-        ("/set temperature -1", "temperature=-1.0; set it to 0"),
+        ("/set temperature -1", "temperature=-1.0; set it from 0"),
         ("/set top_p 0", "top_p=0.0; set it above 0"),
         ("/set min_p nan", "min_p=nan"),
         ("/retry", "there is no message to answer again"),

@@ -447,9 +447,9 @@ def saved_state(parts, ema, layers):
 @pytest.mark.parametrize(
     ("cfg", "says"),
     [
-        (TuneConfig("lora", rank=0), "rank=0; set it above 0"),
+        (TuneConfig("lora", rank=0), "rank=0; set it to 1 or more"),
         (TuneConfig("lora", alpha=-1.0), "alpha=-1.0; set it above 0"),
-        (TuneConfig("last", blocks=0), "blocks=0; set it above 0"),
+        (TuneConfig("last", blocks=0), "blocks=0; set it to 1 or more"),
         (TuneConfig("lora", matrices=()), "matrices is empty"),
         (TuneConfig("last", rank=4), "rank=4 has no effect.*set tune.parts=lora"),
         (TuneConfig("lora", blocks=2), "blocks=2 has no effect.*set tune.parts=last"),

@@ -148,7 +148,8 @@ class Batches:
         if self.stride > context:
             raise InputError(
                 f"data.stride={self.stride} would skip tokens between rows of {context} tokens; "
-                f"set it to at most {context}"
+                f"set it to at most {context}",
+                field="data.stride",
             )
         names = cfg.paths if cfg.weights else [" ".join(cfg.paths)]
         firsts = [0]
@@ -264,7 +265,8 @@ def window_order(
         if weights or firsts[-1] >= GRAIN_SHUFFLES:
             raise InputError(
                 "data.weights and large corpora need Grain, which is not installed: "
-                "pip install grain"
+                "pip install grain",
+                field="data.weights",
             ) from None
         count = firsts[-1]
         return (lambda k: k % count) if seed is None else _permutations(0, count, (seed, 0))

@@ -54,15 +54,19 @@ def parse_fields(option: Sequence[str], fields: Sequence[str]) -> dict[str, str]
         field, separator, column = entry.partition("=")
         if not (field and separator and column):
             raise InputError(
-                f"data.fields has {entry!r}; use FIELD=COLUMN, such as text='Review Text'"
+                f"data.fields has {entry!r}; use FIELD=COLUMN, such as text='Review Text'",
+                field="data.fields",
             )
         if fields and field not in fields:
             raise InputError(
                 f"data.fields sets {field!r}, but the objective reads {', '.join(fields)}; put the "
-                "field before the equals sign and the column after it"
+                "field before the equals sign and the column after it",
+                field="data.fields",
             )
         if field in given:
-            raise InputError(f"data.fields sets {field} twice; set it to one column")
+            raise InputError(
+                f"data.fields sets {field} twice; set it to one column", field="data.fields"
+            )
         given[field] = column
     return given
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
 from jaxgpt.data.columns import parse_fields
 from jaxgpt.data.formats import Document
 from jaxgpt.data.records import print_note
@@ -31,12 +32,12 @@ class DataConfig:
     """Training text. Each entry is 'python' (the source code of Python's standard library), a file
     (text, JSON, JSON Lines, Parquet, CSV or TSV, optionally compressed with gzip), a folder, a glob
     or a TFDS dataset, `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Annotated[float, Gt(0)], ...] = ()
     """Sampling weight of each path, relative to the others. Empty: in proportion to the number of
     tokens. The validation loss uses the same weights if there is validation text for each path."""
     val_paths: tuple[str, ...] = ()
     """Validation text, in the same formats as `paths`. Empty: a part of `paths` is held out."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Fraction of `paths` held out for validation if `val_paths` is empty; 0: no validation. Whole
     documents are held out, chosen by a hash of their content. With fewer than 100 documents, the
     end of each document is held out instead."""
@@ -49,12 +50,12 @@ class DataConfig:
     documents: Literal["joined", "masked"] = "joined"
     """joined: tokens attend to earlier documents in their row. masked: tokens attend only to
     their own document, and positions start at 0 in each document."""
-    stride: int = 0
+    stride: Annotated[int, Ge(0)] = 0
     """Number of tokens from the start of one row to the start of the next; 0: the context length,
     so that rows do not overlap. Smaller values give more, overlapping rows."""
     shuffle: bool = True
     """Shuffle the rows, in a new order every epoch. Otherwise they keep the order of the text."""
-    workers: int = 0
+    workers: Annotated[int, Ge(0)] = 0
     """Number of threads that tokenize text; 0: one per CPU core."""
     cache: str = ""
     """Folder for the tokenized text. Empty: $JAXGPT_CACHE if it is set, else ~/.cache/jaxgpt."""
@@ -64,29 +65,20 @@ class DataConfig:
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
+        check_bounds(self, "data.")
         if not self.paths:
-            raise InputError("data.paths is empty; set it to 'python' or to files of your own")
+            raise InputError(
+                "data.paths is empty; set it to 'python' or to files of your own",
+                field="data.paths",
+            )
         if self.weights and len(self.weights) != len(self.paths):
             raise InputError(
                 f"data.weights has {len(self.weights)} numbers for {len(self.paths)} paths; "
-                "set one weight per path, or none"
-            )
-        if any(not 0 < weight < float("inf") for weight in self.weights):
-            raise InputError(
-                f"data.weights={self.weights} is invalid; every weight must be positive and finite"
-            )
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(
-                f"data.val_fraction={self.val_fraction} is invalid; set it to at least 0 and below "
-                "1"
+                "set one weight per path, or none",
+                field="data.weights",
             )
         parse_fields(self.fields, ("text",))
         check_encoding(self.encoding)
-        for name in ("stride", "workers"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"data.{name}={getattr(self, name)} is negative; set it to 0 or more"
-                )
 
 
 @dataclass(frozen=True)
@@ -192,7 +184,8 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     if held_out and not any(map(len, vals)):
         raise InputError(
             f"data.val_fraction={held_out} of {join(parts).documents} documents gives an empty "
-            "validation set; increase it, or set data.val_paths"
+            "validation set; increase it, or set data.val_paths",
+            field="data.val_fraction",
         )
     return Corpus(parts, vals, fingerprint)
 

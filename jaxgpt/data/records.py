@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from jaxgpt.bounds import Ge, Lt, check_bounds
 from jaxgpt.data.columns import (
     column_of,
     fields_option,
@@ -71,11 +72,11 @@ class RecordsConfig:
     """Validation records, in the same formats as `paths`. Empty: a part of `paths` is held out."""
     test_paths: tuple[str, ...] = ()
     """Test records, evaluated once after training. Empty: `test_fraction` of `paths`."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Fraction of `paths` held out for validation if `val_paths` is empty; 0: no validation.
     Records are chosen by a hash of the fields that the objective reads, so that equal examples are
     always in the same split."""
-    test_fraction: float = 0.0
+    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Fraction of `paths` held out for testing if `test_paths` is empty; 0: no test set."""
     balance: str = ""
     """A field, such as the label, whose values are balanced by downsampling: the same number of
@@ -91,22 +92,19 @@ class RecordsConfig:
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
+        check_bounds(self, "data.")
         if not self.paths:
-            raise InputError("data.paths is empty; set it to files of records")
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"data.{name}={getattr(self, name)} is invalid; set it to at least 0 and below "
-                    "1"
-                )
+            raise InputError("data.paths is empty; set it to files of records", field="data.paths")
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"data.val_fraction={self.val_fraction} and test_fraction={self.test_fraction} "
-                "leave no training records; set them to less than 1 in total"
+                "leave no training records; set them to less than 1 in total",
+                field="data.val_fraction",
             )
         if len(set(self.columns)) < len(self.columns):
             raise InputError(
-                f"data.columns={self.columns} has a duplicate name; give each column its own name"
+                f"data.columns={self.columns} has a duplicate name; give each column its own name",
+                field="data.columns",
             )
         parse_fields(self.fields, ())
         check_encoding(self.encoding)

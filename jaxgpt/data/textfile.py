@@ -72,7 +72,8 @@ def check_encoding(encoding: str) -> None:
     except (LookupError, ValueError, TypeError, AttributeError):
         raise InputError(
             f"data.encoding={encoding!r} is not a text encoding of Python; set it to one, such as "
-            "utf-8, latin-1, cp1252, utf-16-le, gb18030 or shift_jis"
+            "utf-8, latin-1, cp1252, utf-16-le, gb18030 or shift_jis",
+            field="data.encoding",
         ) from None
 
 

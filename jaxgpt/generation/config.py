@@ -1,23 +1,26 @@
-"""The options of text generation."""
+"""The options of text generation, for Python, the command line and the server."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+from jaxgpt.bounds import Ge
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
-from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.sampling import NEUTRAL, Sampling
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import Tokenizer
+
+TEMPERATURE = 0.8
+"""The temperature in Python and on the command line, for models that have no default."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig(Sampling):
     """Options of text generation: sampling, stop strings, constraints, decoding method."""
 
-    temperature: float = 0.8
-    """Logits are divided by it; 0: always the most likely token (greedy decoding)."""
     stop: str | Sequence[str] = ()
     """Stop strings: the text ends before the first of them."""
     choices: Sequence[str] = ()
@@ -25,38 +28,59 @@ class GenerationConfig(Sampling):
     regex: str = ""
     """Constrained decoding: the whole text matches this regular expression."""
     schema: Mapping[str, Any] | None = None
-    """Constrained decoding: the text is JSON that fits this schema."""
+    """Constrained decoding: the text is JSON that fits this JSON schema."""
     draft: Any = None
-    """The draft model of speculative decoding: a smaller `Trained` with the same tokenizer. It does
-    not change the text, only the speed."""
-    beam: int = 1
+    """The draft model of speculative decoding: a smaller model with the same tokenizer. It does not
+    change the text, only the speed."""
+    beam: Annotated[int, Ge(1)] = 1
     """Beam width of a beam search for the most likely text; 1: no beam search, but sampling."""
     cache: CacheDtype = "same"
-    """The data type of the KV cache: "same" as the activations, or int8 to save memory."""
+    """The data type of the KV cache: "same" as the activations, or int8, which takes half."""
 
     def check(self, vocabulary: int) -> None:
         """Raises InputError if an option is invalid for a vocabulary of this size."""
+        for name, value in vars(self).items():
+            _check_type(name, value)
         super().check(vocabulary)
-        if not isinstance(self.beam, Integral) or self.beam < 1:
-            raise InputError(f"beam={self.beam} is invalid; use a whole number, 1 or more")
         if self.beam == 1:
             return
-        plain, fine = vars(GenerationConfig()), {"beam", "stop", "seed", "cache"}
-        asked = [
-            name
-            for name, value in vars(self).items()
-            if name not in fine and value not in (plain[name], [], 0)
+        allowed, defaults = {"beam", "stop", "seed", "cache"}, vars(GenerationConfig())
+        others = [
+            field.name
+            for field in fields(GenerationConfig)
+            if field.name not in allowed
+            and getattr(self, field.name) not in (defaults[field.name], [], (), 0)
         ]
-        if asked:
+        if others:
             raise InputError(
                 f"beam={self.beam} searches the most likely text, without sampling or constraints; "
-                f"remove {', '.join(asked)}"
+                f"remove {', '.join(others)}",
+                field="beam",
             )
+
+    @property
+    def constraint(self) -> tuple[Callable[..., constrained.Guide], Any] | None:
+        """The function that compiles the constraint, and its argument; None: no constraint.
+
+        Raises:
+            InputError: More than one of `choices`, `regex` and `schema` is given.
+        """
+        constraints: dict[str, tuple[Callable[..., constrained.Guide], Any]] = {
+            "choices": (constrained.choices, list(self.choices)),
+            "regex": (constrained.regex, self.regex),
+            "schema": (constrained.json_schema, self.schema and dict(self.schema)),
+        }
+        given = [name for name in constraints if getattr(self, name) not in ((), [], "", None)]
+        if len(given) > 1:
+            raise InputError(
+                f"{' and '.join(given)} cannot be combined; use one of them", field=given[1]
+            )
+        return constraints[given[0]] if given else None
 
     def as_guide(
         self, tokenizer: Tokenizer, ends: Sequence[int], context: Sequence[int] | None = None
     ) -> constrained.Guide | None:
-        """Compiles the constraint of `choices`, `regex` or `schema`; None if there is none.
+        """Compiles the constraint; None if there is none.
 
         Args:
             tokenizer: The model's tokenizer.
@@ -64,26 +88,19 @@ class GenerationConfig(Sampling):
             context: The token ids before the text, see `constrained.choices`.
 
         Raises:
-            InputError: More than one of the three is given, or the constraint is invalid.
+            InputError: The constraint is invalid.
         """
-        asked = {"choices": self.choices, "regex": self.regex, "schema": self.schema}
-        given = [name for name, value in asked.items() if value not in ((), [], "", None)]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} cannot be combined; use one of them")
-        if self.choices:
-            return constrained.choices(tokenizer, self.choices, ends=ends, context=context)
-        if self.regex:
-            return constrained.regex(tokenizer, self.regex, ends=ends, context=context)
-        if self.schema is not None:
-            return constrained.json_schema(tokenizer, dict(self.schema), ends=ends, context=context)
-        return None
+        if self.constraint is None:
+            return None
+        compile_, value = self.constraint
+        return compile_(tokenizer, value, ends=ends, context=context)
 
 
-def check_type(name: str, value: Any) -> None:
+def _check_type(name: str, value: object) -> None:
     """Raises InputError if the value of an option of `GenerationConfig` has the wrong type."""
     texts = "a string or a list of strings", lambda x: _is_text(x) or all(map(_is_text, _items(x)))
-    number = "a number", lambda x: isinstance(x, Real) and not isinstance(x, bool)
-    whole = "a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)
+    number = "a number", partial(_is_number, Real)
+    whole = "a whole number", partial(_is_number, Integral)
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "stop": texts,
         "choices": ("a list of strings", lambda x: not _is_text(x) and texts[1](x)),
@@ -100,14 +117,18 @@ def check_type(name: str, value: Any) -> None:
         ),
     } | dict.fromkeys(("top_k", "seed", "beam"), whole)
     wanted, is_right = kinds.get(name, number)
-    if not is_right(value):
-        raise InputError(f"{name}={value!r:.80} is invalid; use {wanted}")
+    if not is_right(value) and not (name in NEUTRAL and value is None):
+        raise InputError(f"{name}={value!r:.80} is invalid; use {wanted}", field=name)
 
 
-def _is_text(value: Any) -> bool:
+def _is_number(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _items(value: Any) -> Sequence[Any]:
+def _items(value: object) -> Sequence[object]:
     """The items of a list or tuple; for anything else, a list that contains no string."""
     return value if isinstance(value, list | tuple) else [None]

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import (
+    SEEDS,
     Sampling,
     SamplingParams,
     TokenHistory,
@@ -256,7 +257,7 @@ def decode(
     B = len(prompts)
     if isinstance(sampling, Sampling):
         sampling.check(vocabulary)
-        sampling = [replace(sampling, seed=(sampling.seed + row) % 2**63) for row in range(B)]
+        sampling = [replace(sampling, seed=(sampling.seed + row) % SEEDS) for row in range(B)]
     if len(sampling) != B:
         raise InputError(f"{len(sampling)} samplings for {B} prompts; give one, or one for each")
     at = sampling_params(sampling, vocabulary, cfg.sizes["V"], guides)

@@ -7,73 +7,92 @@ other rows are.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.bounds import Ge, Gt, Le, Lt, check_bounds
 from jaxgpt.errors import InputError
 
 BANNED = -1e30  # finite, so that a constraint that allows nothing else wins
+SEEDS = 2**63  # seeds are below this number
 LARGEST = 1000  # the largest penalty or bias, with which BANNED stays far below, and finite
 BLOCK = 128  # of a vocabulary, which is padded to a multiple of it
 TINY = 1e-30  # close to the smallest float32
 
 
+Penalty = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling settings of one text. The defaults sample from the model's distribution."""
+    """The sampling settings of one text; the defaults sample from the model's distribution.
 
-    temperature: float = 1.0
-    """Logits are divided by it; 0: greedy decoding."""
-    top_k: int = 0
-    """Sample from this many of the most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Nucleus sampling: sample from the fewest most probable tokens whose probabilities add up to
-    this (Holtzman et al. 2019); 1: from all."""
-    min_p: float = 0.0
+    None is the model's default: what a published model has in its generation_config.json, or else
+    the value without an effect, in `NEUTRAL`.
+    """
+
+    temperature: Annotated[float, Ge(0), Le(LARGEST)] | None = None
+    """Logits are divided by it: lower values give more likely text; 0: always the most likely token
+    (greedy decoding). None: the model's default."""
+    top_k: Annotated[int, Ge(0)] | None = None
+    """Sample from this many of the most likely tokens; 0: from all. None: the model's
+    default."""
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    """Nucleus sampling: sample from the fewest most likely tokens whose probabilities add up to
+    this (Holtzman et al. 2019); 1: from all. None: the model's default."""
+    min_p: Annotated[float, Ge(0), Le(1)] | None = None
     """Sample from tokens whose probability is at least this fraction of the highest (Nguyen et al.
-    2024); 0: from all."""
-    repetition_penalty: float = 1.0
+    2024); 0: from all. None: the model's default."""
+    repetition_penalty: Annotated[float, Ge(1 / LARGEST), Le(LARGEST)] | None = None
     """Logits of tokens in the prompt or the text are divided by it, negative ones multiplied
-    (Keskar et al. 2019); 1: none."""
-    frequency_penalty: float = 0.0
+    (Keskar et al. 2019); 1: none. None: the model's default."""
+    frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit for each time it is in the text, not counting the prompt."""
-    presence_penalty: float = 0.0
+    presence_penalty: Penalty = 0.0
     """Subtracted from the logits of all tokens in the text, not counting the prompt."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these ids; -100 or less: never sampled, unless a constraint allows
-    nothing else."""
-    seed: int = 0
+    """Added to the logits of these token ids; -100 or less: never sampled, unless a constraint
+    allows nothing else."""
+    seed: Annotated[int, Ge(0), Lt(SEEDS)] = 0
     """The random seed: the same seed and settings give the same text."""
 
     def check(self, vocabulary: int) -> None:
         """Raises InputError if a field is invalid for a vocabulary of this size."""
-        for name, low, high in (
-            ("temperature", 0, LARGEST),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 1 / LARGEST, LARGEST),
-            ("frequency_penalty", -LARGEST, LARGEST),
-            ("presence_penalty", -LARGEST, LARGEST),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name}={getattr(self, name)}; set it to {low} to {high}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}; set it above 0, and to 1 at most")
-        if not isinstance(self.top_k, Integral) or self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}; set it to a whole number, 0 or more")
-        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed}; set it from 0 to 2**63 - 1")
+        check_bounds(self)
+        for name in ("top_k", "seed"):
+            if not isinstance(value := getattr(self, name), Integral | None):
+                raise InputError(f"{name}={value}; set it to a whole number", field=name)
         for token, bias in self.logit_bias.items():
             if not isinstance(token, Integral) or not 0 <= token < vocabulary:
-                raise InputError(f"logit_bias has token {token}; ids are 0 to {vocabulary - 1}")
+                raise InputError(
+                    f"logit_bias has token {token}; ids are 0 to {vocabulary - 1}",
+                    field="logit_bias",
+                )
             if not bias <= LARGEST:
                 raise InputError(
-                    f"logit_bias of token {token} is {bias}; set it to {LARGEST} at most"
+                    f"logit_bias of token {token} is {bias}; set it to {LARGEST} at most",
+                    field="logit_bias",
                 )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """The settings with those of `defaults`, then of `NEUTRAL`, in place of None."""
+        unset = [name for name in NEUTRAL if getattr(self, name) is None]
+        return replace(self, **{name: defaults.get(name, NEUTRAL[name]) for name in unset})
+
+
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""The values of sampling settings that have no effect."""
 
 
 class SamplingParams(NamedTuple):
@@ -113,7 +132,7 @@ def sampling_params(
     Raises:
         InputError: A field is invalid.
     """
-    B = len(samplings)
+    B, samplings = len(samplings), [sampling.with_defaults({}) for sampling in samplings]
     bias_BV = np.zeros((B, V), np.float32)
     bias_BV[:, vocabulary:] = -np.inf
     for row, sampling in enumerate(samplings):
@@ -128,7 +147,7 @@ def sampling_params(
         guides = np.zeros((B, V), np.int32), np.zeros((B, 1, 1), np.int32)
     return SamplingParams(
         temperature_B=column("temperature"),
-        top_k_B=np.asarray([min(sampling.top_k, V) for sampling in samplings], np.int32),
+        top_k_B=np.asarray([min(sampling.top_k or 0, V) for sampling in samplings], np.int32),
         top_p_B=column("top_p"),
         min_p_B=column("min_p"),
         repetition_penalty_B=column("repetition_penalty"),

@@ -18,7 +18,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
 from jaxgpt.generation.decode import decode_steps, padded, positions, prefill, stops_of
-from jaxgpt.generation.sampling import Sampling, sampling_params
+from jaxgpt.generation.sampling import SEEDS, Sampling, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
 from jaxgpt.model import GPT
 from jaxgpt.model.cache import CacheDtype
@@ -254,6 +254,6 @@ def _pieces(
             ids, left, fit = ids + new, left - len(new), fit - len(new)
         ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
         # Positions repeat, and the noise at them should not.
-        sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
+        sampling = replace(sampling, seed=(sampling.seed + 1) % SEEDS)
         begun = read(ids, sampling)
     return "length"

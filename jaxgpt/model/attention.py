@@ -64,7 +64,10 @@ def choose(wanted: str, platform: str, **facts) -> tuple[str, str]:
     if wanted != "auto":
         why_not = obstacle(wanted, platform, **facts)
         if why_not:
-            raise InputError(f"compute.attention={wanted}: {why_not}; set compute.attention=auto")
+            raise InputError(
+                f"compute.attention={wanted}: {why_not}; set compute.attention=auto",
+                field="compute.attention",
+            )
         return wanted, "as asked"
     best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "chunked")
     why_not = obstacle(best, platform, **facts)

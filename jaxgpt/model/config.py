@@ -1,12 +1,12 @@
 """The options of a model: its architecture, and how it is computed. Data only, no Flax."""
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
+from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model.attention import choose
 from jaxgpt.model.rotary import RopeScaling, rotary_frequencies
@@ -19,27 +19,27 @@ GATED = ("swiglu", "geglu")  # MLPs with a third matrix, the gate
 class GPTConfig:
     """The architecture. The defaults are GPT-2's, at a small size."""
 
-    L: int = 6
+    L: Annotated[int, Ge(1)] = 6
     """The number of layers."""
-    D: int = 384
+    D: Annotated[int, Ge(1)] = 384
     """The model width: the size of the residual stream and of embeddings."""
-    N: int = 6
+    N: Annotated[int, Ge(1)] = 6
     """The number of query heads."""
-    K: int = 0
+    K: Annotated[int, Ge(0)] = 0
     """The number of key/value heads; fewer than N for grouped-query attention. 0: N."""
-    H: int = 0
+    H: Annotated[int, Ge(0)] = 0
     """The head size; 0: D / N."""
-    F: int = 0
+    F: Annotated[int, Ge(0)] = 0
     """The hidden width of the MLP; 0: 4 D."""
-    T: int = 256
+    T: Annotated[int, Ge(1)] = 256
     """The context length, in tokens."""
-    V: int = 0
+    V: Annotated[int, Ge(0)] = 0
     """The vocabulary size, before it is padded to a multiple of 128; 0: the tokenizer's."""
     position: Literal["learned", "rotary"] = "learned"
     """Position embeddings: learned (GPT-2) or rotary (RoPE, Su et al. 2021, half-split)."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Ge(0)] = 10000.0
     """The base of the rotary wavelengths."""
-    rope_local_theta: float = 0.0
+    rope_local_theta: Annotated[float, Ge(0)] = 0.0
     """The rotary base of layers with a sliding window, to which `rope_scaling` does not apply
     (Gemma 3); 0: `rope_theta`."""
     rope_scaling: RopeScaling = RopeScaling()  # noqa: RUF009
@@ -47,7 +47,7 @@ class GPTConfig:
     norm: Literal["layernorm", "rmsnorm", "rmsnorm+1"] = "layernorm"
     """LayerNorm (GPT-2), RMSNorm (Zhang and Sennrich 2019), or RMSNorm with a scale of 1 plus the
     parameter (Gemma)."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the variance in norms, for numerical stability."""
     post_norm: bool = False
     """Whether the outputs of attention and MLP are normalized before they are added (Gemma 2)."""
@@ -65,15 +65,15 @@ class GPTConfig:
     qk_norm: bool = False
     """Whether each head's queries and keys go through an RMSNorm, before the rotary embedding
     (QK-norm, Henry et al. 2020)."""
-    window: int = 0
+    window: Annotated[int, Ge(0)] = 0
     """The sliding window of attention, in tokens; 0: none, tokens attend to all of the past."""
-    global_every: int = 0
+    global_every: Annotated[int, Ge(0)] = 0
     """With a window: every so many layers, one has no window; 0: all have it."""
-    logit_softcap: float = 0.0
+    logit_softcap: Annotated[float, Ge(0)] = 0.0
     """Soft cap of the logits: cap * tanh(logits / cap) (Gemma 2); 0: none."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The dropout rate of embeddings, attention weights and residual branches in training."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Ge(0)] = 0.02
     """The standard deviation of initial weights; that of the output projections of attention and
     MLP is divided by sqrt(2 L)."""
 
@@ -111,30 +111,27 @@ class GPTConfig:
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        for letter in "LDNT":
-            if getattr(self, letter) < 1:
-                raise InputError(f"model.{letter}={getattr(self, letter)}; set it to 1 or more")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and value < 0:
-                raise InputError(f"model.{field.name}={value} is negative; set it to 0 or more")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"model.{field.name}={value} is not finite; set it to a number")
+        check_bounds(self, "model.")
         if not self.H and self.D % self.N:
             raise InputError(
                 f"model.N={self.N} heads do not divide model.D={self.D}; "
-                f"set D to a multiple of {self.N}, or the head size H"
+                f"set D to a multiple of {self.N}, or the head size H",
+                field="model.N",
             )
         if self.N % self.sizes["K"]:
             raise InputError(
                 f"model.K={self.K} key/value heads do not divide model.N={self.N} heads; "
-                f"set K to a divisor of {self.N}"
+                f"set K to a divisor of {self.N}",
+                field="model.K",
             )
         self.rope_scaling.check()
         if self.position == "rotary" and self.sizes["H"] % 2:
             raise InputError(f"rotary positions need an even head size, not H={self.sizes['H']}")
         if self.rope_scaling.kind == "dynamic" and self.sizes["H"] == 2:
-            raise InputError("model.rope_scaling.kind=dynamic needs a head size H above 2, not 2")
+            raise InputError(
+                "model.rope_scaling.kind=dynamic needs a head size H above 2, not 2",
+                field="model.rope_scaling.kind",
+            )
         if self.position == "rotary":
             for theta in (self.rope_theta, self.rope_local_theta or self.rope_theta):
                 with np.errstate(all="ignore"):
@@ -142,18 +139,16 @@ class GPTConfig:
                 if not theta > 0 or not np.isfinite(turns).all():
                     raise InputError(
                         f"model.rope_theta={theta} with {self.rope_scaling} turns by angles that "
-                        "are not finite; set it to the base that the model was trained with"
+                        "are not finite; set it to the base that the model was trained with",
+                        field="model.rope_theta",
                     )
-        if self.dropout >= 1:
-            raise InputError(f"model.dropout={self.dropout} drops everything; set it below 1")
-        if self.norm_eps <= 0:
-            raise InputError(f"model.norm_eps={self.norm_eps}; set it above 0")
         for name in ("global_every", "rope_local_theta"):
             if getattr(self, name) and not self.window:
                 raise InputError(f"model.{name}={getattr(self, name)} needs model.window > 0")
         if self.position == "learned" and (self.rope_scaling.kind != "none"):
             raise InputError(
-                f"model.rope_scaling.kind={self.rope_scaling.kind} needs model.position=rotary"
+                f"model.rope_scaling.kind={self.rope_scaling.kind} needs model.position=rotary",
+                field="model.rope_scaling.kind",
             )
 
     def build(self, compute: "ComputeConfig") -> Any:
@@ -171,7 +166,8 @@ class GPTConfig:
         if compute.layers == "scan" and len(set(self.windows())) > 1:
             raise InputError(
                 "compute.layers=scan runs one block for all layers, but model.global_every="
-                f"{self.global_every} makes them differ; set compute.layers=unrolled"
+                f"{self.global_every} makes them differ; set compute.layers=unrolled",
+                field="compute.layers",
             )
         return GPT(self, compute)
 
@@ -232,7 +228,8 @@ class ComputeConfig:
         if dtype == "bfloat16" and platform == "cpu" and jax.__version_info__ < (0, 9):
             raise InputError(
                 f"compute.dtype=bfloat16: jax {jax.__version__} lacks its products on a CPU; "
-                "set compute.dtype=float32, or install jax 0.9 or newer"
+                "set compute.dtype=float32, or install jax 0.9 or newer",
+                field="compute.dtype",
             )
         name, why = choose(
             self.attention,

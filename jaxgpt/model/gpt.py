@@ -295,7 +295,8 @@ def empty_cache(model: GPT, B: int, S: int, ahead: int = 1, dtype: CacheDtype = 
     if compute.layers == "scan":
         raise InputError(
             "compute.layers=scan cannot decode; set compute.layers=unrolled, and model.unstack "
-            "the parameters"
+            "the parameters",
+            field="compute.layers",
         )
     of = jnp.int8 if dtype == "int8" else jnp.dtype(compute.dtype)
     return Cache(empty(cfg.windows(), B, cfg.sizes["K"], S, cfg.sizes["H"], of, ahead=ahead))

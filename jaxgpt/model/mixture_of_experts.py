@@ -9,12 +9,13 @@ All experts are computed for all tokens and those not chosen get weight 0, which
 exact, and saves no time: an implementation for large models would dispatch tokens to experts."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.bounds import Ge
 from jaxgpt.errors import InputError
 from jaxgpt.model.config import ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, Block, Context
@@ -25,9 +26,9 @@ from jaxgpt.model.layers import linear_layers
 class MoEConfig(GPTConfig):
     """A GPT whose MLPs are mixtures of experts, each a SwiGLU of hidden width F."""
 
-    E: int = 4
+    E: Annotated[int, Ge(1)] = 4
     """The number of experts."""
-    active: int = 2
+    active: Annotated[int, Ge(1)] = 2
     """The number of experts whose output each token gets."""
 
     @property
@@ -38,9 +39,10 @@ class MoEConfig(GPTConfig):
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
         super().check()
-        if not 1 <= self.active <= self.E:
+        if self.active > self.E:
             raise InputError(
-                f"model.active={self.active} of {self.E} experts; set it from 1 to {self.E}"
+                f"model.active={self.active} of {self.E} experts; set it from 1 to {self.E}",
+                field="model.active",
             )
 
     def build(self, compute: ComputeConfig) -> Any:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.bounds import Ge, Gt, check_bounds
 from jaxgpt.errors import InputError
 
 
@@ -20,38 +21,32 @@ class RopeScaling:
     not at all, those between by a mixture (Llama 3.1); yarn: the same with another mixture, and
     attention sharpened by `attention_factor` (Peng et al. 2023); dynamic: by a larger base, the
     longer the row is beyond T tokens (NTK-aware scaling)."""
-    factor: float = 1.0
+    factor: Annotated[float, Gt(0)] = 1.0
     """How many times longer the context is than the one before."""
-    low: float = 1.0
+    low: Annotated[float, Gt(0)] = 1.0
     """llama3, yarn (beta_slow): a wavelength is long from T / low tokens on."""
-    high: float = 4.0
+    high: Annotated[float, Gt(0)] = 4.0
     """llama3, yarn (beta_fast, usually 32): a wavelength is short up to T / high tokens."""
-    T: int = 8192
+    T: Annotated[int, Gt(0)] = 8192
     """llama3, yarn, dynamic: the context before scaling."""
-    attention_factor: float = 0.0
+    attention_factor: Annotated[float, Ge(0)] = 0.0
     """yarn: cosines and sines are multiplied by it; 0: by 0.1 ln(factor) + 1."""
     truncate: bool = True
     """yarn: the dimensions between which it mixes are rounded to whole numbers."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        for field in ("factor", "low", "high", "T"):
-            if not 0 < getattr(self, field) < math.inf:
-                value = getattr(self, field)
-                raise InputError(f"model.rope_scaling.{field}={value}; set it above 0 and finite")
-        if not 0 <= self.attention_factor < math.inf:
-            raise InputError(
-                f"model.rope_scaling.attention_factor={self.attention_factor}; set it to a finite "
-                "number, 0 or more"
-            )
+        check_bounds(self, "model.rope_scaling.")
         if self.kind in ("yarn", "dynamic") and self.factor < 1:
             raise InputError(
                 f"model.rope_scaling.factor={self.factor}; {self.kind} stretches: set it to 1 or "
-                "more"
+                "more",
+                field="model.rope_scaling.factor",
             )
         if self.kind in ("llama3", "yarn") and self.high <= self.low:
             raise InputError(
-                f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above"
+                f"model.rope_scaling.high={self.high} is not above low={self.low}; set it above",
+                field="model.rope_scaling.high",
             )
 
 

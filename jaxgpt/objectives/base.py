@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 import jax
 import numpy as np
 
+from jaxgpt.bounds import check_bounds
 from jaxgpt.data.records import Reader, Record
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, Leaves
@@ -86,8 +87,9 @@ class Objective(ABC):
         """How many updates are made with each batch."""
         return 1
 
-    def check(self) -> None:  # noqa: B027 - most have something to check, not all
+    def check(self) -> None:
         """Raises InputError if a field is invalid."""
+        check_bounds(self, "objective.")
 
     def fit(self, records: Sequence[Record]) -> Self:
         """The objective with what is learned from the training records, such as the labels."""

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.bounds import Gt
 from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
@@ -46,7 +47,7 @@ class Classify(Objective):
     words and pairs of words as a baseline, if scikit-learn is installed."""
     labels: tuple[str, ...] = ()
     """The names of the classes, in order; empty: the labels of the training examples, sorted."""
-    class_weights: tuple[float, ...] = ()
+    class_weights: tuple[Annotated[float, Gt(0)], ...] = ()
     """The loss weight of each class, in the order of `labels`; empty: all 1, or by `balanced`."""
 
     @property
@@ -76,7 +77,8 @@ class Classify(Objective):
         if self.class_weights and len(self.class_weights) != len(labels):
             raise InputError(
                 f"objective.class_weights has {len(self.class_weights)} numbers for the labels "
-                f"{', '.join(labels)}; give one for each"
+                f"{', '.join(labels)}; give one for each",
+                field="objective.class_weights",
             )
         weights = self.class_weights
         if self.balanced and not weights:
@@ -86,12 +88,12 @@ class Classify(Objective):
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        if any(not 0 < weight < float("inf") for weight in self.class_weights):
-            raise InputError(
-                f"objective.class_weights={self.class_weights}; each must be positive and finite"
-            )
+        super().check()
         if len(set(self.labels)) < len(self.labels):
-            raise InputError(f"objective.labels={self.labels} has a label twice; name each once")
+            raise InputError(
+                f"objective.labels={self.labels} has a label twice; name each once",
+                field="objective.labels",
+            )
 
     def _label(self, record: Record) -> str:
         value = record.values.get(self.label)

@@ -1,11 +1,12 @@
 """Distillation: learning the predictions of a larger model, the teacher."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.bounds import Ge, Gt, Le
 from jaxgpt.errors import InputError
 from jaxgpt.model import logits, output_weights
 from jaxgpt.objectives.base import Batch, FrozenModel, Sums
@@ -23,9 +24,9 @@ class Distill(NextToken):
 
     teacher: str = ""
     """The teacher: a run, or anything else that `start` takes."""
-    share: float = 0.5
+    share: Annotated[float, Ge(0), Le(1)] = 0.5
     """The weight of the teacher's part of the loss, 0 to 1."""
-    temperature: float = 2.0
+    temperature: Annotated[float, Gt(0)] = 2.0
     """The temperature of both distributions; higher gives unlikely tokens more weight."""
 
     @property
@@ -37,11 +38,10 @@ class Distill(NextToken):
         """Raises InputError if a field is invalid."""
         super().check()
         if not self.teacher:
-            raise InputError("objective.teacher is empty; set it to the run to learn from")
-        if not 0 <= self.share <= 1:
-            raise InputError(f"objective.share={self.share}; set it from 0 to 1")
-        if self.temperature <= 0:
-            raise InputError(f"objective.temperature={self.temperature}; set it above 0")
+            raise InputError(
+                "objective.teacher is empty; set it to the run to learn from",
+                field="objective.teacher",
+            )
 
     def __call__(
         self,

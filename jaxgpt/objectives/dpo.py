@@ -1,13 +1,14 @@
 """Preference optimization: DPO and IPO."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import chat
+from jaxgpt.bounds import Ge, Gt, Lt
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
@@ -34,14 +35,14 @@ class DPO(Objective):
 
     loss: Literal["dpo", "ipo"] = "dpo"
     """The loss: DPO or IPO."""
-    beta: float = 0.1
+    beta: Annotated[float, Gt(0)] = 0.1
     """The strength of the penalty for deviating from the reference; higher keeps the model
     closer."""
     reference_free: bool = False
     """Train without a reference: its log-probabilities are taken as 0."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo: the fraction of pairs assumed to be labeled the wrong way round (Mitchell 2023)."""
-    chunk: int = 64
+    chunk: Annotated[int, Ge(1)] = 64
     """Positions of each row whose logits are in memory at once."""
 
     @property
@@ -56,16 +57,12 @@ class DPO(Objective):
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        if self.beta <= 0:
-            raise InputError(f"objective.beta={self.beta}; set it above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(
-                f"objective.label_smoothing={self.label_smoothing}; set it from 0 to below 0.5"
-            )
+        super().check()
         if self.loss == "ipo" and self.label_smoothing:
-            raise InputError("objective.label_smoothing is of loss=dpo; set it to 0 for ipo")
-        if self.chunk < 1:
-            raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
+            raise InputError(
+                "objective.label_smoothing is of loss=dpo; set it to 0 for ipo",
+                field="objective.label_smoothing",
+            )
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""

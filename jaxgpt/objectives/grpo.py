@@ -4,13 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import chat
+from jaxgpt.bounds import Ge, Gt
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
@@ -46,17 +47,17 @@ class GRPO(Objective):
     reward: Literal["exact", "number"] = "exact"
     """exact: 1 for an answer equal to the correct one, apart from white space around it; number: 1
     if the last numbers of both are equal as numbers (1,000 and 1000.0 are), else 0."""
-    group: int = 8
+    group: Annotated[int, Ge(2)] = 8
     """The number of answers sampled for each problem."""
-    tokens: int = 16
+    tokens: Annotated[int, Ge(1)] = 16
     """The most tokens of an answer; one that does not end within them has reward 0."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """The sampling temperature of answers."""
-    updates: int = 1
+    updates: Annotated[int, Ge(1)] = 1
     """The number of updates made with the answers to one batch."""
-    epsilon: float = 0.2
+    epsilon: Annotated[float, Gt(0)] = 0.2
     """The clipping range of the probability ratio."""
-    beta: float = 0.02
+    beta: Annotated[float, Ge(0)] = 0.02
     """The weight of the KL divergence from the reference (Schulman's k3 estimate); 0: no
     reference."""
     normalize: bool = True
@@ -64,7 +65,7 @@ class GRPO(Objective):
     per: Literal["answer", "token"] = "answer"
     """Whether the loss is averaged over answers, or over the tokens of all answers (Yu et al.
     2025)."""
-    chunk: int = 64
+    chunk: Annotated[int, Ge(1)] = 64
     """Positions of each row whose logits are in memory at once."""
 
     @property
@@ -81,19 +82,6 @@ class GRPO(Objective):
     def updates_per_batch(self) -> int:
         """The option `updates`."""
         return self.updates
-
-    def check(self) -> None:
-        """Raises InputError if a field is invalid."""
-        if self.group < 2:
-            raise InputError(f"objective.group={self.group} has nothing to compare; set it to 2 up")
-        for name in ("tokens", "updates", "chunk"):
-            if getattr(self, name) < 1:
-                raise InputError(f"objective.{name}={getattr(self, name)}; set it to 1 or more")
-        for name in ("temperature", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"objective.{name}={getattr(self, name)}; set it above 0")
-        if self.beta < 0:
-            raise InputError(f"objective.beta={self.beta}; set it to 0 or more")
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""

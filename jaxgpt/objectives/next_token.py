@@ -1,12 +1,12 @@
 """Pretraining: next-token prediction."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.errors import InputError
+from jaxgpt.bounds import Ge, Lt
 from jaxgpt.model import GPT, GPTConfig, logits, output_weights
 from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
@@ -16,27 +16,14 @@ from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
 class NextToken(Objective):
     """Cross-entropy of the next token, in nats, with optional smoothing and z-loss."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The fraction of the target's probability that is spread evenly over the vocabulary (Szegedy
     et al. 2016); 0: none."""
-    z_loss: float = 0.0
+    z_loss: Annotated[float, Ge(0)] = 0.0
     """The weight of the loss log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022,
     section 5); 0: none."""
-    chunk: int = 64
+    chunk: Annotated[int, Ge(1)] = 64
     """Positions of each row whose logits are in memory at once; more may be faster."""
-
-    def check(self) -> None:
-        """Raises InputError if a field is invalid."""
-        for name in ("label_smoothing", "z_loss"):
-            if (value := getattr(self, name)) < 0:
-                raise InputError(f"objective.{name}={value} is negative; set it to 0 or more")
-        if self.label_smoothing >= 1:
-            raise InputError(
-                f"objective.label_smoothing={self.label_smoothing} leaves no weight on the target; "
-                "set it below 1"
-            )
-        if self.chunk < 1:
-            raise InputError(f"objective.chunk={self.chunk}; set it to 1 or more")
 
     def __call__(
         self,

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 
+from jaxgpt.bounds import Ge, Lt
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.translation import bleu
@@ -35,16 +36,16 @@ class Translate(NextToken):
     packs: ClassVar[bool] = True
     command: ClassVar[str] = "translate"
 
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
     """The fraction of the target's probability that is spread evenly over the vocabulary (Vaswani
     et al. 2017)."""
     source: str = "python"
     """The field with the source text."""
     target: str = "prefix"
     """The field with the target text."""
-    beam: int = 5
+    beam: Annotated[int, Ge(1)] = 5
     """The beam width of translation; 1: greedy decoding."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Ge(0)] = 1.0
     """Beam search ranks translations by log-probability / length**length_penalty; higher values
     prefer longer translations."""
 
@@ -58,12 +59,9 @@ class Translate(NextToken):
         super().check()
         if self.source == self.target:
             raise InputError(
-                f"objective.source and target are both {self.source}; set them to two fields"
+                f"objective.source and target are both {self.source}; set them to two fields",
+                field="objective.source",
             )
-        if self.beam < 1:
-            raise InputError(f"objective.beam={self.beam}; set it to 1 or more")
-        if self.length_penalty < 0:
-            raise InputError(f"objective.length_penalty={self.length_penalty}; set it to 0 or more")
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """source [S]; tokens, targets and weights [T].

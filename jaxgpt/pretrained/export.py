@@ -16,7 +16,7 @@ from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose
 from jaxgpt.chat.rendering import chat_template
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
-from jaxgpt.generation.config import GenerationConfig
+from jaxgpt.generation.config import TEMPERATURE
 from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
 from jaxgpt.model.params import flat
@@ -144,7 +144,7 @@ def generation_config(found: ModelSource, template: Template | None) -> dict[str
     tokenizer, given = found.tokenizer, found.generation_config
     own: dict[str, Any] = {
         "do_sample": True,
-        "temperature": GenerationConfig().temperature,
+        "temperature": TEMPERATURE,
         "top_k": 0,
     }
     fields = {name: value for name, value in given.items() if not name.startswith("_")}

@@ -9,12 +9,12 @@ them back.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.sampling import NEUTRAL, Sampling
 from jaxgpt.pretrained.tensors import read_json
 
 logger = logging.getLogger(__name__)
@@ -107,18 +107,20 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def notes(fields: Mapping[str, Any], plain: Sampling, given: Collection[str] = ()) -> Iterator[str]:
+def notes(
+    fields: Mapping[str, Any], given: Sampling, defaults: Mapping[str, float] = NEUTRAL
+) -> Iterator[str]:
     """Yields lines for the terminal: which settings come from the model, and which are ignored.
 
     Args:
         fields: The fields of generation_config.json.
-        plain: The default settings.
-        given: The names of the settings that the user has set, which override the model's.
+        given: The user's settings, which override the model's.
+        defaults: The settings of models that have none.
     """
     own = {
         name: value
         for name, value in sampling(fields).items()
-        if name not in given and value != getattr(plain, name)
+        if getattr(given, name) is None and value != defaults[name]
     }
     if own:
         listed = ", ".join(f"{name}={value}" for name, value in own.items())

@@ -19,7 +19,7 @@ from jaxgpt import __version__, pretrained
 from jaxgpt.chat import Messages, Tools, choose, render
 from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
-from jaxgpt.generation.config import GenerationConfig, check_type
+from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
 from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
 from jaxgpt.model.params import flat, merge, nested, split
@@ -196,13 +196,11 @@ class Trained:
                 f"{', '.join(sorted(wrong))}: unknown option; the options are "
                 f"{', '.join(sorted(known))}"
             )
-        for name, value in options.items():
-            check_type(name, value)
         if not isinstance(tokens, Integral):
             raise InputError(f"tokens={tokens!r} is invalid; use a whole number, 1 or more")
-        settings = self.sampling_defaults if options.get("beam", 1) == 1 else {}
-        how = GenerationConfig(**{**settings, **options})
+        how = GenerationConfig(**options)
         how.check(self.tokenizer.vocab_size)
+        how = how.with_defaults({"temperature": TEMPERATURE, **self.sampling_defaults})
         ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
             by: Any = partial(stream_beam_search, width=how.beam)

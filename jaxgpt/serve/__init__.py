@@ -11,7 +11,9 @@ other subpackage needs them.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from jaxgpt.bounds import Ge, Gt, Le, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.pretrained.load import Dtype
@@ -23,27 +25,27 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     """The address to bind. An address that other machines can reach requires an API key."""
-    port: int = 8000
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
     """The port to bind; 0: any free port."""
     api_key: str = ""
     """The API key that clients must send; "": none. Prefer $JAXGPT_API_KEY, which does not show up
     in the list of processes."""
     name: str = ""
     """The model's name in the API; "": the name of its run, folder or hub repository."""
-    slots: int = 0
+    slots: Annotated[int, Ge(0)] = 0
     """The batch size: how many texts are generated at the same time. 0: as many as fit in memory,
     up to 8."""
-    queue: int = 64
+    queue: Annotated[int, Ge(0)] = 64
     """The most texts that wait for a slot; further requests are rejected with status 429."""
-    context: int = 0
+    context: Annotated[int, Ge(0)] = 0
     """The most tokens of a prompt and its answer together. 0: the model's context, halved until it
     fits in memory."""
-    max_n: int = 16
+    max_n: Annotated[int, Ge(1)] = 16
     """The most texts that one request may ask for per prompt (`n`, `best_of`)."""
     add_special_tokens: bool = True
     """Whether text prompts begin with the tokenizer's beginning-of-document token, as training
     documents do. A request's own add_special_tokens overrides it."""
-    deadline: float = 300.0
+    deadline: Annotated[float, Gt(0)] = 300.0
     """The most seconds from a request's arrival to the end of its answer, including the time in the
     queue."""
     dtype: Dtype = "float32"
@@ -65,6 +67,7 @@ def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
         InputError: A setting is invalid (checked before the model is loaded), or the model cannot
             be loaded.
     """
+    check_bounds(cfg)
     try:
         from jaxgpt.serve import server
     except ModuleNotFoundError as error:

@@ -3,7 +3,6 @@
 A prompt or an answer that does not fit in the context is an error; nothing is truncated.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -279,18 +278,14 @@ class ServedModel:
         requests = []
         for prompt, tokens in zip(prompts, rooms, strict=True):
             for choice in range(body.texts):
-                sampling = body.sampling(choice, sampling_defaults(self.generation_config))
-                try:
-                    sampling.check(self.tokenizer.vocab_size)
-                except InputError as error:
-                    name = re.match(r"\w*", str(error))  # the message begins with the field
-                    raise ApiError(400, str(error), param=name and name[0]) from None
+                config = body.config(choice)
+                config.check(self.tokenizer.vocab_size)
                 requests.append(
                     Request(
                         tuple(prompt),
                         tokens,
-                        sampling,
-                        tuple(body.stop or ()),
+                        config.with_defaults(sampling_defaults(self.generation_config)),
+                        tuple(config.stop),
                         stop_ids,
                         continues=continues,
                         top_logprobs=body.top or 0,

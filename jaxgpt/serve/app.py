@@ -7,7 +7,6 @@ thread.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -229,8 +228,7 @@ def _api_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        field = re.match(r"(\w+)[:=]", str(error))
-        raise ApiError(400, str(error), param=field and field[1]) from None
+        raise ApiError(400, str(error), param=error.field) from None
     except Busy as busy:
         raise ApiError(
             429,

@@ -9,9 +9,9 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar
+from typing import Annotated, Literal, TypeGuard, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,16 +26,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from jaxgpt.generation.constrained import Guide, choices, json_schema, regex
-from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.config import GenerationConfig
+from jaxgpt.generation.constrained import choices, json_schema, regex
+from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.serve.constraints import Constraint
 
 T = TypeVar("T")
 JSONObject = dict[str, object]
 """A JSON object: its values are JSON, too."""
 
-SEEDS = 1 << 63
-"""Seeds are below this number."""
 STOPS = 16
 """The most stop strings of a request."""
 INPUTS = 2048
@@ -304,34 +303,33 @@ class RequestBody(Body):
                 400, f"{' and '.join(names)} cannot be combined; use one of them", param=names[1]
             )
 
-    def constraint(self, ends: tuple[int, ...]) -> Constraint | None:
-        """The constraint on the text before one of the end tokens `ends`; None: there is none."""
-        compile_: Callable[..., Guide]
-        value: object
-        if self.guided_choice is not None:
-            field, compile_, value = "guided_choice", choices, self.guided_choice
-        elif self.guided_regex is not None:
-            field, compile_, value = "guided_regex", regex, self.guided_regex
-        elif self.response_format and self.response_format.type != "text":
-            form = self.response_format.json_schema
-            field, compile_ = "response_format", json_schema
-            value = form.schema_ if form else {"type": "object"}
-        else:
-            return None
-        return Constraint(field, compile_, json.dumps(value), ends)
-
-    def sampling(self, choice: int, defaults: Mapping[str, Any]) -> Sampling:
-        """Returns the sampling settings of one of the texts.
+    def config(self, choice: int = 0) -> GenerationConfig:
+        """The options of generation that the request has.
 
         Args:
-            choice: The text's number; it is added to the seed, so that the texts differ.
-            defaults: The model's settings, for the fields that the request does not have.
+            choice: The number of the text; it is added to the seed, so that texts differ.
         """
         given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
-        given["seed"] = secrets.randbelow(SEEDS) if self.seed is None else self.seed + choice
-        given["seed"] %= SEEDS
-        given = {name: value for name, value in given.items() if value is not None}
-        return Sampling(**{**defaults, **given})
+        seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed + choice
+        given["seed"] = seed % SEEDS
+        form, schema = self.response_format, None
+        if form and form.type != "text":
+            schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+        return GenerationConfig(
+            stop=tuple(self.stop or ()),
+            choices=tuple(self.guided_choice or ()),
+            regex=self.guided_regex or "",
+            schema=schema,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+    def constraint(self, ends: tuple[int, ...]) -> Constraint | None:
+        """The constraint on the text before one of the end tokens `ends`; None: there is none."""
+        if (constraint := self.config().constraint) is None:
+            return None
+        compile_, value = constraint
+        names = {choices: "guided_choice", regex: "guided_regex", json_schema: "response_format"}
+        return Constraint(names[compile_], compile_, json.dumps(value), ends)
 
 
 class CompletionBody(RequestBody):

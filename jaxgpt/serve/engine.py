@@ -277,31 +277,42 @@ class Engine:
         """Raises InputError if a request is invalid."""
         V = self.trained.tokenizer.vocab_size
         if not (request.prompt and isinstance(request.prompt, tuple)):
-            raise InputError("prompt: it has no tokens; pass a tuple of at least one token id")
+            raise InputError(
+                "prompt: it has no tokens; pass a tuple of at least one token id", field="prompt"
+            )
         if not all(0 <= token < V for token in request.prompt):
             raise InputError(
-                f"prompt: it has ids outside the vocabulary; use ids from 0 to {V - 1}"
+                f"prompt: it has ids outside the vocabulary; use ids from 0 to {V - 1}",
+                field="prompt",
             )
         if request.tokens < 0:
-            raise InputError(f"max_tokens={request.tokens} is invalid; use 0 or more")
+            raise InputError(
+                f"max_tokens={request.tokens} is invalid; use 0 or more", field="max_tokens"
+            )
         length = len(request.prompt)
         if length > self.context:
             raise InputError(
-                f"prompt: {length} tokens do not fit in the context of {self.context}; shorten it"
+                f"prompt: {length} tokens do not fit in the context of {self.context}; shorten it",
+                field="prompt",
             )
         if length + request.tokens > self.context:
             raise InputError(
                 f"max_tokens={request.tokens} after a prompt of {length} tokens does not fit in "
-                f"the context of {self.context}; use {self.context - length} or less"
+                f"the context of {self.context}; use {self.context - length} or less",
+                field="max_tokens",
             )
         if not 0 <= request.top_logprobs <= MAX_LOGPROBS:
             raise InputError(
-                f"top_logprobs={request.top_logprobs} is invalid; use 0 to {MAX_LOGPROBS}"
+                f"top_logprobs={request.top_logprobs} is invalid; use 0 to {MAX_LOGPROBS}",
+                field="top_logprobs",
             )
         if len(request.stop_ids) > STOPS:
-            raise InputError(f"{len(request.stop_ids)} stop_ids are too many; use {STOPS} or less")
+            raise InputError(
+                f"{len(request.stop_ids)} stop_ids are too many; use {STOPS} or less",
+                field="stop_ids",
+            )
         if not all(request.stops):
-            raise InputError("stop: a stop string is empty; remove it")
+            raise InputError("stop: a stop string is empty; remove it", field="stop")
         if request.guide is not None:
             S, C = request.guide.next_SC.shape
             if S > STATES or C > CLASSES:

@@ -130,8 +130,6 @@ def choose_plan(
             they need and which options to change.
     """
     longest = found.config.model.decode_T
-    if slots < 0:
-        raise InputError(f"slots={slots} is invalid; use 1 or more, or 0 for as many as fit")
     if context and not 2 <= context <= longest:
         raise InputError(
             f"context={context} is invalid for a model with a context of {longest}; use 2 to "

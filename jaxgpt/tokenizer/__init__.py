@@ -68,16 +68,21 @@ class TokenizerConfig:
         """Raises InputError if a field is invalid."""
         if self.kind not in get_args(Kind):
             kinds = ", ".join(get_args(Kind))
-            raise InputError(f"tokenizer.kind={self.kind!r} is unknown; set it to one of {kinds}")
+            raise InputError(
+                f"tokenizer.kind={self.kind!r} is unknown; set it to one of {kinds}",
+                field="tokenizer.kind",
+            )
         if self.kind == "bpe" and self.vocab_size < 257:
             raise InputError(
                 f"tokenizer.vocab_size={self.vocab_size} is too small for 256 bytes and {EOT}; "
-                "set it to 257 or more"
+                "set it to 257 or more",
+                field="tokenizer.vocab_size",
             )
         if self.kind == "bpe" and self.sample_bytes < 1_000_000:
             raise InputError(
                 f"tokenizer.sample_bytes={self.sample_bytes} is too little text to train on; "
-                "set it to 1000000 or more"
+                "set it to 1000000 or more",
+                field="tokenizer.sample_bytes",
             )
 
 
@@ -110,7 +115,8 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
         raise InputError(
             "tokenizer.kind=huggingface cannot be built, because it comes with a model; set start "
             "(or tokenizer.from, to load the tokenizer alone) to the model's folder or name, or "
-            "set tokenizer.kind to bpe"
+            "set tokenizer.kind to bpe",
+            field="tokenizer.kind",
         )
     return published_bpe(cfg.kind)
 

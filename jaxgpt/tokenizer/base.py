@@ -191,7 +191,8 @@ class Tokenizer(ABC):
     def _with_specials(self, names: list[str]) -> "Tokenizer":
         raise InputError(
             f"tokenizer.kind={self.kind} cannot have special tokens other than {EOT}, such as "
-            f"{', '.join(names)}; use a model whose tokenizer.kind is bpe, gpt2 or another BPE"
+            f"{', '.join(names)}; use a model whose tokenizer.kind is bpe, gpt2 or another BPE",
+            field="tokenizer.kind",
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
     if len(ranks) < vocab_size - 1:
         raise InputError(
             f"tokenizer.vocab_size={vocab_size} is too large, because the text has only "
-            f"{len(ranks) - 256} merges; set it to {len(ranks) + 1} or less, or use more text"
+            f"{len(ranks) - 256} merges; set it to {len(ranks) + 1} or less, or use more text",
+            field="tokenizer.vocab_size",
         )
     return BPE("bpe", ranks, PATTERN, {EOT: len(ranks)})
 

@@ -59,7 +59,10 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             split = {**regex, "pattern": {"Regex": oniguruma(tokenizer.pattern)}}
             pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
     else:
-        raise InputError(f"tokenizer.kind={tokenizer.kind} cannot be exported as tokenizer.json")
+        raise InputError(
+            f"tokenizer.kind={tokenizer.kind} cannot be exported as tokenizer.json",
+            field="tokenizer.kind",
+        )
     specials = sorted(tokenizer.specials.items(), key=lambda item: item[1])
     model["vocab"] = vocabulary | dict(specials)
     return {

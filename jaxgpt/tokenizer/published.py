@@ -84,7 +84,8 @@ def published_bpe(kind: Kind) -> BPE:
                     f"tokenizer.kind={kind} needs {file.url}, which could not be downloaded "
                     f"({error}). Without network access, download these files on another machine "
                     f"and copy them to the folder in TIKTOKEN_CACHE_DIR (now {folder}): {names}; "
-                    "or set tokenizer.kind to bpe, which needs no files"
+                    "or set tokenizer.kind to bpe, which needs no files",
+                    field="tokenizer.kind",
                 ) from None
             _write(path, content)
         try:

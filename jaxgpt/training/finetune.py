@@ -14,11 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.bounds import Ge, Gt, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model import Leaves, count, init, letters
 from jaxgpt.model.params import Path, first_contracted_axis, flat, merge, nested, split
@@ -36,11 +37,11 @@ class TuneConfig:
     """all: every parameter; head: the parameters that the objective adds, such as a classifier's
     head; last: these, the final norm and the last blocks; lora: these and low-rank factors beside
     the matrices (LoRA)."""
-    blocks: int = 1
+    blocks: Annotated[int, Ge(1)] = 1
     """last: the number of last blocks that are trained."""
-    rank: int = 8
+    rank: Annotated[int, Ge(1)] = 8
     """lora: the rank R of the factors."""
-    alpha: float = 16.0
+    alpha: Annotated[float, Gt(0)] = 16.0
     """lora: the product of the factors is multiplied by alpha / rank."""
     matrices: tuple[str, ...] = ("blocks/*/q", "blocks/*/v")
     """lora: patterns for the paths of the matrices that get factors; `blocks/*` matches all."""
@@ -50,9 +51,7 @@ class TuneConfig:
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        for name in ("blocks", "rank", "alpha"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"tune.{name}={getattr(self, name)}; set it above 0")
+        check_bounds(self, "tune.")
         for f in fields(self):
             used = {"blocks": "last", "rank": "lora", "alpha": "lora", "matrices": "lora"}
             if getattr(self, f.name) != f.default and self.parts != used.get(f.name, self.parts):
@@ -61,9 +60,13 @@ class TuneConfig:
                     f"{self.parts}; set tune.parts={used[f.name]}"
                 )
         if self.parts == "lora" and not self.matrices:
-            raise InputError("tune.matrices is empty; name matrices, such as blocks/*/q")
+            raise InputError(
+                "tune.matrices is empty; name matrices, such as blocks/*/q", field="tune.matrices"
+            )
         if self.parts == "all" and self.base == "int8":
-            raise InputError("tune.base=int8 is for untrained parameters; set tune.parts=lora")
+            raise InputError(
+                "tune.base=int8 is for untrained parameters; set tune.parts=lora", field="tune.base"
+            )
 
     def factors(self, model: Leaves) -> Leaves:
         """The LoRA factors beside a model's matrices, by path; the letter R is the rank.
@@ -151,16 +154,21 @@ class Tree:
     def __post_init__(self) -> None:
         L = self.model.cfg.L
         if self.cfg.parts == "last" and self.cfg.blocks > L:
-            raise InputError(f"tune.blocks={self.cfg.blocks} of {L} layers; set it to {L} or less")
+            raise InputError(
+                f"tune.blocks={self.cfg.blocks} of {L} layers; set it to {L} or less",
+                field="tune.blocks",
+            )
         if self.cfg.parts == "last" and self.model.compute.layers == "scan":
             raise InputError(
                 "tune.parts=last trains some layers, and compute.layers=scan has all in one array; "
-                "set compute.layers=unrolled"
+                "set compute.layers=unrolled",
+                field="tune.parts",
             )
         if not self.trained_leaves:
             raise InputError(
                 f"tune.parts={self.cfg.parts} trains nothing: the objective has no parameters of "
-                "its own; set tune.parts to last, lora or all"
+                "its own; set tune.parts to last, lora or all",
+                field="tune.parts",
             )
 
     @cached_property

@@ -6,12 +6,12 @@ of the blocks; embeddings, output layer, norms and biases are left to AdamW.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
-from jaxgpt.errors import InputError
+from jaxgpt.bounds import Ge, Gt, Le, Lt, check_bounds
 from jaxgpt.model import Leaves
 from jaxgpt.model.params import first_contracted_axis
 
@@ -22,56 +22,43 @@ class OptimConfig:
 
     name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
     """The optimizer: AdamW; Muon for matrices, with AdamW for the rest; Lion; or Adafactor."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
     """The peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """The learning rate after the warm-up: cosine decay, linear decay, constant and then linear
     decay (wsd: warmup, stable, decay), or constant."""
-    warmup: int = 100
+    warmup: Annotated[int, Ge(0)] = 100
     """Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."""
-    final: float = 0.1
+    final: Annotated[float, Ge(0), Le(1)] = 0.1
     """The learning rate at the last step, as a fraction of the peak."""
-    decay: float = 0.2
+    decay: Annotated[float, Ge(0), Le(1)] = 0.2
     """wsd: the fraction of all steps in which the learning rate decays."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """The decay rate of the first moment (momentum)."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """The decay rate of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Gt(0)] = 1e-8
     """Added to the root of the second moment, for numerical stability."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decoupled weight decay of matrices and embeddings; it is multiplied by the learning rate."""
-    clip: float = 1.0
+    clip: Annotated[float, Ge(0)] = 1.0
     """The global norm to which larger gradients are clipped; 0: no clipping."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: Annotated[float, Gt(0)] = 0.02
     """muon: the peak learning rate of the matrices; the rest uses `learning_rate`."""
-    ema: float = 0.0
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The decay rate of an exponential moving average of the parameters, which evaluation and the
     saved model then use; 0: none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if the loss or gradient of a step is not finite: end the run, or skip the step."""
-    spike: float = 0.0
+    spike: Annotated[float, Ge(0)] = 0.0
     """Skip steps whose loss or gradient norm is more than this many standard deviations above the
     mean of the last 128 steps; 6 is usual, 0 never skips. Use it when training is unstable."""
-    max_skips: int = 20
+    max_skips: Annotated[int, Ge(1)] = 20
     """The run ends after so many skipped steps in a row."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        for name in ("learning_rate", "muon_learning_rate", "eps"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"optim.{name}={getattr(self, name)}; set it above 0")
-        for name in ("beta1", "beta2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optim.{name}={getattr(self, name)}; set it in [0, 1)")
-        for name in ("final", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"optim.{name}={getattr(self, name)}; set it in [0, 1]")
-        if self.max_skips < 1:
-            raise InputError(f"optim.max_skips={self.max_skips}; set it to 1 or more")
-        for name in ("weight_decay", "clip", "warmup", "spike"):
-            if getattr(self, name) < 0:
-                raise InputError(f"optim.{name}={getattr(self, name)}; set it to 0 or more")
+        check_bounds(self, "optim.")
 
     def warmup_within(self, steps: int) -> int:
         """The warm-up steps of a run of `steps` steps: `warmup`, or a tenth if that is too long."""

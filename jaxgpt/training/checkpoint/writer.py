@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
 from jaxgpt.training.checkpoint.arrays import (
@@ -53,26 +54,19 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig:
     """When to save checkpoints and how many to keep."""
 
-    every: int = 500
+    every: Annotated[int, Ge(0)] = 500
     """Steps between checkpoints. The last step is always saved; 0: only that one."""
-    keep: int = 2
+    keep: Annotated[int, Ge(1)] = 2
     """The number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
     """Whether to also keep the checkpoint with the lowest validation loss."""
-    patience: float = 10.0
+    patience: Annotated[float, Ge(0)] = 10.0
     """Minutes for which training waits and retries if a checkpoint cannot be saved, for example
     because the disk is full or not mounted. Then the run ends with an error."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
-        if self.every < 0:
-            raise InputError(f"checkpoint.every={self.every} is invalid; use 0 or more steps")
-        if self.keep < 1:
-            raise InputError(f"checkpoint.keep={self.keep} is invalid; use 1 or more")
-        if not 0 <= self.patience < math.inf:
-            raise InputError(
-                f"checkpoint.patience={self.patience} is invalid; use 0 or more minutes"
-            )
+        check_bounds(self, "checkpoint.")
 
 
 class Checkpoints:
