@@ -1,7 +1,7 @@
 """GPT-2 124M on web text, with about half a million tokens per step.
 
 Command:   python train.py configs/gpt2_124m.py --data.paths "fineweb/*.parquet"
-Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)
+Hardware:  one GPU of 80 GB; or 4 or more TPU chips, with --train.micro 1
 Data:      any large text; FineWeb or OpenWebText as parquet with a `text` column
 Time:      not run
 Expect:    not run; nanoGPT reports a validation loss of about 2.85 on OpenWebText after 600,000

@@ -1,7 +1,7 @@
 """A current architecture: RoPE, RMSNorm, squared ReLU, grouped queries, QK-norm; with Muon.
 
 Command:   python train.py configs/modern.py --data.paths "fineweb/*.parquet"
-Hardware:  one GPU of 80 GB, or a slice of 4 or more TPU chips (--train.micro 1)
+Hardware:  one GPU of 80 GB; or 4 or more TPU chips, with --train.micro 1
 Data:      as in gpt2_124m.py
 Time:      not run
 Expect:    not run

@@ -1,4 +1,4 @@
-"""jaxgpt: a ChatGPT-style language model from nothing, in JAX and Flax.
+"""jaxgpt: a ChatGPT-style language model from scratch, in JAX and Flax.
 
     gpt = jaxgpt.load("runs/default")       # config, params, tokenizer
     print(gpt("def main("))

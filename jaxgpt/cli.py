@@ -299,7 +299,8 @@ def main(args: list[str]) -> int:
     """Runs a command; returns the exit status."""
     try:
         try:
-            with Signals(), synonyms.suggest(args, synonyms.GENERATION):
+            suggest = synonyms.suggest(args, synonyms.GENERATION)
+            with Signals(), synonyms.joined_help(), suggest:
                 status = tyro.extras.subcommand_cli_from_dict(
                     COMMANDS, prog="python -m jaxgpt", args=args, use_underscores=True
                 )

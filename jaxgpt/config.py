@@ -254,7 +254,9 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
             return UnknownObjective(name)
         if name not in classes:
             raise InputError(
-                f"{path}type={name!r}; set it to one of {', '.join(classes)}", field=f"{path}type"
+                f"{path}type={name!r} is not known; set it to one of {', '.join(classes)}, or use "
+                "the config file that defines it (`load` needs a class in the package)",
+                field=f"{path}type",
             )
         cls = classes[name]
     if dataclasses.is_dataclass(cls):
@@ -377,6 +379,7 @@ def _execute(path: Path) -> Config:
         raise InputError(f"{path} is neither Python (.py) nor JSON (.json)")
     module = types.ModuleType(spec.name)
     module.__file__ = str(path)
+    sys.modules[spec.name] = module  # there `inspect` finds the docstrings of the file's classes
     # A config may import others from its folder: `from gpt2_124m import config as base`.
     sys.path.insert(0, str(path.parent))
     known = set(sys.modules)
@@ -417,7 +420,7 @@ def from_command_line(args: list[str], default: Path) -> Config:
     given = {each.split("=")[0] for each in options}
     if "--train.steps" in given and "--train.epochs" not in given:
         base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
-    with synonyms.suggest(args, synonyms.TRAINING):
+    with synonyms.joined_help(), synonyms.suggest(args, synonyms.TRAINING):
         return tyro.cli(
             Config,
             prog="train.py [configs/FILE.py]",

@@ -9,22 +9,28 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError
 
 Entered = TypeVar("Entered")
+Tree = TypeVar("Tree")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+PyTree = Any  # nested containers of arrays, or of what stands for arrays, as `jax.tree` takes them
+Letters = Mapping[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
 AXES = ("data", "fsdp", "tensor")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
@@ -140,7 +146,7 @@ def on_first_process(context: AbstractContextManager[Entered]) -> Iterator[Enter
         yield entered
 
 
-def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh of a config: axes `data`, `fsdp`, `tensor`, over all devices by default.
 
     Raises InputError where the axes do not multiply to the number of devices.
@@ -175,7 +181,13 @@ def make_mesh(cfg: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def spec(letters: str | tuple[str, ...]) -> P:
-    """The PartitionSpec of a shape: `spec("BTD")` is `P(("data", "fsdp"), None, None)`."""
+    """The PartitionSpec of a shape, by the letters of its dimensions.
+
+    >>> spec("BTD") == P(("data", "fsdp"), None, None)
+    True
+    >>> spec("DF") == P("fsdp", "tensor")
+    True
+    """
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for letter in letters:
@@ -213,7 +225,7 @@ def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh) -> N
             )
 
 
-def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh) -> Any:
+def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh) -> PyTree:
     """A NamedSharding for every leaf of a train state (arrays or ShapeDtypeStructs).
 
     `letters` maps a parameter's path to its (letters, shape). A leaf whose path ends in that path
@@ -221,13 +233,13 @@ def tree_shardings(tree: Any, letters: dict[tuple[str, ...], tuple], mesh: Mesh)
     parameter does; every other leaf is on all devices.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def one(path: tuple[object, ...], leaf: jax.Array) -> NamedSharding:
         names_of = (getattr(entry, "key", getattr(entry, "name", "")) for entry in path)
         keys = tuple(map(str, names_of))
         for start in range(len(keys)):
-            names, shape = letters.get(keys[start:], (None, None))
-            if names is not None and tuple(leaf.shape) == tuple(shape):
-                return NamedSharding(mesh, spec(names))
+            found = letters.get(keys[start:])
+            if found and tuple(leaf.shape) == tuple(found[1]):
+                return NamedSharding(mesh, spec(found[0]))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -244,9 +256,9 @@ class Layout:
 
     mode: str
     mesh: Mesh
-    letters: dict[tuple[str, ...], tuple]
+    letters: Letters
 
-    def shardings(self, tree: Any) -> Any:
+    def shardings(self, tree: PyTree) -> PyTree:
         """Where each leaf of a state-shaped tree lies."""
         if self.mode == "pmap":
             # As pmap returns it, so that no step is compiled again for a state lying elsewhere.
@@ -254,7 +266,7 @@ class Layout:
             return jax.tree.map(lambda _: everywhere, tree)
         return tree_shardings(tree, self.letters, self.mesh)
 
-    def abstract(self, make: Callable[[], Any]) -> Any:
+    def abstract(self, make: Callable[[], Tree]) -> Tree:
         """The tree that `make` would return, as ShapeDtypeStructs in their places."""
         tree = jax.eval_shape(make)
         return jax.tree.map(
@@ -263,7 +275,7 @@ class Layout:
             self.shardings(tree),
         )
 
-    def create(self, make: Callable[..., Any], *args: Any) -> Any:
+    def create(self, make: Callable[..., Tree], *args: PyTree) -> Tree:
         """The tree that `make` returns, each leaf made in its place and never whole elsewhere.
 
         Trees of arrays that are given to it, as loaded parameters are, are consumed.
@@ -276,7 +288,11 @@ class Layout:
         with jax.set_mesh(self.mesh):
             return jitted(*args)
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def place(self, tree: Tree) -> Tree:
+        """A tree of arrays, moved to their places."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, ArrayLike]:
         """This process's rows of a batch, split over the devices."""
         if self.mode == "pmap":
             devices = jax.local_device_count()
@@ -288,7 +304,9 @@ class Layout:
             for name, rows in batch.items()
         }
 
-    def compile_step(self, step: Callable[..., Any], state: Any, batch: Any) -> Callable[..., Any]:
+    def compile_step(
+        self, step: Callable[Args, Result], state: PyTree, batch: PyTree
+    ) -> Callable[Args, Result]:
         """`step` for states and batches like these; the state given to it is consumed."""
         if self.mode == "pmap":
             return _pmap(step, donate_argnums=0).lower(state, batch).compile()
@@ -298,8 +316,8 @@ class Layout:
             return jitted.lower(state, batch).compile()
 
     def compile_eval(
-        self, step: Callable[..., Any], params: Any, batch: Any, *frozen: Any
-    ) -> Callable[..., Any]:
+        self, step: Callable[Args, Result], params: PyTree, batch: PyTree, *frozen: PyTree
+    ) -> Callable[Args, Result]:
         """`step(params, batch, *frozen, axis=None) -> metrics` for arguments like these."""
         if self.mode == "pmap":
             mapped = _pmap(step, in_axes=(None, 0, *(None for _ in frozen)))
@@ -309,6 +327,12 @@ class Layout:
             return jitted.lower(params, batch, *frozen).compile()
 
 
-def _pmap(step: Callable[..., Any], in_axes: Any = (None, 0), **settings: Any) -> Any:
+def _pmap(
+    step: Callable[..., object],
+    in_axes: Sequence[int | None] = (None, 0),
+    donate_argnums: int | tuple[int, ...] = (),
+) -> jax.stages.Wrapped:
     mapped = partial(step, axis="devices")
-    return jax.pmap(mapped, "devices", in_axes=in_axes, out_axes=None, **settings)
+    return jax.pmap(
+        mapped, "devices", in_axes=in_axes, out_axes=None, donate_argnums=donate_argnums
+    )

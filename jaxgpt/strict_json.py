@@ -8,6 +8,9 @@ import json
 import math
 from typing import Any
 
+Json = dict[str, "Json"] | list["Json"] | str | float | bool | None
+"""A value of JSON."""
+
 DEEPEST = 100
 """Maximum nesting depth of arrays and objects, so that recursive code can process the values."""
 
@@ -36,7 +39,7 @@ def loads(text: str | bytes, *, distinct: bool = False) -> Any:
     return value
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
+def _is_deeper(value: object, depth: int) -> bool:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         level = [
@@ -54,7 +57,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _distinct(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     table = dict(pairs)
     if len(table) < len(pairs):
         raise ValueError("an object has a duplicate name")

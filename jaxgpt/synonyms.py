@@ -1,8 +1,9 @@
-"""Suggests the right option when the command line has the name of another program's option."""
+"""What the command lines add to tyro: the right name for another program's option, tidy help."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 TRAINING = {
     "model.L": "layers n_layer n_layers num_layers num_hidden_layers depth",
@@ -84,3 +85,27 @@ def suggest(args: Sequence[str], table: Mapping[str, str]) -> Iterator[None]:
                 if arg.startswith("--") and ours != name:
                     print(f"--{name}: use --{ours}", file=sys.stderr)
         raise
+
+
+@contextmanager
+def joined_help() -> Iterator[None]:
+    """Joins the lines of help texts, which tyro would break where their docstrings do."""
+    import docstring_parser  # tyro's parser of docstrings
+
+    def joining(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parsed(*args: Any, **options: Any) -> Any:
+            found = parse(*args, **options)
+            for param in found.params:
+                param.description = " ".join((param.description or "").split()) or None
+            return found
+
+        return parsed
+
+    kept = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
+    try:
+        for name, parse in kept.items():
+            setattr(docstring_parser, name, joining(parse))
+        yield
+    finally:
+        for name, parse in kept.items():
+            setattr(docstring_parser, name, parse)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 from rich.console import Console
@@ -26,6 +26,9 @@ from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.generation.stream import TextStream
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 MOMENT = 0.5  # seconds
 
@@ -84,7 +87,7 @@ def shell_quoted(text: str) -> str:
 class _Lossy(io.FileIO):
     """A file descriptor that drops output which cannot be written."""
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         try:
             return super().write(data) or 0
         except OSError:
@@ -105,9 +108,9 @@ def survive_closed_output() -> None:
     """
     open_missing_streams()
     for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
+        stream: io.TextIOWrapper = getattr(sys, name)
         raw = _Lossy(stream.fileno(), "w", closefd=False)
-        buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+        buffer = raw if stream.write_through else io.BufferedWriter(raw)
         survivor = io.TextIOWrapper(
             buffer,
             stream.encoding,

@@ -254,6 +254,35 @@ def test_help_explains_every_field(capsys):
         assert len(words) >= 3 or path == "model.L", (path, words)
 
 
+OWN = '''
+from dataclasses import dataclass
+from jaxgpt.config import Config
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import NextToken
+
+@dataclass(frozen=True)
+class Own(NextToken):
+    warmth: float = 1.0
+    """How warm it is
+    (in kelvins)."""
+
+@dataclass(frozen=True)
+class OwnConfig(GPTConfig):
+    pass
+
+config = Config(objective=Own(), model=OwnConfig())
+'''
+
+
+def test_help_explains_the_options_of_a_config_file_in_whole_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
+    (tmp_path / "own.py").write_text(OWN)
+    assert from_command_line([f"{tmp_path}/own.py", "--objective.warmth", "2"], DEFAULT)
+    with pytest.raises(SystemExit):
+        from_command_line([f"{tmp_path}/own.py", "--help"], DEFAULT)
+    assert "How warm it is (in kelvins). (default: 1.0)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_builds(file):
     cfg = read(file)

@@ -25,7 +25,7 @@ import jaxgpt
 from jaxgpt import data, pretrained, strict_json
 from jaxgpt.chat import choose
 from jaxgpt.cli import _given, _json
-from jaxgpt.data import formats, records, textfile
+from jaxgpt.data import json_files, parquet, records, textfile
 from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
@@ -428,7 +428,7 @@ def test_records_that_take_too_much_memory_are_refused(tmp_path, monkeypatch, na
 
 
 def test_a_json_file_that_is_too_large_to_parse_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(json_files, "LARGEST_JSON", 1000)
     (tmp_path / "a.json").write_text("[" + '{"a": 1},' * 200 + "]")
     with pytest.raises(InputError, match=r"a.json has more than 1,000 char.*to JSON Lines"):
         open_records(str(tmp_path / "a.json"))
@@ -448,7 +448,7 @@ BOMBS = {  # each far larger in memory than in its file
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_parquet_that_expands_without_bound_is_refused(tmp_path, monkeypatch, bomb):
-    monkeypatch.setattr(formats, "ALWAYS_ALLOWED", 8 * MIB)
+    monkeypatch.setattr(parquet, "ALWAYS_ALLOWED", 8 * MIB)
     monkeypatch.setattr(records, "LARGEST_RECORDS", 64 * MIB)
     file = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": BOMBS[bomb]()}), file, compression="zstd")

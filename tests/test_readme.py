@@ -1,13 +1,19 @@
 """The commands of the README and of docs/ run, and what they name exists.
 
 The language of a code block says how it is tested: `bash` and `python` run, with small sizes; `sh`
-and `py`, which need a network, a server or the reader's files, are parsed; `text` is output. The
-README's first two blocks, which set everything up, are what CI runs.
+and `py`, which need a network, a server or the reader's files, are parsed; a `diff` is applied to a
+copy of the code, which is then used; `text` is output. The README's first two blocks, which set
+everything up, are what CI runs.
 """
 
 import functools
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -117,7 +123,7 @@ def test_every_command_runs(newcomer, capsys):
                 names: dict = {}
                 exec(text, names)
                 if re.search("^config = ", text, re.MULTILINE):
-                    assert text.count("\n") < 30
+                    assert text.count("\n") < 40
                     Path("own.py").write_text(text)
                     assert train.main(["own.py"]) == 0
             for program, args in commands(text) if language == "bash" else ():
@@ -127,6 +133,53 @@ def test_every_command_runs(newcomer, capsys):
                     assert main(args) == 0, (page, program, args)
     assert len(ran) > 20
     assert "def main(" in capsys.readouterr().out
+
+
+def changes():
+    """The changes of the code that the pages show."""
+    return [text for page in PAGES for language, text in blocks(page) if language == "diff"]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda text: re.findall(r"b/(.*)", text)[0])
+def test_every_change_applies(change):
+    apply = ["git", "apply", "--check", "--verbose"]
+    done = subprocess.run(apply, cwd=ROOT, input=change, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+FAMILY = """
+from pathlib import Path
+
+from jaxgpt import pretrained
+from jaxgpt.model import GPTConfig
+from jaxgpt.pretrained.fields import Fields
+
+cfg = GPTConfig(V=99, norm="rmsnorm", position="rotary", mlp="relu2", bias=False, norm_eps=1e-5)
+family = pretrained.family_of(cfg)
+assert family.MODEL_TYPES == ("arcee",)
+fields = family.write_config(cfg)
+assert pretrained.are_alike(family.read_config(Fields(fields, Path("config.json"))), cfg)
+"""
+
+
+@pytest.mark.slow
+def test_the_changed_code_works(tmp_path):
+    for name in ("jaxgpt", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "train.py", tmp_path)
+    for change in changes():
+        subprocess.run(["git", "apply"], cwd=tmp_path, input=change, text=True, check=True)
+    run = functools.partial(
+        subprocess.run, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
+    )
+    run([sys.executable, "-c", FAMILY])
+    sizes = "--model.L 1 --model.D 32 --model.N 1 --model.F 32 --train.steps 4 --train.batch 8"
+    options = f"{sizes} --data.paths train.py --tokenizer.vocab_size 300 --data.val_fraction 0.1"
+    new = "--optim.name lamb --optim.schedule inverse_sqrt --optim.warmup 2 --train.log_every 1"
+    run([sys.executable, "train.py", *f"{options} {new} --optim.learning_rate 0.1".split()])
+    records = map(json.loads, (tmp_path / "runs/default/metrics.jsonl").read_text().splitlines())
+    rates = [record["learning_rate"] for record in records if "learning_rate" in record]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.1 * (2 / 3) ** 0.5])
 
 
 def check(program, args):
@@ -147,7 +200,7 @@ def test_every_command_has_options_that_exist(page, copy, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {name: idle(c) for name, c in cli.COMMANDS.items()})
     example = ""
     for language, text in blocks(page):
-        assert language in ("bash", "sh", "python", "py", "text"), (page, language)
+        assert language in ("bash", "sh", "python", "py", "diff", "text"), (page, language)
         if language in ("python", "py"):
             compile(text, page, "exec")
             example = text

@@ -370,7 +370,7 @@ def test_a_file_that_vanishes_is_named(tmp_path, suffix, read_it):
 @pytest.mark.parametrize("read_it", [measure, content_digest])
 def test_a_disk_that_fails_while_a_file_is_read_is_named(read_it):
     file = "/proc/self/mem"  # its first byte cannot be read
-    source = TextSource(file, (file,), lambda: formats.DocumentFile(file, "text").documents())
+    source = TextSource(file, (file,), lambda: formats.DocumentFile(file).documents())
     with pytest.raises(InputError, match=rf"{file} cannot be read: Input/output error; check"):
         read_it(source)
 

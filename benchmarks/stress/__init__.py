@@ -1,1 +1,1 @@
-"""What `benchmarks/torture.py` does to runs, files, disks and processes."""
+"""The parts of `benchmarks/torture.py`: faults in runs, files, disks and processes."""

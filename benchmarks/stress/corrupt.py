@@ -1,4 +1,4 @@
-"""Damaged files of data in every format: each is read, or refused by an error that names it."""
+"""Damaged data files of every format: each is read, or refused with an error that names it."""
 
 import csv
 import gzip
@@ -67,14 +67,14 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 
 ODD = (b"\0", b"\xff", b'"', b"\n", b"\r", b",", b"\t", b"[" * 300, b'{"a":' * 300, b"\xef\xbb\xbf")
 ODD += (b"\xff\xfe", b"\\ud800", b"1e400", b"NaN", b"null", b"9" * 5000, b"\x1f\x8b", b"PAR1")
-"""What is put into files."""
+"""Bytes that are inserted into files."""
 
 Edit = tuple[str, float, int, int]
-"""A kind of damage, where in the file as a fraction of it, of how many bytes, and a number."""
+"""A kind of damage, its place as a fraction of the file, its size in bytes, and a random number."""
 
 
 def edited(content: bytes, edits: list[Edit]) -> bytes:
-    """The bytes of a file after some damage."""
+    """Returns the bytes of a file after some damage."""
     for kind, place, size, number in edits:
         start = int(place * len(content))
         before, cut, after = content[:start], content[start : start + size], content[start + size :]
@@ -102,7 +102,7 @@ LARGEST_EDIT = 200
 
 
 def rows(bench: Bench, files: int) -> Iterator[Row]:
-    """Reads damaged files as text and as records, a share of `files` of each format."""
+    """Reads damaged files as text and as records; `files` is their number, over all formats."""
     for name, make in FORMATS.items():
         content, path = make(), bench.folder / name
         outcomes: Counter[str] = Counter()

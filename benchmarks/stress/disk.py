@@ -1,4 +1,4 @@
-"""What happens to the disk: it fills up, is read-only, or the run's folder disappears."""
+"""Faults of the disk: it is full or read-only, or the run's folder disappears."""
 
 import os
 import resource
@@ -19,12 +19,12 @@ from .processes import has_option
 from .runs import Bench, Row
 
 LARGE = 256 << 20
-PATIENCE = 0.1  # minutes that a run waits for room
+PATIENCE = 0.1  # minutes that a run waits for space on the disk
 
 
 @contextmanager
 def small_disk(bench: Bench, size: int = LARGE) -> Iterator[Path]:
-    """A disk of so many bytes, on which runs can start. Raises OSError if it cannot be made."""
+    """Mounts a small disk with the input files of runs. Raises OSError if it cannot be mounted."""
     folder = bench.folder / "disk"
     folder.mkdir(exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
@@ -36,7 +36,7 @@ def small_disk(bench: Bench, size: int = LARGE) -> Iterator[Path]:
 
 
 def resize(folder: Path, size: int) -> None:
-    """Gives a small disk another size."""
+    """Changes the size of a small disk."""
     _mount("-o", f"remount,size={size}", str(folder))
 
 
@@ -50,12 +50,12 @@ def _mount(*options: str) -> None:
 
 
 def used(folder: Path) -> int:
-    """The bytes in use on the disk of a folder."""
+    """Returns the number of bytes in use on the disk of a folder."""
     return shutil.disk_usage(folder).used
 
 
 def disk(bench: Bench, number: int) -> Iterator[Row]:
-    """A run that meets a full or read-only disk, or loses its folder, says so and is not lost."""
+    """Runs on a full or read-only disk, or without their folder, end with an error and resume."""
     bench.reference("base")
     try:
         with small_disk(bench) as folder:
@@ -72,42 +72,44 @@ def disk(bench: Bench, number: int) -> Iterator[Row]:
         for turn in range(number):
             share = (turn + bench.rng.uniform(0, 1)) / number
             size = empty + int(share * (full - empty))
-            yield _full(bench, size, share, room_soon=turn % 2 == 1)
+            yield _full(bench, size, share, space_soon=turn % 2 == 1)
         yield _read_only(bench)
     for what, lose in (("deleted", shutil.rmtree), ("renamed", _rename)):
         yield _lost_folder(bench, what, lose)
 
 
 def patience() -> list[str]:
-    """The option that lets a run wait for room for a few seconds only."""
+    """Returns the option with which a run waits only a few seconds for space on the disk."""
     known = has_option(CheckpointConfig, "patience")
     return ["--checkpoint.patience", str(PATIENCE)] if known else []
 
 
-def _full(bench: Bench, size: int, share: float, room_soon: bool) -> Row:
-    """The disk fills up; there is room again after two seconds, or only after the run's end."""
+def _full(bench: Bench, size: int, share: float, space_soon: bool) -> Row:
+    """Fills the disk; there is space again after two seconds, or only after the run has ended."""
     with small_disk(bench, size) as folder:
         places: Any = {"cwd": folder, "cache": folder / "cache"}
         process = bench.start("base", "base", *patience(), **places)
-        if room_soon:
+        if space_soon:
 
-            def make_room() -> None:
+            def make_space() -> None:
                 if process.wait_until(lambda: size - used(folder) < 16_384):
                     time.sleep(2)
                     resize(folder, LARGE)
 
-            thread = threading.Thread(target=make_room)
+            thread = threading.Thread(target=make_space)
             thread.start()
         ended = process.wait()
-        if room_soon:
+        if space_soon:
             thread.join()
         wrong, run = ended.wrong(0, 1, 2), folder / "runs" / "base"
-        wrong += _last_is_good(bench, run)
+        wrong += _last_checkpoint_errors(bench, run)
         resize(folder, LARGE)
         if ended.status != 0:
             wrong += bench.run("base", "base", **places).wrong(0)
-        wrong += bench.ended_well("base", run) if run.exists() else ["there is no run"]
-    when = "room after 2 s" if room_soon else "room after the end"
+        wrong += (
+            bench.differences_from_reference("base", run) if run.exists() else ["there is no run"]
+        )
+    when = "space after 2 s" if space_soon else "space after the end"
     return Row(
         "disk",
         f"tmpfs full at {share:.0%} of a run, {when}",
@@ -117,21 +119,21 @@ def _full(bench: Bench, size: int, share: float, room_soon: bool) -> Row:
 
 
 def _full_by_limit(bench: Bench) -> Row:
-    """No file may grow beyond a limit, which looks much like a full disk."""
+    """Limits the size of every file, which for a run is much like a full disk."""
     limit = bench.rng.randrange(1, 40_000)
     setup = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     name = bench.new_name("base")
     run, cache = bench.folder / "runs" / name, bench.folder / f"cache-{name}"
     ended = bench.run("base", name, *patience(), cache=cache, setup=setup)
-    wrong = ended.wrong(0, 1, 2) + _last_is_good(bench, run)
+    wrong = ended.wrong(0, 1, 2) + _last_checkpoint_errors(bench, run)
     if ended.status != 0:
         wrong += bench.run("base", name, cache=cache).wrong(0)
-    wrong += bench.ended_well("base", run)
+    wrong += bench.differences_from_reference("base", run)
     return Row("disk", f"files of at most {limit:,} bytes", tuple(wrong), f"status {ended.status}")
 
 
-def _last_is_good(bench: Bench, run: Path) -> list[str]:
-    """Whether the newest checkpoint of a run, if it has any, loads without a warning."""
+def _last_checkpoint_errors(bench: Bench, run: Path) -> list[str]:
+    """Returns what is wrong if the newest checkpoint, if any, does not load without a warning."""
     if not any((run / "checkpoints").glob("*/SHA256SUMS")):
         return []
     answer = bench.ask(what="model", path=str(run))
@@ -141,7 +143,7 @@ def _last_is_good(bench: Bench, run: Path) -> list[str]:
 
 
 def _read_only(bench: Bench) -> Row:
-    """The disk is mounted read-only when a run wants to go on."""
+    """Mounts the disk read-only before a run resumes."""
     with small_disk(bench) as folder:
         places: Any = {"cwd": folder, "cache": folder / "cache"}
         process = bench.start("base", "base", **places)
@@ -151,10 +153,12 @@ def _read_only(bench: Bench) -> Row:
         run = folder / "runs" / "base"
         _mount("-o", "remount,ro", str(folder))
         wrong = bench.run("base", "base", **places).wrong(1, 2)
-        wrong += _last_is_good(bench, run)
+        wrong += _last_checkpoint_errors(bench, run)
         _mount("-o", "remount,rw", str(folder))
-        wrong += bench.run("base", "base", **places).wrong(0) + bench.ended_well("base", run)
-    return Row("disk", "read-only when the run goes on", tuple(wrong))
+        wrong += bench.run("base", "base", **places).wrong(0) + bench.differences_from_reference(
+            "base", run
+        )
+    return Row("disk", "read-only when the run resumes", tuple(wrong))
 
 
 def _rename(run: Path) -> None:
@@ -162,12 +166,12 @@ def _rename(run: Path) -> None:
 
 
 def _lost_folder(bench: Bench, what: str, lose: Callable[[Path], None]) -> Row:
-    """The run's folder is deleted or renamed while the run trains."""
+    """Deletes or renames the run's folder while the run trains."""
     name = bench.new_name("base")
     run = bench.folder / "runs" / name
     process = bench.start("base", name, *patience(), "--train.steps", "1000000")
     process.wait_until(lambda: (run / "checkpoints" / "8" / "SHA256SUMS").exists())
-    for _ in range(99):  # while the run writes to it
+    for _ in range(99):  # repeated, because the run writes to it
         try:
             lose(run)
             break
@@ -176,10 +180,10 @@ def _lost_folder(bench: Bench, what: str, lose: Callable[[Path], None]) -> Row:
     process.wait_until(lambda: False, 20)
     note = "ended by itself"
     if process.runs:
-        note = "went on until SIGTERM"
+        note = "trained until SIGTERM"
         process.send(signal.SIGTERM)
     ended = process.wait(60)
     wrong = ended.wrong(1, 2, 143)
     for left in (run, run.with_name(f"{run.name}-moved")):
-        wrong += _last_is_good(bench, left)
+        wrong += _last_checkpoint_errors(bench, left)
     return Row("disk", f"the run's folder is {what} while it trains", tuple(wrong), note)

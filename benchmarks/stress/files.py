@@ -1,4 +1,4 @@
-"""What happens to files: flipped bits, cut and deleted files, and files of other programs."""
+"""Faults of files: flipped bits, truncated and deleted files, and files of other programs."""
 
 import random
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 from .runs import STEPS, Bench, Row
 
 STRAY = (".DS_Store", "x~", ".nfs000", "._a")
-HALF = 16  # the step after which a resumed run goes on
+HALF = 16  # the last checkpoint of a run before it resumes
 
 
 def flip(file: Path, rng: random.Random) -> None:
@@ -20,7 +20,7 @@ def flip(file: Path, rng: random.Random) -> None:
 
 
 def truncate(file: Path, rng: random.Random) -> None:
-    """Cuts a file short."""
+    """Truncates a file at a random place."""
     file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
 
 
@@ -37,12 +37,12 @@ HARMS: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def some_file(folder: Path, rng: random.Random) -> Path:
-    """A file under a folder that has at least a byte."""
+    """Returns a random file in a folder or its subfolders that is not empty."""
     return rng.choice([f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size])
 
 
 def export(bench: Bench) -> Path:
-    """The reference run of `base` in the layout of Hugging Face."""
+    """Exports the reference run of `base` in Hugging Face's layout."""
     bench.reference("base")
     if not (bench.folder / "hf").exists():
         answer = bench.ask(what="export", path="runs/base", folder="hf")
@@ -52,7 +52,7 @@ def export(bench: Bench) -> Path:
 
 
 def rot(bench: Bench, flips: int, truncations: int, deletions: int, resumes: int) -> Iterator[Row]:
-    """One damaged file at a time: the right values are loaded, or a clear error is raised."""
+    """Damages one file at a time: the right values are loaded, or an error names the damage."""
     for harm, number in zip(HARMS, (flips, truncations, deletions), strict=True):
         for what in ("checkpoint", "tokens", "export"):
             if number:
@@ -62,7 +62,7 @@ def rot(bench: Bench, flips: int, truncations: int, deletions: int, resumes: int
 
 
 def load_damaged(bench: Bench, what: str, harm: str, number: int) -> Row:
-    """Damages a file of a fresh copy of something, loads it, and counts the outcomes."""
+    """Damages a file of a fresh copy, loads the copy, repeats this, and counts the outcomes."""
     bench.reference("base")
     rotten, intact, older = bench.folder / "rotten", None, None
     if what == "checkpoint":
@@ -108,12 +108,12 @@ def load_damaged(bench: Bench, what: str, harm: str, number: int) -> Row:
 
 
 def _steps(run: Path) -> set[str]:
-    """The steps of a run's checkpoints, with those that were renamed: `24.damaged` is step 24."""
+    """Returns the steps of a run's checkpoints; the step of a renamed one, `24.damaged`, is 24."""
     return {path.name.split(".")[0] for path in (run / "checkpoints").iterdir()}
 
 
 def half_done(bench: Bench, name: str) -> Path:
-    """A copy of the reference run as it was after step HALF."""
+    """Copies the reference run without the checkpoints after step HALF."""
     bench.reference("base")
     run = bench.folder / "runs" / name
     shutil.copytree(bench.folder / "runs" / "base", run)
@@ -124,7 +124,7 @@ def half_done(bench: Bench, name: str) -> Path:
 
 
 def resume_damaged(bench: Bench, turn: int) -> Row:
-    """A run goes on training, with damage in its newest checkpoint or in the cached tokens."""
+    """Resumes a run whose newest checkpoint or cached tokens are damaged."""
     harm = list(HARMS)[turn % len(HARMS)]
     name = bench.new_name("base")
     run, cache = half_done(bench, name), bench.folder / "rotten"
@@ -136,7 +136,7 @@ def resume_damaged(bench: Bench, turn: int) -> Row:
     ended = bench.run("base", name, cache=cache)
     wrong = ended.wrong(0, 2)
     if ended.status == 0:
-        wrong += bench.ended_well("base", run)
+        wrong += bench.differences_from_reference("base", run)
     wrong += [f"step {step} is gone" for step in sorted(before - _steps(run))]
     label = f"resume, {harm[:-1]} in {'tokens' if turn % 4 == 3 else 'the checkpoint'}"
     where = file.relative_to(place)
@@ -144,7 +144,7 @@ def resume_damaged(bench: Bench, turn: int) -> Row:
 
 
 def stray(bench: Bench, names: Sequence[str] = STRAY) -> Iterator[Row]:
-    """Files of other programs in every folder: everything works, and nothing is deleted."""
+    """Adds files of other programs to every folder: everything works, and nothing is deleted."""
     bench.reference("base")
     intact = bench.ask(what="model", path="runs/base")["values"]
     for stray_name in names:
@@ -171,7 +171,7 @@ def stray(bench: Bench, names: Sequence[str] = STRAY) -> Iterator[Row]:
         if answer["warnings"] or "error" in answer:
             wrong.append(f"loading: {answer.get('error') or answer['warnings'][0]}")
         ended = bench.run("base", name, cache=cache)
-        wrong += ended.wrong(0) + bench.ended_well("base", run)
+        wrong += ended.wrong(0) + bench.differences_from_reference("base", run)
         if f"resumed after step {HALF}" not in ended.out:
             wrong.append(f"it did not resume after step {HALF}")
         answer = bench.ask(what="model", path=str(run))

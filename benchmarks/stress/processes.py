@@ -1,4 +1,4 @@
-"""What happens to processes: SIGKILL, SIGTERM, Ctrl-C, two at a time, losses that explode."""
+"""Faults of processes: SIGKILL, SIGTERM, Ctrl-C, a second start, and losses that explode."""
 
 import dataclasses
 import json
@@ -11,21 +11,24 @@ from pathlib import Path
 
 from .runs import CONFIGS, STEPS, Bench, Done, Process, Row
 
-PROMPT = 10.0  # seconds in which a signal ends a process
+LONGEST_END = 10.0  # seconds from a signal to the end of the process
 
 
 def wait_for_moment(bench: Bench, process: Process, run: Path, objective: str) -> bool:
-    """Waits for a random moment of a run's life; false if the run ended before.
+    """Waits for a random moment of a run; returns False if the run ended before it.
 
-    Half of the moments are spread evenly over the time that the run takes; the others are in the
-    short phases that these would seldom hit: while a checkpoint is written, and at the end.
+    Half of the moments are spread evenly over the run's duration. The others are in short phases
+    that these would seldom hit: while a checkpoint is written, and at the end.
     """
     kind = bench.rng.choice(["any", "any", "saving", "end"])
     delay = bench.rng.uniform(0, 1)
     if kind == "any":
-        return not process.wait_until(lambda: False, delay * bench.life(objective)) and process.runs
+        return (
+            not process.wait_until(lambda: False, delay * bench.duration(objective))
+            and process.runs
+        )
     if kind == "saving":
-        saved = bench.rng.randrange(5)  # checkpoints that are there before
+        saved = bench.rng.randrange(5)  # the number of checkpoints before that moment
 
         def arrived() -> bool:
             folder = run / "checkpoints"
@@ -41,9 +44,9 @@ def wait_for_moment(bench: Bench, process: Process, run: Path, objective: str) -
 
 
 def kills(bench: Bench, number: int, objectives: list[str] | None = None) -> Iterator[Row]:
-    """SIGKILL at random moments; the same command, repeated, ends bit-equal.
+    """Kills runs at random moments (SIGKILL); the same command, repeated, ends bit-equal.
 
-    So many runs of each objective are killed, once or twice before they may end.
+    `number` runs of each objective are killed, once or twice each.
     """
     objectives = objectives or list(CONFIGS)
     for objective in objectives * number:
@@ -56,10 +59,10 @@ def kills(bench: Bench, number: int, objectives: list[str] | None = None) -> Ite
 
 
 def _kill(bench: Bench, objective: str) -> Row | None:
-    """A run that is killed; None if it ended before."""
+    """Kills a run once or twice; returns None if it ended before that."""
     name = bench.new_name(objective)
     run = bench.folder / "runs" / name
-    # Half of the runs tokenize their text anew, and may be killed in that.
+    # Half of the runs have no token cache, so that they may be killed while they tokenize.
     cache = bench.folder / f"cache-{name}" if bench.rng.random() < 0.5 else bench.cache
     phases, wrong = [], []
     for _ in range(bench.rng.choice([1, 1, 2])):
@@ -73,15 +76,15 @@ def _kill(bench: Bench, objective: str) -> Row | None:
     if not phases:
         return None
     wrong += bench.run(objective, name, cache=cache).wrong(0)
-    wrong += bench.ended_well(objective, run)
+    wrong += bench.differences_from_reference(objective, run)
     shutil.rmtree(run)
     return Row("kills", f"{objective}: {' and '.join(phases)}", tuple(wrong))
 
 
 def signals(bench: Bench, number: int, objectives: list[str] | None = None) -> Iterator[Row]:
-    """SIGTERM and SIGINT at random moments end a run soon, and the same command goes on bit-equal.
+    """SIGTERM and SIGINT at random moments end a run soon; the same command resumes bit-equal.
 
-    Every fourth run gets the signal twice, which ends it at once.
+    Every fourth run gets the signal twice, which ends it immediately.
     """
     objectives = objectives or ["base", "classify", "grpo", "translate"]
     for turn in range(number):
@@ -105,18 +108,18 @@ def signals(bench: Bench, number: int, objectives: list[str] | None = None) -> I
         ended = process.wait()
         took = time.monotonic() - began
         wrong = ended.wrong(128 + which)
-        if took > PROMPT:
+        if took > LONGEST_END:
             wrong.append(f"it took {took:.1f} s")
         wrong += bench.run(objective, name).wrong(0)
-        wrong += bench.ended_well(objective, run)
+        wrong += bench.differences_from_reference(objective, run)
         label = f"{objective}: {which.name}{' twice' if twice else ''} in {phase}"
         yield Row("signals", label, tuple(wrong), f"{took:.1f} s")
 
 
 def two_starts(bench: Bench, number: int) -> Iterator[Row]:
-    """A command that is started again while it runs: one run, undisturbed, and one refusal."""
+    """Starts a command twice: the first run ends as if alone, the second start is refused."""
     expected = bench.reference("base")
-    life = bench.life("base")
+    duration = bench.duration("base")
     for turn in range(number):
         name = bench.new_name("base")
         kind = ("at once", "later", "later, with another seed")[turn % 3]
@@ -124,14 +127,14 @@ def two_starts(bench: Bench, number: int) -> Iterator[Row]:
         if kind == "at once":
             time.sleep(bench.rng.uniform(0, 0.2))
         else:
-            first.wait_until(lambda: False, bench.rng.uniform(0.2, 0.5) * life)
+            first.wait_until(lambda: False, bench.rng.uniform(0.2, 0.5) * duration)
         second = bench.start("base", name, *(["--seed", "7"] if "seed" in kind else []))
         ends = [first.wait(), second.wait()]
-        if kind == "at once":  # either may be the first to hold the folder
+        if kind == "at once":  # either may be the first to lock the folder
             ends.sort(key=lambda end: end.status != 0)
         wrong = [f"first: {each}" for each in ends[0].wrong(0)]
         wrong += [f"second: {each}" for each in _refused(ends[1])]
-        wrong += bench.ended_well("base", bench.folder / "runs" / name)
+        wrong += bench.differences_from_reference("base", bench.folder / "runs" / name)
         yield Row("two starts", kind, tuple(wrong), f"{len(expected)} arrays and records")
 
 
@@ -143,7 +146,7 @@ def _refused(ended: Done) -> list[str]:
 
 
 def nan(bench: Bench) -> Iterator[Row]:
-    """Losses that explode stop a run with advice that works."""
+    """Losses that explode end a run with an error whose advice works."""
     broken = ("--optim.learning_rate", "1e30")
     name = bench.new_name("base")
     run = bench.folder / "runs" / name
@@ -167,7 +170,7 @@ def nan(bench: Bench) -> Iterator[Row]:
 
 
 def _go_back(bench: Bench, run: Path, name: str) -> Iterator[Row]:
-    """`--resume STEP` trains on from an earlier checkpoint and keeps the later ones aside."""
+    """`--resume STEP` resumes from an earlier checkpoint and renames the later ones."""
     wrong = bench.run("base", name, "--resume", "4").wrong(0)
     wrong += [f"{step}.abandoned is missing" for step in (8,) if not _abandoned(run, step)]
     wrong += _finite(run)
@@ -177,7 +180,7 @@ def _go_back(bench: Bench, run: Path, name: str) -> Iterator[Row]:
     run = bench.folder / "runs" / name
     wrong = bench.run("base", name).wrong(0)
     wrong += bench.run("base", name, "--resume", "8").wrong(0)
-    wrong += bench.ended_well("base", run)
+    wrong += bench.differences_from_reference("base", run)
     later = range(12, STEPS + 1, 4)
     wrong += [f"{step}.abandoned is missing" for step in later if not _abandoned(run, step)]
     if not (run / "metrics.abandoned.jsonl").exists():
@@ -190,7 +193,7 @@ def _abandoned(run: Path, step: int) -> bool:
 
 
 def _finite(run: Path) -> list[str]:
-    """Whether the records of a run have a finite loss up to its last step."""
+    """Returns what is wrong if a run lacks a finite loss at one of its steps."""
     losses = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -201,5 +204,5 @@ def _finite(run: Path) -> list[str]:
 
 
 def has_option(part: type, name: str) -> bool:
-    """Whether a part of the config has an option."""
+    """Returns whether a dataclass of the config has an option."""
     return name in {field.name for field in dataclasses.fields(part)}

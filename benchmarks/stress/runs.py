@@ -1,4 +1,4 @@
-"""The runs under test: tiny configs of every objective, their data, processes and results."""
+"""The runs that are tested: tiny configs of all objectives, their data, processes and results."""
 
 import json
 import os
@@ -25,9 +25,9 @@ from jaxgpt.training.optim import OptimConfig
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 24
 LIMIT = 600.0  # seconds that any process may take
-UNTIMED = {"time", "tokens_per_second", "mfu", "goodput"}  # what differs from run to run
+UNTIMED = {"time", "tokens_per_second", "mfu", "goodput"}  # metrics that differ between equal runs
 
-# Everything random is switched on: dropout, shuffling, a running average of the parameters.
+# With all that a resumed run has to restore: dropout, shuffling, an average of the parameters.
 BASE = Config(
     name="base",
     model=GPTConfig(L=1, D=16, N=2, T=48, dropout=0.1),
@@ -69,7 +69,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result."""
+    """The result of one test, a line of the report."""
 
     section: str
     name: str
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The row as a line of text."""
+        """The row as a line of the report."""
         verdict = "FAIL" if self.failures else "pass"
         notes = [self.note] if self.note else []
         shown = [*notes, *self.failures[:3]]
@@ -99,7 +99,7 @@ class Done:
     seconds: float
 
     def wrong(self, *statuses: int) -> list[str]:
-        """What is wrong with the end of a process that may have these exit statuses."""
+        """Returns what is wrong with how a process ended; `statuses` are those allowed."""
         last = (self.err.strip().splitlines() or [""])[-1][:200]
         found = []
         if self.status is None:
@@ -116,7 +116,7 @@ class Done:
 
 
 class Process:
-    """A training process, its output in files."""
+    """A training process, whose output is written to files."""
 
     def __init__(self, command: list[str], log: Path, cwd: Path, env: dict[str, str], setup: Any):
         self._files = log.with_suffix(".out"), log.with_suffix(".err")
@@ -128,17 +128,17 @@ class Process:
 
     @property
     def out(self) -> str:
-        """What it has printed so far."""
+        """The standard output so far."""
         return self._files[0].read_text(errors="replace")
 
     @property
     def runs(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process is still running."""
         return self.popen.poll() is None
 
     @property
     def phase(self) -> str:
-        """What it is doing, as far as its output shows."""
+        """What the process is doing, according to its output."""
         out = self.out
         if "where the time went" in out:
             return "end"
@@ -147,7 +147,7 @@ class Process:
         return "compiling" if "\nrun   " in out else "start-up"
 
     def wait_until(self, condition: Callable[[], bool], limit: float = LIMIT) -> bool:
-        """Waits until a condition holds; false if the process ended or the limit passed before."""
+        """Waits for a condition; returns False if the process ends or the limit passes before."""
         until = time.monotonic() + limit
         while self.runs and time.monotonic() < until:
             if condition():
@@ -156,11 +156,11 @@ class Process:
         return False
 
     def send(self, number: int) -> None:
-        """Sends a signal."""
+        """Sends a signal to the process."""
         self.popen.send_signal(number)
 
     def wait(self, limit: float = LIMIT) -> Done:
-        """Waits until it ends, and kills it after the limit."""
+        """Waits until the process ends, and kills it after the limit."""
         status: int | None
         try:
             status = self.popen.wait(limit)
@@ -174,7 +174,7 @@ class Process:
 
 
 class Bench:
-    """A temporary folder in which runs are started, and the results of undisturbed ones."""
+    """A folder in which runs are started, and the results of undisturbed runs to compare with."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder, self.rng = folder, random.Random(seed)
@@ -185,14 +185,14 @@ class Bench:
             **os.environ,
             "XLA_FLAGS": flags.strip(),
             "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",  # the output tells the phase
+            "PYTHONUNBUFFERED": "1",  # `Process.phase` reads the output
             "JAXGPT_CACHE": str(self.cache),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._references: dict[str, dict[str, Any]] = {}
-        self._life: dict[str, float] = {}
+        self._duration: dict[str, float] = {}
         self._number = 0
         self._worker: subprocess.Popen[str] | None = None
         self.write_inputs(folder)
@@ -231,51 +231,51 @@ class Bench:
         return Process([*command, *options], log, cwd or self.folder, env, setup)
 
     def run(self, objective: str, name: str, *options: str, **places: Any) -> Done:
-        """Runs it to its end."""
+        """As `start`, and waits until the process has ended."""
         return self.start(objective, name, *options, **places).wait()
 
     def new_name(self, objective: str) -> str:
-        """A name that no run has yet."""
+        """Returns a name that no other run has."""
         self._number += 1
         return f"{objective}-{self._number}"
 
     def reference(self, objective: str) -> dict[str, Any]:
-        """The result of a run of an objective that nothing disturbed."""
+        """Returns the result of an undisturbed run of an objective."""
         if objective not in self._references:
             if objective != "base":
-                self.reference("base")  # which some start from
+                self.reference("base")  # other objectives start from its checkpoint
             self._references[objective] = self._undisturbed(objective, objective)[0]
         return self._references[objective]
 
-    def life(self, objective: str) -> float:
-        """The seconds that an undisturbed run takes, with its programs compiled before."""
-        if objective not in self._life:
+    def duration(self, objective: str) -> float:
+        """Returns the seconds that an undisturbed run takes, with its programs compiled."""
+        if objective not in self._duration:
             expected = self.reference(objective)
-            again, self._life[objective] = self._undisturbed(objective, f"{objective}-again")
+            again, self._duration[objective] = self._undisturbed(objective, f"{objective}-again")
             if wrong := differences(again, expected):
                 raise SystemExit(f"two undisturbed runs of {objective} differ: {wrong}")
-        return self._life[objective]
+        return self._duration[objective]
 
     def _undisturbed(self, objective: str, name: str) -> tuple[dict[str, Any], float]:
         ended = self.run(objective, name)
         result = self.result(self.folder / "runs" / name)
         if wrong := [*ended.wrong(0), *([result["error"]] if "error" in result else [])]:
-            raise SystemExit(f"{objective} does not even run undisturbed: {wrong}\n{ended.err}")
+            raise SystemExit(f"{objective} fails without a fault: {wrong}\n{ended.err}")
         return result, ended.seconds
 
     def result(self, run: Path, step: int = STEPS) -> dict[str, Any]:
-        """The digest of every array of a run's checkpoint of a step, and its records by name."""
+        """Returns the digests of all arrays of a checkpoint, and the run's metrics, by name."""
         answer = self.ask(what="arrays", path=str(run / "checkpoints" / str(step)))
         if "error" in answer:
             return {"error": f"step {step} does not load: {answer['error']}"}
         return {f"array {name}": sha256 for name, sha256 in answer["values"].items()} | records(run)
 
-    def ended_well(self, objective: str, run: Path) -> list[str]:
-        """How the result of a run differs from that of an undisturbed one."""
+    def differences_from_reference(self, objective: str, run: Path) -> list[str]:
+        """Returns how the result of a run differs from that of an undisturbed run."""
         return differences(self.result(run), self.reference(objective))
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Lets the worker process load something: its `values`, or an `error`, and `warnings`."""
+        """Asks the worker process; the answer has `values` or an `error`, and `warnings`."""
         if self._worker is None or self._worker.poll() is not None:
             command = [sys.executable, "-m", "benchmarks.stress.worker"]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -292,7 +292,7 @@ class Bench:
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the worker process."""
         if self._worker is not None and self._worker.stdin and self._worker.stdout:
             self._worker.stdin.close()
             self._worker.wait()
@@ -300,7 +300,7 @@ class Bench:
 
 
 def records(run: Path) -> dict[str, Any]:
-    """The records of a run's metrics.jsonl by step and kind, without what depends on time."""
+    """Returns the records of metrics.jsonl by step and kind, without metrics that measure time."""
     found: dict[str, Any] = {}
     kinds: Counter[str] = Counter()
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -318,7 +318,7 @@ def records(run: Path) -> dict[str, Any]:
 
 
 def differences(result: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What is missing, unexpected or different in the result of a run."""
+    """Returns what is missing, unexpected or different in the result of a run."""
     if "error" in result:
         return [result["error"]]
     wrong = []

@@ -1,6 +1,7 @@
-"""Loads what it is asked for by a line of JSON on stdin, and answers by a line on stdout.
+"""Loads models and data for `Bench.ask`: reads requests from stdin, writes answers to stdout.
 
-It stays alive, for starting a process takes much longer than loading a tiny model.
+Requests and answers are lines of JSON. One process serves all requests, because starting a process
+takes much longer than loading a tiny model.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from jaxgpt.objectives import Classify
 from jaxgpt.pretrained.export import to_hf
 from jaxgpt.training import checkpoint
 
-SECONDS = 20  # for a file of a few kilobytes
+SECONDS = 20  # the most that reading a file of a few kilobytes may take
 
 
 def digests(tree: Any, name: str) -> dict[str, str]:
-    """The SHA-256 of each leaf, with its dtype and shape, by path."""
+    """Returns the SHA-256 of each leaf, with its dtype and shape, by path."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -42,7 +43,7 @@ def digests(tree: Any, name: str) -> dict[str, str]:
 
 
 def arrays(path: str) -> dict[str, str]:
-    """Every array of a checkpoint."""
+    """Returns the digests of all arrays of a checkpoint."""
     found: dict[str, str] = {}
     for item in checkpoint.read_metadata(path)["leaves"]:
         found |= digests(checkpoint.load_params(path, item=item), item)
@@ -50,7 +51,7 @@ def arrays(path: str) -> dict[str, str]:
 
 
 def model(path: str) -> dict[str, str]:
-    """All of what `jaxgpt.load` gives."""
+    """Returns the digests of everything that `jaxgpt.load` returns."""
     loaded = jaxgpt.load(path)
     return digests(loaded.params, "params") | {
         "tokenizer": loaded.tokenizer.fingerprint,
@@ -59,12 +60,12 @@ def model(path: str) -> dict[str, str]:
 
 
 def export(path: str, folder: str) -> list[str]:
-    """Exports a run in the layout of Hugging Face."""
+    """Exports a run in Hugging Face's layout."""
     return list(map(str, to_hf(path, folder)))
 
 
 def tokens(path: str, cache: str) -> dict[str, str]:
-    """The token streams of a config, from a cache."""
+    """Returns the digests of the token streams of a config, read from a cache."""
     cfg = config.read(path)
     assert isinstance(cfg.data, data.DataConfig)
     wanted = replace(cfg.data, cache=cache)
@@ -78,21 +79,21 @@ def tokens(path: str, cache: str) -> dict[str, str]:
 
 
 def documents(path: str) -> dict[str, str]:
-    """The size of the text of a file."""
-    with soon():
+    """Returns the size of the text in a file."""
+    with time_limit():
         return {"bytes": str(measure(open_source(path)))}
 
 
 def records(path: str) -> dict[str, str]:
-    """The number of records of a file, as a classifier reads them."""
-    with soon():
+    """Returns the number of records in a file, read as for classification."""
+    with time_limit():
         splits = data.read_splits(data.RecordsConfig((path,), val_fraction=0.0), Classify().reader)
         return {name: str(len(found)) for name, found in splits.items()}
 
 
 @contextlib.contextmanager
-def soon() -> Iterator[None]:
-    """Raises an error if its body does not end within SECONDS."""
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError if its body takes more than SECONDS."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it did not end within {SECONDS} s")
@@ -105,20 +106,20 @@ def soon() -> Iterator[None]:
         signal.alarm(0)
 
 
-class Heard(logging.Handler):
-    """Keeps the warnings that are logged."""
+class CollectedWarnings(logging.Handler):
+    """A log handler that collects warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps one."""
+        """Adds a warning."""
         self.messages.append(record.getMessage())
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Answers requests until stdin ends."""
     answers = sys.stdout
     kinds = {
         "arrays": arrays,
@@ -131,8 +132,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         kind = kinds[request.pop("what")]
-        heard, err = Heard(), io.StringIO()
-        logging.getLogger().addHandler(heard)
+        collected, err = CollectedWarnings(), io.StringIO()
+        logging.getLogger().addHandler(collected)
         answer: dict[str, Any]
         with (
             warnings.catch_warnings(record=True) as caught,
@@ -145,8 +146,8 @@ def main() -> None:
                 answer = {"error": str(error), "clear": True}
             except BaseException as error:
                 answer = {"error": f"{type(error).__name__}: {error}", "clear": False}
-        logging.getLogger().removeHandler(heard)
-        said = [*heard.messages, *(str(each.message) for each in caught), err.getvalue()]
+        logging.getLogger().removeHandler(collected)
+        said = [*collected.messages, *(str(each.message) for each in caught), err.getvalue()]
         answers.write(json.dumps({**answer, "warnings": [text for text in said if text]}) + "\n")
         answers.flush()
 

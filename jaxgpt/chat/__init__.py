@@ -1,8 +1,15 @@
 """Chat templates: conversations to token ids and loss weights, for training and for chatting.
 
-    template = choose(tokenizer)
-    messages = [{"role": "user", "content": "Hello"}]
-    prompt = render(template, tokenizer, messages, open=True).tokens
+    >>> from jaxgpt.tokenizer import TokenizerConfig, build
+    >>> tokenizer = build(TokenizerConfig(vocab_size=257), ["text"]).extended(ChatML.specials)
+    >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    >>> tokens, weights = render(choose(tokenizer), tokenizer, messages)
+    >>> tokenizer.decode(tokens)
+    '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHo<|im_end|>\\n'
+    >>> tokenizer.decode([token for token, weight in zip(tokens, weights) if weight])
+    'Ho<|im_end|>'
+    >>> tokenizer.decode(render(choose(tokenizer), tokenizer, messages[:1], open=True).tokens)
+    '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
 
 Guarantees:
 - The ids are those of the published chat formats.

@@ -49,6 +49,10 @@ NOT_TEXT = (
 )
 """Fields of a message whose content is not supported; they raise an error if they are not empty."""
 
+ToolCall = Mapping[str, Any]
+"""A function call in OpenAI's format: `type`, and `function` with `name` and `arguments`, which are
+a mapping here; possibly an `id` and other fields."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -58,16 +62,16 @@ class Message:
     content: str = ""
     weight: float = 1.0
     """Factor of the loss on this message; 0: no loss. Only the assistant's messages have a loss."""
-    tool_calls: Sequence[Mapping[str, Any]] = field(default=(), kw_only=True)
-    """Function calls of the assistant, in OpenAI's format, with the arguments as a mapping."""
+    tool_calls: Sequence[ToolCall] = field(default=(), kw_only=True)
+    """Function calls of the assistant."""
     tool_call_id: str = field(default="", kw_only=True)
     """In a tool's message: the id of the call whose result it is."""
     name: str = field(default="", kw_only=True)
     """The name of the speaker, or of the function in a tool's message."""
 
 
-Messages = Iterable[Message | Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]]
+Messages = Iterable[Message | Mapping[str, object]]
+Tools = Sequence[Mapping[str, object]]
 
 
 class Conversation(NamedTuple):
@@ -92,7 +96,7 @@ def read_messages(messages: Messages) -> list[Message]:
     return [_message(message, position) for position, message in enumerate(messages)]
 
 
-def _message(given: Message | Mapping[str, Any], position: int) -> Message:
+def _message(given: Message | Mapping[str, object], position: int) -> Message:
     where = f"message {position}"
     if isinstance(given, Message):
         given = vars(given)
@@ -127,10 +131,11 @@ def _message(given: Message | Mapping[str, Any], position: int) -> Message:
             if not isinstance(train := fields.pop(name), bool):
                 raise InputError(f"{where} has {name} {train!r}; use true or false")
             weight *= train
-    names = {name: fields.pop(name, "") for name in ("tool_call_id", "name")}
-    for name, value in names.items():
-        if not isinstance(value, str):
+    names: dict[str, str] = {}
+    for name in ("tool_call_id", "name"):
+        if not isinstance(value := fields.pop(name, ""), str):
             raise InputError(f"{where} has {name} {value!r:.80}; use text")
+        names[name] = value
     for name in NOT_TEXT:
         if fields.get(name) not in (None, "", [], {}):
             raise InputError(
@@ -148,7 +153,7 @@ def _warn_ignored(names: str) -> None:
     print(f"chat: ignored fields of messages: {names}", file=sys.stderr)
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: object, where: str) -> str:
     """Returns the text of a message's content, which may be a list of text parts."""
     if isinstance(content, list | tuple):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
@@ -164,19 +169,18 @@ def _text(content: Any, where: str) -> str:
     return content
 
 
-def _weight(fields: dict[str, Any], where: str) -> float:
+def _weight(fields: dict[str, object], where: str) -> float:
     weight = fields.pop("weight", 1.0)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight < math.inf:
-        raise InputError(f"{where} has weight {weight!r:.80}; use a number, 0 or more")
-    return float(weight)
+    if isinstance(weight, int | float) and type(weight) is not bool and 0 <= weight < math.inf:
+        return float(weight)
+    raise InputError(f"{where} has weight {weight!r:.80}; use a number, 0 or more")
 
 
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def _calls(calls: object, where: str) -> list[ToolCall]:
     """Checks tool calls, and parses arguments that are JSON text, as in OpenAI's format."""
     if not isinstance(calls, list | tuple):
         raise InputError(f"{where} has tool_calls {calls!r:.80}; use a list")
-    read = []
+    read: list[ToolCall] = []
     for call in calls:
         call = _json(call, f"{where} has a tool call") if isinstance(call, str) else call
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -203,7 +207,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return read
 
 
-def _check_json(value: Any, what: str) -> None:
+def _check_json(value: object, what: str) -> None:
     """Raises InputError for a value that JSON cannot represent, such as a date."""
     try:
         json.dumps(value, allow_nan=False)
@@ -220,7 +224,7 @@ def _json(text: str, what: str) -> Any:
         raise InputError(f"{what} that is not JSON ({error}): {text[:80]!r}") from None
 
 
-def read_conversation(record: Mapping[str, Any]) -> Conversation:
+def read_conversation(record: Mapping[str, object]) -> Conversation:
     """Reads the conversation of a record.
 
     The formats are, in the order in which they are tried:
@@ -239,6 +243,12 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
 
     Raises:
         InputError: The record has none of these formats, or an invalid field.
+
+    >>> record = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    >>> for message in read_conversation(record).messages:
+    ...     print(message.role, repr(message.content))
+    user 'Add.\\n\\n1, 2'
+    assistant '3'
     """
     if (name := _first(record, TURNS)) is not None:
         return Conversation(_with_system(record, _list(record, name)), _tools(record))
@@ -253,7 +263,7 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
     )
 
 
-def read_request(record: Mapping[str, Any], name: str) -> Conversation:
+def read_request(record: Mapping[str, object], name: str) -> Conversation:
     """Reads a request and everything before it: the system message and the earlier turns.
 
     Args:
@@ -272,15 +282,16 @@ def read_request(record: Mapping[str, Any], name: str) -> Conversation:
     turns: list[Message] = []
     pairs = record.get("history") or []
     for pair in pairs if isinstance(pairs, list | tuple) else [pairs]:
-        two = isinstance(pair, list | tuple) and len(pair) == 2
-        if not two or not all(isinstance(said, str) and said for said in pair):
-            raise InputError(f"history has {pair!r:.80}; use pairs of a request and its answer")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+        match pair:
+            case [str(question), str(answer)] if question and answer:
+                turns += [Message("user", question), Message("assistant", answer)]
+            case _:
+                raise InputError(f"history has {pair!r:.80}; use pairs of a request and its answer")
     return Conversation(_with_system(record, [*turns, Message("user", text)]), _tools(record))
 
 
 def read_preference(
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
 ) -> tuple[Conversation, list[Message], list[Message]]:
     """Reads a prompt with a preferred and a rejected answer.
 
@@ -331,12 +342,12 @@ def read_preference(
     return Conversation(prompt, asked.tools), chosen, rejected
 
 
-def _first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
+def _first(record: Mapping[str, object], names: Iterable[str]) -> str | None:
     """Returns the first of some fields that the record has a value for."""
     return next((name for name in names if record.get(name) is not None), None)
 
 
-def _list(record: Mapping[str, Any], name: str) -> list[Message]:
+def _list(record: Mapping[str, object], name: str) -> list[Message]:
     """Reads a field's messages: a list, a list as JSON text (in CSV), or a dict of columns."""
     found = record[name]
     if isinstance(found, str) and found.lstrip().startswith("["):
@@ -351,7 +362,7 @@ def _list(record: Mapping[str, Any], name: str) -> list[Message]:
     return read_messages(found)
 
 
-def _field(record: Mapping[str, Any], name: str) -> str:
+def _field(record: Mapping[str, object], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         raise InputError(
@@ -361,7 +372,7 @@ def _field(record: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _answer(given: Any, name: str) -> list[Message]:
+def _answer(given: object, name: str) -> list[Message]:
     """Reads an answer: text, a message, or messages that end with one of the assistant."""
     if isinstance(given, Mapping):
         given = [given]
@@ -373,7 +384,7 @@ def _answer(given: Any, name: str) -> list[Message]:
     return messages
 
 
-def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def _with_system(record: Mapping[str, object], messages: list[Message]) -> list[Message]:
     """Prepends the system message of a record, if it has one."""
     name = _first(record, SYSTEM)
     if name is None or record[name] == "":
@@ -386,7 +397,7 @@ def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Mes
     return [system, *messages]
 
 
-def _tools(record: Mapping[str, Any]) -> Tools:
+def _tools(record: Mapping[str, object]) -> Tools:
     tools = record.get("tools") or ()
     tools = _json(tools, "tools has text") if isinstance(tools, str) else tools
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):

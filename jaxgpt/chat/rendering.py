@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxgpt.chat.conversations import Message, Messages, Tools, read_messages
 from jaxgpt.errors import InputError
@@ -290,7 +290,7 @@ def special_names(tokenizer: Tokenizer) -> str:
 
 def chat_template(tokenizer: Tokenizer) -> str:
     """Returns the (default) chat_template of tokenizer_config.json; "" if there is none."""
-    found: Any = getattr(tokenizer, "config", {}).get("chat_template") or ""
+    found: object = getattr(tokenizer, "config", {}).get("chat_template") or ""
     if isinstance(found, list):
         named = [each for each in found if isinstance(each, dict)]
         default = [each.get("template") for each in named if each.get("name") == "default"]

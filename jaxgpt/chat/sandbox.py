@@ -18,9 +18,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any, ClassVar, cast
+from typing import IO, ClassVar, cast
 
-from jaxgpt.chat.conversations import Message, Tools
+from jaxgpt.chat.conversations import Message, ToolCall, Tools
 from jaxgpt.chat.rendering import Content, Markup, Piece, Template, chat_template
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ class Jinja(Template):
     def _pattern(self) -> re.Pattern[str]:
         return any_of(self.names)
 
-    def _check_names(self, values: Any) -> None:
+    def _check_names(self, values: object) -> None:
         """Raises InputError if text that is not masked contains the name of a special token."""
         if found := self._pattern.search(json.dumps(values, ensure_ascii=False)):
             raise InputError(
@@ -220,9 +220,9 @@ def jinja_of(tokenizer: Tokenizer) -> Jinja | None:
     return Jinja(source, tuple(tokens.items()), tuple(tokenizer.specials))
 
 
-def _fields(message: Message) -> dict[str, Any]:
+def _fields(message: Message) -> dict[str, object]:
     """Converts a message to the fields that chat templates expect."""
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    fields: dict[str, object] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         fields |= {"content": message.content or None, "tool_calls": list(message.tool_calls)}
     names = {"tool_call_id": message.tool_call_id, "name": message.name}
@@ -232,10 +232,10 @@ def _fields(message: Message) -> dict[str, Any]:
 def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
     """Converts the arguments of tool calls to JSON text, which some templates expect."""
 
-    def with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    def with_text(call: ToolCall) -> ToolCall:
         function = call["function"]
         if isinstance(arguments := function["arguments"], str):
-            return dict(call)
+            return call
         text = json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": text}}
 
@@ -244,8 +244,9 @@ def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _tool_name(tool: Any) -> str:
-    return str(tool.get("function", tool).get("name"))
+def _tool_name(tool: Mapping[str, object]) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name") if isinstance(function, Mapping) else None)
 
 
 def _masked(messages: Sequence[Message]) -> tuple[list[Message], dict[str, tuple[int, str]]]:
@@ -351,7 +352,7 @@ class _Process:
         self._running: subprocess.Popen[str] | None = None
         atexit.register(self._stop)
 
-    def run(self, job: dict[str, Any]) -> list[tuple[str, str | None]]:
+    def run(self, job: dict[str, object]) -> list[tuple[str, str | None]]:
         """Runs a job, and returns the text or the error of each of its conversations."""
         with self._lock:
             if self._running is None or self._running.poll() is not None:

@@ -16,13 +16,14 @@ from jaxgpt.data.corpus import (
     texts,
     token_entries,
 )
-from jaxgpt.data.dataset import Dataset
+from jaxgpt.data.dataset import Batch, Dataset
 from jaxgpt.data.examples import examples
 from jaxgpt.data.prefetch import prefetch
 from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
+    "Batch",
     "Batches",
     "Corpus",
     "DataConfig",

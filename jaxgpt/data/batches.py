@@ -19,12 +19,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from jaxgpt.data.corpus import Corpus, DataConfig
-from jaxgpt.data.dataset import Batch, Dataset
+from jaxgpt.data.dataset import Batch, Dataset, Fingerprint
 from jaxgpt.data.records import print_note
 from jaxgpt.data.tokens import TokenStream
 from jaxgpt.errors import InputError
@@ -64,7 +63,7 @@ def streams(
     Raises:
         InputError: As for `Batches`.
     """
-    shape: dict[str, Any] = {
+    shape = {
         "context": context,
         "batch": batch,
         "process_index": process_index,
@@ -162,7 +161,7 @@ class Batches:
             firsts.append(firsts[-1] + 1 + -(-(len(stream) - context - 1) // self.stride))
         self._firsts, self.windows = firsts, firsts[-1]
         self._order = window_order(firsts, cfg.weights, seed if cfg.shuffle else None)
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: Fingerprint = {
             **corpus.fingerprint,
             "weights": list(cfg.weights),
             "context": context,
@@ -200,6 +199,17 @@ def eval_batches(
 
     The stream's first token is never a target. The last row and the last batch are padded with
     weight 0, so that all processes have the same number of batches.
+
+    >>> stream = TokenStream([np.array([9, 5, 6, 9, 7, 8])], eot=9)  # two documents
+    >>> masked = DataConfig(documents="masked")
+    >>> (batch,) = eval_batches(stream, masked, context=4, batch=2)
+    >>> for name, rows in batch.items():
+    ...     print(f"{name:9}", rows.tolist())
+    tokens    [[9, 5, 6, 9], [7, 0, 0, 0]]
+    targets   [[5, 6, 9, 7], [8, 0, 0, 0]]
+    weights   [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+    segments  [[1, 1, 1, 2], [0, 0, 0, 0]]
+    positions [[0, 1, 2, 0], [0, 1, 2, 3]]
 
     Args:
         stream: The validation tokens.

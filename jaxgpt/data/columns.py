@@ -8,7 +8,6 @@ it. If several columns are possible, the error lists them and shows the option t
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from jaxgpt.errors import InputError
 
@@ -88,6 +87,11 @@ def match_columns(
     Returns:
         The column of each field that was found; and, for each required field that was not, the
         list of candidate columns, which may be empty.
+
+    >>> match_columns(["Question", "Reply", "id"], ["instruction", "output"])
+    ({'instruction': 'Question', 'output': 'Reply'}, {})
+    >>> match_columns(["review", "comment"], ["text"])
+    ({}, {'text': ['review', 'comment']})
     """
     given = given or {}
     found = dict(given)
@@ -113,7 +117,7 @@ def match_columns(
     return found, unclear
 
 
-def rename(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+def rename(values: dict[str, object], mapping: Mapping[str, str]) -> dict[str, object]:
     """Renames the columns of a record to the fields that they are mapped to.
 
     Args:
@@ -123,6 +127,9 @@ def rename(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]
 
     Returns:
         The values of the fields, and of the columns that are not mapped.
+
+    >>> rename({"translation": {"de": "Hund"}, "id": 7}, {"target": "translation.de"})
+    {'target': 'Hund', 'translation': {'de': 'Hund'}, 'id': 7}
     """
     if all(field == column for field, column in mapping.items()):
         return values
@@ -132,7 +139,7 @@ def rename(values: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]
     return fields | {name: value for name, value in values.items() if name not in used}
 
 
-def column_of(values: Any, column: str) -> Any:
+def column_of(values: object, column: str) -> object:
     """Returns the value of a column, or of a dotted path into nested values; None if missing."""
     if isinstance(values, dict) and column in values:
         return values[column]
@@ -148,7 +155,7 @@ def fields_option(mapping: Mapping[str, str]) -> str:
 
 
 def suggest_columns(
-    columns: Sequence[str], fields: Iterable[str], rows: Sequence[Mapping[str, Any]]
+    columns: Sequence[str], fields: Iterable[str], rows: Sequence[Mapping[str, object]]
 ) -> dict[str, str]:
     """Guesses a column for each field from some rows: labels repeat, and texts are long.
 
@@ -178,7 +185,7 @@ def unclear_columns(
     columns: Sequence[str],
     found: Mapping[str, str],
     unclear: Mapping[str, Sequence[str]],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
 ) -> str:
     """Returns an error message for fields whose column is ambiguous, with the option to use.
 

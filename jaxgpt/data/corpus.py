@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
 from jaxgpt.data.columns import parse_fields
+from jaxgpt.data.dataset import Fingerprint
 from jaxgpt.data.formats import Document
 from jaxgpt.data.records import print_note
 from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
@@ -90,7 +91,7 @@ class Corpus:
     vals: tuple[TokenStream, ...]
     """The validation tokens: one stream per entry of `val_paths`, or, if that is empty, the
     held-out tokens of each path. A stream may be empty."""
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     """JSON values that identify the data: hashes of the files and the tokenizer, and the fraction
     held out."""
 
@@ -105,7 +106,7 @@ class Corpus:
         return join(self.vals)
 
 
-def token_entries(cfg: DataConfig, fingerprint: dict[str, Any]) -> list[Path]:
+def token_entries(cfg: DataConfig, fingerprint: Fingerprint) -> list[Path]:
     """Returns the folders of the cache entries that a run uses, whether or not they exist.
 
     Args:
@@ -213,7 +214,7 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
                 yield from document
 
 
-def refuse_changed(saved: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
+def refuse_changed(saved: Fingerprint, now: Fingerprint, hint: str = "") -> None:
     """Checks that a resumed run uses the data it was trained on.
 
     Args:

@@ -10,6 +10,9 @@ from jaxgpt.data.records import Record
 
 Batch = dict[str, np.ndarray]
 
+Fingerprint = dict[str, Any]
+"""JSON values of everything that determines the batches of a run."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -20,8 +23,7 @@ class Dataset:
     held_out: dict[str, Callable[[], Iterator[Batch]]]
     """For each held-out set, by name, a function that starts a new pass over its batches. The
     parts of a set are named `val/PART`."""
-    fingerprint: dict[str, Any]
-    """JSON values of everything that determines the batches."""
+    fingerprint: Fingerprint
     note: str
     """The sizes of the sets, for the terminal."""
     rows: int = 0

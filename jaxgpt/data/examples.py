@@ -44,6 +44,19 @@ def examples(
 ) -> Dataset:
     """Makes a `Dataset` of records.
 
+    Here two examples share a row, whose last place is padding:
+
+    >>> records = {"train": [Record("a", {"length": 1}), Record("b", {"length": 2})]}
+    >>> encode = lambda record: {"tokens": np.full(record.values["length"], 7)}
+    >>> cut = lambda example, length: {name: ids[:length] for name, ids in example.items()}
+    >>> cfg = RecordsConfig(shuffle=False)
+    >>> data = examples(cfg, records, encode, cut, "bytes", context=4, batch=1, packs=True)
+    >>> for name, rows in data.batch(0).items():
+    ...     print(f"{name:9}", rows.tolist())
+    tokens    [[7, 7, 7, 0]]
+    segments  [[1, 2, 2, 0]]
+    positions [[0, 0, 1, 0]]
+
     Args:
         cfg: The records config.
         splits: The records of `train` and, if there are any, of `val` and `test`.

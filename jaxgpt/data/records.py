@@ -17,8 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from jaxgpt.bounds import Ge, Lt, check_bounds
 from jaxgpt.data.columns import (
@@ -29,16 +28,12 @@ from jaxgpt.data.columns import (
     rename,
     unclear_columns,
 )
-from jaxgpt.data.formats import (
-    VALUE_BYTES,
-    as_text,
-    json_lines,
-    json_values,
-    kind_of,
-    parquet_rows,
-)
-from jaxgpt.data.tables import lines_of, table_rows
+from jaxgpt.data.formats import FORMATS, as_text, format_of
+from jaxgpt.data.rows import VALUE_BYTES, ReadOptions, Row
+from jaxgpt.data.synthetic import SYNTHETIC
+from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile, check_encoding, reading
+from jaxgpt.data.tfds import read_tfds
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
@@ -115,7 +110,7 @@ class Record(NamedTuple):
 
     where: str
     """File and line, for error messages."""
-    values: dict[str, Any]
+    values: dict[str, object]
     """The value of each field."""
 
     def text(self, field: str) -> str:
@@ -135,12 +130,12 @@ class Record(NamedTuple):
         return _digest(self.values)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=_as_json)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     """Converts a dataclass to its fields, and other values, such as Parquet's dates, to text."""
     return vars(value) if is_dataclass(value) else str(value)
 
@@ -155,7 +150,7 @@ class Reader:
     """Fields that a record may have."""
     conversational: bool = False
     """Whether a record may have a list of messages in place of the fields."""
-    example: Callable[[Record], Any] = lambda record: record.values
+    example: Callable[[Record], object] = lambda record: record.values
     """The part of a record that the training example is made from, as JSON values and dataclasses.
     Records for which this is equal are the same example and always go into the same split."""
 
@@ -194,33 +189,34 @@ def open_records(
 def _open_records(
     path: str, reader: Reader, cfg: RecordsConfig, note: Callable[[str], None]
 ) -> list[Record]:
-    from jaxgpt.data.synthetic import SYNTHETIC
-
     names = (*reader.fields, *reader.optional_fields)
     given = parse_fields(cfg.fields, names)
     place = os.path.expanduser(path)
     if path in SYNTHETIC:
         records = [Record(f"{path} {n}", values) for n, values in enumerate(SYNTHETIC[path]())]
     elif path.startswith("tfds:"):
-        records = _tfds(path)
-    elif os.path.exists(place) and kind_of(place) != "text":
-        records = _from_file(path, regular_file(place), reader, cfg, given, note)
+        records = [Record(f"{path} {n}", values) for n, values in read_tfds(path)]
+    elif os.path.exists(place) and (format := format_of(place)):
+        known = tuple(given.values())
+        options = ReadOptions(cfg.encoding, "", cfg.columns, reader.fields, known, True, note)
+        records = _from_file(path, format.read(str(regular_file(place)), options))
     elif reader.fields and all(os.path.isfile(f"{place}.{name}") for name in reader.fields):
         records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             os.stat(place)  # raises any other error, such as a missing permission
         if os.path.isfile(place):
+            *most, last = FORMATS
             TextFile(place).detect_encoding()  # raises with a remedy for a PDF or an archive
             raise InputError(
-                f"the format of {path} is unknown, because its suffix is none of .csv, .tsv, "
-                f".json, .jsonl, .ndjson and .parquet; rename it, for example: "
+                f"the format of {path} is unknown, because its suffix is none of "
+                f"{', '.join(most)} and {last}; rename it, for example: "
                 f"mv {shlex.quote(path)} {shlex.quote(path)}.tsv"
             )
         parallel = " and ".join(f"{path}.{name}" for name in reader.fields) or "parallel files"
         raise InputError(
-            f"{path} is not a file of records (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), and "
-            f"{parallel} do not exist; the synthetic datasets are {', '.join(SYNTHETIC)}"
+            f"{path} is not a file of records ({', '.join(FORMATS)}), and {parallel} do not exist; "
+            f"the synthetic datasets are {', '.join(SYNTHETIC)}"
         )
     if not records:
         raise InputError(f"{path} contains no records; remove it from the paths")
@@ -230,29 +226,7 @@ def _open_records(
     return _name_fields(path, records, reader, given, note)
 
 
-def _from_file(
-    path: str,
-    place: Path,
-    reader: Reader,
-    cfg: RecordsConfig,
-    given: Mapping[str, str],
-    note: Callable[[str], None],
-) -> list[Record]:
-    text = TextFile(str(place), cfg.encoding)
-    rows: Iterator[tuple[int, Any]]
-    match kind_of(str(place)):
-        case "table":
-            text = TextFile(str(place), cfg.encoding, allow_nul=True)
-            known = tuple(given.values())
-            rows = table_rows(
-                text, cfg.columns, reader.fields, known, largest=LARGEST_RECORDS, note=note
-            )
-        case "json":
-            rows = json_values(text)
-        case "parquet":
-            rows = enumerate(parquet_rows(str(place)))
-        case _:
-            rows = json_lines(text)
+def _from_file(path: str, rows: Iterator[Row]) -> list[Record]:
     records, size = [], 0
     for number, values in rows:
         if not isinstance(values, dict):
@@ -402,7 +376,7 @@ def balanced(records: Sequence[Record], field: str) -> list[Record]:
 def strings(records: Iterable[Record]) -> Iterator[str]:
     """Yields every string in the values of records, for example to train a tokenizer."""
 
-    def within(value: Any) -> Iterator[str]:
+    def within(value: object) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, dict | list | tuple):
@@ -412,7 +386,7 @@ def strings(records: Iterable[Record]) -> Iterator[str]:
     return (text for record in records for text in within(record.values))
 
 
-def memory_size(value: Any) -> int:
+def memory_size(value: object) -> int:
     """Estimates the memory that a value takes, in bytes."""
     if isinstance(value, dict):
         return VALUE_BYTES + sum(map(memory_size, value)) + sum(map(memory_size, value.values()))
@@ -438,27 +412,3 @@ def _parallel(path: str, place: str, fields: Sequence[str], encoding: str) -> li
         Record(f"{path}:{number}", dict(zip(fields, lines, strict=True)))
         for number, lines in enumerate(zip(*sides, strict=True), 1)
     ]
-
-
-def _tfds(path: str) -> list[Record]:
-    from jaxgpt.data.sources import open_tfds
-
-    found, builder, _ = open_tfds(path)
-    features = builder.info.features
-
-    def plain(where: str, value: Any, feature: Any = None) -> Any:
-        if hasattr(feature, "int2str"):
-            return feature.int2str(int(value)) if value >= 0 else int(value)  # -1: no label
-        if isinstance(value, dict):
-            return {name: plain(where, part) for name, part in value.items()}
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if isinstance(value, list):
-            return [plain(where, part) for part in value]
-        return as_text(value, where) if isinstance(value, bytes) else value
-
-    records = []
-    for number, given in enumerate(found):
-        where = f"{path} {number}"
-        values = {name: plain(where, value, features[name]) for name, value in given.items()}
-        records.append(Record(where, values))
-    return records

@@ -7,9 +7,7 @@ A path is one of
   is one document of plain text. Text files may be compressed with gzip (`.txt.gz`);
 - a folder: all files below it with a suffix in `FOLDER_SUFFIXES`; other files are `skipped`;
 - a glob: all files that it matches, whatever their suffix; `**` matches any number of folders;
-- `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`: a TFDS dataset that was prepared as
-  array_record or Parquet, read without TensorFlow. SPLIT is in TFDS's syntax, such as
-  `train[:10%]`, and `train` by default.
+- `tfds:...`: a TFDS dataset, see `jaxgpt.data.tfds`.
 """
 
 import glob
@@ -21,18 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from jaxgpt.data import formats, textfile
 from jaxgpt.data.columns import fields_option, parse_fields
 from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.textfile import reading
+from jaxgpt.data.tfds import open_tfds
 from jaxgpt.errors import InputError
 from jaxgpt.paths import regular_file
 
 # fmt: off
 FOLDER_SUFFIXES = (
-    ".txt", ".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet",
+    ".txt", ".md", ".rst", ".tex", ".html",
+    *(suffix for suffix in formats.FORMATS if suffix != ".json"),  # which often has settings
     ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs",
 )
 # fmt: on
@@ -113,7 +112,7 @@ def _open_source(
     if not fields:
         for column, file in {each.column: each.path for each in reversed(opened)}.items():
             _note_guess(column, file, note)
-        if table := next((file for file in files if formats.kind_of(file) == "table"), None):
+        if table := next((file for file in files if formats.is_table(file)), None):
             note(f"{table} is read as plain text; use --data.fields text=COLUMN to read one column")
     return TextSource(
         path,
@@ -133,13 +132,13 @@ def _note_guess(column: str, path: str, note: Callable[[str], None]) -> None:
 def _selection(files: Sequence[formats.DocumentFile]) -> str:
     """Returns `TextSource.selection` for some files; empty if all are plain text in UTF-8."""
     columns = {file.column for file in files} - {""}
-    kinds = [file.kind for file in files]
+    kinds = [file.format.name if file.format else "text" for file in files]
     encodings = [file.encoding for file in files]
     selection = f"{', '.join(sorted(columns))} in {kinds}" if columns else ""
     return selection + (f" as {encodings}" if {*encodings} != {"utf-8"} else "")
 
 
-def measure(source: TextSource, progress: Callable[[int], Any] = lambda bytes: None) -> int:
+def measure(source: TextSource, progress: Callable[[int], object] = lambda bytes: None) -> int:
     """Reads all documents once, which checks them, and returns their size in bytes of UTF-8.
 
     Args:
@@ -163,7 +162,9 @@ def measure(source: TextSource, progress: Callable[[int], Any] = lambda bytes: N
     return size
 
 
-def content_digest(source: TextSource, progress: Callable[[int], Any] = lambda bytes: None) -> str:
+def content_digest(
+    source: TextSource, progress: Callable[[int], object] = lambda bytes: None
+) -> str:
     """Returns the SHA-256 of the bytes of all files and of how they are read, not of their names.
 
     Args:
@@ -235,35 +236,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def open_tfds(path: str) -> tuple[Any, Any, str]:
-    """Opens a TFDS dataset; returns its records, its builder and the name of the split."""
-    import tensorflow_datasets as tfds
-
-    spec, _, data_dir = path.removeprefix("tfds:").partition("@")
-    name, _, split = spec.partition("#")
-    split = split or "train"
-    try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
-        records = builder.as_data_source(split)
-        info = builder.info.splits[split]
-    except Exception as error:  # for a bad name TFDS raises many types, even AssertionError
-        raise InputError(
-            f"TFDS cannot open {path}: {str(error).strip().splitlines()[0]} Prepare the dataset "
-            "beforehand with file_format='array_record' or 'parquet', and add its folder after @"
-        ) from error
-    if len(records) != info.num_examples:
-        raise InputError(
-            f"TFDS ignores the slice in {path}: it reads {len(records)} records, not "
-            f"{info.num_examples}; prepare the dataset with file_format='array_record'"
-        )
-    return records, builder, split
-
-
 def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) -> TextSource:
     records, builder, split = open_tfds(path)
-    info = builder.info.splits[split]
+    info = builder.info
     given = parse_fields(fields, ("text",))
-    column = formats.text_column(path, list(builder.info.features), given)
+    column = formats.text_column(path, list(info.features), given)
     if not fields:
         _note_guess(column, path, note)
 
@@ -274,7 +251,7 @@ def _from_tfds(path: str, fields: Sequence[str], note: Callable[[str], None]) ->
 
     return TextSource(
         path,
-        tuple(str(file) for file in info.filepaths),
+        tuple(str(file) for file in info.splits[split].filepaths),
         documents,
-        selection=f"{column} of {builder.info.full_name}, {split}",
+        selection=f"{column} of {info.full_name}, {split}",
     )

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jaxgpt.data.sources import standard_library
 
@@ -21,7 +20,7 @@ PACKAGES = 8  # number of classes of `packages`
 LONGEST = 60  # maximum characters of an expression of `prefix`
 REQUEST = "Write the docstring of this function."
 
-Values = dict[str, Any]
+Values = dict[str, object]
 
 
 def packages() -> Iterator[Values]:

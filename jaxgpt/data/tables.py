@@ -19,41 +19,29 @@ from jaxgpt.data.columns import (
     match_columns,
     suggest_columns,
 )
+from jaxgpt.data.rows import ReadOptions, Row
 from jaxgpt.data.textfile import TextFile, nul_message
 from jaxgpt.errors import InputError
 
 SAMPLE = 1000  # number of rows used to detect a header
-Row = tuple[int, list[str]]  # line number and cells
+LARGEST_TABLE = 1 << 32  # maximum characters of a CSV or TSV file
+Line = tuple[int, list[str]]  # line number and cells
 
 
-def table_rows(
-    text: TextFile,
-    columns: Sequence[str] = (),
-    fields: Sequence[str] = (),
-    known: Sequence[str] = (),
-    *,
-    largest: int,
-    note: Callable[[str], None],
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Reads a CSV or TSV file.
-
-    Args:
-        text: The file. If its suffix is .tsv or .tsv.gz, cells are separated by tabs.
-        columns: The column names of a file without a header.
-        fields: The fields that the objective reads, which help to detect a header. If empty, the
-            first line is the header.
-        known: Column names that the user has given in another option.
-        largest: Maximum number of characters in the file.
-        note: Called with notes for the user about how the file was read.
+def read_table(file: str, options: ReadOptions) -> Iterator[Row]:
+    """Reads a CSV or TSV file: one whose suffix is .tsv or .tsv.gz is separated by tabs.
 
     Yields:
         The number of the last line of each row, and its cells by column.
 
     Raises:
-        InputError: The file is not a table, has neither a header nor `columns`, or has both.
+        InputError: The file is not a table, has neither a header nor names for its columns, or has
+            both.
     """
-    file = text.path
-    rows = _parse(file, text.read(largest, "split the file, or convert it to JSON Lines"), note)
+    columns, fields, known, note = options.names, options.fields, options.known, options.note
+    text = TextFile(file, options.encoding, options.allow_nul)
+    content = text.read(LARGEST_TABLE, "split the file, or convert it to JSON Lines")
+    rows = _parse(file, content, note)
     first, sample = next(rows, None), list(islice(rows, SAMPLE))
     if first is None:
         return
@@ -122,7 +110,7 @@ def table_rows(
         )
 
 
-def _parse(file: str, text: str, note: Callable[[str], None]) -> Iterator[Row]:
+def _parse(file: str, text: str, note: Callable[[str], None]) -> Iterator[Line]:
     """Parses a table and yields its non-empty rows."""
     csv.field_size_limit(sys.maxsize)  # a document may have more than 131,072 characters
     if file.lower().removesuffix(".gz").endswith(".tsv"):

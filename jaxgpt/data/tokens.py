@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, TypedDict, get_args
 
 import numpy as np
 
@@ -45,6 +45,23 @@ VERIFIED = "verified.json"
 SHARD = 1 << 29  # maximum tokens in a file
 PIECE = 1 << 19  # minimum characters that a thread encodes at a time
 ABANDONED = 24 * 3600.0  # seconds without a write after which a partial entry is deleted
+
+
+class Counts(TypedDict):
+    """The sizes of a split, in the index of a cache entry."""
+
+    shards: list[int]
+    """The number of tokens of each shard."""
+    documents: int
+    bytes: int
+
+
+class Index(TypedDict):
+    """The index of a cache entry."""
+
+    dtype: str
+    eot: int
+    splits: dict[Split, Counts]
 
 
 class TokenStream:
@@ -164,7 +181,7 @@ def write_tokens(
     documents: Iterable[tuple[Split, Document]],
     tokenizer: Tokenizer,
     workers: int = 0,
-    progress: Callable[[int], Any] = lambda bytes: None,
+    progress: Callable[[int], object] = lambda bytes: None,
     replace: bool = False,
 ) -> None:
     """Tokenizes documents and writes the tokens as a cache entry.
@@ -188,7 +205,7 @@ def write_tokens(
     """
     workers = workers or os.cpu_count() or 1
     partial, old = _partial(entry), _partial(entry)
-    splits: dict[Split, dict[str, Any]] = {
+    splits: dict[Split, Counts] = {
         split: {"shards": [], "documents": 0, "bytes": 0} for split in get_args(Split)
     }
     groups = _groups(documents, tokenizer.safe_cut)
@@ -202,7 +219,7 @@ def write_tokens(
                     splits[split]["documents"] += count
                     splits[split]["bytes"] += bytes
                     progress(bytes)
-        index = {"dtype": np.dtype(tokenizer.dtype).name, "eot": tokenizer.eot, "splits": splits}
+        index = Index(dtype=np.dtype(tokenizer.dtype).name, eot=tokenizer.eot, splits=splits)
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         write_manifest(partial)
         _sync_folder(partial)
@@ -296,10 +313,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _open_index(entry: Path) -> tuple[dict[str, Any], list[str]]:
+def _open_index(entry: Path) -> tuple[Index, list[str]]:
     """Returns the index of an entry, and the damage to the index or the manifest, if any."""
+    nothing = Index(dtype="", eot=0, splits={})
     if damage := find_damage(entry, lambda name: name == INDEX):
-        return {}, damage
+        return nothing, damage
     try:
         index = json.loads((entry / INDEX).read_bytes())
         lengths = _shard_lengths(index)
@@ -311,17 +329,17 @@ def _open_index(entry: Path) -> tuple[dict[str, Any], list[str]]:
             and all(type(length) is int and length > 0 for length in lengths.values())
         )
     except FileNotFoundError:
-        return {}, [f"{INDEX}: missing"]
+        return nothing, [f"{INDEX}: missing"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
-        return {}, [f"{INDEX}: not a valid index of token shards"]
+        return nothing, [f"{INDEX}: not a valid index of token shards"]
     if set(read_manifest(entry)) != {INDEX, *lengths}:
-        return {}, [f"{MANIFEST}: does not list the files of {INDEX}"]
+        return nothing, [f"{MANIFEST}: does not list the files of {INDEX}"]
     return index, []
 
 
-def _shard_lengths(index: dict[str, Any]) -> dict[str, int]:
+def _shard_lengths(index: Index) -> dict[str, int]:
     """Returns the number of tokens of each shard, by file name."""
     return {
         _shard(split, number): length
@@ -338,14 +356,14 @@ def _file_states(entry: Path) -> dict[str, list[int]]:
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
-def _was_verified(entry: Path, state: dict[str, Any]) -> bool:
+def _was_verified(entry: Path, state: dict[str, object]) -> bool:
     try:
         return json.loads((entry / VERIFIED).read_bytes()) == state
     except (OSError, ValueError, RecursionError):
         return False
 
 
-def _remember_verified(entry: Path, state: dict[str, Any]) -> None:
+def _remember_verified(entry: Path, state: dict[str, object]) -> None:
     draft = entry / f"{VERIFIED}.{uuid.uuid4().hex}.draft"
     try:
         draft.write_text(json.dumps(state))

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def scores(confusion: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scores(confusion: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 of each class, [C] each, of a confusion matrix; 0 if undefined."""
     confusion = np.asarray(confusion, float)
     right, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)

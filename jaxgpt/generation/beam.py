@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import (
+    Rows,
     checked_vocabulary,
     extend,
     pad_prompts,
@@ -18,13 +19,13 @@ from jaxgpt.generation.decode import (
     read_prompts,
     stops_of,
 )
-from jaxgpt.model import GPT, next_logits
+from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.model.cache import Cache, CacheDtype, LayerCache
 
 
 def beam_search(
     model: GPT,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     new: int,
     *,
@@ -96,12 +97,27 @@ class Beams(NamedTuple):
     """Whether the search of a row goes on."""
 
 
+_Loop = tuple[jax.Array | int, Cache, Beams]  # the number of tokens, and what follows from them
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty, real):
+def _beam_search(
+    model: GPT,
+    new: int,
+    W: int,
+    dtype: CacheDtype,
+    params: Params,
+    prompts: tuple[jax.Array, jax.Array],
+    source: Rows | None,
+    stops_E: np.ndarray,
+    penalty: np.float32,
+    real: np.int32,
+) -> tuple[jax.Array, jax.Array]:
+    """The ids of the best sequence of each row, and its length."""
     prompts_BP, lengths_B = prompts
     B, P = prompts_BP.shape
 
-    def choose(i, hidden_RD, beams):
+    def choose(i: jax.Array | int, hidden_RD: jax.Array, beams: Beams) -> tuple[Beams, jax.Array]:
         """The beams with one more token, and the row of B * W that each of them extends."""
         logits_RV = next_logits(model.cfg, params, hidden_RD[:, None])[:, 0]
         V = logits_RV.shape[1]
@@ -133,11 +149,11 @@ def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty
             beams.open_B & (scores_BW[:, 0] / (i + 1.0) ** penalty > finished_BW[:, -1]),
         ), (jnp.arange(B)[:, None] * W + from_BW).reshape(B * W)
 
-    def goes_on(state):
+    def goes_on(state: _Loop) -> jax.Array:
         i, _, beams = state
         return (i < new) & beams.open_B.any()
 
-    def step(state):
+    def step(state: _Loop) -> _Loop:
         i, cache, beams = state
         last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWn, i - 1, 2, keepdims=False)
         position_R = jnp.repeat(lengths_B, W) + i - 1
@@ -158,7 +174,8 @@ def _beam_search(model, new, W, dtype, params, prompts, source, stops_E, penalty
         jnp.ones(B, bool),
     )
     beams, _ = choose(0, hidden_RD, beams)
-    _, _, beams = jax.lax.while_loop(goes_on, step, (1, cache, beams))
+    begin: _Loop = 1, cache, beams
+    _, _, beams = jax.lax.while_loop(goes_on, step, begin)
     return beams.best_Bn, beams.best_length_B
 
 

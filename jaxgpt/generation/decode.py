@@ -1,12 +1,12 @@
 """Batched decoding with a KV cache.
 
-`prefill` runs the prefill of prompts, and `decode_steps` samples some tokens per call, in one loop
+`prefill` fills the cache with prompts, and `decode_steps` samples some tokens per call, in one loop
 on the device that ends early if every row is done. Both are pure functions, compiled once per
 shape, and prompts are padded to powers of two, so that there are few shapes.
 
-    state = start(model, params, prompts_BP, lengths_B, new_B, S)
-    state, generated = steps(model, params, state, settings, stops_BE, n)
-    generated = generate(model, params, prompts_BP, lengths_B, settings, stops_BE, new)
+    state = prefill(model, params, prompts_BP, lengths_B, new_B, S)
+    state, generated = decode_steps(model, params, state, at, stops_BE, n)
+    generated = generate(model, params, prompts_BP, lengths_B, at, stops_BE, new)
 
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
 """
@@ -29,13 +29,13 @@ from jaxgpt.generation.sampling import (
     sample_tokens,
     sampling_params,
 )
-from jaxgpt.generation.shapes import power_of_two
-from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, empty_cache, next_logits
+from jaxgpt.generation.shapes import Array, power_of_two
+from jaxgpt.model import GPT, EncoderDecoder, GPTConfig, Params, empty_cache, next_logits
 from jaxgpt.model.cache import Cache, CacheDtype
 
 SHORTEST = 32  # prompts are padded to at least so many tokens
 
-Rows = tuple[Any, Any]  # ids [B, T], padded at the right, and the length of each row
+Rows = tuple[Array, Array]  # ids [B, T], padded at the right, and the length of each row
 
 
 class DecodeState(NamedTuple):
@@ -63,13 +63,17 @@ class Generated(NamedTuple):
     top_logprobs_BnA: jax.Array
 
 
+# The number of tokens in each row so far, the state, and the arrays of `Generated`.
+_Loop = tuple[jax.Array | int, DecodeState, tuple[jax.Array, ...]]
+
+
 @partial(jax.jit, static_argnames=("model", "S", "ahead", "dtype"))
 def prefill(
     model: GPT,
-    params: Any,
-    prompts_BP: Any,
-    lengths_B: Any,
-    new_B: Any,
+    params: Params,
+    prompts_BP: jax.Array,
+    lengths_B: jax.Array,
+    new_B: jax.Array,
     S: int,
     source: Rows | None = None,
     *,
@@ -96,10 +100,10 @@ def prefill(
 
 def prefill_with_hidden(
     model: GPT,
-    params: Any,
-    prompts_BP: Any,
-    lengths_B: Any,
-    new_B: Any,
+    params: Params,
+    prompts_BP: jax.Array,
+    lengths_B: jax.Array,
+    new_B: jax.Array,
     S: int,
     source: Rows | None = None,
     *,
@@ -128,10 +132,10 @@ def prefill_with_hidden(
 @partial(jax.jit, static_argnames=("model", "n", "top", "tempered"), donate_argnames=("state",))
 def decode_steps(
     model: GPT,
-    params: Any,
+    params: Params,
     state: DecodeState,
     at: SamplingParams,
-    stops_BE: Any,
+    stops_BE: jax.Array,
     n: int,
     *,
     top: int = 0,
@@ -151,7 +155,7 @@ def decode_steps(
     """
     B = len(state.token_B)
 
-    def step(carry: Any) -> Any:
+    def step(carry: _Loop) -> _Loop:
         i, state, out = carry
         hidden_B1D, cache = extend(
             model, params, state.token_B[:, None], state.position_B, state.cache
@@ -177,14 +181,15 @@ def decode_steps(
         )
         return i + 1, state, out
 
-    def goes_on(carry: Any) -> jax.Array:
+    def goes_on(carry: _Loop) -> jax.Array:
         i, state, _ = carry
         return (i < n) & (state.left_B > 0).any()
 
     out: tuple[jax.Array, ...] = jnp.full((B, n), -1), jnp.zeros((B, n))
     if top:
         out += jnp.zeros((B, n, top), jnp.int32), jnp.zeros((B, n, top))
-    _, state, out = jax.lax.while_loop(goes_on, step, (0, state, out))
+    begin: _Loop = 0, state, out
+    _, state, out = jax.lax.while_loop(goes_on, step, begin)
     none = jnp.zeros((B, n, 0), jnp.int32), jnp.zeros((B, n, 0))
     return state, Generated(*out, *(() if top else none))
 
@@ -192,11 +197,11 @@ def decode_steps(
 @partial(jax.jit, static_argnames=("model", "new", "S", "tempered", "dtype"))
 def generate(
     model: GPT,
-    params: Any,
-    prompts_BP: Any,
-    lengths_B: Any,
+    params: Params,
+    prompts_BP: jax.Array,
+    lengths_B: jax.Array,
     at: SamplingParams,
-    stops_BE: Any,
+    stops_BE: jax.Array,
     new: int,
     *,
     S: int = 0,
@@ -216,7 +221,7 @@ def generate(
 
 def decode(
     model: GPT,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     new: int,
     *,
@@ -305,7 +310,9 @@ def pad_prompts(
     return padded(prompts, cfg, most, f"a prompt, with {new} new tokens after it,")
 
 
-def pad_sources(model: GPT, prompts: Sequence[Any], sources: Sequence[Any] | None) -> Rows | None:
+def pad_sources(
+    model: GPT, prompts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None
+) -> Rows | None:
     """The sources of an `EncoderDecoder` as one array. Raises InputError if they are missing, or if
     the model takes none.
     """
@@ -324,7 +331,11 @@ def positions(wanted: int, cfg: GPTConfig) -> int:
 
 
 def stops_of(stops: Sequence[Sequence[int]]) -> np.ndarray:
-    """The stops of each row, int32 [B, E], E a power of two; padded with -1."""
+    """The stops of each row, int32 [B, E], E a power of two; padded with -1.
+
+    >>> stops_of([[7], [8, 9]]).tolist()
+    [[7, -1], [8, 9]]
+    """
     most = power_of_two(max(map(len, stops), default=1) or 1)
     return np.asarray([[*row, *[-1] * (most - len(row))] for row in stops], np.int32)
 
@@ -365,9 +376,9 @@ def padded(lists: Sequence[Sequence[int]], cfg: GPTConfig, most: int, what: str)
 
 def read_prompts(
     model: GPT,
-    params: Any,
-    prompts_BP: Any,
-    lengths_B: Any,
+    params: Params,
+    prompts_BP: jax.Array,
+    lengths_B: jax.Array,
     S: int,
     source: Rows | None,
     ahead: int = 1,
@@ -379,13 +390,27 @@ def read_prompts(
     if source is not None:
         ids_BS, source_lengths_B = source
         is_BS = jnp.arange(ids_BS.shape[1])[None] < source_lengths_B[:, None]
-        encoded_BSD = model.apply({"params": params}, ids_BS, None, is_BS, method="encode")
+        encoded_BSD = _apply(model, params, "encode", ids_BS, None, is_BS)
         cache = cache._replace(source_BS=is_BS)
     first_B = jnp.zeros(B, jnp.int32)
     hidden_BPD, cache = extend(model, params, prompts_BP, first_B, cache, lengths_B, encoded_BSD)
     return cache, hidden_BPD
 
 
-def extend(model: GPT, params: Any, *args: Any) -> Any:
+def extend(
+    model: GPT,
+    params: Params,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    cache: Cache,
+    lengths_B: jax.Array | None = None,
+    encoder_output_BSD: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
     """`GPT.extend` with these parameters."""
-    return model.apply({"params": params}, *args, method="extend")
+    args = tokens_BT, start_B, cache, lengths_B, encoder_output_BSD
+    return _apply(model, params, "extend", *args)
+
+
+def _apply(model: GPT, params: Params, method: str, *args: Array | Cache | None) -> Any:
+    """What a method of the model returns; Flax types it as a union of all that it may return."""
+    return model.apply({"params": params}, *args, method=method)

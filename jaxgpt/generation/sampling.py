@@ -6,7 +6,7 @@ other rows are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Annotated, Any, NamedTuple, Self
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgpt.bounds import Ge, Gt, Le, Lt, check_bounds
 from jaxgpt.errors import InputError
+from jaxgpt.generation.shapes import Array
 
 BANNED = -1e30  # finite, so that a constraint that allows nothing else wins
 SEEDS = 2**63  # seeds are below this number
@@ -98,20 +99,20 @@ NEUTRAL = {
 class SamplingParams(NamedTuple):
     """Sampling settings and constraints on the device; all leaves begin with B."""
 
-    temperature_B: Any
-    top_k_B: Any
-    top_p_B: Any
-    min_p_B: Any
-    repetition_penalty_B: Any
-    frequency_penalty_B: Any
-    presence_penalty_B: Any
-    bias_BV: Any
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    min_p_B: Array
+    repetition_penalty_B: Array
+    frequency_penalty_B: Array
+    presence_penalty_B: Array
+    bias_BV: Array
     """Added to the logits; -inf for ids that are never sampled."""
-    key_B2: Any
+    key_B2: Array
     """The two halves of each seed."""
-    classes_BV: Any
+    classes_BV: Array
     """Constraints: the class of each id."""
-    next_BSC: Any
+    next_BSC: Array
     """Constraints: the state after each state and class; -1: not allowed."""
 
 
@@ -140,8 +141,8 @@ def sampling_params(
         for token, bias in sampling.logit_bias.items():
             bias_BV[row, token] = bias if bias > -100 else BANNED
 
-    def column(name: str, dtype: Any = np.float32) -> np.ndarray:
-        return np.asarray([getattr(sampling, name) for sampling in samplings], dtype)
+    def column(name: str) -> np.ndarray:
+        return np.asarray([getattr(sampling, name) for sampling in samplings], np.float32)
 
     if guides is None:
         guides = np.zeros((B, V), np.int32), np.zeros((B, 1, 1), np.int32)
@@ -188,6 +189,14 @@ def sample_tokens(
 
     Returns:
         The tokens, int32 [B], and the memory with them.
+
+    >>> logits_BV = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2]] * 3))
+    >>> greedy, no_1 = Sampling(temperature=0), Sampling(temperature=0, logit_bias={1: -100})
+    >>> at = sampling_params([greedy, no_1, Sampling(top_k=1)], vocabulary=4, V=4)
+    >>> none_B = jnp.zeros(3, jnp.int32)
+    >>> memory = TokenHistory(jnp.zeros((3, 4), jnp.int32), jnp.zeros((3, 4), bool), none_B)
+    >>> sample_tokens(logits_BV, at, memory, position_B=none_B)[0].tolist()
+    [1, 2, 1]
     """
     logits_BV = logits_BV + at.bias_BV
     logits_BV = _if(
@@ -215,7 +224,7 @@ def sample_tokens(
     return token_B, memory._replace(written_BV=written_BV, guide_B=guide_B)
 
 
-def _if(asked_B: jax.Array, change: Any, x_BV: jax.Array) -> jax.Array:
+def _if(asked_B: Array, change: Callable[[jax.Array], jax.Array], x_BV: jax.Array) -> jax.Array:
     return jax.lax.cond(asked_B.any(), change, lambda x_BV: x_BV, x_BV)
 
 
@@ -237,8 +246,9 @@ def _drawn(logits_BV: jax.Array, at: SamplingParams, position_B: jax.Array) -> j
     x_BV = _if(at.top_p_B < 1, lambda x_BV: _top_p(x_BV, at.top_p_B), x_BV)
     x_BV = jnp.where(x_BV < jnp.log(at.min_p_B)[:, None], -jnp.inf, x_BV)
 
-    def noise(key_2: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), position)
+    def noise(key_2: Array, position: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(jnp.asarray(key_2), impl="threefry2x32")
+        key = jax.random.fold_in(key, position)
         return jax.random.gumbel(key, x_BV.shape[1:])
 
     return _argmax(x_BV + jax.vmap(noise)(at.key_B2, position_B))
@@ -257,12 +267,12 @@ def _argmax(x_BV: jax.Array) -> jax.Array:
     return best_B * inside_BV.shape[1] + inside_BV.argmax(-1)
 
 
-def _top_k(x_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+def _top_k(x_BV: jax.Array, k_B: Array) -> jax.Array:
     k_B = jnp.where(k_B > 0, k_B, x_BV.shape[1])
     return jnp.where(_at_least(x_BV, jnp.ones_like(x_BV), k_B), x_BV, -jnp.inf)
 
 
-def _top_p(x_BV: jax.Array, p_B: jax.Array) -> jax.Array:
+def _top_p(x_BV: jax.Array, p_B: Array) -> jax.Array:
     weight_BV = jax.nn.softmax(x_BV)
     kept_BV = _at_least(x_BV, weight_BV, jnp.maximum(p_B, TINY)) | (p_B >= 1)[:, None]
     return jnp.where(kept_BV, x_BV, -jnp.inf)

@@ -6,15 +6,21 @@ The text is therefore the same as without a draft model, for every seed and all 
 token in float32; in bfloat16 and int8, reading several tokens at once may round differently."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.generation.decode import DecodeState, Generated, extend
 from jaxgpt.generation.sampling import SamplingParams, TokenHistory, sample_tokens
-from jaxgpt.model import GPT, next_logits
+from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.model.cache import Cache
+
+_Out = tuple[jax.Array, jax.Array]  # tokens and log-probabilities, [B, n]
+
+# What the loops carry.
+_Draft = tuple[Cache, jax.Array, jax.Array, TokenHistory]
+_Check = tuple[DecodeState, jax.Array, _Out, jax.Array]
+_Round = tuple[DecodeState, Cache, jax.Array, _Out, jax.Array]
 
 
 @partial(
@@ -24,13 +30,13 @@ from jaxgpt.model.cache import Cache
 )
 def speculative_steps(
     model: GPT,
-    params: Any,
+    params: Params,
     small: GPT,
-    small_params: Any,
+    small_params: Params,
     state: DecodeState,
     small_cache: Cache,
     at: SamplingParams,
-    stops_BE: Any,
+    stops_BE: jax.Array,
     n: int,
     ahead: int = 4,
 ) -> tuple[DecodeState, Cache, Generated, jax.Array]:
@@ -45,14 +51,14 @@ def speculative_steps(
     """
     B, V = len(state.token_B), at.bias_BV.shape[1]
 
-    def guess(carry: Any, _: None) -> Any:
+    def guess(carry: _Draft, _: None) -> tuple[_Draft, jax.Array]:
         cache, token_B, position_B, memory = carry
         hidden_B1D, cache = extend(small, small_params, token_B[:, None], position_B, cache)
         logits_BV = next_logits(small.cfg, small_params, hidden_B1D)[:, 0, :V]
         token_B, memory = sample_tokens(logits_BV, at, memory, position_B + 1)
         return (cache, token_B, position_B + 1, memory), token_B
 
-    def check(carry: Any, one: Any) -> Any:
+    def check(carry: _Check, one: tuple[jax.Array, jax.Array]) -> tuple[_Check, jax.Array]:
         state, count_B, out, alive_B = carry
         logits_BV, guess_B = one
         alive_B &= (state.left_B > 0) & (count_B < n)
@@ -75,11 +81,11 @@ def speculative_steps(
         right_B = alive_B & (token_B == guess_B)
         return (state, count_B + alive_B, out, right_B), right_B
 
-    def round_(carry: Any) -> Any:
+    def round_(carry: _Round) -> _Round:
         state, cache, count_B, out, right = carry
         # One more proposal than is verified, so that the draft model has read all the others.
-        begin: Any = cache, state.token_B, state.position_B, state.memory
-        (cache, *_), guesses_gB = jax.lax.scan(guess, begin, None, length=ahead + 1)
+        begin: _Draft = cache, state.token_B, state.position_B, state.memory
+        (cache, _, _, _), guesses_gB = jax.lax.scan(guess, begin, None, length=ahead + 1)
         read_Bg = jnp.concatenate([state.token_B[None], guesses_gB[:ahead]]).T
         hidden_BgD, large_cache = extend(model, params, read_Bg, state.position_B, state.cache)
         logits_gBV = next_logits(model.cfg, params, hidden_BgD).swapaxes(0, 1)
@@ -95,7 +101,7 @@ def speculative_steps(
             right + right_gB[:ahead].sum(),
         )
 
-    def goes_on(carry: Any) -> jax.Array:
+    def goes_on(carry: _Round) -> jax.Array:
         state, _, count_B, *_ = carry
         return ((state.left_B > 0) & (count_B < n)).any()
 

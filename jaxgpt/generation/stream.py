@@ -6,10 +6,10 @@
 Invalid arguments are refused before the first piece is requested.
 """
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,15 +17,17 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.constrained import Guide, stacked
-from jaxgpt.generation.decode import decode_steps, padded, positions, prefill, stops_of
-from jaxgpt.generation.sampling import SEEDS, Sampling, sampling_params
+from jaxgpt.generation.decode import Rows, decode_steps, padded, positions, prefill, stops_of
+from jaxgpt.generation.sampling import SEEDS, Sampling, SamplingParams, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, Params
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import TextDecoder, Tokenizer
 
 CHUNK = 16  # tokens sampled on the device before the host looks at them
 AHEAD = 4  # tokens that a draft model proposes at once
+
+_Inputs = tuple[SamplingParams, Rows]  # of a prefill and the decoding after it
 
 
 class TextStream:
@@ -49,11 +51,27 @@ class TextStream:
 
 
 class IncrementalText:
-    """Incremental detokenization: the text of tokens that come a few at a time.
+    """Incremental detokenization: the text of tokens that come a few at a time, and where it ends.
 
     Text is returned as soon as it cannot change: incomplete characters, and text with which a stop
     string may begin, are held back. All returned pieces together are the text up to the first stop
-    string. `context` are the ids before the text, see `Tokenizer.place`.
+    string or end token.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        stops: Strings before which the text ends.
+        context: The ids before the text, see `Tokenizer.place`.
+        stop_ids: Tokens before which the text ends.
+        limit: The most tokens, with the one that ends the text.
+
+    Raises:
+        InputError: A stop string is empty.
+
+    >>> from jaxgpt.tokenizer import Bytes
+    >>> tokenizer = Bytes()
+    >>> text = IncrementalText(tokenizer, stops=["END"])
+    >>> [text.add([token]) for token in tokenizer.encode("né. E, END")]
+    ['n', '', 'é', '.', ' ', '', 'E,', ' ', '', '', '']
     """
 
     def __init__(
@@ -61,20 +79,36 @@ class IncrementalText:
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         context: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        limit: int = sys.maxsize,
     ):
         if not all(stops):
             raise InputError("a stop string is empty; give it a character, or remove it")
-        self.stops = tuple(stops)
+        self.stops, self.stop_ids = tuple(stops), tuple(stop_ids)
+        self.left = limit
+        """The number of tokens that may still follow."""
         self.stopped = False
+        """Whether a stop string or an end token has ended the text."""
         self._decoder = TextDecoder(tokenizer, context)
         self._held = ""
 
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" or "length" as in `TextStream`; "" while the text goes on."""
+        return "stop" if self.stopped else "" if self.left else "length"
+
     def add(self, ids: Sequence[int]) -> str:
-        """The next piece of text, after these tokens; "" after a stop string."""
-        return self._show(self._decoder.decode(ids))
+        """The next piece of text, after these tokens; "" after the end of the text."""
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        text = self._show(self._decoder.decode(ids[:end]))
+        self.left -= len(ids)
+        if end < len(ids) or self.finish_reason:
+            text += self.end()
+        self.stopped = self.stopped or end < len(ids)
+        return text
 
     def end(self) -> str:
-        """The last piece, when no more tokens will come."""
+        """The last piece, when no more tokens will come; "" if `add` has returned it."""
         return self._show(self._decoder.decode((), final=True), over=True)
 
     def _show(self, fresh: str, over: bool = False) -> str:
@@ -99,7 +133,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def stream_text(
     model: GPT,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     tokens: int,
@@ -109,7 +143,7 @@ def stream_text(
     stop_ids: Sequence[int] = (),
     continues: bool = True,
     guide: Guide | None = None,
-    draft: tuple[GPT, Any] | None = None,
+    draft: tuple[GPT, Params] | None = None,
     cache: CacheDtype = "same",
 ) -> TextStream:
     """Streams the text of up to `tokens` tokens that continue a prompt of token ids.
@@ -140,10 +174,10 @@ def stream_text(
     cfg = model.cfg
     if tokens < 1:
         raise InputError(f"tokens={tokens}; set it to 1 or more")
-    text = IncrementalText(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else (), stop_ids, tokens)
     guides = None if guide is None else stacked([guide], cfg.sizes["V"])
 
-    def read(ids: list[int], sampling: Sampling) -> Any:
+    def read(ids: list[int], sampling: Sampling) -> _Inputs:
         at = sampling_params([sampling], tokenizer.vocab_size, cfg.sizes["V"], guides)
         return jax.device_put(at), padded(
             [ids], cfg, cfg.decode_T - 1, "a prompt, with a token after it,"
@@ -151,15 +185,13 @@ def stream_text(
 
     begun = read(list(prompt), sampling)
     return TextStream(
-        _pieces(
-            model, params, begun, read, text, list(prompt), tokens, sampling, stop_ids, draft, cache
-        )
+        _pieces(model, params, begun, read, text, list(prompt), sampling, draft, cache)
     )
 
 
 def stream_beam_search(
     model: GPT,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     tokens: int,
@@ -174,7 +206,7 @@ def stream_beam_search(
 
     Prompt and text must fit the context.
     """
-    text = IncrementalText(tokenizer, stops, prompt if continues else ())
+    text = IncrementalText(tokenizer, stops, prompt if continues else (), limit=tokens)
     T, length = model.cfg.decode_T, len(prompt)
     padded([prompt], model.cfg, T, "a prompt")  # raises InputError now, and not later
     room = T + 1 - length
@@ -197,28 +229,26 @@ def stream_beam_search(
         )
         if piece := text.add(ids) + text.end():
             yield piece
-        return "stop" if text.stopped or len(ids) < tokens else "length"
+        return text.finish_reason or "stop"
 
     return TextStream(pieces())
 
 
 def _pieces(
     model: GPT,
-    params: Any,
-    begun: Any,
-    read: Callable[[list[int], Sampling], Any],
+    params: Params,
+    begun: _Inputs,
+    read: Callable[[list[int], Sampling], _Inputs],
     text: IncrementalText,
     ids: list[int],
-    left: int,
     sampling: Sampling,
-    stop_ids: Sequence[int],
-    draft: tuple[GPT, Any] | None,
+    draft: tuple[GPT, Params] | None,
     cache: CacheDtype,
 ) -> Generator[str, None, str]:
-    cfg, stops_1E, memory = model.cfg, stops_of([stop_ids]), None
-    while left:
+    cfg, stops_1E, memory = model.cfg, stops_of([text.stop_ids]), None
+    while True:
         at, (prompt_1P, length_1) = begun
-        fit = min(left, cfg.decode_T - len(ids))
+        fit = min(text.left, cfg.decode_T - len(ids))
         S = positions(prompt_1P.shape[1] + fit, cfg)
         ahead = AHEAD if draft else 0
         begin = partial(
@@ -242,18 +272,12 @@ def _pieces(
             else:
                 state, written = decode_steps(model, params, state, at, stops_1E, CHUNK)
             new = [token for token in np.asarray(written.tokens_Bn)[0].tolist() if token >= 0]
-            ended = new[-1] in stop_ids
-            piece = text.add(new[:-1] if ended else new)
-            if ended or text.stopped or len(new) == left:
-                piece += text.end()
-                if piece:
-                    yield piece
-                return "stop" if ended or text.stopped else "length"
-            if piece:
+            if piece := text.add(new):
                 yield piece
-            ids, left, fit = ids + new, left - len(new), fit - len(new)
+            if text.finish_reason:
+                return text.finish_reason
+            ids, fit = ids + new, fit - len(new)
         ids, memory = ids[-(cfg.decode_T // 2) :], state.memory
         # Positions repeat, and the noise at them should not.
         sampling = replace(sampling, seed=(sampling.seed + 1) % SEEDS)
         begun = read(ids, sampling)
-    return "length"

@@ -22,6 +22,8 @@ UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops
 LOOPS = 8
 LONGEST_INT8 = 1 << 17  # slots of a cache: a sum of more int8 products may overflow int32
 FEW = 16  # row and head pairs that a CPU computes faster one by one than as a batch
+Quantized = tuple[jax.Array, jax.Array]  # int8 values and their scales
+Drop = Callable[[jax.Array], jax.Array] | None  # the dropout of attention weights, if any
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
 
 
@@ -50,19 +52,28 @@ def obstacle(
     return None
 
 
-def choose(wanted: str, platform: str, **facts) -> tuple[str, str]:
+def choose(
+    wanted: str, platform: str, *, dtype: str, H: int, T: int, dropout: float, segments: bool
+) -> tuple[str, str]:
     """The implementation to run, and the reason in a few words.
 
     Args:
         wanted: An implementation, or "auto" for the fastest that can run.
         platform: As jax names it, such as "cpu".
-        **facts: What `obstacle` takes: dtype, H, T, dropout, segments.
+        dtype: Of the computation.
+        H: Head size.
+        T: Tokens of a row.
+        dropout: The rate of dropout on attention weights.
+        segments: Whether documents are masked from each other.
 
     Raises:
         InputError: The wanted implementation cannot run.
     """
+    facts = partial(
+        obstacle, platform=platform, dtype=dtype, H=H, T=T, dropout=dropout, segments=segments
+    )
     if wanted != "auto":
-        why_not = obstacle(wanted, platform, **facts)
+        why_not = facts(wanted)
         if why_not:
             raise InputError(
                 f"compute.attention={wanted}: {why_not}; set compute.attention=auto",
@@ -70,7 +81,7 @@ def choose(wanted: str, platform: str, **facts) -> tuple[str, str]:
             )
         return wanted, "as asked"
     best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "chunked")
-    why_not = obstacle(best, platform, **facts)
+    why_not = facts(best)
     return ("plain", f"{best} cannot: {why_not}") if why_not else (best, f"fastest on {platform}")
 
 
@@ -83,7 +94,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     segments_BT: jax.Array | None = None,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    drop: Drop = None,
 ) -> jax.Array:
     """Softmax self-attention (Vaswani et al. 2017, section 3.2), softmax in float32.
 
@@ -125,7 +136,7 @@ def attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    drop: Drop = None,
 ) -> jax.Array:
     """Softmax attention of each query to the keys in its mask, otherwise as `attention`.
 
@@ -133,13 +144,20 @@ def attend(
     which is finite and not to be used.
     """
     if q_BTNH.shape[1] == 1 and drop is None and len(q_BTNH) * k_BSKH.shape[2] <= FEW:
-        return jax.lax.platform_dependent(
+        out_BTNH: jax.Array = jax.lax.platform_dependent(
             q_BTNH, k_BSKH, v_BSKH, mask_BTS, cpu=_attend_per_head, default=_attend
         )
+        return out_BTNH
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 
 
-def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
+def _attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    drop: Drop = None,
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
@@ -153,7 +171,9 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop=None):
     return (out / total_BTKG[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _attend_per_head(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
+def _attend_per_head(
+    q_B1NH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1S: jax.Array
+) -> jax.Array:
     """Each head of each row by itself: in a batch, a CPU's threads wait for each other at each."""
     B, _, N, H = q_B1NH.shape
     K = k_BSKH.shape[2]
@@ -170,12 +190,7 @@ def _attend_per_head(q_B1NH, k_BSKH, v_BSKH, mask_B1S):
     return out_XGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
 
 
-def attend_int8(
-    q_BTNH: jax.Array,
-    k: tuple[jax.Array, jax.Array],
-    v: tuple[jax.Array, jax.Array],
-    mask_BTS: jax.Array,
-) -> jax.Array:
+def attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
     """`attend` to int8 keys and values [B, K, S, H], each with scales [B, K, S].
 
     A CPU multiplies int8 faster than it converts it to float32. Queries and weights are then two
@@ -183,17 +198,20 @@ def attend_int8(
     """
     if k[0].shape[2] > LONGEST_INT8:
         return _attend_dequantized(q_BTNH, k, v, mask_BTS)
-    return jax.lax.platform_dependent(
+    out_BTNH: jax.Array = jax.lax.platform_dependent(
         q_BTNH, k, v, mask_BTS, cpu=_attend_int8, default=_attend_dequantized
     )
+    return out_BTNH
 
 
-def _attend_dequantized(q_BTNH, k, v, mask_BTS):
+def _attend_dequantized(
+    q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array
+) -> jax.Array:
     k_BSKH, v_BSKH = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def _attend_int8(q_BTNH, k, v, mask_BTS):
+def _attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     (k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS) = k, v
     _, K, S, _ = k_BKSH.shape
@@ -227,7 +245,15 @@ def _two_digit_product(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> ja
     return (y[:, :, 0] + y[:, :, 1] / 254) * scale_BKX1
 
 
-def _chunked(q_BTNH, k_BTKH, v_BTKH, chunk, window, segments_BT, drop):
+def _chunked(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    chunk: int,
+    window: int,
+    segments_BT: jax.Array | None,
+    drop: Drop,
+) -> jax.Array:
     T = q_BTNH.shape[1]
     # Here and not chunk by chunk, for the gradients of the chunks are added up in float32.
     k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
@@ -281,7 +307,13 @@ def prompt_attention(
     return jnp.concatenate(outs, axis=1)[:, :T]
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
+def _splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    window: int,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -291,7 +323,9 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
 
     _, T, _, H = q_BTNH.shape
 
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    def local(
+        q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         heads = q_BTNH.shape[2]
         one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
         block = next(size for size in (512, 256, 128) if T % size == 0)
@@ -312,12 +346,15 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, window, segments_BT):
         k_BTNH, v_BTNH = repeat(k_BTKH), repeat(v_BTKH)
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH / math.sqrt(H), k_BTNH, v_BTNH))
         ids = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
-        return jax.vmap(splash)(q, k, v, ids).transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
+        out_BNTH: jax.Array = jax.vmap(splash)(q, k, v, ids)
+        return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
     mesh = jax.sharding.get_abstract_mesh()
     if "fsdp" not in mesh.axis_names:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     in_specs = (spec("BTNH"), spec("BTKH"), spec("BTKH"), spec("BT"))
-    return jax.shard_map(
+    sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=spec("BTNH"), check_vma=False
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    )
+    out_BTNH: jax.Array = sharded(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return out_BTNH

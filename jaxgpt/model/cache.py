@@ -5,12 +5,13 @@ that are still attended to: its S is smaller, and new tokens overwrite the oldes
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jaxgpt.model.attention import attend, attend_int8, prompt_attention
+from jaxgpt.model.attention import Drop, attend, attend_int8, prompt_attention
 from jaxgpt.model.quantize import quantize
 
 CacheDtype = Literal["same", "int8"]
@@ -28,7 +29,11 @@ class KVCache(NamedTuple):
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
     def write(
-        self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
+        self,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        start_B: jax.Array,
+        lengths_B: jax.Array | None = None,
     ) -> "KVCache":
         """The cache with T more tokens of each row, at the positions from `start_B` on.
 
@@ -38,7 +43,7 @@ class KVCache(NamedTuple):
         put, new = partial(_put, start_B=start_B, lengths_B=lengths_B), KVCache.of(k_BTKH, v_BTKH)
         return KVCache(*(put(old, x.astype(old.dtype)) for old, x in zip(self, new, strict=True)))
 
-    def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Any = None) -> jax.Array:
+    def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Drop | None = None) -> jax.Array:
         """Attention to the slots in the mask, see `attention.attend`."""
         k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in self)
         return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
@@ -53,7 +58,11 @@ class Int8KVCache(NamedTuple):
     v_scale_BKS: jax.Array
 
     def write(
-        self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, lengths_B: Any = None
+        self,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        start_B: jax.Array,
+        lengths_B: jax.Array | None = None,
     ) -> "Int8KVCache":
         """As `KVCache.write`; the rounding error of a stored value is at most half of its scale."""
         (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (
@@ -128,7 +137,7 @@ def cache_mask(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:
 
 
 def empty(
-    windows: list[int], B: int, K: int, S: int, H: int, dtype: Any, ahead: int = 1
+    windows: list[int], B: int, K: int, S: int, H: int, dtype: DTypeLike, ahead: int = 1
 ) -> dict[str, LayerCache]:
     """Empty caches of all layers, for B rows of S positions.
 
@@ -152,7 +161,9 @@ def empty(
     return {str(number): layer(window) for number, window in enumerate(windows)}
 
 
-def _put(old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: Any) -> jax.Array:
+def _put(
+    old: jax.Array, new: jax.Array, start_B: jax.Array, lengths_B: jax.Array | None
+) -> jax.Array:
     """[B, K, S, ...] with [B, K, T, ...] in it, see `KVCache.write`."""
     (B, _, T), S = new.shape[:3], old.shape[2]
     if lengths_B is None:

@@ -1,7 +1,7 @@
 """The options of a model: its architecture, and how it is computed. Data only, no Flax."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import numpy as np
@@ -10,6 +10,9 @@ from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model.attention import choose
 from jaxgpt.model.rotary import RopeScaling, rotary_frequencies
+
+if TYPE_CHECKING:
+    from jaxgpt.model.gpt import GPT
 
 VOCABULARY_MULTIPLE = 128
 GATED = ("swiglu", "geglu")  # MLPs with a third matrix, the gate
@@ -151,7 +154,7 @@ class GPTConfig:
                 field="model.rope_scaling.kind",
             )
 
-    def build(self, compute: "ComputeConfig") -> Any:
+    def build(self, compute: "ComputeConfig") -> "GPT":
         """The model of this config. A subclass for another architecture overrides it.
 
         Args:
@@ -221,10 +224,8 @@ class ComputeConfig:
         Raises:
             InputError: What was asked for cannot run on this platform.
         """
-        accelerator = platform in ("tpu", "gpu", "cuda")
-        dtype: Any = self.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if accelerator else "float32"
+        fastest = "bfloat16" if platform in ("tpu", "gpu", "cuda") else "float32"
+        dtype = fastest if self.dtype == "auto" else self.dtype
         if dtype == "bfloat16" and platform == "cpu" and jax.__version_info__ < (0, 9):
             raise InputError(
                 f"compute.dtype=bfloat16: jax {jax.__version__} lacks its products on a CPU; "

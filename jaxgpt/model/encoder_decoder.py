@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.cache import KVCache
+from jaxgpt.model.attention import Drop
+from jaxgpt.model.cache import KVCache, LayerCache
 from jaxgpt.model.gpt import GPT, Attention, Block, Context
 from jaxgpt.model.layers import Norm
 from jaxgpt.model.stacking import run_blocks
@@ -18,8 +19,8 @@ class CrossAttention(Attention):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: Any = None, drop: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, drop: Drop = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """As `Attention`; the prefill puts the source's keys and values into the cache."""
         q_BTNH = self.heads("cross_q", "BTD,NHD->BTNH", x_BTD, context)
         source: Any = cache and cache.source
@@ -37,8 +38,8 @@ class DecoderBlock(Block):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """As `Block`."""
         cfg, compute = self.cfg, self.compute
         x_BTD = constrain(x_BTD, "BTD")
@@ -64,7 +65,7 @@ class EncoderDecoder(GPT):
     padding.
     """
 
-    block: ClassVar[Any] = DecoderBlock
+    block: ClassVar[type[nn.Module]] = DecoderBlock
 
     def setup(self) -> None:
         """The tree of the GPT, with the encoder beside it."""

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
-from jaxgpt.model.attention import attention
-from jaxgpt.model.cache import Cache, CacheDtype, attend_and_cache, empty
+from jaxgpt.model.attention import Drop, attention
+from jaxgpt.model.cache import Cache, CacheDtype, LayerCache, attend_and_cache, empty
 from jaxgpt.model.config import GATED, ComputeConfig, GPTConfig
 from jaxgpt.model.layers import Norm, linear_layers, parameter
 from jaxgpt.model.output import next_logits
 from jaxgpt.model.quantize import embedding_lookup
-from jaxgpt.model.rotary import RopeScaling, rotary_tables, rotate
+from jaxgpt.model.rotary import RopeScaling, Tables, rotary_tables, rotate
 from jaxgpt.model.stacking import run_blocks
 from jaxgpt.sharding import constrain
 
@@ -34,7 +34,7 @@ from jaxgpt.sharding import constrain
 class Context(NamedTuple):
     """What every block reads beside the residual stream; None is what does not apply."""
 
-    rotary: Any = None
+    rotary: dict[str, Tables] | None = None
     """Rotary tables: "global", and "local" for layers with a sliding window."""
     segments_BT: jax.Array | None = None
     """Tokens attend only within their own segment."""
@@ -63,13 +63,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: Any = None, drop: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, drop: Drop = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The output [B, T, D], and the layer's cache with these tokens; `drop` is for weights."""
         q_BTNH = self.heads("q", "BTD,NHD->BTNH", x_BTD, context)
         k_BTKH = self.heads("k", "BTD,KHD->BTKH", x_BTD, context)
         v_BTKH = self.heads("v", "BTD,KHD->BTKH", x_BTD, context)
-        if self.cfg.position == "rotary":
+        if context.rotary is not None:
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
         if cache is None:
@@ -84,9 +84,8 @@ class Attention(nn.Module):
                 drop=drop,
             )
         else:
-            start_B, lengths_B = context.start_B, context.lengths_B
             out_BTNH, cache = attend_and_cache(
-                q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, self.window
+                q_BTNH, k_BTKH, v_BTKH, cache, context.start_B, context.lengths_B, self.window
             )
         return self.merge_heads("o", out_BTNH, context), cache
 
@@ -139,12 +138,12 @@ class Block(nn.Module):
     window: int = 0
     causal: bool = True
 
-    mlp: ClassVar[Any] = MLP
+    mlp: ClassVar[type[nn.Module]] = MLP
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after the layer, and the layer's KV cache, None in training."""
         x_BTD = constrain(x_BTD, "BTD")
         drop = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))
@@ -155,7 +154,7 @@ class Block(nn.Module):
         y_BTD = mlp(self.norm("norm2", x_BTD), context)
         return x_BTD + drop(self.post_norm("norm2_post", y_BTD)), cache
 
-    def part(self, module: nn.Module) -> Any:
+    def part(self, module: nn.Module) -> nn.Module:
         """A module whose parameters lie in the block's own subtree: `q`, not `Attention_0/q`."""
         nn.share_scope(self, module)
         return module
@@ -168,7 +167,7 @@ class Block(nn.Module):
         """What is added to the residual stream, normalized if the config says so."""
         return self.norm(name, y_BTD) if self.cfg.post_norm else y_BTD
 
-    def weight_drop(self, drop: Any) -> Any:
+    def weight_drop(self, drop: Drop) -> Drop:
         """The dropout of attention weights; None if there is none."""
         return drop if self.cfg.dropout and self.has_rng("dropout") else None
 
@@ -179,7 +178,7 @@ class GPT(nn.Module):
     cfg: GPTConfig
     compute: ComputeConfig
 
-    block: ClassVar[Any] = Block
+    block: ClassVar[type[nn.Module]] = Block
 
     def setup(self) -> None:
         """The tree: embeddings, blocks, the final norm, the output layer."""
@@ -246,7 +245,7 @@ class GPT(nn.Module):
 
     def embed(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None, decoding: bool = False
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, dict[str, Tables] | None]:
         """The residual stream before the first block, and the rotary tables."""
         cfg = self.cfg
         T = tokens_BT.shape[1]
@@ -256,7 +255,7 @@ class GPT(nn.Module):
             positions_BT = jnp.arange(T)[None]
         rotary = None
         # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
-        scale_V: Any = self.get_variable("params", "wte_scale")
+        scale_V: jax.Array | None = self.get_variable("params", "wte_scale")
         x_BTD = embedding_lookup(constrain(self.wte, "V-"), scale_V, tokens_BT)
         x_BTD = constrain(x_BTD, "BTD")
         if cfg.scale_embedding:

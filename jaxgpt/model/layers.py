@@ -1,11 +1,11 @@
 """The layers that models are built of: linear layers and norms."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype, Initializer, Shape
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.config import ComputeConfig, GPTConfig
@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
     cfg: GPTConfig
     equation: str
-    dtype: Any
+    dtype: Dtype
     bias: bool
     init_scale: float = 1.0
     """The initial standard deviation is `cfg.init_std` times this."""
@@ -34,7 +34,7 @@ class Linear(nn.Module):
         """The product of the equation plus the bias, in `dtype`."""
         x_letters, w_letters, _ = self.equation.replace("->", ",").split(",")
         init = nn.initializers.normal(self.cfg.init_std * self.init_scale)
-        w = self.param("w", *parameter(self.cfg, w_letters, init))
+        w: jax.Array = self.param("w", *parameter(self.cfg, w_letters, init))
         leaves = self.variables.get("params", {})
         if leaves.keys() <= {"w", "b"}:
             y = matmul(self.equation, x, w, self.dtype)
@@ -42,9 +42,10 @@ class Linear(nn.Module):
             y = adapted_matmul(self.equation, x, w, leaves, self.dtype, self.int8_activations)
         if self.bias:
             outputs = "".join(letter for letter in w_letters if letter not in x_letters)
-            b = self.param("b", *parameter(self.cfg, outputs, nn.initializers.zeros))
+            b: jax.Array = self.param("b", *parameter(self.cfg, outputs, nn.initializers.zeros))
             y = y + b[None, None]  # in float32, and so is the sum that is its gradient
-        return checkpoint_name(y.astype(self.dtype), "linear")
+        named: jax.Array = checkpoint_name(y.astype(self.dtype), "linear")
+        return named
 
 
 class Norm(nn.Module):
@@ -61,7 +62,7 @@ class Norm(nn.Module):
         kind = self.kind or self.cfg.norm
         layernorm, offset = kind == "layernorm", kind == "rmsnorm+1"
         ones = nn.initializers.zeros if offset else nn.initializers.ones
-        scale = self.param("scale", *parameter(self.cfg, self.letter, ones)) + offset
+        scale: jax.Array = self.param("scale", *parameter(self.cfg, self.letter, ones)) + offset
         y = x.astype(jnp.float32)
         if layernorm:
             y = y - y.mean(-1, keepdims=True)
@@ -69,18 +70,18 @@ class Norm(nn.Module):
         lead = (None,) * (x.ndim - 1)
         y = y * scale[lead]
         if layernorm and self.cfg.bias:
-            zeros = parameter(self.cfg, self.letter, nn.initializers.zeros)
-            y = y + self.param("b", *zeros)[lead]
+            b: jax.Array = self.param("b", *parameter(self.cfg, self.letter, nn.initializers.zeros))
+            y = y + b[lead]
         return y.astype(x.dtype)
 
 
-def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> Any:
+def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> partial[Linear]:
     """`Linear` with the options that all linear layers of a model share."""
     dtype = jnp.dtype(compute.dtype)
     return partial(Linear, cfg, dtype=dtype, bias=cfg.bias, int8_activations=decoding)
 
 
-def parameter(cfg: GPTConfig, letters: str, init: Any) -> tuple[Any, tuple[int, ...], Any]:
+def parameter(cfg: GPTConfig, letters: str, init: Initializer) -> tuple[Initializer, Shape, Dtype]:
     """The arguments of `Module.param` for a float32 leaf whose shape is spelled by letters."""
     shape = tuple(cfg.sizes[letter] for letter in letters)
     return nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32

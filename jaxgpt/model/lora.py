@@ -5,9 +5,9 @@ factors (Hu et al. 2021) `lora_a` [R, D], `lora_b` [N, H, R] and the number `lor
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from jaxgpt.model.matmul import matmul
 from jaxgpt.model.quantize import dequantize, int8_matmul
@@ -17,8 +17,8 @@ def adapted_matmul(
     equation: str,
     x: jax.Array,
     w: jax.Array,
-    leaves: Mapping[str, Any],
-    dtype: Any,
+    leaves: Mapping[str, jax.Array],
+    dtype: DTypeLike,
     int8_activations: bool,
 ) -> jax.Array:
     """The product of a linear layer, with the int8 scale and the LoRA factors that it has.

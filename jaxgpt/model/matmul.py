@@ -5,13 +5,15 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Factors = tuple[jax.Array, jax.Array]
 
 
-def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`einsum(equation, x, w)` of factors in `dtype`, accumulated and returned in float32.
 
     The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
@@ -29,11 +31,11 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     return product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
 
 
-def product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.Array:
+def product(equation: str, x: jax.Array, w: jax.Array, accumulator: DTypeLike) -> jax.Array:
     """`einsum(equation, x, w)`, accumulated and returned in a dtype; fast for a single token."""
     einsum = partial(jnp.einsum, equation, preferred_element_type=accumulator)
     if x.shape[:2] != (1, 1) or equation != "BTF,YF->BTY":
@@ -43,10 +45,11 @@ def product(equation: str, x: jax.Array, w: jax.Array, accumulator: Any) -> jax.
         partial(f, accumulator=accumulator) for f in (_four_weight_parts, _four_equal_rows)
     )
     on_cpu = weight_parts if w.dtype == jnp.float32 else equal_rows
-    return jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=equal_rows, default=einsum)
+    y: jax.Array = jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=equal_rows, default=einsum)
+    return y
 
 
-def _four_weight_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+def _four_weight_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> jax.Array:
     """The product with four parts of the weights, which XLA's threads on a CPU share better."""
     Y, F = w_YF.shape
     G = math.gcd(4, Y)
@@ -56,7 +59,7 @@ def _four_weight_parts(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> j
     return y_GXY.reshape(1, 1, Y)
 
 
-def _four_equal_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax.Array:
+def _four_equal_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> jax.Array:
     """The product with four equal rows: of one, XLA makes no product of matrices.
 
     On a CPU it has fast ones of bfloat16 and int8, and is fastest with four rows; on a TPU the unit
@@ -66,11 +69,13 @@ def _four_equal_rows(x_11F: jax.Array, w_YF: jax.Array, accumulator: Any) -> jax
     return jnp.einsum("XF,YF->XY", x_XF, w_YF, preferred_element_type=accumulator)[None, :1]
 
 
-def _matmul_forward(equation, x, w, dtype):
+def _matmul_forward(
+    equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, Factors]:
     return _matmul(equation, x, w, dtype), (x, w)
 
 
-def _matmul_backward(equation, dtype, saved, dy):
+def _matmul_backward(equation: str, dtype: DTypeLike, saved: Factors, dy: jax.Array) -> Factors:
     x, w = saved
     inputs, out = equation.split("->")
     x_letters, w_letters = inputs.split(",")
@@ -78,7 +83,7 @@ def _matmul_backward(equation, dtype, saved, dy):
     dy, x_, w_ = dy.astype(dtype), x.astype(dtype), w.astype(dtype)
     dx = product(f"{out},{w_letters}->{x_letters}", dy, w_)
 
-    def dw_on_cpu(x, dy):
+    def dw_on_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
         # XLA for CPU transposes the first factor in memory: that had better be the smaller one. It
         # would also fold a transposed result into a product that it has not for bfloat16.
         factors = sorted([(x, x_letters), (dy, out)], key=lambda factor: factor[0].size)

@@ -9,7 +9,7 @@ All experts are computed for all tokens and those not chosen get weight 0, which
 exact, and saves no time: an implementation for large models would dispatch tokens to experts."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ class MoEConfig(GPTConfig):
                 field="model.active",
             )
 
-    def build(self, compute: ComputeConfig) -> Any:
+    def build(self, compute: ComputeConfig) -> GPT:
         """The model. Raises InputError as for the GPT."""
         gpt = super().build(compute)
         return MoE(gpt.cfg, gpt.compute)
@@ -86,10 +86,10 @@ def keep_top(logits_BTE: jax.Array, active: int) -> jax.Array:
 class MoEBlock(Block):
     """A block with experts instead of an MLP."""
 
-    mlp: ClassVar[Any] = Experts
+    mlp: ClassVar[type[nn.Module]] = Experts
 
 
 class MoE(GPT):
     """A GPT with a mixture of experts in every block."""
 
-    block: ClassVar[Any] = MoEBlock
+    block: ClassVar[type[nn.Module]] = MoEBlock

@@ -1,12 +1,13 @@
 """The output layer: from hidden states to logits over the vocabulary."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.model.config import GPTConfig
 from jaxgpt.model.matmul import matmul
+from jaxgpt.model.params import Params
 from jaxgpt.model.quantize import int8_matmul
 from jaxgpt.sharding import constrain
 
@@ -19,7 +20,7 @@ def logits(
     return _capped_and_masked(cfg, product_BTV)
 
 
-def next_logits(cfg: GPTConfig, params: Any, hidden_BTD: jax.Array) -> jax.Array:
+def next_logits(cfg: GPTConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """`logits` from a parameter tree whose embeddings may be int8, with a scale beside them."""
     name = "wte" if cfg.tied else "head"
     if params[name].dtype != jnp.int8:
@@ -28,12 +29,13 @@ def next_logits(cfg: GPTConfig, params: Any, hidden_BTD: jax.Array) -> jax.Array
     return _capped_and_masked(cfg, product_BTV * params[f"{name}_scale"][None, None])
 
 
-def output_weights(cfg: GPTConfig, params: Any) -> jax.Array:
+def output_weights(cfg: GPTConfig, params: Params) -> jax.Array:
     """The matrix of the output layer [D, V padded], which is the token embedding's if tied.
 
     The leaf is [V, D]. A loss transposes it once, so that its chunks need not.
     """
-    return (params["wte"] if cfg.tied else params["head"]).T
+    w_VD: jax.Array = params["wte"] if cfg.tied else params["head"]
+    return w_VD.T
 
 
 def _capped_and_masked(cfg: GPTConfig, product_BTV: jax.Array) -> jax.Array:

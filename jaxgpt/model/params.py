@@ -11,7 +11,7 @@ have a leading L. The first axes of every matrix are its outputs.
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,10 @@ import jax.numpy as jnp
 
 from jaxgpt.model.config import ComputeConfig
 
+if TYPE_CHECKING:
+    from jaxgpt.model.gpt import GPT
+
+Tree = TypeVar("Tree")
 Path = tuple[str, ...]
 
 # A parameter tree, or a part of one: dicts of arrays and of such dicts.
@@ -28,29 +32,30 @@ Params = Mapping[str, Any]
 Leaves = dict[Path, tuple[tuple[str, ...], tuple[int, ...]]]
 
 
-def init(model: Any, key: jax.Array) -> Any:
+def init(model: "GPT", key: jax.Array) -> Params:
     """A new parameter tree: nested dicts of float32 arrays, equal for separate and stacked layers.
 
     All layers are drawn at once, stacked, so that one program is compiled instead of L.
     """
-    params = nn.unbox(_boxed(model, key))
+    params: Params = nn.unbox(_boxed(model, key))
     return params if model.compute.layers == "scan" else unstack(params, model.cfg.L)
 
 
-def _boxed(model: Any, key: jax.Array) -> Any:
+def _boxed(model: "GPT", key: jax.Array) -> Params:
     """The tree with stacked layers, each leaf with its letters."""
     # One token, which only plain attention takes; the parameters are the same for all.
     plain = model.clone(compute=ComputeConfig("float32", "scan", "none", "plain"))
-    return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    variables: Mapping[str, Params] = plain.init(key, jnp.zeros((1, 1), jnp.int32))
+    return variables["params"]
 
 
-def letters(model: Any) -> Leaves:
+def letters(model: "GPT") -> Leaves:
     """The letters and shapes of a model's parameters by path; no array is made."""
     return dict(_letters(model))
 
 
 @lru_cache(maxsize=64)
-def _letters(model: Any) -> Leaves:
+def _letters(model: "GPT") -> Leaves:
     boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names"))
     stacked: Leaves = {
@@ -74,7 +79,7 @@ def first_contracted_axis(letters: tuple[str, ...]) -> int:
     return lead + 1 if letters[lead] in "DF" else len(letters) - 1
 
 
-def count(model: Any, padded: bool = False) -> int:
+def count(model: "GPT", padded: bool = False) -> int:
     """The number of parameters, with those of vocabulary padding if `padded`."""
     cfg = model.cfg
     total = sum(math.prod(shape) for _, shape in letters(model).values())
@@ -82,51 +87,65 @@ def count(model: Any, padded: bool = False) -> int:
     return total if padded else total - extra
 
 
-def stack(tree: Any) -> Any:
+def stack(tree: Tree) -> Tree:
     """Stacks the separate leaves `blocks/i/...` of a tree into `blocks/...` with a leading L.
 
     It works on any tree that contains trees shaped like the parameters, such as a train state.
+
+    >>> layer = {"norm": jnp.zeros(5)}
+    >>> stack({"blocks": {"0": layer, "1": layer}})["blocks"]["norm"].shape
+    (2, 5)
     """
 
-    def one(layers: dict[str, Any]) -> Any:
+    def one(layers: Params) -> Params:
         ordered = [layers[str(i)] for i in range(len(layers))]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+        stacked: Params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+        return stacked
 
     return _map_layers(one, tree)
 
 
-def unstack(tree: Any, L: int) -> Any:
+def unstack(tree: Tree, L: int) -> Tree:
     """The inverse of `stack`: leaves with a leading L become a subtree `blocks/i` per layer."""
 
-    def one(stacked: Any) -> dict[str, Any]:
+    def one(stacked: Params) -> Params:
         return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
 
     return _map_layers(one, tree)
 
 
-def _map_layers(function: Callable[[Any], Any], tree: Any) -> Any:
-    def one(params: Any) -> Any:
-        if not _has_blocks(params):
-            return params
-        return {k: function(v) if k in ("blocks", "encoder") else v for k, v in params.items()}
+def _map_layers(function: Callable[[Params], Params], tree: Tree) -> Tree:
+    def one(part: Params) -> Params:
+        if not _has_blocks(part):
+            return part
+        return {k: function(v) if k in ("blocks", "encoder") else v for k, v in part.items()}
 
-    return jax.tree.map(one, tree, is_leaf=_has_blocks)
+    mapped: Tree = jax.tree.map(one, tree, is_leaf=_has_blocks)
+    return mapped
 
 
-def _has_blocks(tree: Any) -> bool:
+def _has_blocks(tree: object) -> bool:
     return isinstance(tree, dict) and "blocks" in tree
 
 
-def flat(tree: Any) -> dict[Path, Any]:
-    """The leaves of nested dicts by path."""
+def flat(tree: Params) -> dict[Path, Any]:
+    """The leaves of nested dicts by path.
+
+    >>> flat({"blocks": {"0": {"q": 1, "k": 2}}, "wte": 3})
+    {('blocks', '0', 'k'): 2, ('blocks', '0', 'q'): 1, ('wte',): 3}
+    """
     return {
         tuple(entry.key for entry in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
+def nested(leaves: Mapping[Path, object]) -> Params:
+    """The inverse of `flat`.
+
+    >>> nested({("blocks", "0", "q"): 1, ("wte",): 3})
+    {'blocks': {'0': {'q': 1}}, 'wte': 3}
+    """
     tree: dict[str, Any] = {}
     for (*parents, name), leaf in leaves.items():
         inner = tree
@@ -136,14 +155,14 @@ def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def split(tree: Any, wanted: Callable[[Path], bool]) -> tuple[Any, Any]:
+def split(tree: Params, wanted: Callable[[Path], bool]) -> tuple[Params, Params]:
     """The leaves whose paths are wanted, and the others, each as a tree."""
     leaves = flat(tree)
     chosen = {path: leaf for path, leaf in leaves.items() if wanted(path)}
     return nested(chosen), nested({p: leaf for p, leaf in leaves.items() if p not in chosen})
 
 
-def merge(tree: Any, rest: Any) -> Any:
+def merge(tree: Params, rest: Params | None) -> Params:
     """The inverse of `split`; of a leaf in both trees, the one of `tree`."""
     if not isinstance(tree, dict) or not rest:
         return tree

@@ -4,13 +4,11 @@ A quantized array is int8 with a float32 scale for each vector: x is about `valu
 at most half a scale, because a scale is the vector's largest magnitude divided by 127.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.model.matmul import product
-from jaxgpt.model.params import Leaves, first_contracted_axis, flat, nested
+from jaxgpt.model.params import Leaves, Params, Path, first_contracted_axis, flat, nested
 
 
 def quantize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +28,7 @@ def dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
     return values * jnp.expand_dims(scale, range(scale.ndim, values.ndim))
 
 
-def quantize_params(tree: Any, leaves: Leaves, embeddings: bool = False) -> Any:
+def quantize_params(tree: Params, leaves: Leaves, embeddings: bool = False) -> Params:
     """A parameter tree with the matrices of its blocks in int8, and `w_scale` beside each `w`.
 
     Args:
@@ -39,7 +37,7 @@ def quantize_params(tree: Any, leaves: Leaves, embeddings: bool = False) -> Any:
         embeddings: Whether the token embedding and the output layer are quantized too, with a
             scale per token in `wte_scale` and `head_scale`.
     """
-    quantized: dict[tuple[str, ...], Any] = {}
+    quantized: dict[Path, jax.Array] = {}
     for path, leaf in flat(tree).items():
         letters = leaves[path][0]
         if path[-1] == "w" and path[0] in ("blocks", "encoder"):
@@ -66,7 +64,9 @@ def int8_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return (y_BTY * scale_BT[..., None]).reshape(B, T, *outputs)
 
 
-def embedding_lookup(table_VD: jax.Array, scale_V: Any, tokens_BT: jax.Array) -> jax.Array:
+def embedding_lookup(
+    table_VD: jax.Array, scale_V: jax.Array | None, tokens_BT: jax.Array
+) -> jax.Array:
     """Rows [B, T, D] of an embedding; of an int8 one, multiplied by the scales."""
     if scale_V is None:
         return table_VD[tokens_BT]

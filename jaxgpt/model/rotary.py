@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxgpt.bounds import Ge, Gt, check_bounds
 from jaxgpt.errors import InputError
+
+Tables = tuple[jax.Array, jax.Array]  # cosines and sines
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def rotary_tables(
     theta: float,
     scaling: RopeScaling = RopeScaling(),
     decoding: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Tables:
     """Cosine and sine, each [B, T, H/2] float32, of position times theta^(-2i/H), scaled.
 
     Args:
@@ -100,7 +102,7 @@ def rotary_tables(
         scaling: How they are stretched.
         decoding: Whether the row is no longer than `scaling.T`, so that dynamic scaling is off.
     """
-    frequencies: Any = rotary_frequencies(H, theta, scaling)[None]
+    frequencies: np.ndarray | jax.Array = rotary_frequencies(H, theta, scaling)[None]
     if scaling.kind == "dynamic" and not decoding:
         frequencies = dynamic_frequencies(positions_BT.max(1) + 1, H, theta, scaling)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies[:, None]
@@ -111,7 +113,7 @@ def rotary_tables(
     return tables
 
 
-def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BTNH: jax.Array, tables: Tables) -> jax.Array:
     """Turns the pair (i, i + H/2) of each head by its position's angle (Su et al. 2021)."""
     cos, sin = (table[:, :, None] for table in tables)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -1,25 +1,24 @@
 """Runs the blocks of a model one after another: unrolled, or scanned over stacked parameters."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 
+from jaxgpt.model.cache import LayerCache
 from jaxgpt.model.config import ComputeConfig, GPTConfig
 
 
 class Unrolled(nn.Module):
     """The blocks over separate leaves: the parameters of block i are in the subtree `i`."""
 
-    block: Any
+    block: type[nn.Module]
     cfg: GPTConfig
     compute: ComputeConfig
     causal: bool = True
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Any, cache: dict[str, Any] | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+        self, x_BTD: jax.Array, context: object, cache: dict[str, LayerCache] | None = None
+    ) -> tuple[jax.Array, dict[str, LayerCache]]:
         """The residual stream after all blocks, and the cache of each."""
         block, after = rematerialized(self.block, self.compute), {}
         for layer, window in enumerate(self.cfg.windows()):
@@ -30,7 +29,9 @@ class Unrolled(nn.Module):
         return x_BTD, after
 
 
-def run_blocks(block: Any, cfg: GPTConfig, compute: ComputeConfig, causal: bool = True) -> Any:
+def run_blocks(
+    block: type[nn.Module], cfg: GPTConfig, compute: ComputeConfig, causal: bool = True
+) -> nn.Module:
     """The module that runs all blocks of a kind, as `compute.layers` says."""
     if compute.layers == "unrolled":
         return Unrolled(block, cfg, compute, causal)
@@ -45,7 +46,7 @@ def run_blocks(block: Any, cfg: GPTConfig, compute: ComputeConfig, causal: bool 
     return scan(cfg, compute, cfg.windows()[0] if causal else 0, causal)
 
 
-def rematerialized(block: Any, compute: ComputeConfig) -> Any:
+def rematerialized(block: type[nn.Module], compute: ComputeConfig) -> type[nn.Module]:
     """The class of a block whose backward pass recomputes what `compute.remat` says."""
     if compute.remat == "none":
         return block

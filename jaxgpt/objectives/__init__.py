@@ -9,8 +9,8 @@ the batch over devices or micro-batches gives the same gradient. `key` is None i
 nothing is random.
 """
 
-from jaxgpt.objectives.base import FrozenModel, Objective, UnknownObjective
-from jaxgpt.objectives.chunks import Mean
+from jaxgpt.objectives.base import FrozenModel, Objective, Sums, UnknownObjective
+from jaxgpt.objectives.chunks import Batch, Mean
 from jaxgpt.objectives.classify import Classify
 from jaxgpt.objectives.distill import Distill
 from jaxgpt.objectives.dpo import DPO
@@ -22,6 +22,7 @@ from jaxgpt.objectives.translate import Translate
 __all__ = [
     "DPO",
     "GRPO",
+    "Batch",
     "Classify",
     "Distill",
     "FrozenModel",
@@ -29,6 +30,7 @@ __all__ = [
     "Mean",
     "NextToken",
     "Objective",
+    "Sums",
     "Translate",
     "UnknownObjective",
 ]

@@ -20,19 +20,20 @@ import numpy as np
 from jaxgpt.bounds import check_bounds
 from jaxgpt.data.records import Reader, Record
 from jaxgpt.errors import InputError
-from jaxgpt.model import GPTConfig, Leaves
-from jaxgpt.objectives.chunks import Mean
+from jaxgpt.model import GPT, ComputeConfig, GPTConfig, Leaves, Params
+from jaxgpt.objectives.chunks import Batch, Mean
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
-Batch = dict[str, jax.Array]
+Arrays = dict[str, np.ndarray]  # of an example, or of a batch on the host
 Sums = dict[str, Any]  # Means, and other values that add up over batches
 
 
 class FrozenModel(NamedTuple):
     """A reference or a teacher: a model whose parameters training does not change."""
 
-    model: Any
-    params: Any
+    model: GPT
+    params: Params
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Objective(ABC):
         """How records are read for this objective."""
         return Reader(self.fields, self.optional_fields, self.conversational, self.example)
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The content of an example, as JSON values or dataclasses, by which duplicates are found.
 
         It is the fields that are read, or all of them if the record has none of these. Records with
@@ -99,7 +100,7 @@ class Objective(ABC):
         """The tokenizer with the special tokens that the objective needs."""
         return tokenizer
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """The arrays of a record: [T] for values per token, [] for one value per record.
 
         Raises:
@@ -107,11 +108,11 @@ class Objective(ABC):
         """
         raise InputError(f"{type(self).__name__} reads records and lacks `encode`; define it")
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """An example that is too long, truncated at its end."""
         return {name: array[:length] if array.ndim else array for name, array in example.items()}
 
-    def build(self, cfg: GPTConfig, compute: Any) -> Any:
+    def build(self, cfg: GPTConfig, compute: ComputeConfig) -> GPT:
         """The model of an architecture."""
         return cfg.build(compute)
 
@@ -122,15 +123,15 @@ class Objective(ABC):
         """
         return {}
 
-    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> Any:
+    def rollout(self, trained: Trained, batch: Arrays, key: jax.Array) -> Arrays:
         """The batch to train on: samples of the current model, `trained`, for a batch of data."""
         return batch
 
     @abstractmethod
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -141,7 +142,8 @@ class Objective(ABC):
         Args:
             model: The model.
             params: Its parameters, with those of `leaves`.
-            batch: Arrays with B rows.
+            batch: Arrays with B rows: those of `encode`, or for text tokens, targets and weights
+                [B, T]; and segments and positions [B, T] if parts of a row are kept apart.
             key: For dropout; None in evaluation, where nothing is random.
             reference: The model at the start of training, if `uses_reference`. An objective that
                 needs neither model need not have these two arguments.
@@ -160,7 +162,7 @@ class Objective(ABC):
         """What a simple baseline reaches on the test set, as text."""
         return ""
 
-    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """Metrics for which the model must be used on held-out records, such as BLEU.
 
         Args:
@@ -174,7 +176,7 @@ class Objective(ABC):
         """An example argument for `command`, such as a held-out text; "" if it takes none."""
         return prompt if self.command == "generate" else ""
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """A sample of what the trained model does, as text: here, a continuation of the prompt."""
         return trained(prompt, tokens)
 
@@ -192,6 +194,6 @@ class UnknownObjective(Objective):
             f"objective {self.name} is not known; train with the config file that defines it"
         )
 
-    def __call__(self, *_: Any) -> NoReturn:
+    def __call__(self, *_: object) -> NoReturn:
         """Raises InputError."""
         self.check()

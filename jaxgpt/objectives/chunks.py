@@ -5,17 +5,23 @@ logits of the chunk are in memory. So neither pass holds a [B, T, V] array, and 
 computed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jaxgpt.model import logits, output_weights
+from jaxgpt.model import GPT, Params, logits, output_weights
 from jaxgpt.sharding import constrain
+
+Batch = dict[str, jax.Array]
+Report = TypeVar("Report")
+Added = TypeVar("Added")
+Joined = TypeVar("Joined")
 
 
 @jax.tree_util.register_dataclass
@@ -33,13 +39,14 @@ class Mean:
 
 
 # loss(hidden_BtD, w_DV, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
-ChunkLoss = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
+ChunkLoss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, Report]]
+Saved = tuple[jax.Array, jax.Array, Batch]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked_sum(
-    loss: ChunkLoss, size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: dict[str, jax.Array]
-) -> tuple[jax.Array, Any]:
+    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: Batch
+) -> tuple[jax.Array, Report]:
     """The sum of a loss over chunks of positions.
 
     Args:
@@ -47,22 +54,26 @@ def chunked_sum(
         size: Positions of each row in a chunk.
         hidden_BTD: Hidden states; the sum is differentiable with respect to them.
         w_DV: The weights of the output layer; the sum is differentiable with respect to them.
-        batch: Arrays [B, T] that the loss reads, without a gradient.
+        batch: Arrays [B, T, ...] that the loss reads, without a gradient.
 
     Returns:
         The sum of the loss, and the sums to report, which have no gradient.
     """
 
-    def part(hidden_BtD, chunk):
+    def part(hidden_BtD: jax.Array, chunk: Batch) -> tuple[tuple[jax.Array, Report], None]:
         return loss(hidden_BtD, w_DV, chunk), None
 
     return _sweep(part, size, hidden_BTD, batch)[0]
 
 
-def _forward(loss, size, hidden_BTD, w_DV, batch):
+def _forward(
+    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: Batch
+) -> tuple[tuple[jax.Array, Report], Saved]:
     w_DV = constrain(w_DV, "-V")  # under FSDP the table is gathered once, not once a chunk
 
-    def part(hidden_BtD, chunk):
+    def part(
+        hidden_BtD: jax.Array, chunk: Batch
+    ) -> tuple[tuple[jax.Array, Report, jax.Array], jax.Array]:
         total, gradient, report = jax.vjp(
             lambda hidden_BtD, w_DV: loss(hidden_BtD, w_DV, chunk), hidden_BtD, w_DV, has_aux=True
         )
@@ -75,7 +86,9 @@ def _forward(loss, size, hidden_BTD, w_DV, batch):
     return (total, report), (dhidden_BTD, dw_DV, batch)
 
 
-def _backward(loss, size, saved, cotangents):
+def _backward(
+    loss: ChunkLoss[Report], size: int, saved: Saved, cotangents: tuple[jax.Array, Report]
+) -> tuple[jax.Array, jax.Array, dict[str, ArrayLike]]:
     dhidden_BTD, dw_DV, batch = saved
     g = cotangents[0]
     zeros = jax.tree.map(_no_gradient, batch)
@@ -86,26 +99,30 @@ chunked_sum.defvjp(_forward, _backward)
 
 
 def hidden(
-    model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None = None
+    model: GPT,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+    optional: Sequence[str] = ("positions", "segments"),
 ) -> jax.Array:
     """The final hidden states of a batch [B, T, D], with dropout if there is a key.
 
-    `batch` has tokens [B, T], and may have positions and segments.
+    `batch` has tokens [B, T], and may have the `optional` arguments of the model's `hidden`.
     """
-    return model.apply(
+    hidden_BTD = model.apply(
         {"params": params},
         batch["tokens"],
-        batch.get("positions"),
-        batch.get("segments"),
+        *map(batch.get, optional),
         rngs=None if key is None else {"dropout": key},
         method="hidden",
     )
+    return cast(jax.Array, hidden_BTD)  # Flax's type has other cases too
 
 
 def log_probs(
-    model: Any,
-    params: Any,
-    batch: dict[str, jax.Array],
+    model: GPT,
+    params: Params,
+    batch: Batch,
     size: int,
     key: jax.Array | None = None,
     temperature: float = 1.0,
@@ -132,7 +149,7 @@ def log_probs(
     chunks = -(-T // size)
 
     @jax.checkpoint
-    def part(chunk: Any) -> jax.Array:
+    def part(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_BtD, targets_Bt = chunk
         logits_BtV = logits(model.cfg, hidden_BtD, w_DV) / temperature
         ids_V = jnp.arange(logits_BtV.shape[-1])[None, None]
@@ -148,13 +165,18 @@ def log_probs(
     return jnp.moveaxis(log_p, 0, 1).reshape(B, chunks * size)[:, :T]
 
 
-def _no_gradient(x: jax.Array) -> Any:
+def _no_gradient(x: jax.Array) -> ArrayLike:
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _sweep(part: Callable[..., Any], size: int, hidden_BTD: jax.Array, batch: Any) -> Any:
+def _sweep(
+    part: Callable[[jax.Array, Batch], tuple[Added, Joined]],
+    size: int,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+) -> tuple[Added, Joined]:
     """Calls part(hidden_BtD, chunk of batch) -> (sums, array_Bt... or None) on every chunk.
 
     Returns the added sums, and the arrays concatenated along T.
@@ -163,11 +185,11 @@ def _sweep(part: Callable[..., Any], size: int, hidden_BTD: jax.Array, batch: An
     size = min(size, T)
     whole, left = divmod(T, size)
 
-    def at(start: Any, length: int) -> Any:
+    def at(start: ArrayLike, length: int) -> tuple[Added, Joined]:
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=1)
         return part(constrain(cut(hidden_BTD), "BTD"), jax.tree.map(cut, batch))
 
-    def add(sums: Any, start: jax.Array) -> Any:
+    def add(sums: Added, start: jax.Array) -> tuple[Added, Joined]:
         more, out = at(start, size)
         return jax.tree.map(jnp.add, sums, more), out
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
 from jaxgpt.generation.shapes import power_of_two
-from jaxgpt.model import GPTConfig, Leaves
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, hidden
+from jaxgpt.model import GPT, GPTConfig, Leaves, Params
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, hidden
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 BINS = 10  # of confidence, for the calibration error
@@ -106,11 +107,11 @@ class Classify(Objective):
             )
         return str(value).strip()
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The label, stripped of white space, and the text."""
         return {self.label: self._label(record), self.text: record.values.get(self.text)}
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, label, weights, ends, each [T].
 
         `weights` add up to 1 over the tokens on which the head is trained; `ends` is 1 at the token
@@ -124,16 +125,16 @@ class Classify(Objective):
             )
         return self.encode_text(record.text(self.text), tokenizer, self.labels.index(label))
 
-    def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> dict[str, np.ndarray]:
+    def encode_text(self, text: str, tokenizer: Tokenizer, label: int = 0) -> Arrays:
         """The arrays of a text; the label is 0 if it is unknown."""
         tokens = np.asarray([*tokenizer.prefix, *tokenizer.encode(text)], np.int32)
         return self._example(tokens, label)
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """An example whose text is truncated to `length` tokens."""
         return self._example(example["tokens"][:length], int(example["label"][0]))
 
-    def _example(self, tokens: np.ndarray, label: int) -> dict[str, np.ndarray]:
+    def _example(self, tokens: np.ndarray, label: int) -> Arrays:
         weights, ends = np.zeros((2, len(tokens)), np.float32)
         ends[0 if self.token == "first" else -1] = 1
         weights[:] = 1 / len(tokens) if self.token == "every" else ends
@@ -149,7 +150,7 @@ class Classify(Objective):
         }
 
     def probabilities(
-        self, model: Any, params: Any, batch: Batch, key: jax.Array | None = None
+        self, model: GPT, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of the classes at each token, and the text's probabilities [B, T,
         C]."""
@@ -166,8 +167,8 @@ class Classify(Objective):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -229,7 +230,7 @@ class Classify(Objective):
         weights = dict(zip(self.labels, self.class_weights, strict=False))
         return tf_idf_baseline(train_texts, test_texts, self.labels, weights)
 
-    def predict(self, trained: Any, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+    def predict(self, trained: Trained, texts: Sequence[str], batch: int = 32) -> np.ndarray:
         """The probabilities of texts [texts, C], in the order of `labels`.
 
         Raises:
@@ -241,16 +242,16 @@ class Classify(Objective):
             if not text.strip():
                 raise InputError(f"text {number} is empty; give it some words")
             encoded.append(self.encode_text(text, trained.tokenizer))
-            if (length := len(encoded[-1]["tokens"])) > trained.config.model.T:
+            if (length := len(encoded[-1]["tokens"])) > model.cfg.T:
                 raise InputError(
                     f"text {number} has {length} tokens, and the context is "
-                    f"{trained.config.model.T}; shorten it"
+                    f"{model.cfg.T}; shorten it"
                 )
         found = []
         for start in range(0, len(encoded), batch):
             some = encoded[start : start + batch]
             longest = max(len(each["tokens"]) for each in some)
-            T = min(power_of_two(longest), trained.config.model.T)
+            T = min(power_of_two(longest), model.cfg.T)
             tokens = np.zeros((batch, T), np.int32)
             segments = np.zeros((batch, T), np.int32)
             for row, each in enumerate(some):
@@ -266,7 +267,7 @@ class Classify(Objective):
         """The first held-out text, or `prompt` if there is none."""
         return records[0].text(self.text) if records else prompt
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The predicted labels of the first held-out texts."""
         if not records:
             return ""
@@ -283,7 +284,7 @@ class Classify(Objective):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _probabilities(objective: Classify, model: Any, params: Any, rows: Batch) -> jax.Array:
+def _probabilities(objective: Classify, model: GPT, params: Params, rows: Batch) -> jax.Array:
     return objective.probabilities(model, params, rows)[1]
 
 

@@ -1,16 +1,16 @@
 """Distillation: learning the predictions of a larger model, the teacher."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.bounds import Ge, Gt, Le
 from jaxgpt.errors import InputError
-from jaxgpt.model import logits, output_weights
-from jaxgpt.objectives.base import Batch, FrozenModel, Sums
-from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
+from jaxgpt.model import GPT, Params, logits, output_weights
+from jaxgpt.objectives.base import FrozenModel, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
 from jaxgpt.sharding import constrain
 
@@ -45,8 +45,8 @@ class Distill(NextToken):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -68,7 +68,9 @@ class Distill(NextToken):
             "teacher": hidden(teacher.model, theirs, batch),
         }
 
-        def loss(hidden_BtD, w_DV, chunk):
+        def loss(
+            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
             weights_Bt = chunk["weights"]
             logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
             next_token, cross_entropy = self.of_logits(

@@ -1,18 +1,18 @@
 """Preference optimization: DPO and IPO."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt import chat
 from jaxgpt.bounds import Ge, Gt, Lt
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.model import GPT, Params
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located, rendered
 from jaxgpt.tokenizer import Tokenizer
 
@@ -68,14 +68,14 @@ class DPO(Objective):
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The prompt and both answers, in whichever fields they are."""
         with located(record):
             return chat.read_preference(record.values)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, targets, weights [T], each with the prefixes `chosen_` and `rejected_`."""
-        pair: dict[str, np.ndarray] = {}
+        pair: Arrays = {}
         with located(record):
             asked, *answers = chat.read_preference(record.values)
             for side, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -86,8 +86,8 @@ class DPO(Objective):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -95,7 +95,9 @@ class DPO(Objective):
     ) -> tuple[jax.Array, Sums]:
         """The loss summed over pairs. Rows whose weights are all 0 are padding."""
 
-        def answers(model: Any, params: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        def answers(
+            model: GPT, params: Params, key: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
             """log p of both answers of every pair, [B] each, in one pass over 2 B rows."""
             both = {
                 name: jnp.concatenate([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, log_probs
+from jaxgpt.model import GPT, Params
+from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -87,13 +89,13 @@ class GRPO(Objective):
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The problem and what is right, whichever fields hold them."""
         with located(record):
             asked = chat.read_request(record.values, self.prompt)
         return asked, record.values.get(self.answer)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
@@ -120,7 +122,7 @@ class GRPO(Objective):
             return float(number is not None and number == last_number(right))
         return float(answer.strip() == right.strip())
 
-    def cut(self, example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    def cut(self, example: Arrays, length: int) -> Arrays:
         """InputError: half a problem is another problem."""
         raise InputError(
             f"a problem of {example['length']} tokens does not fit a row of {length}, and is not "
@@ -130,7 +132,7 @@ class GRPO(Objective):
     def _reward(self, answer: str | None, right: str) -> float:
         return 0.0 if answer is None else self.score(answer, right)
 
-    def rollout(self, trained: Any, batch: Any, key: jax.Array) -> dict[str, np.ndarray]:
+    def rollout(self, trained: Trained, batch: Arrays, key: jax.Array) -> Arrays:
         """Samples and scores `group` answers to each problem, each in a row of its own.
 
         Returns:
@@ -178,8 +180,8 @@ class GRPO(Objective):
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -214,7 +216,7 @@ class GRPO(Objective):
             "length": Mean(tokens, answers),
         }
 
-    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """The mean reward of greedy answers, to the first 256 problems or to all if `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
@@ -222,7 +224,7 @@ class GRPO(Objective):
         rights = [record.text(self.answer) for record in some]
         return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Greedy answers to the first held-out problems."""
         lines = []
         for record in records[:5]:
@@ -250,7 +252,7 @@ _NUMBER = re.compile(
 
 
 def draw_answers(
-    trained: Any, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
+    trained: Trained, prompts: list[list[int]], tokens: int, key: jax.Array, temperature: float
 ) -> tuple[list[str | None], list[list[int]], list[np.ndarray]]:
     """An answer to each prompt (None if it does not end), its ids and their log-probabilities."""
     tokenizer = trained.tokenizer

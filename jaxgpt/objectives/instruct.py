@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from jaxgpt import chat
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
+from jaxgpt.objectives.base import Arrays
 from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -39,7 +41,7 @@ class Instruct(NextToken):
         """The fields of an instruction and its answer."""
         return ("instruction", "output")
 
-    def example(self, record: Record) -> Any:
+    def example(self, record: Record) -> object:
         """The conversation, in whichever fields it is."""
         with located(record):
             return chat.read_conversation(record.values)
@@ -48,7 +50,7 @@ class Instruct(NextToken):
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, targets and weights [T] of a conversation."""
         with located(record):
             conversation = chat.read_conversation(record.values)
@@ -57,7 +59,7 @@ class Instruct(NextToken):
                 raise InputError("the last turn is not the assistant's; add its answer")
             return rendered(conversation, tokenizer, float(self.learn == "all"))
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Answers to the first three held-out requests, with those of the records."""
         if not records:
             return trained.answer([{"role": "user", "content": prompt}], tokens)
@@ -78,9 +80,7 @@ def located(record: Record) -> Iterator[None]:
         raise InputError(f"{record.where}: {error}") from None
 
 
-def rendered(
-    conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0
-) -> dict[str, np.ndarray]:
+def rendered(conversation: chat.Conversation, tokenizer: Tokenizer, others: float = 0.0) -> Arrays:
     """tokens, targets and weights [T] of a conversation in the tokenizer's chat format.
 
     Args:

@@ -1,15 +1,15 @@
 """Pretraining: next-token prediction."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.bounds import Ge, Lt
-from jaxgpt.model import GPT, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, FrozenModel, Objective, Sums
-from jaxgpt.objectives.chunks import Mean, chunked_sum, hidden
+from jaxgpt.model import GPT, GPTConfig, Params, logits, output_weights
+from jaxgpt.objectives.base import FrozenModel, Objective, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, chunked_sum, hidden
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NextToken(Objective):
     def __call__(
         self,
         model: GPT,
-        params: Any,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -41,7 +41,9 @@ class NextToken(Objective):
         hidden_BTD = hidden(model, params, batch, key)
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
-        def loss(hidden_BtD, w_DV, chunk):
+        def loss(
+            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+        ) -> tuple[jax.Array, jax.Array]:
             return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_DV), **chunk)
 
         w_DV = output_weights(model.cfg, params)

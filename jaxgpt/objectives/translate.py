@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -14,10 +14,19 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.translation import bleu
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.shapes import power_of_two
-from jaxgpt.model import EncoderDecoder, GPTConfig, logits, output_weights
-from jaxgpt.objectives.base import Batch, FrozenModel, Sums
-from jaxgpt.objectives.chunks import Mean, chunked_sum
+from jaxgpt.model import (
+    GPT,
+    ComputeConfig,
+    EncoderDecoder,
+    GPTConfig,
+    Params,
+    logits,
+    output_weights,
+)
+from jaxgpt.objectives.base import Arrays, FrozenModel, Sums
+from jaxgpt.objectives.chunks import Batch, Mean, chunked_sum, hidden
 from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
 ROWS = 64  # decoded at once, all beams counted
@@ -63,7 +72,7 @@ class Translate(NextToken):
                 field="objective.source",
             )
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """source [S]; tokens, targets and weights [T].
 
         The source "a b" with the target "x" becomes: source a b eot, tokens eot x, targets x eot,
@@ -77,14 +86,14 @@ class Translate(NextToken):
             "weights": np.ones(len(written) + 1, np.float32),
         }
 
-    def build(self, cfg: GPTConfig, compute: Any) -> EncoderDecoder:
+    def build(self, cfg: GPTConfig, compute: ComputeConfig) -> EncoderDecoder:
         """The encoder and the decoder."""
         return EncoderDecoder(cfg, cfg.build(compute).compute)
 
     def __call__(
         self,
-        model: Any,
-        params: Any,
+        model: GPT,
+        params: Params,
         batch: Batch,
         key: jax.Array | None,
         reference: FrozenModel | None = None,
@@ -96,17 +105,13 @@ class Translate(NextToken):
         segments, source_positions and source_segments. Without segments, padding of a source is
         attended to.
         """
-        hidden_BTD = model.apply(
-            {"params": params},
-            batch["tokens"],
-            *(batch.get(name) for name in ("positions", "segments")),
-            *(batch.get(name) for name in ("source", "source_positions", "source_segments")),
-            rngs=None if key is None else {"dropout": key},
-            method="hidden",
-        )
+        optional = ("positions", "segments", "source", "source_positions", "source_segments")
+        hidden_BTD = hidden(model, params, batch, key, optional)
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
-        def loss(hidden_BtD, w_DV, chunk):
+        def loss(
+            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
             total, cross_entropy = self.of_logits(model.cfg, logits_BtV, **chunk)
             right_Bt = logits_BtV.argmax(-1) == chunk["targets"]
@@ -117,7 +122,7 @@ class Translate(NextToken):
         count = batch["weights"].sum()
         return total, {"loss": Mean(cross_entropy, count), "accuracy": Mean(right, count)}
 
-    def translate(self, trained: Any, texts: Sequence[str], beam: int = 0) -> list[str]:
+    def translate(self, trained: Trained, texts: Sequence[str], beam: int = 0) -> list[str]:
         """The translation of each text; one that does not end within the context is cut off.
 
         Args:
@@ -156,7 +161,7 @@ class Translate(NextToken):
             )[: len(some)]
         return [tokenizer.decode(ids) for ids in found]
 
-    def measure(self, trained: Any, records: Sequence[Record], whole: bool) -> dict[str, float]:
+    def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
         """BLEU: of greedy translations of the first records, of all by beam search if `whole`.
 
         Without sacrebleu there is none.
@@ -174,7 +179,7 @@ class Translate(NextToken):
         """The first held-out source, or `prompt` if there is none."""
         return records[0].text(self.source) if records else prompt
 
-    def sample(self, trained: Any, records: Sequence[Record], prompt: str, tokens: int) -> str:
+    def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """The first three held-out sources, their references and the model's translations."""
         texts, there = ([record.text(field) for record in records[:3]] for field in self.fields)
         said = zip(texts, there, self.translate(trained, texts), strict=True)

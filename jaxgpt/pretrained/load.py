@@ -21,7 +21,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
-from jaxgpt.model import GPT, ComputeConfig, Leaves, letters
+from jaxgpt.model import GPT, ComputeConfig, Leaves, Params, letters
 from jaxgpt.model.params import flat, merge, nested, split
 from jaxgpt.model.quantize import quantize_params
 from jaxgpt.paths import expand
@@ -41,8 +41,10 @@ RUNS = Config().runs
 class Trained:
     """A trained model, which can be unpacked or called to generate text.
 
-    config, params, tokenizer = jaxgpt.load(path)
-    text = jaxgpt.load(path)("Once upon a time")
+        config, params, tokenizer = jaxgpt.load(path)
+        text = jaxgpt.load(path)("Once upon a time")
+
+    `params` are the arrays; `model` is the Flax module for them.
     """
 
     config: Config
@@ -296,7 +298,7 @@ class ModelSource:
         plain = jax.eval_shape(fold_lora, self.abstract)
         return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
 
-    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Any:
+    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Params:
         """Loads the parameters for another architecture, with LoRA merged.
 
         Args:
@@ -407,7 +409,8 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
             put = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), factors, places)
             for name in tables:
                 there, place = found.abstract[name], base[name].sharding
-                base[name] = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+                table = jax.ShapeDtypeStruct(there.shape, there.dtype, sharding=place)
+                base = {**base, name: table}
             tree = merge(put, found.params(base))
         for name, wanted in tables.items():
             grown = wanted.shape[0] - tree[name].shape[0]
@@ -415,7 +418,7 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
             if name in rows:
                 leaf = leaf.at[rows[name].ids].set(rows[name].values)
             place = tree[name].sharding if abstract is None else abstract[name].sharding
-            tree[name] = jax.device_put(leaf, place)
+            tree = {**tree, name: jax.device_put(leaf, place)}
         return tree
 
     return replace(

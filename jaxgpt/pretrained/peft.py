@@ -8,7 +8,19 @@ A folder has adapter_config.json and adapter_model.safetensors. For each adapted
 has A [R, inputs] and B [outputs, R], and alpha / R * B A is added to the module's weights (Hu et
 al. 2021). In jaxgpt's parameter tree the factors are next to a matrix `w`, as `lora_a` [R, inputs],
 `lora_b` [outputs, R] and `lora_scale`, where inputs and outputs are dimensions in the letters of
-`w`: for `w` [N, H, D] they are `lora_a` [R, D] and `lora_b` [N, H, R].
+`w`. For the queries, `w` [N, H, D], of a model with N=2, H=4 and D=8, and the rank R=3:
+
+    >>> cfg = GPTConfig(L=1, N=2, D=8, V=9, position="rotary", norm="rmsnorm", mlp="swiglu",
+    ...                 bias=False)
+    >>> factors = {"lora_a": np.ones((3, 8)), "lora_b": np.ones((2, 4, 3)), "lora_scale": 2.0}
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as name:
+    ...     _, file = write_adapter(Path(name), cfg, {"blocks": {"0": {"q": factors}}}, base="a/b")
+    ...     tensors, tree = read_header(file), read_adapter(Path(name), cfg)
+    >>> {name.rpartition("q_proj.")[2]: tensor.shape for name, tensor in tensors.items()}
+    {'lora_A.weight': (3, 8), 'lora_B.weight': (8, 3)}
+    >>> {name: leaf.shape for name, leaf in tree["blocks"]["0"]["q"].items()}
+    {'lora_a': (3, 8), 'lora_b': (2, 4, 3), 'lora_scale': ()}
 
 An adapter may also have rows of the token embedding and the output layer: those of some tokens
 (`trainable_token_indices`) or all of them (`modules_to_save`). Everything else in PEFT, such as
@@ -31,7 +43,7 @@ from jaxgpt.generation.constrained.expressions import Expressions, check_length
 from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
 from jaxgpt.model import GPTConfig
-from jaxgpt.model.params import flat, nested
+from jaxgpt.model.params import Params, flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
@@ -84,7 +96,7 @@ class Rows(NamedTuple):
     """The tokens' rows, float32 [n, D]."""
 
 
-def read_adapter(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
+def read_adapter(folder: Path, cfg: GPTConfig) -> Params:
     """Reads an adapter's LoRA factors.
 
     If a module has queries, keys and values in one matrix (GPT-2), each of the three gets the

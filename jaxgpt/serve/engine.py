@@ -133,7 +133,6 @@ class Stream:
         self._listener = listener or self._deltas.put
         self._cancelled = threading.Event()
         self._text = text
-        self._remaining = request.tokens
         self._prompt: Prompt | None = None
 
     def get(self, timeout: float | None = None) -> Delta:
@@ -259,7 +258,8 @@ class Engine:
         self.check(request)
         until = float("inf") if deadline is None else time.monotonic() + deadline
         context = request.prompt if request.continues else ()
-        text = IncrementalText(self.trained.tokenizer, request.stops, context)
+        stops, ends = request.stops, request.stop_ids
+        text = IncrementalText(self.trained.tokenizer, stops, context, ends, request.tokens)
         stream = Stream(request, text, listener, until)
         with self._change:
             if self._closing or not self._runs:
@@ -452,11 +452,10 @@ class Engine:
         for slot, stream in [*self._running.items()]:
             request, text = stream.request, stream._text
             ids = [token for token in written.tokens_Bn[slot].tolist() if token >= 0]
-            stream._remaining -= len(ids)
             self._counts["tokens"] += len(ids)
             new: list[Token] = []
             end: Token | None = None
-            shown, finish = "", stream._abort_reason()
+            shown, finish, abort = "", "", stream._abort_reason()
             for i, token in enumerate(ids):
                 top_logprobs = self._top_logprobs(
                     written.top_ids_BnA[slot, i, : request.top_logprobs].tolist(),
@@ -464,19 +463,16 @@ class Engine:
                 )
                 logprob = float(written.logprobs_Bn[slot, i])
                 scored = Token(token, logprob, top_logprobs if top else ())
-                if token in request.stop_ids:
-                    end, finish = scored, "stop"
-                    break
-                new.append(scored)
                 shown += text.add([token])
-                if text.stopped:
-                    finish = "stop"
+                if token in request.stop_ids:
+                    end = scored
+                else:
+                    new.append(scored)
+                if text.finish_reason:
                     break
-            if not finish and stream._remaining == 0:
-                finish = "length"
-            if finish:
+            if abort or text.finish_reason:
                 shown += text.end()
-                finish = "stop" if text.stopped else finish
+                finish = "stop" if text.stopped else abort or "length"
                 self._counts["cancelled"] += finish == "cancelled"
                 has_ended = True
                 del self._running[slot]

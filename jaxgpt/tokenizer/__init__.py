@@ -1,7 +1,10 @@
 """Tokenizers, which convert text to token ids and back.
 
-    tokenizer = build(TokenizerConfig(kind="bpe", vocab_size=4096), documents)
-    tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
+    >>> tokenizer = build(TokenizerConfig(kind="bpe", vocab_size=260), ["low lower lowest"] * 9)
+    >>> tokenizer.encode("lowest")
+    [257, 101, 115, 116]
+    >>> tokenizer.decode([257, 101, 115, 116])
+    'lowest'
 
 One interface covers bytes, characters, byte pair encoding (BPE) trained on the corpus, tiktoken's
 published vocabularies, and the tokenizers of Hugging Face models. Every tokenizer guarantees that

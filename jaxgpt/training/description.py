@@ -1,9 +1,8 @@
 """What a run says of itself: in its checkpoints, and on a terminal before the first step."""
 
-from typing import Any
-
 from jaxgpt import config, data, tokenizer
 from jaxgpt.pretrained.load import ModelSource, versions
+from jaxgpt.training.checkpoint import Metadata
 from jaxgpt.training.finetune import Diff
 from jaxgpt.training.inputs import Resumed
 
@@ -15,7 +14,7 @@ def describe(
     origin: ModelSource | None,
     teacher: ModelSource | None,
     resumed: Resumed,
-) -> dict[str, Any]:
+) -> Metadata:
     """What a checkpoint says of itself: config, tokenizer, data, versions and lineage."""
     saved, start = resumed.metadata, resumed.step
     before = saved.get("lineage", {})

@@ -2,22 +2,22 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
-from jaxgpt.data import Dataset
-from jaxgpt.objectives import Objective
+from jaxgpt.data import Batch, Dataset
+from jaxgpt.objectives import Objective, Sums
+from jaxgpt.objectives.trained import Trained
 
 
 def evaluate(
     objective: Objective,
     dataset: Dataset,
     name: str,
-    sums_of: Callable[[Any], Any],
-    trained: Callable[[], Any],
+    sums_of: Callable[[Batch], Sums],
+    trained: Callable[[], Trained],
     limit: int | None,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], Sums]:
     """The metrics of a held-out set, and the objective's sums over it.
 
     Args:
@@ -36,7 +36,7 @@ def evaluate(
     """
     values: dict[str, float] = {}
     mixture: dict[str, float] = {}
-    whole: dict[str, Any] = {}
+    whole: Sums = {}
     for which, batches in dataset.held_out.items():
         first, _, part = which.partition("/")
         if first != name or objective.uses_rollouts:

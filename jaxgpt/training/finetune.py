@@ -14,16 +14,17 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.bounds import Ge, Gt, check_bounds
 from jaxgpt.errors import InputError
-from jaxgpt.model import Leaves, count, init, letters
+from jaxgpt.model import GPT, Leaves, Params, count, init, letters
 from jaxgpt.model.params import Path, first_contracted_axis, flat, merge, nested, split
 from jaxgpt.model.quantize import dequantize, quantize_params
+from jaxgpt.sharding import PyTree
 
 LORA = ("lora_a", "lora_b", "lora_scale")
 Shape = tuple[int, ...]
@@ -108,13 +109,13 @@ class TuneConfig:
         return found
 
 
-def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[str, Any]:
+def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> Params:
     """New values of leaves beside the model's own.
 
     `w` and `lora_a` are random, `lora_scale` is alpha / rank, and all others are 0. `lora_a` has
     PEFT's variance, 1 / (3 * inputs); because `lora_b` is 0, the model is unchanged at first.
     """
-    new: dict[Path, Any] = {}
+    new: dict[Path, jax.Array] = {}
     for number, (path, (names, shape)) in enumerate(sorted(leaves.items())):
         name, drawn = path[-1], jax.random.fold_in(key, number)
         if name == "w":
@@ -130,11 +131,13 @@ def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> dict[s
     return nested(new)
 
 
-def fold_lora(tree: Any) -> Any:
+def fold_lora(tree: Params) -> Params:
     """The plain float32 tree of a model with separate layers: LoRA folded in, int8 dequantized."""
     if not isinstance(tree, dict):
         return tree
-    plain = {name: fold_lora(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")}
+    plain: dict[str, PyTree] = {
+        name: fold_lora(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")
+    }
     if "w_scale" in tree:
         plain["w"] = dequantize(tree["w"], tree["w_scale"])
     if "lora_a" in tree:
@@ -147,7 +150,7 @@ def fold_lora(tree: Any) -> Any:
 class Tree:
     """The parameters of a run: those of the model, of the objective, and the LoRA factors."""
 
-    model: Any
+    model: GPT
     own: Leaves
     cfg: TuneConfig
 
@@ -201,7 +204,7 @@ class Tree:
             return path[0] == "norm" or (path[0] == "blocks" and path[1] in last)
         return cfg.parts == "lora" and path[-1] in LORA[:2]
 
-    def create(self, key: jax.Array, given: Any = None) -> tuple[Any, Any]:
+    def create(self, key: jax.Array, given: Params | None = None) -> tuple[Params, Params | None]:
         """The trained parameters and the others, as two trees; those not in `given` are new."""
         there = flat(given or {})
         missing = {path: leaf for path, leaf in self.leaves.items() if path not in there}
@@ -264,7 +267,7 @@ def compare(there: dict[Path, Shape], here: Leaves) -> Diff:
     return diff
 
 
-def resize_embeddings(tree: Any, diff: Diff, before: int, V: int) -> Any:
+def resize_embeddings(tree: Params, diff: Diff, before: int, V: int) -> Params:
     """A plain tree without the skipped leaves, and with embeddings for V tokens.
 
     Args:

@@ -3,7 +3,7 @@
 import platform
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -17,7 +17,7 @@ class Resumed(NamedTuple):
     """The checkpoint that a run resumes from, if there is one."""
 
     step: int | None
-    metadata: dict[str, Any]
+    metadata: checkpoint.Metadata
     """What the checkpoint says of itself; empty for a new run."""
     went_back: bool
     """Whether `resume` asked for this step, and later ones were abandoned."""
@@ -37,7 +37,7 @@ def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:
     one, so that the same command can be repeated.
     """
 
-    def read(step: int | None) -> dict[str, Any]:
+    def read(step: int | None) -> checkpoint.Metadata:
         return {} if step is None else checkpoint.read_metadata(checkpoints.folder / str(step))
 
     start = checkpoints.latest()
@@ -53,7 +53,7 @@ def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:
 
 
 def prepare_data(
-    cfg: config.Config, saved: dict[str, Any]
+    cfg: config.Config, saved: checkpoint.Metadata
 ) -> tuple[config.Config, tokenizer.Tokenizer, data.Dataset, ModelSource | None]:
     """Reads the text or the records, finds the tokenizer, and makes the batches.
 
@@ -105,7 +105,7 @@ def prepare_data(
 
 def find_text_tokenizer(
     cfg: config.Config,
-    saved: dict[str, Any],
+    saved: checkpoint.Metadata,
     origin: ModelSource | None,
     splits: dict[str, list[data.Record]],
 ) -> tuple[config.Config, tokenizer.Tokenizer]:
@@ -153,7 +153,7 @@ def batch_options(cfg: config.Config) -> dict[str, int]:
 
 
 def find_teacher(
-    cfg: config.Config, text: tokenizer.Tokenizer, saved: dict[str, Any]
+    cfg: config.Config, text: tokenizer.Tokenizer, saved: checkpoint.Metadata
 ) -> ModelSource | None:
     """The teacher that the objective names, or None. Raises InputError if it does not fit."""
     path = cfg.objective.teacher_path

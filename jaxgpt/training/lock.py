@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from jaxgpt.errors import InputError, TrainingError
 
@@ -100,7 +99,7 @@ class RunLock:
         self._fd = fd
         return True
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # the folder is not empty or was removed
             if os.listdir(self.folder) == ["lock"] and _is_file(self._fd, self._path):
                 self._path.unlink()

@@ -3,14 +3,15 @@
 import shlex
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 
 from jaxgpt import config, data, sharding
 from jaxgpt.errors import Diverged, InputError, TrainingError
+from jaxgpt.objectives import Sums
 from jaxgpt.pretrained.load import Trained, load
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.terminal import shell_quoted
@@ -21,6 +22,7 @@ from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import mark_finished, read_metrics
 from jaxgpt.training.setup import Run, prepare
 
+Result = TypeVar("Result")
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
 RETRY_SECONDS = 10.0  # between tries to save when the disk is full
 
@@ -89,8 +91,8 @@ class Training:
         self.step, self.state = run.start, run.state
         self.stopped = 0  # the number of the signal that ends the run, the same on all processes
         self.steps = max(cfg.train.steps, run.start)
-        self.pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the devices
-        self.test: tuple[dict[str, float], dict[str, Any]] = {}, {}
+        self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
+        self.test: tuple[dict[str, float], Sums] = {}, {}
         self.complete = True  # nothing that is done at the end has failed
         self.log = telemetry.Telemetry(
             cfg.folder,
@@ -139,7 +141,7 @@ class Training:
             print(f"stopped after step {self.step}, which is saved; the same command resumes")
         return 128 + self.stopped if self.stopped else 0
 
-    def loop(self, feed: Any) -> None:
+    def loop(self, feed: Iterator[sharding.PyTree]) -> None:
         """Takes steps until the last one, or until a signal."""
         train, run = self.cfg.train, self.run
         for step in range(run.start + 1, train.steps + 1):
@@ -212,7 +214,8 @@ class Training:
         """Whether the first step should have been evaluated already, and was not."""
         run = self.run
         if run.start == 0:
-            return run.started_from is not None  # the model before fine-tuning, to compare with
+            # The model before fine-tuning, to compare with.
+            return run.description["lineage"]["started_from"] is not None
         wanted = due(run.start, self.cfg.train.eval_every) or run.start == self.steps
         return wanted and not self.was_measured("val")
 
@@ -224,7 +227,7 @@ class Training:
         if rest := {name: value for name, value in values.items() if name != "val_loss"}:
             self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
 
-    def measure(self, name: str) -> tuple[dict[str, float], dict[str, Any]] | None:
+    def measure(self, name: str) -> tuple[dict[str, float], Sums] | None:
         """Metrics, which are logged, and sums of the set "val" or "test"; None if that fails."""
         with self.clock("eval"):
             found = self.attempt(
@@ -347,7 +350,7 @@ class Training:
         else:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
-    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+    def attempt(self, what: str, work: Callable[[], Result]) -> Result | None:
         """What `work` returns; None if it fails, with a warning, or is ended by a signal."""
         try:
             # Evaluation on several processes is collective, so none of them may leave it.

@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from jaxgpt.errors import TrainingError
 
@@ -36,7 +37,7 @@ class MetricsFile:
         self.waiting: list[bytes] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: Any = path.open("r+b" if path.exists() else "x+b", buffering=0)
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "x+b", buffering=0)
             content = self._file.read()
             self._size = _end_of_step(content, start)
             if abandoned := content[self._size :]:
@@ -48,7 +49,7 @@ class MetricsFile:
                 "another folder"
             ) from error
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Appends a record of finite numbers; raises TrainingError like `flush`."""
         self.waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self.flush()
@@ -87,7 +88,7 @@ def mark_finished(path: Path, step: int) -> None:
     file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, object]]:
     """Reads the records of a `metrics.jsonl`.
 
     The last line is ignored if it is incomplete, as after a kill. Any other line that is not a
@@ -112,7 +113,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").split("\n") if path.exists() else []
 
 
-def _parse(line: str | bytes) -> dict[str, Any] | None:
+def _parse(line: str | bytes) -> dict[str, object] | None:
     """Parses a record; returns None if the line is not a JSON object."""
     try:
         record = json.loads(line)

@@ -6,14 +6,16 @@ of the blocks; embeddings, output layer, norms and biases are left to AdamW.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import optax
+from jax.tree_util import DictKey
 
 from jaxgpt.bounds import Ge, Gt, Le, Lt, check_bounds
-from jaxgpt.model import Leaves
-from jaxgpt.model.params import first_contracted_axis
+from jaxgpt.model import Leaves, Params
+from jaxgpt.model.params import Path, first_contracted_axis
+from jaxgpt.sharding import PyTree
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransf
     rate = schedule(cfg, cfg.learning_rate, steps)
     decays = {path: path[-1] not in ("b", "scale") for path in letters}
 
-    def decay_mask(tree: Any) -> Any:
+    def decay_mask(tree: Params) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, _: decays[_keys(path)], tree)
 
     tx = optax.adamw(
@@ -110,8 +112,8 @@ def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransf
     return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
 
 
-def _muon(cfg: OptimConfig, letters: Leaves, rate: optax.Schedule) -> Any:
-    def axes(params: Any) -> Any:
+def _muon(cfg: OptimConfig, letters: Leaves, rate: optax.Schedule) -> optax.GradientTransformation:
+    def axes(params: Params) -> PyTree:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: matrix_axes(_keys(path), letters[_keys(path)][0]), params
         )
@@ -121,15 +123,15 @@ def _muon(cfg: OptimConfig, letters: Leaves, rate: optax.Schedule) -> Any:
     )
 
 
-def _labels(letters: Leaves, params: Any) -> Any:
-    def one(path: Any, _: Any) -> str:
+def _labels(letters: Leaves, params: Params) -> PyTree:
+    def one(path: tuple[DictKey, ...], _: jax.Array) -> str:
         is_matrix = matrix_axes(_keys(path), letters[_keys(path)][0]) is not None
         return "muon" if is_matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
+def matrix_axes(path: Path, names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """The input and output axes of a block's matrix, for Muon; None for any other parameter.
 
     The leading L of stacked leaves is neither, so that each layer is orthogonalized by itself.
@@ -141,5 +143,5 @@ def matrix_axes(path: tuple[str, ...], names: tuple[str, ...]) -> Any:
     return optax.contrib.MuonDimensionNumbers(tuple(range(middle, len(names))), writes)
 
 
-def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _keys(path: tuple[DictKey, ...]) -> Path:
     return tuple(entry.key for entry in path)

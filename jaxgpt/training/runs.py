@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jaxgpt import config, data
 from jaxgpt.errors import InputError
@@ -179,8 +178,8 @@ def _name_state(finished: bool, step: int) -> str:
     return "stopped" if step else "empty"
 
 
-def _values(records: list[dict[str, Any]], name: str) -> list[float]:
-    return [r[name] for r in records if isinstance(r.get(name), int | float)]
+def _values(records: list[dict[str, object]], name: str) -> list[float]:
+    return [value for r in records if isinstance(value := r.get(name), int | float)]
 
 
 def _wanted_steps(run: Path) -> int:

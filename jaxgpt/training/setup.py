@@ -9,16 +9,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from optax import GradientTransformation
 
 from jaxgpt import config, data, model, sharding, tokenizer
 from jaxgpt.errors import InputError
+from jaxgpt.model import GPT, ComputeConfig, GPTConfig, Params
 from jaxgpt.model.params import merge
-from jaxgpt.objectives import FrozenModel
+from jaxgpt.objectives import Batch, FrozenModel, Sums
 from jaxgpt.pretrained.load import ModelSource, Trained
 from jaxgpt.training import checkpoint, finetune, optim
 from jaxgpt.training.description import describe, print_summary
@@ -27,6 +28,8 @@ from jaxgpt.training.inputs import find_start, find_teacher, prepare_data
 from jaxgpt.training.step import (
     NOTHING_FROZEN,
     Frozen,
+    LossFn,
+    StepFn,
     TrainState,
     eval_step,
     from_saved,
@@ -41,13 +44,13 @@ class Teacher(NamedTuple):
     """The model that an objective learns from."""
 
     source: ModelSource
-    model: Any
+    model: GPT
 
 
 class Network(NamedTuple):
     """The model of a run, its parameter tree, and where the parameters lie."""
 
-    model: Any
+    model: GPT
     tree: finetune.Tree
     saved_tree: finetune.Tree
     """The tree as checkpoints hold it, with separate leaves for every layer."""
@@ -70,12 +73,12 @@ class Run:
     cfg: config.Config
     tokenizer: tokenizer.Tokenizer
     checkpoints: checkpoint.Checkpoints
-    description: dict[str, Any]
+    description: checkpoint.Metadata
     """What a checkpoint says of itself."""
     dataset: data.Dataset
     network: Network
-    loss_fn: Callable[..., Any]
-    take_step: Callable[..., Any]
+    loss_fn: LossFn
+    take_step: StepFn
     start: int
     state: TrainState
 
@@ -84,17 +87,12 @@ class Run:
         """The devices, and how steps and arrays are put on them."""
         return self.network.layout
 
-    @property
-    def started_from(self) -> Any:
-        """The lineage of the parameters that the run began with; None for new ones."""
-        return self.description["lineage"]["started_from"]
-
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> sharding.PyTree:
         """Batch `step`; on the devices already, unless the objective rolls it out first."""
         batch = self.dataset.batch(step)
         return batch if self.cfg.objective.uses_rollouts else self.layout.put(batch)
 
-    def rollout(self, state: TrainState, batch: Any) -> Any:
+    def rollout(self, state: TrainState, batch: sharding.PyTree) -> sharding.PyTree:
         """The batch to train on: with samples of the current model, if the objective wants them."""
         if not self.cfg.objective.uses_rollouts:
             return batch
@@ -109,17 +107,17 @@ class Run:
             params = model.unstack(params, self.cfg.model.L)
         return Trained(self.cfg, params, self.tokenizer, self.description["generation_config"])
 
-    def compile_evaluate(self, state: TrainState, example: Any) -> Callable[..., Any]:
+    def compile_evaluate(self, state: TrainState, example: Batch) -> Callable[..., Sums]:
         """The compiled function (params, batch, frozen) -> the objective's sums."""
         step = partial(eval_step, loss_fn=self.loss_fn)
         return self.layout.compile_eval(step, state.params, example, state.frozen)
 
     def evaluate(
-        self, state: TrainState, eval_step: Callable[..., Any], name: str
-    ) -> tuple[dict[str, float], dict[str, Any]]:
+        self, state: TrainState, eval_step: Callable[..., Sums], name: str
+    ) -> tuple[dict[str, float], Sums]:
         """Metrics and sums of a held-out set, see `evaluate.evaluate`."""
 
-        def sums(batch: Any) -> Any:
+        def sums(batch: data.Batch) -> Sums:
             return eval_step(state.averaged_params, self.layout.put(batch), state.frozen)
 
         train = self.cfg.train
@@ -163,8 +161,7 @@ def prepare(cfg: config.Config) -> Run:
         state = state._replace(frozen=state.frozen._replace(teacher=params))
 
     if jax.process_index() == 0:
-        notes = network.tree.note, network.note
-        print_summary(cfg, dataset, *notes, origin, diff, resumed.step)
+        print_summary(cfg, dataset, network.tree.note, network.note, origin, diff, resumed.step)
     loss_fn = build_loss(cfg, network)
     step = partial(
         train_step,
@@ -201,14 +198,13 @@ def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
     masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
     device = mesh.devices.flat[0]
 
-    def resolve(compute: model.ComputeConfig, of: model.GPTConfig) -> tuple[Any, str]:
+    def resolve(compute: ComputeConfig, of: GPTConfig) -> tuple[ComputeConfig, str]:
         return compute.resolve(of, device.platform, masked, cfg.context)
 
     compute, chosen = resolve(cfg.compute, cfg.model)
     network = cfg.objective.build(cfg.model, compute)
     tree = finetune.Tree(network, cfg.objective.leaves(cfg.model), cfg.tune)
-    unrolled = network.clone(compute=replace(compute, layers="unrolled"))
-    saved_tree = replace(tree, model=unrolled)
+    saved_tree = replace(tree, model=network.clone(compute=replace(compute, layers="unrolled")))
     leaves: model.Leaves = {}
     found: Teacher | None = None
     if teacher:
@@ -230,7 +226,7 @@ def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
 
 
 def new_state(
-    cfg: config.Config, network: Network, tx: optax.GradientTransformation, params: Any = None
+    cfg: config.Config, network: Network, tx: GradientTransformation, params: Params | None = None
 ) -> TrainState:
     """The state before the first step, with the given parameters and new ones for the others."""
     init_key, train_key = jax.random.split(jax.random.key(cfg.seed))
@@ -243,7 +239,7 @@ def new_state(
 def create_state(
     cfg: config.Config,
     network: Network,
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     origin: ModelSource | None,
     diff: finetune.Diff | None,
 ) -> TrainState:
@@ -253,21 +249,21 @@ def create_state(
         return network.layout.create(make)
     params = origin.take(diff, cfg.model.V, network.saved_layout)
     params = model.stack(params) if network.scanned else params
-    params = jax.device_put(params, network.layout.shardings(params))
+    params = network.layout.place(params)
     return network.layout.create(make, params)
 
 
 def restore_state(
     cfg: config.Config,
     network: Network,
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     checkpoints: checkpoint.Checkpoints,
     step: int,
-    metadata: dict[str, Any],
+    metadata: checkpoint.Metadata,
 ) -> TrainState:
     """The state in the checkpoint of a step."""
 
-    def make() -> Any:
+    def make() -> dict[str, sharding.PyTree]:
         return to_saved(new_state(cfg, network, tx), cfg.model.L, network.scanned)
 
     abstract = network.saved_layout.abstract(make)
@@ -275,24 +271,26 @@ def restore_state(
         del abstract["train"]["guard"]  # a checkpoint of format 1
     arrays = checkpoints.restore(step, abstract)
     state = from_saved(arrays, network.scanned, network.saved_tree.trains)
-    return jax.device_put(state, network.layout.shardings(state))
+    return network.layout.place(state)
 
 
-def load_teacher(cfg: config.Config, teacher: Teacher, layout: sharding.Layout) -> Any:
+def load_teacher(cfg: config.Config, teacher: Teacher, layout: sharding.Layout) -> Params:
     """The parameters of the teacher."""
     diff = teacher.source.compare(model.letters(teacher.model))
     return teacher.source.take(diff, cfg.model.V, layout, "teacher")
 
 
-def build_loss(cfg: config.Config, network: Network) -> Callable[..., Any]:
+def build_loss(cfg: config.Config, network: Network) -> LossFn:
     """loss_fn(params, batch, key, frozen) -> (loss_sum, sums), for `train_step`."""
 
-    def loss_fn(params: Any, batch: Any, key: Any, frozen: Frozen = NOTHING_FROZEN) -> Any:
+    def loss_fn(
+        params: Params, batch: Batch, key: jax.Array | None, frozen: Frozen = NOTHING_FROZEN
+    ) -> tuple[jax.Array, Sums]:
         others = {}
         if frozen.reference is not None:
             reference = merge(frozen.reference, frozen.rest)
             others["reference"] = FrozenModel(network.model, reference)
-        if network.teacher is not None:
+        if network.teacher is not None and frozen.teacher is not None:
             others["teacher"] = FrozenModel(network.teacher.model, frozen.teacher)
         return cfg.objective(network.model, merge(params, frozen.rest), batch, key, **others)
 

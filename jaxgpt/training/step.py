@@ -1,26 +1,27 @@
 """The train state, and the training step that all objectives share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.model import stack, unstack
-from jaxgpt.model.params import merge, split
-from jaxgpt.objectives import Mean
+from jaxgpt.model import Params, stack, unstack
+from jaxgpt.model.params import Path, merge, split
+from jaxgpt.objectives import Batch, Sums
+from jaxgpt.sharding import PyTree
 from jaxgpt.training.guard import Guard, init_guard, is_spike, update_guard
 
 
 class Frozen(NamedTuple):
     """Parameters that no step changes; None is what the run does not have."""
 
-    rest: Any = None
+    rest: Params | None = None
     """The parameters of the model that are not trained."""
-    reference: Any = None
+    reference: Params | None = None
     """A copy of the trained parameters as they were at the start."""
-    teacher: Any = None
+    teacher: Params | None = None
     """The parameters of another model."""
 
     @property
@@ -30,6 +31,9 @@ class Frozen(NamedTuple):
 
 
 NOTHING_FROZEN = Frozen()
+LossFn = Callable[..., tuple[jax.Array, Sums]]
+StepFn = Callable[..., tuple["TrainState", Sums]]
+PartSums = tuple[jax.Array, Sums, Params]  # losses, metrics and gradients
 
 
 class TrainState(NamedTuple):
@@ -37,25 +41,25 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     """int32: the number of steps taken."""
-    params: Any
+    params: Params
     """The trained parameters."""
-    opt: Any
+    opt: optax.OptState
     """The optimizer's state."""
     key: jax.Array
     """The random key of the run."""
     guard: Guard
-    ema: Any = None
+    ema: Params | None = None
     """The exponential moving average of the parameters, if there is one."""
     frozen: Frozen = NOTHING_FROZEN
 
     @property
-    def averaged_params(self) -> Any:
+    def averaged_params(self) -> Params:
         """The moving average of the parameters if there is one, else the parameters."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(
-    params: Any,
+    params: Params,
     tx: optax.GradientTransformation,
     key: jax.Array,
     ema: bool = False,
@@ -68,7 +72,7 @@ def init_state(
     )
 
 
-def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
+def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, PyTree]:
     """The state in the form of a checkpoint: the whole parameters, with separate layers.
 
     The form is the same for unrolled layers and for scanned ones (stacked leaves of L layers). The
@@ -87,7 +91,7 @@ def to_saved(state: TrainState, L: int, scanned: bool) -> dict[str, Any]:
 
 
 def from_saved(
-    saved: dict[str, Any], scanned: bool, trains: Callable[[tuple[str, ...]], bool] | None = None
+    saved: dict[str, PyTree], scanned: bool, trains: Callable[[Path], bool] | None = None
 ) -> TrainState:
     """The inverse of `to_saved`.
 
@@ -101,23 +105,23 @@ def from_saved(
         params, rest = split(params, trains)
         ema = None if ema is None else split(ema, trains)[0]
     frozen = Frozen(rest=rest or None, reference=saved.get("reference"))
-    train = {"guard": init_guard()} | saved["train"]
+    train = {"guard": init_guard(), **saved["train"]}
     state = TrainState(params=params, ema=ema, frozen=frozen, **train)
     return stack(state) if scanned else state
 
 
 def train_step(
     state: TrainState,
-    batch: dict[str, jax.Array],
+    batch: Batch,
     *,
-    loss_fn: Any,
+    loss_fn: LossFn,
     tx: optax.GradientTransformation,
     micro: int = 1,
     ema: float = 0.0,
     rate: optax.Schedule | None = None,
     spike: float = 0.0,
     axis: str | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Sums]:
     """One update of the parameters, with the gradient of (sum of losses) / (sum of counts).
 
     Sums are divided once, at the end, so that every split of a batch over parts and devices gives
@@ -145,7 +149,7 @@ def train_step(
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
-    def part(rows: dict[str, jax.Array], key: jax.Array) -> Any:
+    def part(rows: Batch, key: jax.Array) -> PartSums:
         frozen = () if state.frozen.empty else (state.frozen,)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), grads = value_and_grad(state.params, rows, key, *frozen)
@@ -161,7 +165,7 @@ def train_step(
         first = jax.eval_shape(part, jax.tree.map(lambda rows: rows[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-        def add(sums: Any, numbered: Any) -> tuple[Any, None]:
+        def add(sums: PartSums, numbered: tuple[jax.Array, Batch]) -> tuple[PartSums, None]:
             number, rows = numbered
             more = part(rows, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, sums, more), None
@@ -175,7 +179,7 @@ def train_step(
     mean = (loss / metrics["loss"].count).astype(jnp.float32)
     updated = finite & ~is_spike(state.guard, mean, norm, spike) if spike else finite
 
-    def update(params: Any, opt: Any, average: Any) -> Any:
+    def update(params: Params, opt: optax.OptState, average: Params | None) -> tuple[PyTree, ...]:
         updates, opt = tx.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
         if ema:
@@ -188,38 +192,33 @@ def train_step(
     )
     guard = update_guard(state.guard, mean, norm.astype(jnp.float32), updated)
     state = state._replace(params=params, opt=opt, ema=average, guard=guard)
-    report = {
-        **metrics,
-        "grad_norm": norm,
-        "finite": finite,
-        "skipped": guard.skipped,
-        "in_a_row": guard.in_a_row,
-    }
+    report = {**metrics, "grad_norm": norm, "finite": finite}
+    report |= {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
     if rate is not None:
         report["learning_rate"] = rate(state.step)
     return state._replace(step=state.step + 1), report
 
 
 def eval_step(
-    params: Any,
-    batch: dict[str, jax.Array],
+    params: Params,
+    batch: Batch,
     frozen: Frozen = NOTHING_FROZEN,
     *,
-    loss_fn: Any,
+    loss_fn: LossFn,
     axis: str | None = None,
-) -> dict[str, Mean]:
+) -> Sums:
     """The objective's sums on one batch, without randomness."""
     held = () if frozen.empty else (frozen,)
     _, metrics = loss_fn(params, batch, None, *held)
     return metrics if axis is None else jax.lax.psum(metrics, axis)
 
 
-def repeated(step: Callable[..., Any], times: int) -> Callable[..., Any]:
+def repeated(step: StepFn, times: int) -> StepFn:
     """A step that is taken several times on each batch; its metrics are those of the last time."""
     if times == 1:
         return step
 
-    def steps(state: TrainState, batch: Any, **settings: Any) -> Any:
+    def steps(state: TrainState, batch: Batch, **settings: object) -> tuple[TrainState, Sums]:
         for _ in range(times):
             state, metrics = step(state, batch, **settings)
         return state, metrics

@@ -12,12 +12,13 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -159,9 +160,9 @@ class Telemetry:
         steps: int,
         tokens_per_step: int,
         flops_per_token: float,
-        devices: list[Any],
+        devices: Sequence[jax.Device],
         clock: Goodput,
-        config: dict[str, Any],
+        config: Mapping[str, object],
     ) -> None:
         self.folder, self.steps, self.clock = folder, steps, clock
         self._tokens_per_step = tokens_per_step
@@ -173,7 +174,7 @@ class Telemetry:
         self._skipped = 0
         self._file: MetricsFile | None = None
         self._sinks: list[_Sink] = []
-        self._display: Any = _Silent()
+        self._display = _Silent()
         if jax.process_index() == 0:
             self._file = MetricsFile(folder / "metrics.jsonl", start)
             if cfg.tensorboard:
@@ -187,7 +188,7 @@ class Telemetry:
     def __enter__(self) -> "Telemetry":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -263,7 +264,7 @@ class Telemetry:
         seconds = self.clock.seconds()
         return seconds["step"] + seconds["data"]
 
-    def _on_display(self, action: Callable[[Any], None]) -> None:
+    def _on_display(self, action: Callable[["_Silent"], None]) -> None:
         """Calls the display; turns it off if its terminal or pipe is closed."""
         try:
             action(self._display)
@@ -271,7 +272,7 @@ class Telemetry:
             self._display = _Silent()
             self.warn(f"the display is off: {error}")
 
-    def _record(self, values: dict[str, Any]) -> None:
+    def _record(self, values: Mapping[str, object]) -> None:
         if self._file is None:
             return
         record = {"step": self._step, **values, "time": round(time.time(), 3)}
@@ -365,7 +366,7 @@ def _tensorboard(folder: Path, start: int) -> tuple[Callable[..., None], Callabl
 
 
 def _wandb(
-    folder: Path, project: str, config: dict[str, Any]
+    folder: Path, project: str, config: Mapping[str, object]
 ) -> tuple[Callable[..., None], Callable[[], None]]:
     # In silent mode W&B does not ask for an API key or print into the progress display. The
     # timeouts are needed because the exit of the program waits for W&B's threads.
@@ -454,7 +455,7 @@ def _numbers(loss: float, val_loss: float, rate: float, left: float, skipped: in
     return known
 
 
-def _display(progress: str, start: int, steps: int) -> Any:
+def _display(progress: str, start: int, steps: int) -> _Silent:
     """The progress display for `TelemetryConfig.progress`."""
     if progress == "none":
         return _Silent()
@@ -469,8 +470,8 @@ def before_and_after(folder: Path) -> str:
     The table is empty if nothing was measured at step 0, as in a run that starts from random
     parameters.
     """
-    first: dict[str, Any] = {}
-    last: dict[str, Any] = {}
+    first: dict[str, object] = {}
+    last: dict[str, object] = {}
     for record in read_metrics(folder / "metrics.jsonl"):
         measured = {k: v for k, v in record.items() if k.startswith(("val_", "test_"))}
         if not record["step"]:
@@ -503,19 +504,16 @@ def plot(folder: Path) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    styles: dict[str, dict[str, Any]] = {
-        "loss": {"label": "training loss", "color": "#7b8794", "linewidth": 1.0},
-        "val_loss": {
-            "label": "validation loss",
-            "color": "#c2410c",
-            "marker": "o",
-            "markersize": 4,
-        },
+    curves = {
+        "loss": partial(axes.plot, label="training loss", color="#7b8794", linewidth=1.0),
+        "val_loss": partial(
+            axes.plot, label="validation loss", color="#c2410c", marker="o", markersize=4
+        ),
     }
-    for name, style in styles.items():
+    for name, draw in curves.items():
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), **style)
+            draw(*zip(*points, strict=True))
     if not axes.lines:
         return None
     axes.set(title=folder.name, xlabel="step", ylabel="loss")

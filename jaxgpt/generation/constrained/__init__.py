@@ -21,9 +21,8 @@ llguidance and xgrammar need the host at every token, and because all keywords o
 either enforced or refused, where outlines-core ignores some.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained.expressions import (
@@ -109,7 +108,7 @@ def regex(
 
 def json_schema(
     tokenizer: Tokenizer,
-    schema: dict[str, Any] | bool | str,
+    schema: Mapping[str, object] | bool | str,
     *,
     ends: Sequence[int] | None = None,
     limit: int = LIMIT,

@@ -37,7 +37,7 @@ def interruptible(check: Callable[[], None]) -> Iterator[None]:
         _check.reset(token)
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """The beginning of a value, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]} ..."
@@ -84,6 +84,10 @@ def category(letter: str, flags: int) -> Ranges:
 ANY = others([])
 NOTHING, EMPTY = 0, 1  # the nodes that match nothing, and the empty text
 
+_Node = tuple[Any, ...]  # the kind of a node and its parts, see `Expressions`
+_Target = tuple[int, int, int]  # the ends of a range of characters, and the state it leads to
+_State = int | tuple[int, tuple[_Target, ...]]  # a node, or a place between bytes
+
 
 class Expressions:
     """Regular expressions as numbered nodes; equal expressions have the same number.
@@ -95,12 +99,12 @@ class Expressions:
     def __init__(self) -> None:
         self._steps = 0
         self._check = _check.get()
-        self._nodes: list[tuple[Any, ...]] = [("alt",), ("empty",)]
+        self._nodes: list[_Node] = [("alt",), ("empty",)]
         self._nullable = [False, True]
-        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._numbers: dict[_Node, int] = {}
         self._moves: dict[int, list[tuple[int, int]]] = {}
 
-    def _node(self, node: tuple[Any, ...], nullable: bool) -> int:
+    def _node(self, node: _Node, nullable: bool) -> int:
         number = self._numbers.setdefault(node, len(self._nodes))
         if number == len(self._nodes):
             self._nodes.append(node)
@@ -197,10 +201,10 @@ class Expressions:
             complete, bool [S].
         """
         self._divide()
-        keys: list[Any] = [root]
-        numbers = {root: 0}
+        keys: list[_State] = [root]
+        numbers: dict[_State, int] = {root: 0}
 
-        def state(key: Any) -> int:
+        def state(key: _State) -> int:
             number = numbers.setdefault(key, len(keys))
             if number == len(keys):
                 keys.append(key)
@@ -316,10 +320,6 @@ def _bits(mask: int) -> Iterator[int]:
         yield bit
         bit = digits.find("1", bit + 1)
 
-
-_Target = tuple[
-    int, int, int
-]  # the first and last character of a range, and the state that it leads to
 
 # For characters of one to four bytes: the prefix of the first byte, and their range.
 _UTF8 = (

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 from jaxgpt.errors import InputError
@@ -29,6 +30,8 @@ _UNSUPPORTED = {
     "ATOMIC_GROUP": "an atomic group",
     "POSSESSIVE_REPEAT": "a possessive repetition",
 }
+
+_Item = tuple[Any, Any]  # an opcode of Python's parser, and its argument
 
 
 class Pattern:
@@ -69,7 +72,7 @@ class Pattern:
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(f"{short(self.pattern)} has {what}, which is not supported; remove it")
 
-    def _row(self, items: list[Any], first: bool, last: bool) -> int:
+    def _row(self, items: list[_Item], first: bool, last: bool) -> int:
         """The node of a sequence; at its `first` and `last` end ^ and $ are allowed."""
         begins = ends = 0
         if first:
@@ -120,7 +123,7 @@ class Pattern:
                 kind = value.name
         self._refuse(_UNSUPPORTED.get(kind, kind))
 
-    def _set(self, members: list[Any]) -> Ranges:
+    def _set(self, members: list[_Item]) -> Ranges:
         """The characters of [...]."""
         negated = members[0][0].name == "NEGATE"
         ranges: list[tuple[int, int]] = []
@@ -144,12 +147,12 @@ class Pattern:
         return others(ranges) if other else ranges
 
 
-def _parser() -> Any:
+def _parser() -> ModuleType:
     """Python's parser of regular expressions, which has no public name."""
     return importlib.import_module("re._parser")
 
 
-def _at(item: Any) -> str:
+def _at(item: _Item) -> str:
     """The name of an anchor such as ^ or $; "" for other items."""
     op, value = item
     return value.name if op.name == "AT" else ""

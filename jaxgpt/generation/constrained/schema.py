@@ -4,7 +4,7 @@ import json
 import math
 import re
 from itertools import combinations
-from typing import Any, NoReturn
+from typing import NoReturn
 from urllib.parse import unquote
 
 from jaxgpt import strict_json
@@ -22,13 +22,14 @@ from jaxgpt.generation.constrained.expressions import (
 )
 from jaxgpt.generation.constrained.numbers import integers, reals, tightest
 from jaxgpt.generation.constrained.pattern import Pattern
+from jaxgpt.strict_json import Json
 from jaxgpt.tokenizer.base import encoded
 
 DEPTH = 3
 """The deepest nesting of arrays and objects where a schema allows any value."""
 
 
-def parse(schema: Any) -> Any:
+def parse(schema: object) -> Json:
     """A schema, parsed if it is text. Raises InputError if it is not JSON."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
@@ -85,7 +86,7 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 class Schema:
     """Converts the parts of a schema to nodes; `where` is the path of a part, for errors."""
 
-    def __init__(self, graph: Expressions, root: Any) -> None:
+    def __init__(self, graph: Expressions, root: Json) -> None:
         self.graph = graph
         self.root = root
         self._patterns: dict[str, int] = {}
@@ -96,7 +97,7 @@ class Schema:
         self._references: dict[str, int | None] = {}
         self._anything: dict[int, int] = {}
 
-    def value(self, schema: Any, where: str) -> int:
+    def value(self, schema: Json, where: str) -> int:
         """The node of the values that a schema allows."""
         if schema is True:
             return self._any(DEPTH)
@@ -134,20 +135,21 @@ class Schema:
         escapes = graph.cat(graph.text("\\"), graph.chars(characters_of("".join(escaped))))
         return graph.alt([graph.chars(plain), escapes])
 
-    def _types(self, schema: dict[str, Any], where: str) -> list[str]:
+    def _types(self, schema: dict[str, Json], where: str) -> list[str]:
         """The types in `type`, or else those to which the keywords apply."""
         if "type" not in schema:
             types = [name for name, keywords in _TYPES.items() if keywords & schema.keys()]
             return [name for name in types if name != "integer"]
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        for name in types:
+        given, types = schema["type"], []
+        for name in given if isinstance(given, list) else [given]:
             if not isinstance(name, str) or name not in _TYPES:
                 self._refuse(where, f"type={short(name)} is none of {', '.join(_TYPES)}")
+            types.append(name)
         if not types:
             self._refuse(where, "type=[] leaves none")
         return list(dict.fromkeys(types))
 
-    def _whole(self, keyword: str, schema: dict[str, Any], where: str) -> int:
+    def _whole(self, keyword: str, schema: dict[str, Json], where: str) -> int:
         constant = keyword in ("enum", "const")
         if beside := schema.keys() - _ANNOTATIONS - {keyword, *(["type"] if constant else [])}:
             self._refuse(where, f"{min(beside)} is not supported beside {keyword}")
@@ -177,16 +179,16 @@ class Schema:
                     )
         return self.graph.alt(nodes)
 
-    def _reference(self, pointer: Any, where: str) -> int:
-        part = self._resolved(pointer, where)
-        if pointer not in self._references:
-            self._references[pointer] = None
-            self._references[pointer] = self.value(part, pointer)
-        if (node := self._references[pointer]) is None:
-            self._refuse(where, f"{pointer} is inside of itself, to any depth")
+    def _reference(self, pointer: Json, where: str) -> int:
+        part, name = self._resolved(pointer, where), str(pointer)
+        if name not in self._references:
+            self._references[name] = None
+            self._references[name] = self.value(part, name)
+        if (node := self._references[name]) is None:
+            self._refuse(where, f"{name} is inside of itself, to any depth")
         return node
 
-    def _resolved(self, pointer: Any, where: str) -> Any:
+    def _resolved(self, pointer: Json, where: str) -> Json:
         """The part of the schema at a JSON pointer (RFC 6901)."""
         if not isinstance(pointer, str) or not re.match("#(/|$)", pointer):
             self._refuse(where, f"{short(pointer)} is no #/... of this schema")
@@ -203,7 +205,7 @@ class Schema:
                 self._refuse(where, f"{short(pointer)} is not there")
         return part
 
-    def _exclude(self, a: Any, b: Any) -> bool:
+    def _exclude(self, a: Json, b: Json) -> bool:
         """Whether two schemas obviously have no value in common."""
         a, b = (self._referred(schema) for schema in (a, b))
         constants = [self._constants(schema) for schema in (a, b)]
@@ -215,20 +217,29 @@ class Schema:
             return True
         if not kinds[0] == kinds[1] == {"object"}:
             return False
-        shared = set(a.get("required", [])) & set(b.get("required", []))
-        return any(self._exclude(a["properties"][name], b["properties"][name]) for name in shared)
+        left, right = self._required(a), self._required(b)
+        return any(self._exclude(left[name], right[name]) for name in left.keys() & right.keys())
 
-    def _referred(self, schema: Any) -> Any:
+    def _required(self, schema: Json) -> dict[str, Json]:
+        """The schemas of the properties that an object must have."""
+        fields = schema if isinstance(schema, dict) else {}
+        properties, required = fields.get("properties"), fields.get("required")
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            return {}
+        return {name: properties[name] for name in required if isinstance(name, str)}
+
+    def _referred(self, schema: Json) -> Json:
         while isinstance(schema, dict) and "$ref" in schema:
             schema = self._resolved(schema["$ref"], "oneOf")
         return schema
 
-    def _constants(self, schema: Any) -> list[Any]:
+    def _constants(self, schema: Json) -> list[Json]:
         if not isinstance(schema, dict):
             return []
-        return [schema["const"]] if "const" in schema else schema.get("enum", [])
+        found = [schema["const"]] if "const" in schema else schema.get("enum")
+        return found if isinstance(found, list) else []
 
-    def _kinds(self, schema: Any) -> set[str]:
+    def _kinds(self, schema: Json) -> set[str]:
         """The types of the values that a schema allows; empty if that is not obvious."""
         if constants := self._constants(schema):
             return {name for name in _TYPES for one in constants if _is_a(one, name)}
@@ -238,7 +249,7 @@ class Schema:
         types = set(self._types(schema, "oneOf"))
         return types | {"integer", "number"} if types & {"integer", "number"} else types
 
-    def _constant(self, value: Any) -> int:
+    def _constant(self, value: Json) -> int:
         graph = self.graph
         if isinstance(value, dict):
             members = [
@@ -251,13 +262,13 @@ class Schema:
             return graph.cat(graph.text("["), *self._separated(members), graph.text("]"))
         return self._text(value)
 
-    def _text(self, value: Any) -> int:
+    def _text(self, value: Json) -> int:
         return self.graph.text(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
     def _separated(self, members: list[int]) -> list[int]:
         return [part for member in members for part in (self.comma, member)][1:]
 
-    def _typed(self, name: str, schema: dict[str, Any], where: str) -> int:
+    def _typed(self, name: str, schema: dict[str, Json], where: str) -> int:
         match name:
             case "string":
                 return self._string(schema, where)
@@ -269,7 +280,7 @@ class Schema:
                 return self._object(schema, where)
         return self._regex("null" if name == "null" else "true|false")
 
-    def _string(self, schema: dict[str, Any], where: str) -> int:
+    def _string(self, schema: dict[str, Json], where: str) -> int:
         graph = self.graph
         least, most = self._counts(schema, "Length", where)
         inside = graph.repeat(self.character, least, most)
@@ -289,23 +300,26 @@ class Schema:
             inside = read if inside == self.characters else graph.both(inside, read)
         return graph.cat(graph.text('"'), inside, graph.text('"'))
 
-    def _counts(self, schema: dict[str, Any], what: str, where: str) -> tuple[int, int | None]:
+    def _counts(self, schema: dict[str, Json], what: str, where: str) -> tuple[int, int | None]:
         """The values of the keywords min... and max..., checked."""
-        counts = []
+        counts: list[int | None] = []
         for name in (f"min{what}", f"max{what}"):
             count = schema.get(name)
             if isinstance(count, float) and count.is_integer():
                 count = int(count)
-            if name in schema and not (type(count) is int and count >= 0):
+            if type(count) is int and count >= 0:
+                counts.append(count)
+            elif name not in schema:
+                counts.append(None)
+            else:
                 self._refuse(where, f"{name}={short(count)} is no count")
-            counts.append(count)
         least, most = counts
         least = least or 0
         if most is not None and most < least:
             self._refuse(where, f"min{what}={short(least)} is more than max{what}={short(most)}")
         return least, most
 
-    def _array(self, schema: dict[str, Any], where: str) -> int:
+    def _array(self, schema: dict[str, Json], where: str) -> int:
         graph = self.graph
         least, most = self._counts(schema, "Items", where)
         prefix = schema.get("prefixItems", [])
@@ -331,7 +345,7 @@ class Schema:
                 node = graph.optional(node) if most is None or i < most else EMPTY
         return graph.cat(graph.text("["), node, graph.text("]"))
 
-    def _object(self, schema: dict[str, Any], where: str) -> int:
+    def _object(self, schema: dict[str, Json], where: str) -> int:
         graph = self.graph
         properties, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties", True)
@@ -358,7 +372,7 @@ class Schema:
             later = graph.alt([graph.cat(self.comma, member), without[1]])
         return graph.cat(graph.text("{"), first, graph.text("}"))
 
-    def _map(self, values: Any, where: str) -> int:
+    def _map(self, values: Json, where: str) -> int:
         """The node of an object with any properties, whose values match a node."""
         graph = self.graph
         members = EMPTY
@@ -388,12 +402,12 @@ class Schema:
             self._anything[depth] = graph.alt(nodes)
         return self._anything[depth]
 
-    def _number(self, name: str, schema: dict[str, Any], where: str) -> str:
+    def _number(self, name: str, schema: dict[str, Json], where: str) -> str:
         """The pattern of the numbers within bounds."""
         bounds: dict[str, int] = {}
         for keyword in sorted(_BOUNDS & schema.keys()):
             bound = schema[keyword]
-            if type(bound) not in (int, float):
+            if isinstance(bound, bool) or not isinstance(bound, int | float):
                 self._refuse(where, f"{keyword}={short(bound)} is no number")
             # Compared first: an integer of hundreds of digits does not become a float.
             if not abs(bound) <= (largest := 10**9 if name == "number" else 10**18):
@@ -420,7 +434,7 @@ class Schema:
         return "|".join(patterns)
 
 
-def _is_a(value: Any, name: str) -> bool:
+def _is_a(value: Json, name: str) -> bool:
     """Whether a value has a type of JSON schema."""
     match value:
         case None:

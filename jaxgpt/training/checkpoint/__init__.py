@@ -20,6 +20,7 @@ is later than the step to which a run was reset with --resume.
 
 from jaxgpt.training.checkpoint.arrays import as_abstract
 from jaxgpt.training.checkpoint.reader import (
+    Metadata,
     OpenCheckpoint,
     best_step,
     find_checkpoint,
@@ -35,6 +36,7 @@ from jaxgpt.training.checkpoint.writer import CheckpointConfig, Checkpoints
 __all__ = [
     "CheckpointConfig",
     "Checkpoints",
+    "Metadata",
     "OpenCheckpoint",
     "as_abstract",
     "best_step",

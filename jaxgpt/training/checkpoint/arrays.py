@@ -1,17 +1,19 @@
 """Converts pytrees to the form in which Orbax stores them: arrays by path, with type and shape."""
 
 import json
+from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from jaxgpt.errors import InputError
+from jaxgpt.sharding import PyTree
 
 
-def flatten_leaves(tree: Any, item: str) -> tuple[dict[str, Any], Any]:
+def flatten_leaves(tree: PyTree, item: str) -> tuple[dict[str, jax.Array], PyTreeDef]:
     """Flattens a pytree.
 
     Args:
@@ -37,9 +39,9 @@ def flatten_leaves(tree: Any, item: str) -> tuple[dict[str, Any], Any]:
     return leaves, treedef
 
 
-def nest_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
+def nest_leaves(leaves: Mapping[str, object]) -> dict[str, PyTree]:
     """Converts leaves by path to nested dicts: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
         node = tree
@@ -49,22 +51,22 @@ def nest_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def format_spec(leaf: Any) -> str:
+def format_spec(leaf: jax.Array) -> str:
     """Formats a leaf's dtype and shape, as in `float32[64,64]`; the inverse of `_parse_spec`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def as_abstract(leaves: dict[str, str]) -> dict[str, Any]:
+def as_abstract(leaves: dict[str, str]) -> dict[str, PyTree]:
     """Converts an item of leaves.json to nested dicts of `ShapeDtypeStruct`s."""
     return nest_leaves({path: _parse_spec(spec) for path, spec in leaves.items()})
 
 
-def as_numbers(leaf: Any) -> Any:
+def as_numbers(leaf: jax.Array) -> jax.Array:
     """Converts a typed random key to its integers; returns any other array unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Reads items of an intact checkpoint.
 
     Args:
@@ -113,7 +115,7 @@ def restore_items(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
             )
             for path, leaf in plain.items()
         }
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, jax.Array] = {}
         if leaves:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
                 tree = orbax.restore(
@@ -146,17 +148,18 @@ def _parse_spec(spec: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(name))
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: jax.Array) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _as_key(array: jax.Array, leaf: Any) -> jax.Array:
+def _as_key(array: jax.Array, leaf: jax.Array) -> jax.Array:
     """The inverse of `as_numbers`: converts integers to a random key if `leaf` is one."""
     if not _is_key(leaf):
         return array
-    impl: list[Any] = []
+    impl: list[Hashable] = []
     jax.eval_shape(
         lambda key: impl.append(jax.random.key_impl(key)),
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
     )
-    return jax.random.wrap_key_data(array, impl=impl[0])
+    key: jax.Array = jax.random.wrap_key_data(array, impl=impl[0])
+    return key

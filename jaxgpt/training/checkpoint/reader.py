@@ -14,8 +14,11 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST, find_damage, read_manifest
+from jaxgpt.sharding import PyTree
 from jaxgpt.training.checkpoint.arrays import as_abstract, list_some, restore_items
 from jaxgpt.training.lock import flock
+
+Metadata = dict[str, Any]  # JSON values: what a checkpoint says of itself, by name
 
 FORMAT = 2  # version of a checkpoint's layout; 1 had no format.json and no evaluation.json
 EVALUATION = "evaluation.json"
@@ -32,7 +35,7 @@ class OpenCheckpoint:
     folder: Path
     damage: list[str]
     """What is wrong with the metadata and the items for which it was opened; empty if intact."""
-    metadata: dict[str, Any]
+    metadata: Metadata
     """The metadata, see `read_metadata`; only set if the checkpoint is intact."""
 
     def __init__(self, folder: Path, items: Collection[str] | None) -> None:
@@ -73,7 +76,7 @@ class OpenCheckpoint:
         if hasattr(self, "_fd"):
             self.close()
 
-    def load(self, item: str, abstract: Any = None) -> Any:
+    def load(self, item: str, abstract: PyTree | None = None) -> PyTree:
         """Reads the arrays of one item, such as `params`.
 
         Args:
@@ -211,7 +214,7 @@ def best_step(folder: Path) -> int | None:
     return min(losses, key=lambda step: losses[step], default=None)
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> Metadata:
     """Reads a checkpoint's metadata without its arrays; see `open_checkpoint` for path and errors.
 
     Returns:
@@ -221,7 +224,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return open_checkpoint(path, ()).metadata
 
 
-def load_params(path: str | Path, abstract: Any = None, item: str = "params") -> Any:
+def load_params(path: str | Path, abstract: PyTree | None = None, item: str = "params") -> PyTree:
     """Reads one item of a checkpoint, by default the parameters.
 
     See `open_checkpoint` for `path` and errors, and `OpenCheckpoint.load` for the other arguments.
@@ -274,12 +277,12 @@ def check_format(folder: Path) -> None:
         )
 
 
-def read_measured(folder: Path) -> dict[str, Any]:
+def read_measured(folder: Path) -> Metadata:
     """Reads a checkpoint's step and all its metrics, from before and after the save."""
     return _read_description(folder, "metrics.json") | _read_description(folder, EVALUATION)
 
 
-def _read_descriptions(folder: Path) -> dict[str, Any]:
+def _read_descriptions(folder: Path) -> Metadata:
     """Reads all JSON files of a checkpoint, see `read_metadata`."""
     names = [name for name in read_manifest(folder) if re.fullmatch(r"[^/]+\.json", name)]
     found = {name.removesuffix(".json"): _read_description(folder, name) for name in names}
@@ -287,7 +290,7 @@ def _read_descriptions(folder: Path) -> dict[str, Any]:
     return found | {"metrics": read_measured(folder)}
 
 
-def _read_description(folder: Path, name: str) -> dict[str, Any]:
+def _read_description(folder: Path, name: str) -> Metadata:
     """Reads a JSON file of a checkpoint; returns an empty dict if it is not in the manifest."""
     listed = name in read_manifest(folder)
     return json.loads((folder / name).read_text()) if listed else {}

@@ -10,13 +10,14 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from traceback import walk_tb
-from typing import Annotated, Any
+from types import TracebackType
+from typing import Annotated, Any, ParamSpec
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
+from jaxgpt.sharding import PyTree
 from jaxgpt.training.checkpoint.arrays import (
     as_numbers,
     flatten_leaves,
@@ -45,6 +47,7 @@ from jaxgpt.training.checkpoint.reader import (
 )
 from jaxgpt.training.lock import flock
 
+Args = ParamSpec("Args")
 RESERVED = {"format", "metrics", "leaves", "evaluation"}
 UNFINISHED = re.compile(r"\d+(\.saving|(\.saving)?\.orbax-checkpoint-tmp.*)")
 logger = logging.getLogger(__name__)
@@ -119,8 +122,8 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: dict[str, Any],
-        describe: dict[str, Any],
+        state: Mapping[str, PyTree],
+        describe: Mapping[str, object],
         metrics: dict[str, float] | None = None,
         recreate: bool = False,
     ) -> None:
@@ -218,7 +221,7 @@ class Checkpoints:
             return error
         return None
 
-    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    def restore(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Reads items of a step.
 
         Args:
@@ -451,7 +454,7 @@ def _from_first_process(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _bytes_on_disk(items: dict[str, dict[str, Any]]) -> int:
+def _bytes_on_disk(items: dict[str, dict[str, jax.Array]]) -> int:
     """An upper estimate of the size of a checkpoint of these arrays."""
     leaves = [leaf for item in items.values() for leaf in item.values()]
     return int(1.05 * sum(leaf.nbytes for leaf in leaves)) + 8192 * len(leaves) + (1 << 18)
@@ -463,28 +466,30 @@ def _hide_errors_of_orbax() -> None:
     They are redundant: `save` and `wait` raise the first error of a failed save.
     """
 
-    def hide(inner: Any, is_known: Callable[[Any], bool]) -> Any:
+    def hide(
+        inner: Callable[Args, object], is_known: Callable[Args, bool]
+    ) -> Callable[Args, object]:
         if getattr(inner, "hides_orbax", False):
             return inner
 
-        def hook(*args: Any) -> None:
-            if not is_known(args):
-                inner(*args)
+        def hook(*args: Args.args, **kwargs: Args.kwargs) -> None:
+            if not is_known(*args, **kwargs):
+                inner(*args, **kwargs)
 
         hook.hides_orbax = True  # type: ignore[attr-defined]
         return hook
 
-    def is_in(traceback: Any, *parts: str) -> bool:
+    def is_in(traceback: TracebackType | None, *parts: str) -> bool:
         files = [frame.f_code.co_filename for frame, _ in walk_tb(traceback)]
         return any(part in file for file in files for part in parts)
 
     # Exceptions in the threads that write, and in callbacks to their closed event loops.
     threading.excepthook = hide(
-        threading.excepthook, lambda args: is_in(args[0].exc_traceback, "/orbax/")
+        threading.excepthook, lambda args: is_in(args.exc_traceback, "/orbax/")
     )
     sys.excepthook = hide(
         sys.excepthook,
-        lambda args: args[0] is RuntimeError and is_in(args[2], "/asyncio/", "/orbax/"),
+        lambda kind, _, where: kind is RuntimeError and is_in(where, "/asyncio/", "/orbax/"),
     )
 
 
@@ -503,7 +508,7 @@ def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
     return {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
 
 
-def _to_json(name: str, value: Any) -> str:
+def _to_json(name: str, value: object) -> str:
     try:
         return json.dumps(value, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
