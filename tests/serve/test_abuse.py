@@ -1,6 +1,6 @@
 """Abusive clients do not keep the server from answering others.
 
-The server is a real one, on this machine; the engine is the fake one of test_serve.py.
+The server is a real one, on this machine; the engine is the fake one of fake_server.py.
 """
 
 import contextlib
@@ -13,13 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
-from test_serve import BASE, CHAT, FakeEngine, call, post, serving, until
-
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.constrained.expressions import Expressions
-from jaxgpt.serve import app, connections, constraints, guard
+from jaxgpt.serve import app, bodies, connections, constraints, guard
+from tests.serve.fake_server import BASE, CHAT, FakeEngine, call, post, serving, until
 
 PLAIN = {"prompt": "a", "max_tokens": 2}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -86,7 +84,9 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
-        monkeypatch.setattr("jaxgpt.serve.bodies.regex", self)
+        self.compile = constrained.regex
+        for module in (constrained, bodies):
+            monkeypatch.setattr(module, "regex", self)
 
     def __call__(self, tokenizer, pattern, **options):
         self.patterns.append(pattern)
@@ -98,7 +98,7 @@ class Slow:
             self.ended += 1
         if pattern == "bad":
             raise InputError("this pattern is bad")
-        return constrained.regex(tokenizer, pattern, **options)
+        return self.compile(tokenizer, pattern, **options)
 
 
 @pytest.fixture
@@ -200,10 +200,9 @@ def test_a_disconnect_does_not_interrupt_a_constraint_that_others_wait_for(slow)
     assert slow.patterns == ["ab"]
 
 
-def test_an_invalid_constraint_is_rejected_again_without_compiling(slow):
+def test_an_invalid_constraint_is_rejected_again_without_compiling(port, slow):
     slow.go.set()
-    with serving(FakeEngine()) as port:
-        answers = [call(port, "/v1/completions", guided("bad")) for _ in range(3)]
+    answers = [call(port, "/v1/completions", guided("bad")) for _ in range(3)]
     assert [status for status, _, _ in answers] == [400] * 3
     assert {answer["error"]["param"] for _, _, answer in answers} == {"guided_regex"}
     assert {answer["error"]["message"] for _, _, answer in answers} == {
@@ -271,10 +270,10 @@ def test_headers_that_do_not_arrive_in_time_close_the_connection(monkeypatch, be
         assert is_closed(silent, 1) and 0.3 < time.monotonic() - start < 5
 
 
-def test_a_connection_is_not_closed_while_its_request_is_answered(monkeypatch):
+def test_a_connection_is_not_closed_while_its_request_is_answered(port, engine, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
-    with serving(FakeEngine(BASE, "abc", pause=0.2)) as port:
-        assert call(port, "/v1/completions", {**PLAIN, "max_tokens": 3})[0] == 200
+    engine.reset("abc", pause=0.2)
+    assert call(port, "/v1/completions", {**PLAIN, "max_tokens": 3})[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
@@ -300,30 +299,28 @@ def test_a_client_that_never_reads_is_disconnected(monkeypatch, path):
         check_answers(port)
 
 
-def test_an_endless_body_is_disconnected_on_every_path(monkeypatch):
+def test_an_endless_body_is_disconnected_on_every_path(port, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(guard, "SECONDS", 0.3)
     head = b"GET /health HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
-    with serving(FakeEngine()) as port:
-        for first, status in ((head, 200), (CHUNKED, 408)):
-            with clients(port, 1, first) as (client,):
-                assert status_of(client) == status
-                end = time.monotonic() + 5
-                with contextlib.suppress(ConnectionError):
-                    while not is_closed(client, 0.05):
-                        assert time.monotonic() < end
-                        client.sendall(b"1\r\n \r\n")
+    for first, status in ((head, 200), (CHUNKED, 408)):
+        with clients(port, 1, first) as (client,):
+            assert status_of(client) == status
+            end = time.monotonic() + 5
+            with contextlib.suppress(ConnectionError):
+                while not is_closed(client, 0.05):
+                    assert time.monotonic() < end
+                    client.sendall(b"1\r\n \r\n")
 
 
-def test_a_body_in_many_tiny_chunks_is_rejected_early():
+def test_a_body_in_many_tiny_chunks_is_rejected_early(port):
     whole = json.dumps({**PLAIN, "user": "x" * 300_000}).encode()
-    with serving(FakeEngine()) as port:
-        for size, status in ((1, 400), (64, 400), (1024, 200)):
-            parts = (whole[start : start + size] for start in range(0, len(whole), size))
-            body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
-            with clients(port, 1) as (client,), contextlib.suppress(ConnectionError):
-                client.sendall(CHUNKED + body + b"0\r\n\r\n")
-                assert status_of(client) in ((200,) if status == 200 else (400, 0))
+    for size, status in ((1, 400), (64, 400), (1024, 200)):
+        parts = (whole[start : start + size] for start in range(0, len(whole), size))
+        body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+        with clients(port, 1) as (client,), contextlib.suppress(ConnectionError):
+            client.sendall(CHUNKED + body + b"0\r\n\r\n")
+            assert status_of(client) in ((200,) if status == 200 else (400, 0))
 
 
 @pytest.mark.parametrize(
@@ -340,37 +337,31 @@ def test_a_body_in_many_tiny_chunks_is_rejected_early():
         (CHUNKED + b"fffffffffffffffffffff\r\n", 400),
     ],
 )
-def test_invalid_http_is_rejected_at_once(shared, content, status):
-    with clients(shared, 1) as (client,):
+def test_invalid_http_is_rejected_at_once(port, content, status):
+    with clients(port, 1) as (client,):
         with contextlib.suppress(ConnectionError):
             client.sendall(content)
         assert status_of(client) in (status, 0)
         assert is_closed(client, 5)
-    check_answers(shared)
+    check_answers(port)
 
 
-def test_invalid_bytes_after_a_request_cause_no_exception(shared, caplog):
+def test_invalid_bytes_after_a_request_cause_no_exception(port, caplog):
     content = post("/v1/completions", json.dumps(PLAIN).encode())
     for garbage in (content + b"\0\0\r\n\r\n", CHUNKED + b"1\r\n{\r\nzz\r\n"):
-        with clients(shared, 1, garbage) as (client,):
+        with clients(port, 1, garbage) as (client,):
             assert is_closed(client, 5)
-    assert call(shared, "/health")[0] == 200
+    assert call(port, "/health")[0] == 200
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_expect_100_continue_is_answered(shared):
+def test_expect_100_continue_is_answered(port):
     content = json.dumps(PLAIN).encode()
     head = HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(content)
-    with clients(shared, 1, head) as (client,):
+    with clients(port, 1, head) as (client,):
         assert status_of(client) == 100
         client.sendall(content)
         assert status_of(client) == 200
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with serving(FakeEngine()) as port:
-        yield port
 
 
 def test_large_bodies_are_parsed_one_at_a_time_and_do_not_delay_small_ones(monkeypatch):
@@ -426,15 +417,15 @@ def test_open_files_are_enough_for_all_connections(monkeypatch):
         ),
     ],
 )
-def test_a_duplicate_key_is_rejected_by_name(shared, content, param):
-    status, _, answer = call(shared, "/v1/completions", content)
+def test_a_duplicate_key_is_rejected_by_name(port, content, param):
+    status, _, answer = call(port, "/v1/completions", content)
     assert (status, answer["error"]["param"]) == (400, param)
     assert repr(param) in answer["error"]["message"] and "twice" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("key", [" 1", "1 ", "+1", "-0", "01", "1_0", "1.0", "1e1", "", "\u0661"])
-def test_keys_of_logit_bias_are_decimal_digits(shared, key):
-    status, _, answer = call(shared, "/v1/completions", {**PLAIN, "logit_bias": {key: 1}})
+def test_keys_of_logit_bias_are_decimal_digits(port, key):
+    status, _, answer = call(port, "/v1/completions", {**PLAIN, "logit_bias": {key: 1}})
     assert status == 400 and answer["error"]["param"].startswith("logit_bias")
 
 
@@ -463,12 +454,12 @@ SCHEMA = b'"response_format": {"type": "json_schema", "json_schema": {"schema": 
     ],
     ids=lambda field: repr(field[:70])[2:-1],
 )
-def test_huge_numbers_and_deep_nesting_are_a_bad_request(shared, field):
+def test_huge_numbers_and_deep_nesting_are_a_bad_request(port, field):
     content = b'{"prompt": "a", "max_tokens": 2, ' + field + b"}"
     if field.startswith(b'"max_tokens"'):
         content = b'{"prompt": "a", ' + field + b"}"
     start = time.monotonic()
-    status, _, answer = call(shared, "/v1/completions", content)
+    status, _, answer = call(port, "/v1/completions", content)
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
     assert time.monotonic() - start < 5
 
@@ -477,5 +468,5 @@ def test_long_embedding_lists_do_not_fill_the_queue():
     engine = FakeEngine(text="x", pause=0.02, places=app.EMBEDDING + 1)
     content = post("/v1/embeddings", json.dumps({"input": [[1], [2]] * 500}).encode())
     with serving(engine) as port, clients(port, 3 * app.EMBEDDING, content):
-        until(lambda: engine.running == app.EMBEDDING)
+        until(lambda: len(engine.active) == app.EMBEDDING)
         check_answers(port)

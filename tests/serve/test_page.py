@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 pytest.importorskip("playwright", reason="needs pip install playwright")
 from playwright import sync_api as api
-from test_serve import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 from jaxgpt import chat
 from jaxgpt.serve import page as page_files
 from jaxgpt.serve.engine import Busy
+from tests.serve.fake_server import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 HTML = "Look: <img src=x onerror=\"document.title='taken'\"><script>alert(1)</script> <b>bold</b>"
 KEY = "jaxgpt.conversation."
@@ -534,12 +534,13 @@ def test_an_answer_does_not_move_a_page_that_was_scrolled_up(page, engine):
 
 def test_answers_are_read_out_as_their_parts_are_complete(page, engine):
     answer(engine, "First *part*.\n\n```\ncode\n```\n\nThe end.")
-    engine.pause = 0.015
+    engine.pause = 0.1
     page.fill("#text", "Hi")
     page.press("#text", "Enter")
     page.wait_for_selector("#spoken p:text-is('First part.')", state="attached")
     assert page.get_attribute("#spoken", "role") == "log"
     assert "The end." not in page.text_content("#spoken")
+    engine.pause = 0
     finished(page)
     assert page.locator("#spoken p").all_text_contents() == ["First part.", "Code.", "The end."]
     assert page.text_content("#status") == "little has finished."
@@ -662,7 +663,7 @@ def test_the_page_loads_only_its_own_files_under_a_strict_policy(page, server):
 
 
 def test_the_package_has_every_file_of_the_page_and_the_licenses():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["jaxgpt.serve"]
     folder = page_files.FOLDER
     packed = {file for pattern in patterns for file in folder.parent.glob(pattern)}
