@@ -27,7 +27,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from jaxgpt.generation.config import GenerationConfig
-from jaxgpt.generation.constrained import choices, json_schema, regex
 from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.serve.constraints import Constraint
 
@@ -35,6 +34,8 @@ T = TypeVar("T")
 JSONObject = dict[str, object]
 """A JSON object: its values are JSON, too."""
 
+CONSTRAINTS = {"choices": "guided_choice", "regex": "guided_regex", "schema": "response_format"}
+"""The fields that set the constraints of `GenerationConfig`."""
 STOPS = 16
 """The most stop strings of a request."""
 INPUTS = 2048
@@ -327,9 +328,8 @@ class RequestBody(Body):
         """The constraint on the text before one of the end tokens `ends`; None: there is none."""
         if (constraint := self.config().constraint) is None:
             return None
-        compile_, value = constraint
-        names = {choices: "guided_choice", regex: "guided_regex", json_schema: "response_format"}
-        return Constraint(names[compile_], compile_, json.dumps(value), ends)
+        name, compile_, value = constraint
+        return Constraint(CONSTRAINTS[name], compile_, json.dumps(value), ends)
 
 
 class CompletionBody(RequestBody):

@@ -16,7 +16,7 @@ import pytest
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.constrained.expressions import Expressions
-from jaxgpt.serve import app, bodies, connections, constraints, guard
+from jaxgpt.serve import app, connections, constraints, guard
 from tests.serve.fake_server import BASE, CHAT, FakeEngine, call, post, serving, until
 
 PLAIN = {"prompt": "a", "max_tokens": 2}
@@ -85,8 +85,7 @@ class Slow:
     def __init__(self, monkeypatch):
         self.patterns, self.ended, self.go = [], 0, threading.Event()
         self.compile = constrained.regex
-        for module in (constrained, bodies):
-            monkeypatch.setattr(module, "regex", self)
+        monkeypatch.setattr(constrained, "regex", self)
 
     def __call__(self, tokenizer, pattern, **options):
         self.patterns.append(pattern)
