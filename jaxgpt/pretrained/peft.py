@@ -25,6 +25,7 @@ from statistics import mode
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained.expressions import Expressions, check_length
@@ -35,14 +36,7 @@ from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
-from jaxgpt.pretrained.tensors import (
-    DTYPES,
-    Shape,
-    StoredTensor,
-    read_header,
-    read_json,
-    write_file,
-)
+from jaxgpt.pretrained.tensors import DTYPES, Tensor, read_header, read_json
 from jaxgpt.pretrained.weights import Row, check_finite, rows
 from jaxgpt.training.finetune import LORA
 
@@ -176,7 +170,7 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
     return found
 
 
-def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
+def _rows(tensor: Tensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
     """Reads a tensor's rows; raises InputError unless there is one for each id, without gaps."""
     sizes = len(ids) if isinstance(ids, list | range) else 0, cfg.D
     if not sizes[0] or any(type(i) is not int or not 0 <= i < LARGEST_INT for i in ids):
@@ -191,7 +185,7 @@ def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
             f"{tensor.file} has rows of tokens up to {max(ids)}, but the model has {cfg.V} tokens "
             f"and there is no row of token {min(missing)}; save the adapter again with PEFT"
         )
-    values = tensor.rows(0, sizes[0]).astype(np.float32)
+    values = tensor.array().astype(np.float32)
     check_finite(values, tensor.file, "a row of the embeddings")
     return Rows(np.asarray(ids, np.int32), values)
 
@@ -261,8 +255,9 @@ def write_adapter(
             tensors[f"{PREFIX}{name}{SOME_ROWS}"] = np.asarray(params[leaf], np.float32)[new]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    shapes = {name: Shape("F32", tensor.shape) for name, tensor in tensors.items()}
-    return [folder / CONFIG, write_file(folder / WEIGHTS, shapes, shapes, tensors.__getitem__)]
+    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return [folder / CONFIG, folder / WEIGHTS]
 
 
 def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
@@ -307,7 +302,7 @@ def _check_fields(fields: Fields) -> None:
             )
 
 
-def _weights(folder: Path) -> dict[str, StoredTensor]:
+def _weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of the adapter's safetensors file, by name."""
     if (path := inside(folder, WEIGHTS)).exists():
         return read_header(path)
@@ -317,10 +312,10 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _pairs(
-    tensors: dict[str, StoredTensor], modules: dict[str, list[Row]]
-) -> dict[str, dict[str, StoredTensor]]:
+    tensors: dict[str, Tensor], modules: dict[str, list[Row]]
+) -> dict[str, dict[str, Tensor]]:
     """The tensors A and B of every adapted module; raises InputError for any other tensor."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, factor = name.removeprefix(PREFIX).rpartition(".lora_")
         known = name.startswith(PREFIX) and module in modules and factor in ("A.weight", "B.weight")
@@ -336,7 +331,7 @@ def _pairs(
 
 
 def _read_factor(
-    pair: dict[str, StoredTensor], factor: str, shape: tuple[int, int], module: str
+    pair: dict[str, Tensor], factor: str, shape: tuple[int, int], module: str
 ) -> np.ndarray:
     """Reads a factor in float32; raises InputError if it is missing or has another shape."""
     if factor not in pair:
@@ -348,7 +343,7 @@ def _read_factor(
             f"{tensor.file}: lora_{factor} of {module} has shape {list(tensor.shape)}, and the "
             f"model and {CONFIG} need {list(shape)}; use an adapter of this model"
         )
-    array = tensor.rows(0, shape[0]).astype(np.float32)
+    array = tensor.array().astype(np.float32)
     check_finite(array, tensor.file, f"lora_{factor} of {module}")
     return array
 

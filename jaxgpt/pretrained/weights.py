@@ -9,12 +9,9 @@ devices that need them.
 
 import math
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import pairwise
-from operator import getitem
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +20,11 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig, letters
+from jaxgpt.model import ComputeConfig, GPTConfig, Params, letters
+from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural_key, write_folder
 
-PIECE = 1 << 22  # bytes that are read from a file at a time
+PIECE = 1 << 20  # bytes that are converted and checked at a time
 READERS = 2  # tensors that are read at the same time
 TIED = "lm_head.weight"
 # Buffers that older versions of libraries saved, although they follow from the config: rotary
@@ -174,16 +172,16 @@ def _missing(family: ModuleType, folder: Path, name: str, bare: dict[str, Tensor
 def _check_tied(head: Tensor, wte: Tensor) -> None:
     """Raises InputError if the output layer in a tied model's files is not the embedding."""
     same = head.shape == wte.shape and head.dtype == wte.dtype
-    for start, stop in _pieces(wte, 0, wte.shape[0]) if same else ():
-        same = same and np.array_equal(head.rows(start, stop), wte.rows(start, stop))
-    if not same:
+    if not same or not np.array_equal(head.array(), wte.array()):
         raise InputError(
             f"{head.file}: {TIED!r} is not the embedding, but tie_word_embeddings is true in "
             "config.json; set it to false"
         )
 
 
-def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) -> Any:
+def load(
+    cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | None = None
+) -> dict[str, Any]:
     """Loads the parameter tree in float32.
 
     Args:
@@ -196,47 +194,40 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) 
         The parameter tree. Rows of vocabulary padding are 0.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {} if abstract is None else flat(abstract)
 
     def one(row: Row, tensor: Tensor) -> jax.Array:
-        sharding = here
-        if abstract is not None:
-            sharding = reduce(getitem, row.path, abstract).sharding
+        sharding = here if abstract is None else places[row.path].sharding
         shape = tuple(cfg.sizes[letter] for letter in row.letters)
         return jax.make_array_from_callback(shape, sharding, partial(_read, row, tensor, cfg))
 
-    params: dict[str, Any] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for (row, _), leaf in zip(found, pool.map(one, *zip(*found, strict=True)), strict=True):
-            *parents, last = row.path
-            node = params
-            for name in parents:
-                node = node.setdefault(name, {})
-            node[last] = leaf
-    return params
+        leaves = pool.map(one, *zip(*found, strict=True))
+        return nested({row.path: leaf for (row, _), leaf in zip(found, leaves, strict=True)})
 
 
 def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
     """Reads a block of a leaf in float32; `index` has the block's slice for each letter."""
     spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
-    out = _aligned([stop - start for start, stop in spans])
-    sizes = sizes_in_files(cfg)
     bounds = dict(zip(row.letters, spans, strict=True))
+    sizes = sizes_in_files(cfg)
     lengths = [_size(a, sizes) for a in row.dims]
     wanted = []  # slices in the file's order, without vocabulary padding
     for a, length in zip(row.dims, lengths, strict=True):
         start, stop = (row.part, row.part + 1) if a.isdecimal() else bounds[a]
         wanted.append(slice(min(start, length), min(stop, length)))
-    view = row.in_file_order(out)[tuple(slice(w.stop - w.start) for w in wanted)]
-    if view.size < out.size:
-        out.fill(0)
-    # The first letter may share the file's rows with the letters after it, such as N in NH.
-    each = math.prod(lengths[1 : len(row.axes.split(",")[0])])
-    first, last = wanted[0].start, wanted[0].stop
-    for start, stop in _pieces(tensor, first, last, each):
-        block = tensor.rows(start * each, stop * each).reshape(stop - start, *lengths[1:])
-        part = view[start - first : stop - first]
-        part[...] = block[(slice(None), *wanted[1:])]
-        check_finite(part, tensor.file, row.name)
+    block = tensor.array().reshape(lengths)[tuple(wanted)]
+    out = _aligned([stop - start for start, stop in spans])
+    view = row.in_file_order(out)
+    for axis, size in enumerate(block.shape):
+        view[(slice(None),) * axis + (slice(size, None),)] = 0  # vocabulary padding
+    view = view[tuple(map(slice, block.shape))]
+    # In pieces that the CPU's cache holds, so that memory is read and written once.
+    step = max(1, PIECE // max(1, view[:1].nbytes))
+    for start in range(0, len(view), step):
+        piece = view[start : start + step]
+        piece[...] = block[start : start + step]
+        check_finite(piece, tensor.file, row.name)
     return out
 
 
@@ -256,18 +247,11 @@ def _aligned(shape: list[int]) -> np.ndarray:
     return raw[first : first + math.prod(shape)].reshape(shape)
 
 
-def _pieces(tensor: Tensor, first: int, last: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
-    """Splits the range [first, last), whose items have `rows_each` rows, into parts of `PIECE`."""
-    size = rows_each * math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype].itemsize
-    step = max(1, PIECE // max(1, size))
-    yield from pairwise([*range(first, last, step), last])
-
-
 def save(
     folder: Path,
     family: ModuleType,
     cfg: GPTConfig,
-    params: Any,
+    params: Params,
     dtype: str,
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
@@ -291,6 +275,7 @@ def save(
     for row in rows(family, cfg):
         leaves.setdefault(row.name, []).append(row)
     shapes = {name: Shape(dtype, group[0].shape(sizes)) for name, group in leaves.items()}
+    tree = flat(params)
 
     def get(name: str) -> np.ndarray:
         group = leaves[name]
@@ -300,7 +285,7 @@ def save(
             part = slice(row.part, row.part + 1)
             place = tuple(part if a.isdecimal() else slice(None) for a in row.dims)
             real = tuple(slice(_size(a, sizes)) for a in row.dims)
-            leaf = np.asarray(reduce(getitem, row.path, params))
+            leaf = np.asarray(tree[row.path])
             with np.errstate(over="ignore"):  # checked below
                 out[place] = row.in_file_order(leaf)[real]
             if dtype == "F16" and np.isinf(out[place]).any() and not np.isinf(leaf).any():
