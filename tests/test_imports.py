@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 # A module may import from its own line and from the lines above it. The most specific name counts.
 LAYERS = """
 errors
-paths strict_json manifest signals synonyms sharding
+paths strict_json manifest download signals synonyms sharding
 model
 tokenizer
 chat
