@@ -11,7 +11,6 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from jaxgpt.model import ComputeConfig, GPTConfig, Params, letters
 from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural_key, write_folder
 
-PIECE = 1 << 20  # bytes that are converted and checked at a time
+PIECE = 1 << 20  # bytes that are checked at a time, so that the CPU's cache holds them
 READERS = 2  # tensors that are read at the same time
 TIED = "lm_head.weight"
 # Buffers that older versions of libraries saved, although they follow from the config: rotary
@@ -53,6 +52,12 @@ class Row:
     def dims(self) -> str:
         """The tensor's letters in the file's order, such as D3NH."""
         return self.axes.replace(",", "")
+
+    def in_leaf_order(self, block: np.ndarray) -> np.ndarray:
+        """The inverse of `in_file_order`."""
+        letters = [a for a in self.dims if not a.isdecimal()]
+        view = block.squeeze(tuple(i for i, a in enumerate(self.dims) if a.isdecimal()))
+        return view.transpose([letters.index(a) for a in self.letters])
 
     def in_file_order(self, leaf: np.ndarray) -> np.ndarray:
         """A view of a leaf with the file's `dims`; concatenated leaves have an axis of size 1."""
@@ -199,7 +204,12 @@ def load(
     def one(row: Row, tensor: Tensor) -> jax.Array:
         sharding = here if abstract is None else places[row.path].sharding
         shape = tuple(cfg.sizes[letter] for letter in row.letters)
-        return jax.make_array_from_callback(shape, sharding, partial(_read, row, tensor, cfg))
+        # Without an alias, because the file may change later.
+        shards = [
+            jax.device_put(_read(row, tensor, cfg, index or ()), device, may_alias=False)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
     with ThreadPoolExecutor(READERS) as pool:
         leaves = pool.map(one, *zip(*found, strict=True))
@@ -210,41 +220,25 @@ def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) ->
     """Reads a block of a leaf in float32; `index` has the block's slice for each letter."""
     spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
     bounds = dict(zip(row.letters, spans, strict=True))
-    sizes = sizes_in_files(cfg)
-    lengths = [_size(a, sizes) for a in row.dims]
-    wanted = []  # slices in the file's order, without vocabulary padding
-    for a, length in zip(row.dims, lengths, strict=True):
-        start, stop = (row.part, row.part + 1) if a.isdecimal() else bounds[a]
-        wanted.append(slice(min(start, length), min(stop, length)))
-    block = tensor.array().reshape(lengths)[tuple(wanted)]
-    out = _aligned([stop - start for start, stop in spans])
-    view = row.in_file_order(out)
-    for axis, size in enumerate(block.shape):
-        view[(slice(None),) * axis + (slice(size, None),)] = 0  # vocabulary padding
-    view = view[tuple(map(slice, block.shape))]
-    # In pieces that the CPU's cache holds, so that memory is read and written once.
-    step = max(1, PIECE // max(1, view[:1].nbytes))
-    for start in range(0, len(view), step):
-        piece = view[start : start + step]
-        piece[...] = block[start : start + step]
-        check_finite(piece, tensor.file, row.name)
-    return out
+    lengths = [_size(a, sizes_in_files(cfg)) for a in row.dims]
+    wanted = [  # in the file's order; vocabulary padding is out of its range
+        slice(row.part, row.part + 1) if a.isdecimal() else slice(*bounds[a]) for a in row.dims
+    ]
+    block = tensor.array().reshape(lengths)[tuple(wanted)].astype(np.float32, copy=False)
+    check_finite(block, tensor.file, row.name)
+    leaf = row.in_leaf_order(block)
+    padding = [(0, last - first - n) for (first, last), n in zip(spans, leaf.shape, strict=True)]
+    return np.pad(leaf, padding) if any(map(any, padding)) else leaf
 
 
 def check_finite(array: np.ndarray, file: Path, name: str) -> None:
     """Raises InputError if a part of a float32 tensor has a NaN or an infinity."""
-    if not np.isfinite(array).all():
+    step = max(1, PIECE // max(1, array[:1].nbytes))
+    if not all(np.isfinite(array[i : i + step]).all() for i in range(0, len(array), step)):
         raise InputError(
             f"{file}: {name!r} has NaN or infinite values; the file is damaged, or its training "
             "diverged: download it again, or use an earlier checkpoint"
         )
-
-
-def _aligned(shape: list[int]) -> np.ndarray:
-    """An empty float32 array, aligned so that a CPU device can use it without a copy."""
-    raw = np.empty(math.prod(shape) + 16, np.float32)
-    first = -raw.ctypes.data % 64 // 4
-    return raw[first : first + math.prod(shape)].reshape(shape)
 
 
 def save(
