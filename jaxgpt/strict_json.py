@@ -8,6 +8,9 @@ import json
 import math
 from typing import Any
 
+# A JSON object. The types of its values have to be checked before they are used.
+JsonObject = dict[str, Any]
+
 DEEPEST = 100
 """Maximum nesting depth of arrays and objects, so that recursive code can process the values."""
 

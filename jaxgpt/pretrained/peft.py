@@ -18,11 +18,11 @@ DoRA, raises an error that names the field. Nothing is unpickled.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -31,7 +31,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained.expressions import Expressions, check_length
 from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
-from jaxgpt.model import GPTConfig
+from jaxgpt.model import GPTConfig, Params
 from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
@@ -60,6 +60,8 @@ READ = {
 }  # fmt: skip
 SOME_ROWS, ALL_ROWS = ".token_adapter.trainable_tokens_delta", ".weight"
 
+Value = TypeVar("Value")
+
 
 class Factors(NamedTuple):
     """The LoRA factors of one module as in PEFT's files: A [R, inputs], B [outputs, R], scale."""
@@ -78,7 +80,7 @@ class Rows(NamedTuple):
     """The tokens' rows, float32 [n, D]."""
 
 
-def read_adapter(folder: Path, cfg: GPTConfig) -> dict[str, Any]:
+def read_adapter(folder: Path, cfg: GPTConfig) -> Params:
     """Reads an adapter's LoRA factors.
 
     If a module has queries, keys and values in one matrix (GPT-2), each of the three gets the
@@ -170,7 +172,7 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
     return found
 
 
-def _rows(tensor: Tensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
+def _rows(tensor: Tensor, ids: list[int] | range, cfg: GPTConfig, file: Path) -> Rows:
     """Reads a tensor's rows; raises InputError unless there is one for each id, without gaps."""
     sizes = len(ids) if isinstance(ids, list | range) else 0, cfg.D
     if not sizes[0] or any(type(i) is not int or not 0 <= i < LARGEST_INT for i in ids):
@@ -193,7 +195,7 @@ def _rows(tensor: Tensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
 def write_adapter(
     folder: Path,
     cfg: GPTConfig,
-    params: Any,
+    params: Params,
     base: str,
     revision: str | None = None,
     base_V: int = 0,
@@ -367,8 +369,8 @@ def _ranks_and_scales(fields: Fields, modules: list[str]) -> dict[str, tuple[int
 
 
 def _values_by_module(
-    fields: Fields, pattern: str, kind: type, modules: list[str]
-) -> dict[str, Any]:
+    fields: Fields, pattern: str, kind: type[Value], modules: list[str]
+) -> dict[str, Value]:
     """Looks modules up in a field such as `rank_pattern`, a map of regular expressions to values.
 
     As in PEFT, the first expression that matches the end of a module's name counts. Python's `re`
@@ -376,7 +378,7 @@ def _values_by_module(
     are matched with automata of limited size.
     """
     table = Fields(fields(pattern, {}, kind=dict), fields.file)
-    found: dict[str, Any] = {}
+    found: dict[str, Value] = {}
     graph, key = Expressions(), ""
     try:
         check_length("all keys together have", sum(map(len, table.values)))
@@ -387,7 +389,7 @@ def _values_by_module(
                 roots[key] = Pattern(graph, around=prefix).read(f"(?:{key})$")
         for key in table.values:
             if key in roots:
-                matches: Callable[[str], Any] = _automaton(graph, roots[key])
+                matches: Callable[[str], object] = _automaton(graph, roots[key])
             else:
                 matches = re.compile(rf"(.*\.)?{key}").fullmatch
             found |= {
@@ -420,7 +422,7 @@ def _automaton(graph: Expressions, root: int) -> Callable[[str], bool]:
 
 
 def _found(
-    cfg: GPTConfig, modules: dict[str, list[Row]], params: Any
+    cfg: GPTConfig, modules: dict[str, list[Row]], params: Params
 ) -> dict[str, list[Factors | None]]:
     """The factors of each adapted module's matrices; None for a matrix without factors."""
     leaves = {
@@ -494,12 +496,12 @@ def _alpha(factors: Factors) -> float:
     return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
 
 
-def _by_suffix(values: dict[str, Any], modules: dict[str, list[Row]]) -> dict[str, Any]:
+def _by_suffix(values: Mapping[str, object], modules: dict[str, list[Row]]) -> dict[str, object]:
     """Shortens the keys of `values` to the last part of a module's name where that is unambiguous.
 
     That is the case if all modules whose names end with it have the same value.
     """
-    ends: dict[str, list[Any]] = {}
+    ends: dict[str, list[object]] = {}
     for module in modules:
         ends.setdefault(module.rpartition(".")[2], []).append(values.get(module))
     alike = {end for end, group in ends.items() if group == group[:1] * len(group)}

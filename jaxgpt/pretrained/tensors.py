@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,7 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
+from jaxgpt.strict_json import JsonObject
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -58,7 +59,7 @@ class Tensor(NamedTuple):
             raise InputError(f"{self.file} cannot be read: {error}; download it again") from None
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> JsonObject:
     """Reads a JSON object from a file of a folder; raises InputError if that fails."""
     path = regular_file(inside(folder, name))
     try:

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
@@ -184,9 +183,7 @@ def _check_tied(head: Tensor, wte: Tensor) -> None:
         )
 
 
-def load(
-    cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | None = None
-) -> dict[str, Any]:
+def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | None = None) -> Params:
     """Loads the parameter tree in float32.
 
     Args:
