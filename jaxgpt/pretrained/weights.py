@@ -201,12 +201,12 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | Non
     def one(row: Row, tensor: Tensor) -> jax.Array:
         sharding = here if abstract is None else places[row.path].sharding
         shape = tuple(cfg.sizes[letter] for letter in row.letters)
-        # Without an alias, because the file may change later.
         shards = [
-            jax.device_put(_read(row, tensor, cfg, index or ()), device, may_alias=False)
+            jax.device_put(_read(row, tensor, cfg, index or ()), device)
             for device, index in sharding.addressable_devices_indices_map(shape).items()
         ]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        leaf = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return leaf.block_until_ready()  # later the file may change
 
     with ThreadPoolExecutor(READERS) as pool:
         leaves = pool.map(one, *zip(*found, strict=True))
@@ -214,18 +214,36 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | Non
 
 
 def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads a block of a leaf in float32; `index` has the block's slice for each letter."""
+    """Reads a block of a leaf in float32; `index` has the block's slice for each letter.
+
+    A CPU device would use an array that is contiguous and aligned without a copy. As the file may
+    change later, such arrays are copied here.
+    """
     spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
     bounds = dict(zip(row.letters, spans, strict=True))
     lengths = [_size(a, sizes_in_files(cfg)) for a in row.dims]
     wanted = [  # in the file's order; vocabulary padding is out of its range
         slice(row.part, row.part + 1) if a.isdecimal() else slice(*bounds[a]) for a in row.dims
     ]
-    block = tensor.array().reshape(lengths)[tuple(wanted)].astype(np.float32, copy=False)
+    mapped = tensor.array().reshape(lengths)[tuple(wanted)]
+    block = mapped.astype(np.float32, copy=False)
     check_finite(block, tensor.file, row.name)
-    leaf = row.in_leaf_order(block)
-    padding = [(0, last - first - n) for (first, last), n in zip(spans, leaf.shape, strict=True)]
-    return np.pad(leaf, padding) if any(map(any, padding)) else leaf
+    leaf, shape = row.in_leaf_order(block), tuple(last - first for first, last in spans)
+    aliased = leaf.flags.c_contiguous and np.may_share_memory(leaf, mapped)
+    if leaf.shape == shape and not aliased:
+        return leaf  # the device copies and transposes it
+    out = _aligned(shape)
+    for axis, size in enumerate(leaf.shape):
+        out[(slice(None),) * axis + (slice(size, None),)] = 0  # vocabulary padding
+    out[tuple(map(slice, leaf.shape))] = leaf
+    return out
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array, aligned so that a CPU device can use it without a copy."""
+    raw = np.empty(math.prod(shape) + 16, np.float32)
+    first = -raw.ctypes.data % 64 // 4
+    return raw[first : first + math.prod(shape)].reshape(shape)
 
 
 def check_finite(array: np.ndarray, file: Path, name: str) -> None:
