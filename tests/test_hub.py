@@ -3,10 +3,12 @@
 The hub is a local server that answers like huggingface.co; no test uses the network.
 """
 
+import contextlib
 import errno
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import socket
 import threading
@@ -33,7 +35,9 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.repositories, self.asked = {}, []
+        self.repositories, self.asked, self.ranges = {}, [], []
+        self.cut = {}
+        """The number of bytes of a file after which the connection is cut, once."""
         self.main, self.gated, self.tokens = COMMIT, set(), set()
         self.status, self.silent, self.over = None, False, threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
@@ -58,13 +62,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, status, content=b"", **headers):
+    def send(self, status, content=b"", cut=None, **headers):
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:cut])
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -75,7 +79,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.server.over.wait(20)
             return None
         if path.startswith("/api/models/"):
-            name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
+            name, what, revision = re.split("/(revision|tree)/", path.removeprefix("/api/models/"))
         else:
             name, _, rest = path[1:].partition("/resolve/")
             revision, _, file = rest.partition("/")
@@ -92,6 +96,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if commit not in commits:
             return self.send(404, X_Error_Code="RevisionNotFound")
         files = commits[commit]
+        if path.startswith("/api/") and what == "tree":
+            entries = [
+                {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
+                for file, content in files.items()
+            ]
+            return self.send(200, json.dumps(entries).encode())
         if path.startswith("/api/"):
             siblings = [{"rfilename": file} for file in files]
             return self.send(
@@ -102,7 +112,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if file not in files:
             return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         etag = '"' + hashlib.sha1(files[file], usedforsecurity=False).hexdigest() + '"'
-        return self.send(200, files[file], ETag=etag, X_Repo_Commit=commit)
+        start, headers = 0, {"ETag": etag, "X_Repo_Commit": commit}
+        if asked := self.headers.get("Range"):
+            self.server.ranges.append(asked)
+            start, size = int(asked.removeprefix("bytes=").rstrip("-")), len(files[file])
+            headers["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
+        cut = self.server.cut.pop(file, None) if self.command == "GET" else None
+        return self.send(206 if asked else 200, files[file][start:], cut, **headers)
 
     do_HEAD = do_GET
 
@@ -182,7 +198,18 @@ def test_cached_files_are_not_downloaded_again(server):
     snapshot = hub.fetch("me/mine")
     server.asked.clear()
     assert hub.fetch("me/mine") == snapshot
-    assert server.asked == [("GET", "/api/models/me/mine/revision/main")]
+    assert not any("/resolve/" in path for _, path in server.asked)
+
+
+def test_a_download_resumes_where_the_connection_was_cut(server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    weights = bytes(range(256)) * 40
+    server.add("me/mine", {**GPT2, "model.safetensors": weights})
+    server.cut["model.safetensors"] = 5000
+    with contextlib.suppress(InputError):  # older versions of the library resume in the next call
+        hub.fetch("me/mine")
+    assert contents(hub.fetch("me/mine"))["model.safetensors"] == weights
+    assert server.ranges == ["bytes=5000-"]
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -214,20 +241,20 @@ def test_a_new_commit_of_main_replaces_the_old_one_only_when_it_is_complete(serv
     old = hub.fetch("me/mine")
     server.main = "c" * 40
     server.add("me/mine", {**GPT2, "model.safetensors": b"new"}, server.main)
-    real = huggingface_hub.hf_hub_download
+    real = huggingface_hub.snapshot_download
 
-    def interrupted(name, file, **options):
-        if file == "model.safetensors":
-            raise KeyboardInterrupt
-        return real(name, file, **options)
+    def interrupted(name, *, allow_patterns, **options):
+        beside = [file for file in allow_patterns if file != "model.safetensors"]
+        real(name, allow_patterns=beside, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hub.fetch("me/mine")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub.fetch("me/mine") == old
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", real)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", real)
     new = hub.fetch("me/mine")
     assert new.revision == server.main
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -258,9 +285,9 @@ def test_the_shards_listed_in_an_index_are_downloaded(server, monkeypatch):
 @pytest.mark.parametrize(
     ("shard", "reason"),
     [
-        ("../../config.safetensors", "no weight_map to safetensors files in the same folder"),
-        ("pytorch_model.bin", "no weight_map to safetensors files in the same folder"),
-        (7, "no weight_map to safetensors files in the same folder"),
+        ("../../config.safetensors", "lists files that are not safetensors files in the same"),
+        ("pytorch_model.bin", "lists files that are not safetensors files in the same folder"),
+        (7, "has no weight_map from tensors to files"),
         (
             "model-9.safetensors",
             "has no model-9.safetensors, which its model.safetensors.index.json lists",
@@ -434,5 +461,11 @@ def test_a_failed_download_says_why(server, monkeypatch, error, reason):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert reason in refused("me/mine")
+
+
+def test_a_folder_that_the_library_returns_incomplete_is_rejected(server, monkeypatch, tmp_path):
+    server.add("me/mine", {**GPT2, "model.safetensors": b"weights"})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert "did not answer (config.json was not downloaded)" in refused("me/mine")

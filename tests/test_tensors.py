@@ -65,31 +65,31 @@ def rename(header, old, new):
 WPE = "transformer.wpe.weight"
 
 
+DAMAGED = "model.safetensors is damaged or not a safetensors file"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h[WPE].update(shape=[8, 17]), r"wpe.weight' is F32\[8, 17\] in the header"),
+        (lambda h: h[WPE].update(shape=[8, 17]), DAMAGED),
         (
             lambda h: h[WPE].update(shape=[16, 8]),
             r"wpe.weight' has shape \[16, 8\], and config.json",
         ),
-        (lambda h: h[WPE].update(shape=[-8, -16]), r"wpe.weight' has shape \[-8, -16\]"),
-        (lambda h: h[WPE].update(shape=[8.0, 16]), r"wpe.weight' has shape"),
-        (lambda h: h[WPE].update(shape=[1 << 62, 4]), r"in the header, but has 512 bytes"),
-        (lambda h: h[WPE].update(dtype="F99"), r"wpe.weight' has dtype 'F99'"),
+        (lambda h: h[WPE].update(shape=[-8, -16]), DAMAGED),
+        (lambda h: h[WPE].update(shape=[8.0, 16]), DAMAGED),
+        (lambda h: h[WPE].update(shape=[1 << 62, 4]), DAMAGED),
+        (lambda h: h[WPE].update(dtype="F99"), DAMAGED),
         (lambda h: h[WPE].update(dtype="I32"), r"wpe.weight' is I32, which is not supported"),
-        (lambda h: h[WPE].update(data_offsets=[0, 512]), r"begins at byte"),
-        (lambda h: h[WPE].update(data_offsets=[512, 0]), r"in the header"),
-        (lambda h: h[WPE].update(data_offsets=[0]), r"wpe.weight' has data_offsets \[0\]"),
-        (
-            lambda h: h[WPE].update(extra=1),
-            r"the header of '.*wpe.weight' is .*, not exactly dtype",
-        ),
-        (lambda h: h.update(x=[]), r"the header of 'x' is .*, not exactly dtype"),
+        (lambda h: h[WPE].update(data_offsets=[0, 512]), DAMAGED),
+        (lambda h: h[WPE].update(data_offsets=[512, 0]), DAMAGED),
+        (lambda h: h[WPE].update(data_offsets=[0]), DAMAGED),
+        (lambda h: h.update(x=[]), DAMAGED),
+        (lambda h: h.update({WPE: [*h[WPE].values()]}), "an entry .* is not a JSON object"),
         (lambda h: rename(h, WPE, "other"), r"no tensor 'transformer.wpe.weight'"),
-        (lambda h: [], r"not a JSON object"),
-        (lambda h: "{" * 50, r"not JSON"),
-        (lambda h: '{"a": 1, "a": 1}', r"an object has a duplicate name"),
+        (lambda h: [], DAMAGED),
+        (lambda h: "{" * 50, DAMAGED),
+        (lambda h: json.dumps(h)[:-1] + f', "{WPE}": {json.dumps(h[WPE])}}}', "duplicate name"),
     ],
 )
 def test_an_inconsistent_header_is_rejected(folder, change, message):
@@ -124,7 +124,7 @@ def test_an_unknown_tensor_is_rejected_and_a_buffer_is_ignored(folder):
 def test_a_tied_head_must_be_the_embedding(folder):
     file = folder / "model.safetensors"
     header = read_header(file)
-    wte = header["transformer.wte.weight"].rows(0, 50)
+    wte = header["transformer.wte.weight"].array().copy()
 
     def add(header):
         end = max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
@@ -148,14 +148,29 @@ def test_a_file_of_another_length_is_rejected(folder, length):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content + b"\0" * 4 if length == 4 else content[:length])
-    with pytest.raises(InputError, match=r"model.safetensors (has|claims)"):
+    with pytest.raises(InputError, match=DAMAGED):
         pretrained.read_model(folder)
+
+
+def test_parameters_do_not_change_with_their_file(folder):
+    file = folder / "model.safetensors"
+
+    def align(header):  # as a CPU device needs it to use memory without a copy
+        text = json.dumps(header)
+        return text + " " * (-(8 + len(text)) % 64)
+
+    edit(file, align)
+    params = pretrained.read_model(folder).params()
+    before = jax.tree.map(np.array, params)
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
 def test_a_huge_header_is_rejected_before_it_is_read(folder):
     file = folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
-    with pytest.raises(InputError, match=r"claims a header of 1,152,921,504,606,846,976 bytes"):
+    with pytest.raises(InputError, match=DAMAGED):
         pretrained.read_model(folder)
 
 

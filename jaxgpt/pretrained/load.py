@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from jaxgpt.model.quantize import quantize_params
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import foreign, generation
 from jaxgpt.sharding import Layout
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.finetune import LORA, Diff, compare, fold_lora, resize_embeddings
@@ -48,9 +49,9 @@ class Trained:
     """
 
     config: Config
-    params: Any
+    params: Params
     tokenizer: Tokenizer
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: JsonObject = field(default_factory=dict)
     """The fields of generation_config.json (end tokens and sampling settings) of the published
     model from which this model comes."""
 
@@ -128,11 +129,11 @@ class Trained:
         return text if pieces.finish_reason == "stop" else f"{text} ... (cut at {tokens} tokens)"
 
     @property
-    def sampling_defaults(self) -> dict[str, Any]:
+    def sampling_defaults(self) -> JsonObject:
         """The sampling settings in `generation_config`, by the names of `Sampling`'s fields."""
         return generation.sampling(self.generation_config)
 
-    def stream(self, prompt: str = "", tokens: int = 200, **options: Any) -> TextStream:
+    def stream(self, prompt: str = "", tokens: int = 200, **options: object) -> TextStream:
         """Streams the continuation of a prompt.
 
         Args:
@@ -159,7 +160,7 @@ class Trained:
         return "".join(self.stream_chat(messages, tokens, **options))
 
     def stream_chat(
-        self, messages: Messages, tokens: int = 200, *, tools: Tools = (), **options: Any
+        self, messages: Messages, tokens: int = 200, *, tools: Tools = (), **options: object
     ) -> TextStream:
         """Streams the assistant's answer to a conversation.
 
@@ -189,7 +190,7 @@ class Trained:
         ids: Sequence[int],
         ends: Sequence[int],
         tokens: int,
-        options: dict[str, Any],
+        options: JsonObject,
         continues: bool,
     ) -> TextStream:
         known = {f.name for f in fields(GenerationConfig)}
@@ -205,7 +206,7 @@ class Trained:
         how = how.with_defaults({"temperature": TEMPERATURE, **self.sampling_defaults})
         ends = [*ends, *generation.end_ids(self.generation_config)]
         if how.beam > 1:
-            by: Any = partial(stream_beam_search, width=how.beam)
+            by: Callable[..., TextStream] = partial(stream_beam_search, width=how.beam)
         else:
             held = how.as_guide(self.tokenizer, ends, ids if continues else ())
             draft = None if how.draft is None else self._drafted_by(how.draft)
@@ -222,7 +223,7 @@ class Trained:
             cache=how.cache,
         )
 
-    def _drafted_by(self, draft: "Trained") -> tuple[GPT, Any]:
+    def _drafted_by(self, draft: "Trained") -> tuple[GPT, Params]:
         """Returns the draft model; raises InputError if its tokenizer or context does not fit."""
         if draft.tokenizer.fingerprint != self.tokenizer.fingerprint:
             raise InputError(
@@ -238,7 +239,7 @@ class Trained:
         return draft.model, draft.params
 
 
-def convert_dtype(config: Config, dtype: Dtype, params: Any) -> Any:
+def convert_dtype(config: Config, dtype: Dtype, params: Params) -> Params:
     """Converts parameters as `Trained.held_in` does; a pure function, for jit and `eval_shape`."""
     if dtype == "float32":
         return params
@@ -258,18 +259,18 @@ class ModelSource:
     """The config of the run that trained the model; for a published model, the defaults with its
     model and tokenizer."""
     tokenizer: Tokenizer
-    params: Callable[..., Any]
+    params: Callable[..., Params]
     """Loads the parameters: on the first device, or with the shardings of a tree of
     `ShapeDtypeStruct`s that is passed to it."""
-    abstract: Any
+    abstract: Params
     """The parameters' `ShapeDtypeStruct`s, without shardings."""
-    lineage: dict[str, Any]
+    lineage: JsonObject
     """The model's path and version, for the checkpoints of a run that starts from it."""
     digest: Callable[[], str]
     """Computes the SHA-256 of the model's files, to recognize the same model later."""
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: JsonObject = field(default_factory=dict)
     """See `Trained`."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: JsonObject = field(default_factory=dict)
     """The checkpoint's metadata (`checkpoint.read_metadata`); empty for published models."""
     better: str = ""
     """If the run has a step with a lower validation loss: which one, and how to load it."""
@@ -308,7 +309,7 @@ class ModelSource:
             under: The path of these parameters in the layout's tree.
         """
 
-        def places(tree: Any) -> Any:
+        def places(tree: Params) -> Params:
             for name in under:
                 tree = {name: tree}
             tree = layout.shardings(tree)
@@ -401,7 +402,7 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
         if name in found.abstract
     }
 
-    def params(abstract: Any = None) -> Any:
+    def params(abstract: Params | None = None) -> Params:
         if abstract is None:
             tree = merge(jax.tree.map(jnp.asarray, factors), found.params())
         else:
@@ -508,7 +509,7 @@ def _is_name(name: str) -> bool:
     return (owned and not parent.is_dir()) or name in hub.SHORT
 
 
-def _pretrained(folder: Path, lineage: dict[str, Any]) -> ModelSource:
+def _pretrained(folder: Path, lineage: JsonObject) -> ModelSource:
     """A model in a folder in the layout of Hugging Face."""
     from jaxgpt.tokenizer.huggingface import read_tokenizer
 

@@ -4,12 +4,12 @@ import base64
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import tiktoken
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, check_not_empty, encoded
 from jaxgpt.tokenizer.byte_char import Bytes
 
@@ -100,7 +100,7 @@ class BPE(Tokenizer):
         """Returns the last position that no chunk of a known pattern crosses, or 0."""
         return last_cut(text)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns the kind, the ranks in base64, the pattern and the special tokens."""
         return {
             "kind": self.kind,
