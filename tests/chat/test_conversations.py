@@ -5,20 +5,6 @@ import json
 
 import pytest
 import tokenizers
-from test_chat import (
-    CHATML,
-    EACH,
-    FORMATS,
-    GEMMA,
-    LLAMA3,
-    QWEN3,
-    TURNS,
-    made,
-    says,
-    theirs,
-    trained,
-    trained_like_sentencepiece,
-)
 
 from jaxgpt.chat import (
     choose,
@@ -32,6 +18,20 @@ from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.tokenizer import HuggingFace
+from tests.chat.test_templates import (
+    CHATML,
+    EACH,
+    FORMATS,
+    GEMMA,
+    LLAMA3,
+    QWEN3,
+    TURNS,
+    made,
+    says,
+    theirs,
+    trained,
+    trained_like_sentencepiece,
+)
 
 SYSTEM, HISTORY = "Be brief.", ["What is 2+2?", "It is 4."]
 QUESTION, ANSWER, WORSE = "Are you\n\nsure?", "Yes, I am.", "No, I am not."

@@ -88,7 +88,7 @@ def tuned(text, runs):
 
 def tune(folder, *options):
     """Trains a few steps from a model; the exit status."""
-    config = str(Path(__file__).parent.parent / "configs" / "finetune.py")
+    config = str(Path(__file__).parents[2] / "configs" / "finetune.py")
     few = ("--train.steps", "4", "--train.log_every", "1", "--train.context", "16")
     return main([config, "--start", str(folder), "--data.paths", "text.txt", *few, *FAST, *options])
 
@@ -245,7 +245,7 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
         [sys.executable, "-m", "jaxgpt", "export", "runs/finetune", "--to", "hf", str(out)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
     names = {file.name for file in out.iterdir()}

@@ -1,6 +1,6 @@
 """Abusive clients do not keep the server from answering others.
 
-The server is a real one, on this machine; the engine is the fake one of test_serve.py.
+The server is a real one, on this machine; the engine is the fake one of test_api.py.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
-from test_serve import BASE, CHAT, FakeEngine, call, post, serving, until
-
 from jaxgpt.errors import InputError
 from jaxgpt.generation import constrained
 from jaxgpt.generation.constrained.expressions import Expressions
 from jaxgpt.serve import app, connections, constraints, guard
+from tests.serve.test_api import BASE, CHAT, FakeEngine, call, post, serving, until
 
 PLAIN = {"prompt": "a", "max_tokens": 2}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

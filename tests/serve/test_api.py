@@ -1182,9 +1182,9 @@ def test_a_dead_engine_is_an_error_and_unhealthy(real, monkeypatch):
 
 DRAINING = """
 import sys
-sys.path.insert(0, {tests!r})
-from test_serve import FakeEngine
+sys.path.insert(0, {root!r})
 from jaxgpt.serve import app, server
+from tests.serve.test_api import FakeEngine
 
 class Telling(FakeEngine):
     def submit(self, *args, **rest):
@@ -1207,8 +1207,8 @@ def is_listening(port):
 
 
 def test_sigterm_finishes_running_requests_and_rejects_new_ones():
-    tests = str(Path(__file__).parent)
-    command = [sys.executable, "-c", DRAINING.format(tests=tests)]
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", DRAINING.format(root=root)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline())

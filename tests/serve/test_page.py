@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install 'jaxgpt[serve]'")
 pytest.importorskip("playwright", reason="needs pip install playwright")
 from playwright import sync_api as api
-from test_serve import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 from jaxgpt import chat
 from jaxgpt.serve import page as page_files
 from jaxgpt.serve.engine import Busy
+from tests.serve.test_api import BASE, CHAT, TEXT, FakeEngine, serving, until
 
 HTML = "Look: <img src=x onerror=\"document.title='taken'\"><script>alert(1)</script> <b>bold</b>"
 KEY = "jaxgpt.conversation."
@@ -662,7 +662,7 @@ def test_the_page_loads_only_its_own_files_under_a_strict_policy(page, server):
 
 
 def test_the_package_has_every_file_of_the_page_and_the_licenses():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["jaxgpt.serve"]
     folder = page_files.FOLDER
     packed = {file for pattern in patterns for file in folder.parent.glob(pattern)}

@@ -13,7 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_train import (
+
+import train
+from jaxgpt.cli import main as command
+from jaxgpt.training import checkpoint, loop, metrics, telemetry
+from jaxgpt.training.setup import Run
+from tests.training.test_loop import (
     assert_same_run,
     cut_back,
     here,
@@ -27,11 +32,6 @@ from test_train import (
     trained,
     wait_for_step,
 )
-
-import train
-from jaxgpt.cli import main as command
-from jaxgpt.training import checkpoint, loop, metrics, telemetry
-from jaxgpt.training.setup import Run
 
 __all__ = ["here", "runs", "trained"]  # fixtures
 CHECKPOINTS = Path("runs/a/checkpoints")

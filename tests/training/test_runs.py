@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_train import here, run, runs, spawn, trained, wait_for_step
 
 from jaxgpt import config, data
 from jaxgpt.cli import main
 from jaxgpt.training import checkpoint
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.runs import list_runs, size_of, verify
+from tests.training.test_loop import here, run, runs, spawn, trained, wait_for_step
 
 __all__ = ["here", "run", "runs", "spawn", "trained", "wait_for_step"]  # fixtures
 

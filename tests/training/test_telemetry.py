@@ -301,9 +301,9 @@ def test_on_a_terminal_the_display_is_live(folder):
     pty = pytest.importorskip("pty")
     code = f"""
         import sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
-        from test_telemetry import open_telemetry
+        from tests.training.test_telemetry import open_telemetry
         with open_telemetry(Path({str(folder)!r}), progress="auto", steps=7) as log:
             log.log(3, {{"loss": 1.2345}})
             log.show(3)
