@@ -7,7 +7,6 @@ import pytest
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.model import attention as attentions
 from jaxgpt.model.attention import (
     CHUNK,
     _attend_dequantized,
@@ -109,11 +108,10 @@ def numpy_attend(q, k, v, mask):
 
 
 @pytest.mark.parametrize(("T", "window"), [(700, 0), (640, 100), (700, 65), (700, 1), (700, 699)])
-def test_a_long_prompts_attention_in_loops_equals_the_unrolled(monkeypatch, T, window):
+def test_a_long_prompts_attention_in_loops_equals_the_unrolled(T, window):
     q, k, v = inputs(T, B=1)
     unrolled = jax.jit(partial(attention, window=window))(q, k, v)
-    monkeypatch.setattr(attentions, "UNROLLED", 2)
-    looped = jax.jit(partial(prompt_attention, window=window))
+    looped = jax.jit(partial(prompt_attention, window=window, unrolled=2))
     np.testing.assert_allclose(looped(q, k, v), unrolled, atol=1e-5)
 
 

@@ -177,15 +177,14 @@ def test_training_is_deterministic():
     assert first.fingerprint == second.fingerprint
 
 
-def test_a_large_corpus_is_sampled_evenly_within_the_limit(monkeypatch, capsys):
-    monkeypatch.setattr(bpe, "BLOCK", 1000)
+def test_a_large_corpus_is_sampled_evenly_within_the_limit(capsys):
     documents = [f"{number % 10}" * 1000 for number in range(4096)]  # 4.1 MB of blocks
-    sample = bpe._sample(iter(documents), 1_100_000)
+    sample = bpe._sample(iter(documents), 1_100_000, block=1000)
     assert sample == documents[::4]
     assert "1.0 of 4.1 MB, one block in 4" in capsys.readouterr().err
 
 
-def test_a_long_document_is_sampled_too(monkeypatch):
+def test_a_long_document_is_sampled_too():
     sample = bpe._sample(["é" * 1_000_000], 1_000_000)
     assert 500_000 < len("".join(sample).encode()) <= 1_000_000
 
