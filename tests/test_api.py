@@ -9,7 +9,6 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,22 +18,20 @@ from jaxgpt import cli, model
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.generation.config import GenerationConfig
-from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.model import GPTConfig
 from jaxgpt.signals import Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.tokenizer import Bytes, TokenizerConfig
 from jaxgpt.training import loop
 from jaxgpt.training.checkpoint import CheckpointConfig
+from tests.tiny import ROOT, random_model
 
 CFG = GPTConfig(L=1, D=16, N=2, T=16, V=257)
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def gpt():
-    params = model.init(CFG.build(ComputeConfig(dtype="float32")), jax.random.key(0))
-    return Trained(Config(name="tiny", model=CFG), params, Bytes())
+    return random_model(CFG, Bytes())
 
 
 def test_dir_shows_the_public_names_and_all_of_them_exist():

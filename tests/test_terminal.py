@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from codecs import getincrementaldecoder
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +20,14 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jaxgpt import cli, model, paths, pretrained, terminal
+from jaxgpt import cli, model, paths, terminal
 from jaxgpt.chat import equipped
 from jaxgpt.cli import main
 from jaxgpt.data.records import open_records
 from jaxgpt.generation.stream import CHUNK
-from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.terminal import printable
-from jaxgpt.tokenizer import BPE, EOT, PATTERN
-from jaxgpt.tokenizer.huggingface import write_tokenizer
+from tests.tiny import LLAMA, PLAIN, ROOT, bpe, write_hugging_face
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It
 # knows which byte comes after which, so none is in it twice; the next best is a line break.
@@ -39,38 +38,21 @@ CHUNKS = 3
 ANSWER = SENT[: CHUNKS * CHUNK].decode()
 CUT = "(truncated at the limit of --tokens, or because the context is full)"
 T = 256
-BYTES = BPE("bpe", [bytes([byte]) for byte in range(256)], PATTERN, {EOT: 256})
+BYTES = bpe()
 
 
 def save(folder, tokenizer):
     """The model, in Hugging Face's layout."""
-    folder.mkdir()
-    cfg = GPTConfig(
-        L=1,
-        D=288,
-        N=1,
-        K=1,
-        H=8,
-        F=8,
-        T=T,
-        V=tokenizer.vocab_size,
-        position="rotary",
-        norm="rmsnorm",
-        mlp="swiglu",
-        bias=False,
-        qk_norm=True,
-        tied=False,
-    )
-    shapes = jax.eval_shape(partial(model.init, cfg.build(ComputeConfig())), jax.random.key(0))
+    sizes = {"L": 1, "D": 288, "N": 1, "K": 1, "H": 8, "F": 8, "T": T, "V": tokenizer.vocab_size}
+    cfg = replace(LLAMA, **sizes, qk_norm=True, tied=False)
+    shapes = jax.eval_shape(partial(model.init, cfg.build(PLAIN)), jax.random.key(0))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     params["norm"]["scale"] += 1
     params["wte"] += np.eye(*shapes["wte"].shape, dtype=np.float32)
     for before, after in zip(b"\n" + SENT, SENT + SENT[:1], strict=True):
         params["head"][after, before] = 6 / np.sqrt(cfg.D)
         params["head"][10, before] = 5 / np.sqrt(cfg.D)
-    pretrained.write_model(folder, cfg, params)
-    write_tokenizer(tokenizer, folder, T)
-    return folder
+    return write_hugging_face(folder, cfg, tokenizer, params)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +116,7 @@ class Terminal:
             stderr=tty,
             pass_fds=[gate],
             start_new_session=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             env=environment(env),
         )
         os.close(tty)
@@ -475,7 +457,7 @@ def test_a_second_start_compiles_nothing_anew_and_the_programs_are_private(goes_
 
     again = subprocess.run(
         [sys.executable, "-m", "jaxgpt", *line],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=environment(own),
         capture_output=True,
         text=True,
@@ -621,7 +603,7 @@ def test_programs_are_compiled_anew_where_no_folder_is_ones_own(tmp_path, monkey
 def test_who_reads_a_text_may_leave_before_its_end(goes_on):
     line = [sys.executable, "-m", "jaxgpt", "generate", goes_on, "12A", "--tokens", "60"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(line, cwd=Path(__file__).parent.parent, **pipes) as process:
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 128 + 13

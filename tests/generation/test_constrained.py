@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import choices, json_schema, regex, stacked
-from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, Characters, HuggingFace
+from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, Characters
+from tests.tiny import sentencepiece
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -30,42 +29,15 @@ PIECES = [
 
 
 def bpe():
-    ranks = [bytes([byte]) for byte in range(256)]
-    ranks += PIECES
+    ranks = [*(bytes([byte]) for byte in range(256)), *PIECES]
     return BPE("bpe", ranks, PATTERN, {EOT: len(ranks), "<|user|>": len(ranks) + 3})
-
-
-def sentencepiece():
-    """In the shape of Llama 2's: a word has its space in front, and what has no token is bytes."""
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += ["\u2581", "a", "b", "c", "ab", "\u2581ab", "\u2581a", '"', "{", "}", ":", "1", "é"]
-    library = tokenizers.Tokenizer(
-        models.BPE(
-            {name: i for i, name in enumerate(names)},
-            [("a", "b"), ("\u2581", "ab"), ("\u2581", "a")],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    library.decoder = decoders.Sequence(
-        [
-            *(decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    library.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return HuggingFace(library.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 TOKENIZERS = {
     "bytes": Bytes(),
     "characters": Characters("".join(sorted(set(ALPHABET)))),
     "bpe": bpe(),
-    "sentencepiece": sentencepiece(),
+    "sentencepiece": sentencepiece('\u2581abc"{}:1é'),
 }
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 some_tokenizer = st.sampled_from(list(TOKENIZERS.values()))

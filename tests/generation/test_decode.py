@@ -14,33 +14,14 @@ from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import decode, generate, stops_of
 from jaxgpt.generation.decode import prefill as read_prompts
 from jaxgpt.generation.sampling import Sampling, sampling_params
-from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.model import EncoderDecoder, GPTConfig
 from jaxgpt.model.cache import _put_by_mask, _put_by_update, empty
 from jaxgpt.model.rotary import RopeScaling
+from tests import tiny
+from tests.tiny import PLAIN
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
-GPT2 = GPTConfig(L=2, D=16, N=4, T=24, V=50, tied=False)
-MODERN = GPTConfig(
-    L=2,
-    D=24,
-    N=4,
-    K=2,
-    H=8,
-    F=40,
-    T=24,
-    V=50,
-    position="rotary",
-    rope_theta=100.0,
-    rope_local_theta=20.0,
-    norm="rmsnorm",
-    mlp="swiglu",
-    bias=False,
-    tied=False,
-    qk_norm=True,
-    window=5,
-    global_every=2,
-    logit_softcap=3.0,
-)
+GPT2 = replace(tiny.GPT2, tied=False)
+MODERN = replace(tiny.MODERN, rope_local_theta=20.0)
 CONFIGS = {"learned": GPT2, "rotary, grouped, windows": MODERN}
 KEY = jax.random.key(0)
 GREEDY = Sampling(temperature=0)
@@ -48,13 +29,7 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (5, 1, 9, 8)]
 
 
-@cache
-def random_params(gpt):
-    rng = np.random.default_rng(5)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(0.4 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
-        jax.eval_shape(partial(model.init, gpt), KEY),
-    )
+random_params = partial(tiny.random_params, seed=5, std=0.4)
 
 
 @cache

@@ -5,31 +5,18 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import model
 from jaxgpt.generation.decode import generate, positions, prefill, stops_of
 from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.generation.speculative import speculative_steps
-from jaxgpt.model import ComputeConfig, GPTConfig
+from tests.tiny import LLAMA, PLAIN, random_params
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
-LARGE = GPTConfig(
-    L=2, D=24, N=4, K=2, T=64, V=50, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False
-)
+LARGE = replace(LLAMA, D=24, T=64, V=50)
 CONFIGS = {
     "learned": replace(LARGE, position="learned", norm="layernorm", mlp="gelu", bias=True),
     "windows": replace(LARGE, window=5, global_every=2),
 }
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 50, n).tolist() for n in (5, 1, 12, 8)]
-
-
-def random_params(gpt, seed):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(0.4 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
-        shapes,
-    )
 
 
 def like(params, share, seed=9):
@@ -42,7 +29,7 @@ def like(params, share, seed=9):
 @pytest.mark.parametrize("noise", [0, 0.05, 3])
 def test_a_text_is_token_for_token_what_the_large_model_writes_alone(cfg, noise):
     gpt, new, ahead = cfg.build(PLAIN), 30, 3
-    params = random_params(gpt, 1)
+    params = random_params(gpt, std=0.4)
     small_params = like(params, noise)
     rows = [
         Sampling(temperature=0),

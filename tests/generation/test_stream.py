@@ -8,66 +8,26 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
 
-from jaxgpt import model
-from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import decode_steps
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.generation.stream import IncrementalText, stream_text
-from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import Trained
-from jaxgpt.tokenizer import BPE, EOT, PATTERN, Bytes, HuggingFace, TokenizerConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.tokenizer import EOT, Bytes, HuggingFace
 from jaxgpt.tokenizer.huggingface import write_tokenizer
+from tests.tiny import PIECES, bpe, random_model, sentencepiece
 
 GREEDY = Sampling(temperature=0)
-# Tokens that end inside of a character, begin in one, or hold several.
-PIECES = [
-    *("é".encode(), b"a\xc3", b"\xa9b", "€".encode()[:2], "🙂".encode()[:3], b"\x99\x82"),
-    *(b"ab", b"abc", b" a", b"ba", "天天".encode(), b"\n\n", b"  ", "\ufffd".encode()),
-]
-
-
-def bpe():
-    names = (EOT, "<|im_start|>", "<|im_end|>")
-    ranks = [bytes([byte]) for byte in range(256)] + PIECES
-    return BPE("bpe", ranks, PATTERN, {name: len(ranks) + i for i, name in enumerate(names)})
+BPE = bpe(PIECES, (EOT, "<|im_start|>", "<|im_end|>"))
 
 
 def byte_level(folder):
     """In the shape of Llama 3's and Qwen's: the BPE, run by Hugging Face's library."""
-    write_tokenizer(bpe(), folder, 64)
+    write_tokenizer(BPE, folder, 64)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     return HuggingFace((folder / "tokenizer.json").read_text(), config)
-
-
-def sentencepiece():
-    """In the shape of Llama 2's: a word has its space in front, and what has no token is bytes."""
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += ["\u2581", "a", "b", "c", "ab", "\u2581ab", "\u2581a", "é", "天"]
-    pairs = [("a", "b"), ("\u2581", "ab"), ("\u2581", "a")]
-    library = Tokenizer(
-        models.BPE(
-            {name: i for i, name in enumerate(names)},
-            pairs,
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    library.decoder = decoders.Sequence(
-        [
-            *(decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    library.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return HuggingFace(library.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +35,9 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     return {
         "bytes": Bytes(),
-        "bpe": bpe(),
+        "bpe": BPE,
         "byte level": byte_level(folder),
-        "sentencepiece": sentencepiece(),
+        "sentencepiece": sentencepiece("\u2581abcé天"),
     }
 
 
@@ -221,7 +181,7 @@ def test_an_empty_stop_string_is_refused():
 # A model that writes.
 
 CFG = GPTConfig(
-    L=1, D=16, N=2, T=48, V=bpe().vocab_size, norm="rmsnorm", bias=False, tied=False, window=20
+    L=1, D=16, N=2, T=48, V=BPE.vocab_size, norm="rmsnorm", bias=False, tied=False, window=20
 )
 RNG = np.random.default_rng(9)
 PROMPT = [97, 98, 99]
@@ -229,11 +189,7 @@ PROMPT = [97, 98, 99]
 
 @cache
 def trained(cfg=CFG):
-    config = Config(model=cfg, tokenizer=TokenizerConfig("bpe"))
-    gpt, rng = cfg.build(ComputeConfig("float32", attention="plain")), np.random.default_rng(9)
-    shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
-    params = jax.tree.map(lambda x: np.float32(rng.standard_normal(x.shape)), shapes)
-    return Trained(config, params, bpe())
+    return random_model(cfg, BPE, seed=9, std=1.0, norm=0.0)
 
 
 @cache
@@ -264,7 +220,7 @@ def pieces_of(prompt, tokens, sampling=GREEDY, **rest):
 
 
 def decoded(ids):
-    return bpe().decode(ids)
+    return BPE.decode(ids)
 
 
 @pytest.mark.parametrize("length", [1, 3, 31, 32, 33, 47])
@@ -298,7 +254,7 @@ def test_penalties_remember_the_whole_text_past_the_context():
 def test_draws_past_the_context_are_not_those_before_it():
     # All ids are as likely, and the noise alone decides; every context writes 24 tokens.
     flat = jax.tree.map(np.zeros_like, trained().params)
-    text = "".join(stream_text(trained().model, flat, bpe(), [1] * 24, 72, Sampling()))
+    text = "".join(stream_text(trained().model, flat, BPE, [1] * 24, 72, Sampling()))
     assert text[:16] not in text[16:]
 
 
@@ -507,7 +463,7 @@ def test_a_prompt_without_ids_is_refused():
 
 
 def test_prompts_of_every_length_share_few_programs(compiled):
-    gpt = trained(GPTConfig(L=1, D=8, N=1, T=2048, V=bpe().vocab_size))
+    gpt = trained(GPTConfig(L=1, D=8, N=1, T=2048, V=BPE.vocab_size))
     compiled.clear()
     for length in (2, 17, *(2**n + more for n in range(5, 10) for more in (0, 1)), 1024):
         assert gpt("a" * (length - 1), 100, temperature=0)

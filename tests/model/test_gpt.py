@@ -15,47 +15,15 @@ from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
 from jaxgpt.training import optim
 from jaxgpt.training.step import init_state, train_step
+from tests import tiny
+from tests.tiny import PLAIN, random_params
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
-GPT2 = GPTConfig(L=2, D=16, N=4, T=12, V=50)
-MODERN = GPTConfig(
-    L=3,
-    D=24,
-    N=4,
-    K=2,
-    H=8,
-    F=40,
-    T=12,
-    V=50,
-    position="rotary",
-    rope_theta=100.0,
-    norm="rmsnorm",
-    norm_eps=1e-6,
-    mlp="swiglu",
-    bias=False,
-    tied=False,
-    qk_norm=True,
-    window=5,
-    global_every=2,
-    logit_softcap=3.0,
-)
+GPT2 = replace(tiny.GPT2, T=12)
+MODERN = replace(tiny.MODERN, L=3, T=12, norm_eps=1e-6)
 UNIFORM = replace(MODERN, L=2, global_every=0)  # all layers alike, so that they can be scanned
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 50, (3, 12))
 BATCH = {"tokens": TOKENS, "targets": TOKENS[:, ::-1], "weights": np.ones((3, 12), np.float32)}
-
-
-@cache
-def random_params(gpt):
-    """Every leaf random, also those that begin as zeros or ones; stacked, those of unrolled."""
-    if gpt.compute.layers == "scan":
-        separate = random_params(gpt.clone(compute=replace(gpt.compute, layers="unrolled")))
-        return jax.jit(model.stack)(separate)
-    rng = np.random.default_rng(1)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(0.3 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
-        jax.eval_shape(partial(model.init, gpt), jax.random.key(0)),
-    )
 
 
 @cache

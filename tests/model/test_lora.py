@@ -1,17 +1,17 @@
 """Leaves beside a matrix, which `init` never makes: low-rank factors, and the scales of int8."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt import model
-from jaxgpt.model import ComputeConfig, EncoderDecoder, GPTConfig
+from jaxgpt.model import EncoderDecoder, GPTConfig
 from jaxgpt.objectives import NextToken
+from tests.tiny import PLAIN, random_params
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 LAYERS = ("unrolled", "scan")
 CFG = GPTConfig(L=2, D=12, N=4, K=2, H=6, F=20, T=9, V=50, mlp="swiglu", qkv_bias=True)
 INPUTS = {"o": 2, "cross_o": 2}  # axes that are summed over: heads and their sizes; else one
@@ -41,13 +41,8 @@ def with_leaves(params, new):
 
 @cache
 def base(layers, cls=model.GPT):
-    rng = np.random.default_rng(1)
-    gpt = cls(CFG, PLAIN)
-    shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
-    params = jax.tree.map(lambda x: np.float32(0.3 * rng.standard_normal(x.shape)), shapes)
-    if layers == "scan":
-        params = jax.device_get(model.stack(params))
-    return cls(CFG, replace(PLAIN, layers=layers)), params
+    gpt = cls(CFG, replace(PLAIN, layers=layers))
+    return gpt, random_params(gpt)
 
 
 def factors(params, layers, zero=False):
@@ -58,7 +53,7 @@ def factors(params, layers, zero=False):
         lead = w.shape[: layers == "scan"]
         split = w.ndim - inputs
         a = np.float32(rng.standard_normal((*lead, R, *w.shape[split:])))
-        b = np.float32((0 if zero else 1) * rng.standard_normal((*w.shape[:split], R)))
+        b = np.float32((0 if zero else 0.3) * rng.standard_normal((*w.shape[:split], R)))
         new[(*path, "lora_a")], new[(*path, "lora_b")] = a, b
         new[(*path, "lora_scale")] = np.full(lead, SCALE, np.float32)
         products = [

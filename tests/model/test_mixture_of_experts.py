@@ -14,12 +14,12 @@ from jaxgpt.data import DataConfig
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
-from jaxgpt.model import ComputeConfig, GPTConfig, MoEConfig, init, letters
+from jaxgpt.model import GPTConfig, MoEConfig, init, letters
 from jaxgpt.model.mixture_of_experts import keep_top
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
+from tests.tiny import PLAIN
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 SIZES = dict(L=2, D=16, N=2, F=24, T=32, V=50, position="rotary", norm="rmsnorm", bias=False)
 CFG = MoEConfig(**SIZES, E=4, active=2)
 TOKENS = np.random.default_rng(0).integers(0, 50, (3, 32))

@@ -6,23 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Classify
 from jaxgpt.objectives.classify import draw, scores
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import Bytes
+from tests.tiny import PLAIN, random_params
 
 LABELS = ("bad", "fair", "good")
 CLASS_WEIGHTS = (0.5, 1.0, 3.0)
 TOKENS = ("last", "first", "mean", "every")
 T = 24
 CFG = GPTConfig(L=1, D=8, N=2, T=T, V=257)
-GPT = CFG.build(ComputeConfig("float32", "unrolled", "none", "plain"))
+GPT = CFG.build(PLAIN)
 WORDS = (
     "it",
     "was",
@@ -57,15 +57,14 @@ def rows(token, pack):
     return batch
 
 
-def random_params():
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(partial(model.init, GPT), jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.float32(0.3 * rng.standard_normal(x.shape)), shapes)
-    w, b = (jnp.float32(rng.standard_normal(shape)) for shape in ((3, 8), (3,)))
-    return {**params, "classifier": {"w": w, "b": b}}
-
-
-PARAMS = random_params()
+RNG = np.random.default_rng(1)
+PARAMS = {
+    **jax.tree.map(jnp.asarray, random_params(GPT)),
+    "classifier": {
+        "w": jnp.float32(RNG.standard_normal((3, 8))),
+        "b": jnp.float32(RNG.standard_normal(3)),
+    },
+}
 
 
 @jax.jit

@@ -8,14 +8,14 @@ import optax
 import pytest
 
 from jaxgpt import chat
-from jaxgpt.config import Config
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig, init, logits
+from jaxgpt.model import GPTConfig, logits
 from jaxgpt.objectives import GRPO, FrozenModel, grpo
 from jaxgpt.objectives.chunks import log_probs
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import EOT, Characters, TokenizerConfig, build
+from tests.tiny import random_model
 
 V = 50  # so that the vocabulary is padded
 CFG = GPTConfig(L=1, D=8, N=2, T=9, V=V)
@@ -274,13 +274,7 @@ class Tiny(Characters):
 
 @cache
 def trained():
-    tokenizer = GRPO().extend(Tiny())
-    cfg = GPTConfig(L=1, D=16, N=2, T=32, V=tokenizer.vocab_size)
-    gpt = cfg.build(ComputeConfig("float32", "unrolled", "none", "plain"))
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(partial(init, gpt), jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.float32(0.1 * rng.standard_normal(x.shape)), shapes)
-    return Trained(Config(model=cfg), params, tokenizer)
+    return random_model(GPTConfig(L=1, D=16, N=2, T=32), GRPO().extend(Tiny()), std=0.1)
 
 
 class OneLetter(GRPO):

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import model
 from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.tokenizer import TokenizerConfig, build
+from tests.tiny import PLAIN, random_params
 
 CORPUS = "user assistant system <|im_start|> <|im_end|> Hello there! How are you?\n\n" * 9
 
@@ -118,11 +118,8 @@ def test_a_record_that_cannot_be_is_named(values, says):
 
 def test_conversations_in_one_row_are_as_if_apart():
     T = 48
-    cfg = GPTConfig(L=1, D=8, N=2, T=T, V=tokenizer().vocab_size)
-    gpt = cfg.build(ComputeConfig("float32", "unrolled", "none", "plain"))
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.float32(0.3 * rng.standard_normal(x.shape)), shapes)
+    gpt = GPTConfig(L=1, D=8, N=2, T=T, V=tokenizer().vocab_size).build(PLAIN)
+    params = jax.tree.map(jnp.asarray, random_params(gpt))
     texts = [("Hello", "there"), ("How are", "you?"), ("a", "b"), ("Hello, who?", "user, you")]
     records = [Record(f"line {i}", {"messages": turns(*pair)}) for i, pair in enumerate(texts)]
 

@@ -11,12 +11,12 @@ import pytest
 
 from jaxgpt import model
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import NextToken
 from jaxgpt.objectives.chunks import chunked_sum
+from tests.tiny import PLAIN, random_params
 
 CFG = GPTConfig(L=1, D=8, N=2, T=7, V=50)
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 RNG = np.random.default_rng(0)
 BATCH = {
     "tokens": RNG.integers(0, 50, (4, 7)),
@@ -25,12 +25,6 @@ BATCH = {
     "weights": (RNG.random((4, 7)) * (RNG.random((4, 7)) > 0.4)).astype(np.float32),
 }
 BATCH["weights"][2] = 0
-
-
-def random_params(gpt):
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(partial(model.init, gpt), jax.random.key(0))
-    return jax.tree.map(lambda x: np.float32(0.3 * rng.standard_normal(x.shape)), shapes)
 
 
 @cache

@@ -13,31 +13,19 @@ from jaxgpt.config import Config
 from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Translate, translate
 from jaxgpt.pretrained.load import Trained
 from jaxgpt.tokenizer import Bytes
 from jaxgpt.training.step import init_state, train_step
+from tests import tiny
+from tests.tiny import LLAMA, PLAIN
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
-GPT2 = GPTConfig(L=2, D=16, N=4, T=20, V=257)
-MODERN = GPTConfig(
-    L=2,
-    D=16,
-    N=4,
-    K=2,
-    H=6,
-    F=24,
-    T=20,
-    V=257,
-    position="rotary",
-    norm="rmsnorm",
+GPT2 = replace(tiny.GPT2, T=20, V=257)
+MODERN = replace(
+    LLAMA,
+    **{"D": 16, "H": 6, "F": 24, "T": 20, "V": 257, "tied": False, "window": 3},
     post_norm=True,
-    mlp="swiglu",
-    bias=False,
-    tied=False,
     qk_norm=True,
-    window=3,
 )
 CONFIGS = {"gpt2": GPT2, "modern": MODERN}
 OBJECTIVE = Translate(source="en", target="de", chunk=7)
@@ -50,13 +38,8 @@ def build(cfg, layers="unrolled"):
     return OBJECTIVE.build(cfg, replace(PLAIN, layers=layers))
 
 
-@cache
 def random_params(cfg):
-    rng = np.random.default_rng(1)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(0.3 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
-        jax.eval_shape(partial(model.init, build(cfg)), jax.random.key(0)),
-    )
+    return tiny.random_params(build(cfg))
 
 
 @cache

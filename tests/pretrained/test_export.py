@@ -1,6 +1,5 @@
 """Exported models and adapters chat in transformers and PEFT as in jaxgpt, and keep settings."""
 
-import functools
 import json
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from jaxgpt import cli, pretrained
 from jaxgpt.chat import ChatML, Gemma, Llama3, choose, render
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig, init, letters
+from jaxgpt.model import init, letters
 from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
@@ -24,30 +23,19 @@ from jaxgpt.serve.api import ServedModel
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read_tokenizer, write_tokenizer
 from jaxgpt.training.finetune import TuneConfig
+from tests import tiny
+from tests.tiny import PLAIN, write_hugging_face
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WORDS = ("alpha", "bravo", "carrot", "delta")
 TEXT = "user assistant system say alpha bravo carrot delta Hello there!\n" * 9
 PLAIN_TEXT = build(TokenizerConfig(vocab_size=300), [TEXT])
 CHAT = PLAIN_TEXT.extended(ChatML.specials)
 V, EOT, END = PLAIN_TEXT.vocab_size, PLAIN_TEXT.eot, CHAT.specials["<|im_end|>"]
-LLAMA = GPTConfig(
-    **{"L": 1, "D": 48, "N": 2, "T": 96, "V": V, "F": 96, "position": "rotary"},
-    norm="rmsnorm",
-    mlp="swiglu",
-    bias=False,
-)
-
-
-@functools.cache
-def leaves_of(cfg):
-    return letters(cfg.build(PLAIN))
+LLAMA = replace(tiny.LLAMA, **{"L": 1, "D": 48, "N": 2, "K": 2, "F": 96, "T": 96, "V": V})
 
 
 def random_params(cfg, seed=0):
-    noise = np.random.default_rng(seed)
-    leaves = leaves_of(cfg).items()
-    return nested({path: np.float32(noise.normal(size=shape) * 0.1) for path, (_, shape) in leaves})
+    return tiny.random_params(cfg.build(PLAIN), seed, std=0.1)
 
 
 def asked(word):
@@ -176,9 +164,7 @@ PUBLISHED = {
 def published(tmp_path):
     """A folder in the layout of Hugging Face with generation_config.json."""
     folder = tmp_path / "published"
-    folder.mkdir()
-    pretrained.write_model(folder, LLAMA, random_params(LLAMA))
-    write_tokenizer(PLAIN_TEXT, folder, LLAMA.T)
+    write_hugging_face(folder, LLAMA, PLAIN_TEXT, random_params(LLAMA))
     (folder / "generation_config.json").write_text(json.dumps(PUBLISHED))
     return folder
 
@@ -275,7 +261,7 @@ def adapted(published, chat_model, monkeypatch, request):
         leaves[(name,)] = np.array(leaves[(name,)])
         leaves[(name,)][V : V + 2] = noise.normal(size=(2, cfg.D)) * 0.1
     factors = TuneConfig(parts="lora", rank=2, matrices=("blocks/*/[qv]",)).factors(
-        leaves_of(grown)
+        letters(grown.build(PLAIN))
     )
     factors = {
         p: jnp.float32(noise.normal(size=s) * 0.1 if s else 2) for p, (_, s) in factors.items()
@@ -311,6 +297,7 @@ def test_an_adapter_with_new_tokens_gives_the_same_answer_in_peft(
     )
     settings.do_sample = False
     settings.temperature = settings.top_k = None
+    settings.repetition_penalty = 1.0
     new = model.generate(**prompt, generation_config=settings, max_new_tokens=12)
     new = new[0, prompt.input_ids.shape[1] :].tolist()
     text = ours.tokenizer.decode([token for token in new if token not in (EOT, END)])
@@ -349,9 +336,7 @@ def test_an_adapter_whose_base_peft_cannot_load_is_rejected(adapted, published, 
         with pytest.raises(InputError, match=message):
             export.to_peft("runs/run", tmp_path / "out", base)
     other = tmp_path / "other"
-    other.mkdir()
-    pretrained.write_model(other, LLAMA, random_params(LLAMA, 7))
-    write_tokenizer(PLAIN_TEXT, other, LLAMA.T)
+    write_hugging_face(other, LLAMA, PLAIN_TEXT, random_params(LLAMA, 7))
     with pytest.raises(InputError, match="is not the model that the run started from"):
         export.to_peft("runs/run", tmp_path / "out", str(other))
     assert export.to_peft("runs/run", tmp_path / "out", str(published))

@@ -12,29 +12,21 @@ import pytest
 
 from jaxgpt import pretrained
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model import letters as letters_of
 from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained import peft
 from jaxgpt.training.finetune import TuneConfig
+from tests import tiny
+from tests.tiny import PLAIN
 
-PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-GPT2 = GPTConfig(L=2, D=32, N=2, T=32, V=200)
-LLAMA = GPTConfig(
-    **{"L": 2, "D": 32, "N": 4, "K": 2, "T": 32, "V": 200, "F": 48, "position": "rotary"},
-    norm="rmsnorm",
-    mlp="swiglu",
-    bias=False,
-    tied=False,
-)
-GEMMA = GPTConfig(
-    **{"L": 3, "D": 32, "N": 4, "K": 2, "H": 16, "T": 32, "V": 200, "position": "rotary"},
-    norm="rmsnorm+1",
+GPT2 = replace(tiny.GPT2, D=32, N=2, V=200)
+LLAMA = replace(tiny.LLAMA, tied=False)
+GEMMA = replace(
+    tiny.LLAMA,
+    **{"L": 3, "H": 16, "norm": "rmsnorm+1", "mlp": "geglu"},
     post_norm=True,
-    mlp="geglu",
-    bias=False,
     qk_norm=True,
     scale_embedding=True,
 )

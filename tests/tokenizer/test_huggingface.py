@@ -39,6 +39,7 @@ from jaxgpt.tokenizer import (
 )
 from jaxgpt.tokenizer.exported import oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.huggingface import read_tokenizer, write_tokenizer
+from tests.tiny import sentencepiece_library
 
 CORPUS = inspect.getsource(argparse)[:30_000] + "Ça coûte 1234 €, n'est-ce pas ?\n天地玄黃\n\n" * 20
 # Characters on which two engines, or a text and its normal form, could differ.
@@ -164,31 +165,9 @@ def qwen2():
 @functools.cache
 def llama2():
     """SentencePiece's BPE: no splits, U+2581 for a space, unknown characters as bytes."""
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pairs = [("\u2581", "t"), ("\u2581t", "h"), ("\u2581th", "e"), ("i", "n"), ("\u2581", "a")]
     letters = sorted(set("\u2581abcdefghijklmnopqrstuvwxyz.,'!\n"))
-    names += [*letters, *(a + b for a, b in pairs)]
-    library = tokenizers.Tokenizer(
-        models.BPE(
-            {name: i for i, name in enumerate(names)},
-            pairs,
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    library.add_special_tokens(["<unk>", "<s>", "</s>"])
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    library.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    library = sentencepiece_library(pairs, letters)
     library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return library.to_str(), {
         "bos_token": {"content": "<s>", "__type": "AddedToken"},

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -9,13 +10,14 @@ from hypothesis import strategies as st
 
 from jaxgpt import model
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.model.params import flat, merge, nested, split
 from jaxgpt.model.quantize import quantize_params
 from jaxgpt.objectives import NextToken
 from jaxgpt.training import finetune, optim
 from jaxgpt.training.finetune import Tree, TuneConfig, compare, fold_lora, fresh, resize_embeddings
 from jaxgpt.training.step import Frozen, from_saved, init_state, to_saved, train_step
+from tests.tiny import PLAIN, random_params
 
 CFG = GPTConfig(
     L=2, D=8, N=2, K=1, H=6, F=12, T=6, V=50,
@@ -28,7 +30,7 @@ RNG = np.random.default_rng(0)
 
 @cache
 def gpt(layers="unrolled"):
-    return CFG.build(ComputeConfig("float32", layers, "none", "plain"))
+    return CFG.build(replace(PLAIN, layers=layers))
 
 
 def filled(tree, seed=1):
@@ -37,10 +39,8 @@ def filled(tree, seed=1):
     return jax.tree.map(lambda x: np.float32(0.3 * rng.standard_normal(x.shape)), tree)
 
 
-@cache
 def base(layers="unrolled"):
-    shapes = jax.eval_shape(partial(model.init, gpt()), jax.random.key(0))
-    return jax.device_get(model.stack(filled(shapes))) if layers == "scan" else filled(shapes)
+    return random_params(gpt(layers), norm=0.0)
 
 
 @cache

@@ -10,9 +10,10 @@ import pytest
 
 from jaxgpt import model
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.training import optim
 from jaxgpt.training.optim import OptimConfig, schedule
+from tests.tiny import PLAIN
 
 CFG = GPTConfig(
     L=2, D=8, N=2, K=1, H=6, F=12, T=4, V=20, position="rotary", tied=False, qk_norm=True
@@ -24,7 +25,7 @@ STEPS = 10
 
 @cache
 def letters(layers):
-    return model.letters(CFG.build(ComputeConfig("float32", layers, "none", "plain")))
+    return model.letters(CFG.build(replace(PLAIN, layers=layers)))
 
 
 def random_tree(seed, layers="unrolled", std=1.0):

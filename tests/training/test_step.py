@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,11 +8,12 @@ import optax
 import pytest
 
 from jaxgpt import model
-from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Mean
 from jaxgpt.training import optim
 from jaxgpt.training.guard import highest_plausible_loss, init_guard, is_spike, update_guard
 from jaxgpt.training.step import eval_step, from_saved, init_state, to_saved, train_step
+from tests.tiny import PLAIN
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": RNG.standard_normal(3).astype(np.float32), "b": np.float32(0.5)}
@@ -247,9 +249,7 @@ def test_evaluation_has_no_randomness_and_adds_up_over_an_axis():
 @pytest.mark.parametrize("ema", [False, True])
 def test_saved_form_is_the_same_for_stacked_layers_and_reads_back(ema):
     def state_of(layers):
-        gpt = GPTConfig(L=2, D=8, N=2, T=4, V=20).build(
-            ComputeConfig("float32", layers, "none", "plain")
-        )
+        gpt = GPTConfig(L=2, D=8, N=2, T=4, V=20).build(replace(PLAIN, layers=layers))
         tx = optim.build(optim.OptimConfig(warmup=0), model.letters(gpt), 10)
         return jax.eval_shape(
             lambda: init_state(model.init(gpt, jax.random.key(0)), tx, jnp.zeros(2), ema=ema)
