@@ -18,9 +18,11 @@ from jaxgpt.objectives import NextToken
 from jaxgpt.sharding import Layout, ParallelConfig, check_splits, make_mesh, spec
 from jaxgpt.training import optim
 from jaxgpt.training.step import eval_step, init_state, train_step
+from tests import tiny
+from tests.tiny import PLAIN
 
 SIZES = GPTConfig(D=16, N=4, K=2, F=32, T=8, V=100)
-TIED = replace(SIZES, L=1).build(ComputeConfig("float32", "unrolled", "none", "plain"))
+TIED = replace(SIZES, L=1).build(PLAIN)
 UNTIED = replace(
     SIZES, L=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False
 ).build(ComputeConfig("float32", "scan", "none", "chunked"))
@@ -28,7 +30,7 @@ UNTIED = replace(
 OPTIM = optim.OptimConfig(schedule="constant", warmup=0, learning_rate=0.01, eps=1e-5)
 
 LAYOUTS = {
-    "one device": ParallelConfig(data=1),
+    "one device": ParallelConfig(devices=1),
     "data": ParallelConfig(),
     "fsdp": ParallelConfig(data=1, fsdp=8),
     "fsdp x tensor": ParallelConfig(data=1, fsdp=-1, tensor=2),
@@ -54,19 +56,12 @@ def batch(seed):
     return {"tokens": tokens[0], "targets": tokens[1], "weights": np.float32(ragged)}
 
 
-@cache
-def random_params(gpt):
-    rng = np.random.default_rng(0)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(0.1 * rng.standard_normal(x.shape) + (path[-1].key == "scale")),
-        jax.eval_shape(partial(model.init, gpt), jax.random.key(0)),
-    )
+random_params = partial(tiny.random_params, std=0.1)
 
 
 def layout_of(gpt, name):
-    devices = jax.devices()[:1] if name == "one device" else None
     cfg = LAYOUTS[name]
-    return Layout(cfg.mode, make_mesh(cfg, devices), model.letters(gpt))
+    return Layout(cfg.mode, make_mesh(cfg), model.letters(gpt))
 
 
 @cache
@@ -267,6 +262,7 @@ def test_letters_say_where_an_array_lies(letters, expected):
         ({"data": -1, "fsdp": -1}, ["at most one is -1"]),
         ({"tensor": 0}, ["tensor=0", "1 or more"]),
         ({"data": -2}, ["data=-2", "1 or more"]),
+        ({"devices": 9}, ["devices=9", "there are 8"]),
         ({"mode": "pmap", "fsdp": 2}, ["pmap is data parallel only", "use mode=jit"]),
     ],
     ids=str,
@@ -281,6 +277,9 @@ def test_impossible_meshes_are_refused_with_what_to_set(settings, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"devices": -1}, ["devices=-1", "0 or more"]),
+        ({"devices": 2, "mode": "pmap"}, ["devices=2 is for one process with mode=jit"]),
+        ({"devices": 2, "processes": 0}, ["devices=2 is for one process with mode=jit"]),
         ({"processes": -1}, ["processes=-1", "0 or more"]),
         ({"process": 1}, ["process=1", "set parallel.processes too"]),
         ({"coordinator": "host:1"}, ["coordinator='host:1'", "set parallel.processes too"]),

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,55 +14,37 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import pretrained, sharding
+from jaxgpt import pretrained
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.manifest import add_to_manifest
-from jaxgpt.model import ComputeConfig, GPTConfig, init
+from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.export import to_hf
 from jaxgpt.pretrained.load import source
-from jaxgpt.tokenizer import TokenizerConfig, build
-from jaxgpt.tokenizer.huggingface import write_tokenizer
+from jaxgpt.tokenizer import Bytes
 from jaxgpt.training import checkpoint
 from jaxgpt.training.telemetry import read_metrics
+from tests.tiny import LLAMA, PLAIN, ROOT, random_params, write_hugging_face
 from train import main
 
-MAKE_MESH = sharding.make_mesh
-QWEN = GPTConfig(
-    L=2,
-    D=32,
-    N=4,
-    K=2,
-    F=64,
-    T=64,
-    V=300,
-    position="rotary",
-    norm="rmsnorm",
-    mlp="swiglu",
-    bias=False,
-    qk_norm=True,
-)
+QWEN = replace(LLAMA, F=64, T=64, V=300, qk_norm=True)
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at intervals. " * 60
 FAST = ("--train.sample_tokens", "0", "--optim.warmup", "1", "--train.batch", "8")
+FAST += ("--parallel.devices", "1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small model in Hugging Face's layout, with a tokenizer that has fewer ids than it."""
     folder = tmp_path_factory.mktemp("models") / "small-qwen"
-    folder.mkdir()
-    params = jax.jit(init, static_argnums=0)(QWEN.build(ComputeConfig()), jax.random.key(1))
-    pretrained.write_model(folder, QWEN, jax.tree.map(lambda leaf: 3 * leaf, params))
-    write_tokenizer(build(TokenizerConfig("bytes"), ()), folder, QWEN.T)
-    return folder
+    return write_hugging_face(folder, QWEN, Bytes(), random_params(QWEN.build(PLAIN), std=0.06))
 
 
 def settle(place, monkeypatch):
-    """Works in a folder with a text, on one device."""
+    """Works in a folder with a text."""
     monkeypatch.chdir(place)
     Path("text.txt").write_text(TEXT)
-    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -88,7 +70,7 @@ def tuned(text, runs):
 
 def tune(folder, *options):
     """Trains a few steps from a model; the exit status."""
-    config = str(Path(__file__).parents[2] / "configs" / "finetune.py")
+    config = str(ROOT / "configs" / "finetune.py")
     few = ("--train.steps", "4", "--train.log_every", "1", "--train.context", "16")
     return main([config, "--start", str(folder), "--data.paths", "text.txt", *few, *FAST, *options])
 
@@ -164,9 +146,8 @@ def test_a_fine_tuned_run_resumes_without_what_it_started_from(folder, text, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--compute.layers", "scan"), ("--parallel.fsdp", "2")])
-def test_other_layouts_start_from_the_same_weights(folder, tuned, monkeypatch, options):
-    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:2]))
-    assert tune(folder, "--name", "other", *options) == 0
+def test_other_layouts_start_from_the_same_weights(folder, tuned, options):
+    assert tune(folder, "--name", "other", "--parallel.devices", "2", *options) == 0
     np.testing.assert_allclose(losses("finetune"), losses("other"), rtol=1e-5)
 
 
@@ -232,9 +213,7 @@ def test_a_name_is_downloaded_at_its_revision(folder, text, monkeypatch):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
-    params = init(GPTConfig(L=1, D=8, N=1, T=8, V=100).build(ComputeConfig()), jax.random.key(0))
-    pretrained.write_model(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), params)
-    write_tokenizer(build(TokenizerConfig("bytes"), ()), tmp_path, 8)
+    write_hugging_face(tmp_path, GPTConfig(L=1, D=8, N=1, T=8, V=100), Bytes())
     with pytest.raises(InputError, match="the tokenizer has 257 ids, and the model only 100"):
         jaxgpt.load(tmp_path)
 
@@ -245,7 +224,7 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path):
         [sys.executable, "-m", "jaxgpt", "export", "runs/finetune", "--to", "hf", str(out)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     names = {file.name for file in out.iterdir()}

@@ -1,145 +1,30 @@
 """The promises of `train.py` as a program: resume, signals, bad input, what it writes down."""
 
 import json
-import os
-import random
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxgpt
-import train
 from jaxgpt import sharding
 from jaxgpt.cli import main as command
 from jaxgpt.objectives import NextToken
 from jaxgpt.training import checkpoint, loop
-
-MAKE_MESH = sharding.make_mesh
-ROOT = Path(train.__file__).parent
-WORDS = ("the quick brown fox jumps over a lazy dog", "while wizards hex bold jackals")
-
-# A run of seconds, with all that is random in it: dropout, shuffling, an average of parameters.
-TINY = """
-from jaxgpt.training.checkpoint import CheckpointConfig
-from jaxgpt.config import Config, TrainConfig
-from jaxgpt.data import DataConfig
-from jaxgpt.model import GPTConfig
-from jaxgpt.training.optim import OptimConfig
-from jaxgpt.tokenizer import TokenizerConfig
-
-config = Config(
-    model=GPTConfig(L=1, D=32, N=2, T=16, dropout=0.1),
-    tokenizer=TokenizerConfig(kind="characters"),
-    data=DataConfig(paths=("text.txt",)),
-    optim=OptimConfig(learning_rate=1e-2, warmup=2, ema=0.9),
-    train=TrainConfig(steps=6, batch=8, log_every=1, eval_every=3, sample_tokens=0),
-    checkpoint=CheckpointConfig(every=3, keep=9),
+from tests.runs import (
+    ALL,
+    assert_same_run,
+    cut_back,
+    flip,
+    losses_of,
+    run,
+    spawn,
+    spawn_two,
+    state_of,
+    wait_for_step,
 )
-"""
-
-
-def settle(folder, monkeypatch):
-    """Works in a folder with a config and a text, on one device."""
-    rng = random.Random(0)
-    (folder / "text.txt").write_text(" ".join(rng.choices(" ".join(WORDS).split(), k=2000)))
-    (folder / "tiny.py").write_text(TINY)
-    monkeypatch.chdir(folder)
-    on_devices(monkeypatch, 1)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a config, a text, and nothing else."""
-    settle(tmp_path, monkeypatch)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of the runs after one, `a`."""
-    folder = tmp_path_factory.mktemp("a")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        settle(folder, monkeypatch)
-        assert run() == 0
-    return folder / "runs"
-
-
-@pytest.fixture
-def trained(here, runs):
-    """As `here`, after a run."""
-    shutil.copytree(runs, "runs")
-
-
-def on_devices(monkeypatch, number):
-    """Runs take so many of the tests' eight devices."""
-    some = partial(MAKE_MESH, devices=jax.devices()[:number])
-    monkeypatch.setattr(sharding, "make_mesh", some)
-
-
-def run(*options: str, name: str = "a", config: str = "tiny.py") -> int:
-    return train.main([config, "--name", name, *options])
-
-
-def state_of(name: str, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, by path; of the random key, its numbers."""
-    folder = Path("runs") / name / "checkpoints" / str(step)
-    state = {}
-    for item in checkpoint.read_metadata(folder)["leaves"]:
-        tree = checkpoint.load_params(folder, item=item)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
-            state[f"{item}/{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-    return state
-
-
-def losses_of(name: str) -> dict[int, float]:
-    lines = (Path("runs") / name / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
-
-
-def assert_same_run(one: str, other: str, step: int) -> None:
-    first, second = state_of(one, step), state_of(other, step)
-    assert first.keys() == second.keys()
-    for path, leaf in first.items():
-        np.testing.assert_array_equal(leaf, second[path], path, strict=True)
-    assert losses_of(one) == losses_of(other)
-
-
-def cut_back(name: str, to: str, step: int) -> None:
-    """Copies a run as it was when it had only the checkpoint of one step."""
-    shutil.copytree(Path("runs") / name, Path("runs") / to)
-    for folder in (Path("runs") / to / "checkpoints").iterdir():
-        if folder.name != str(step):
-            shutil.rmtree(folder)
-
-
-def spawn(*options, name, devices=1, program=(str(ROOT / "train.py"),)) -> subprocess.Popen:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}  # of two flags the last
-    args = [sys.executable, *program, "tiny.py", "--name", name, *options]
-    return subprocess.Popen(
-        args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_step(name: str, step: int) -> None:
-    """Until the log of a run in another process has a step."""
-    for _ in range(1200):
-        if (Path("runs") / name / "metrics.jsonl").exists() and step in losses_of(name):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"{name} never took step {step}")
 
 
 def test_resume_is_bit_exact(trained):
@@ -196,24 +81,11 @@ def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, num
     assert f"stopped after step {saved.name}" in capsys.readouterr().out
 
 
-def spawn_two(*options: str, name: str, **settings) -> list[subprocess.Popen]:
-    """A run of two processes with two devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = ("--parallel.processes", "2", "--parallel.coordinator", address)
-    return [
-        spawn(*options, *together, "--parallel.process", number, name=name, devices=2, **settings)
-        for number in "01"
-    ]
-
-
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_each_other(here, monkeypatch):
-    on_devices(monkeypatch, 4)
+def test_two_processes_train_as_one_and_resume_each_other(here):
     exact = ("--model.dropout", "0")
     split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
-    assert run(*exact) == 0
+    assert run(*exact, "--parallel.devices", "4") == 0
     cut_back("a", "resumed", 3)
     for name in ("together", "resumed"):
         processes = spawn_two(*split, name=name)
@@ -241,9 +113,8 @@ def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
 
 
 @pytest.mark.slow
-def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here, monkeypatch):
-    on_devices(monkeypatch, 8)
-    exact = ("--model.dropout", "0", "--model.L", "2")
+def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here):
+    exact = ("--model.dropout", "0", "--model.L", "2", *ALL)
     assert run(*exact) == 0
     for name, options in {
         "scan": ("--compute.layers", "scan"),
@@ -385,9 +256,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_where_asked(here, mon
         (("--model.dropout", "1"), ("model.dropout",)),
     ],
 )
-def test_bad_input_is_one_line_that_says_what_to_set(here, capsys, monkeypatch, options, words):
-    on_devices(monkeypatch, 8)
-    assert run(*options) == 2
+def test_bad_input_is_one_line_that_says_what_to_set(here, capsys, options, words):
+    assert run(*ALL, *options) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: ")
     for word in words:
@@ -447,10 +317,7 @@ def test_training_further_goes_on_from_the_last_step(trained, capsys):
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained, caplog):
     expected = losses_of("a")
-    file = max(Path("runs/a/checkpoints/6/params").rglob("*"), key=lambda f: f.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip(max(Path("runs/a/checkpoints/6/params").rglob("*"), key=lambda f: f.stat().st_size))
     assert run() == 0
     assert "damaged" in caplog.text
     assert losses_of("a") == expected

@@ -18,22 +18,18 @@ import train
 from jaxgpt.cli import main as command
 from jaxgpt.training import checkpoint, loop, metrics, telemetry
 from jaxgpt.training.setup import Run
-from tests.training.test_loop import (
+from tests.runs import (
     assert_same_run,
     cut_back,
-    here,
+    flip,
     losses_of,
-    on_devices,
     run,
-    runs,
     spawn,
     spawn_two,
     state_of,
-    trained,
     wait_for_step,
 )
 
-__all__ = ["here", "runs", "trained"]  # fixtures
 CHECKPOINTS = Path("runs/a/checkpoints")
 QUICK = ("--checkpoint.patience", "0.02")
 
@@ -45,12 +41,6 @@ def retry_soon(monkeypatch):
 
 def records_of(name="a"):
     return metrics.read_metrics(Path("runs") / name / "metrics.jsonl")
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def largest(folder):
@@ -382,18 +372,17 @@ def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
+def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here):
     """Restored bit-equal on any number of devices; the next 30 losses are the same."""
     options = ("--train.steps", "40", "--checkpoint.every", "10", "--model.dropout", "0")
     options = (*options, "--train.eval_every", "0")
-    on_devices(monkeypatch, 8)
-    assert run(*options) == 0
+    assert run(*options, "--parallel.devices", "8") == 0
     saved, expected = state_of("a", 10), losses_of("a")
     for source, step, devices in (("a", 10, 4), ("a", 10, 2), ("a", 10, 1), ("on1", 20, 8)):
-        on_devices(monkeypatch, devices)
         cut_back(source, name := f"on{devices}", step)
+        here = (*options, "--parallel.devices", str(devices))
         if step == 10:
-            args = ["tiny.py", "--name", name, *options]
+            args = ["tiny.py", "--name", name, *here]
             prepared = loop.prepare(train.config.from_command_line(args, train.DEFAULT))
             restored = {"params": prepared.state.params, "opt": prepared.state.opt}
             assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
@@ -402,7 +391,7 @@ def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here, monkeypatch):
                 item = "params/" if path[0].key == "params" else "train/['opt']"
                 key = item + normal(jax.tree_util.keystr(path[1:]))
                 np.testing.assert_array_equal(leaf, saved[key], key)
-        assert run(*options, name=name) == 0
+        assert run(*here, name=name) == 0
         found = losses_of(name)
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)

@@ -10,15 +10,7 @@ from jaxgpt.cli import main
 from jaxgpt.training import checkpoint
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.runs import list_runs, size_of, verify
-from tests.training.test_loop import here, run, runs, spawn, trained, wait_for_step
-
-__all__ = ["here", "run", "runs", "spawn", "trained", "wait_for_step"]  # fixtures
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+from tests.runs import flip, run, spawn, wait_for_step
 
 
 def token_entry():

@@ -5,33 +5,32 @@ import io
 import json
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxgpt import config, load, sharding
+from jaxgpt import config, load
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import DPO, GRPO, Classify, Distill, Instruct, NextToken
 from jaxgpt.pretrained.load import find_tokenizer
+from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.tokenizer.huggingface import write_tokenizer
 from jaxgpt.training import checkpoint, loop
 from jaxgpt.training.finetune import TuneConfig
 from jaxgpt.training.optim import OptimConfig
 
-MAKE_MESH = sharding.make_mesh
 WORDS = ["".join(np.random.default_rng(n).choice([*"abcdefghij"], 4)) for n in range(200)]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with data, and a run to start from, on one device."""
+    """A folder with data, and a run to start from."""
     root = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
 
@@ -48,13 +47,13 @@ def place(tmp_path_factory):
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
         assert run(BASE) == 0
         yield root
 
 
 BASE = Config(
     name="base",
+    parallel=ParallelConfig(devices=1),
     model=GPTConfig(L=2, D=16, N=2, T=48, position="rotary", norm="rmsnorm", bias=False),
     tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
     data=DataConfig(paths=("old.txt",)),
