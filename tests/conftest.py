@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, strict ranks, and caches of the tests' own."""
 
 import os
+import resource
 import tempfile
 from importlib.metadata import version
 
@@ -31,9 +32,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
-    """Lets go of each module's compiled programs; those on disk are quick to load."""
+    """Lets go of compiled programs after a module, once there are many; those on disk load fast."""
     yield
-    jax.clear_caches()
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 1_500_000:  # kB on Linux
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -129,6 +129,14 @@ def test_a_model_that_was_never_trained_to_chat_is_exported_without_a_chat_templ
     assert settings["eos_token_id"] == EOT
 
 
+def test_a_model_that_no_family_holds_is_not_exported(tmp_path, monkeypatch):
+    cfg = replace(LLAMA, mlp="relu2")
+    as_run(cfg, random_params(cfg), PLAIN_TEXT, monkeypatch, NextToken())
+    with pytest.raises(InputError, match=r"is the closest, where .*model.mlp would be"):
+        export.to_hf("runs/run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("format", [ChatML, Llama3, Gemma])
 def test_an_exported_chat_template_gives_the_ids_of_training(format, transformers, tmp_path):
     tokenizer = PLAIN_TEXT.extended(
