@@ -186,7 +186,7 @@ def test_output_that_cannot_be_written_ends_no_command_in_a_traceback(
 
 
 @pytest.mark.parametrize("options", [{"messages": 3}, {"messages": "Hello"}, {"tools": "f"}])
-def test_what_is_no_conversation_is_refused(gpt, options):
+def test_an_invalid_conversation_is_refused(gpt, options):
     given = {"messages": [{"role": "user", "content": "Hello"}], **options}
     with pytest.raises(jaxgpt.InputError, match=f"{next(iter(options))}=.* use a list"):
         gpt.chat(**given)

@@ -277,7 +277,7 @@ def irregular(request, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_is_no_regular_file_is_never_opened(exports, tmp_path, irregular):
+def test_irregular_files_are_never_opened(exports, tmp_path, irregular):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         folder = copy(exports["gpt2"], tmp_path / name.replace(".", "-"))
         irregular(folder / name)
@@ -333,7 +333,7 @@ def test_a_link_to_a_regular_file_is_one(tmp_path):
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_what_is_no_json_is_a_value_error(text):
+def test_invalid_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         strict_json.loads(text)
 

@@ -247,7 +247,7 @@ def test_a_batch_is_split_by_rows():
         ("", P()),
     ],
 )
-def test_letters_say_where_an_array_lies(letters, expected):
+def test_letters_give_the_sharding_of_an_array(letters, expected):
     mesh = make_mesh(LAYOUTS["data x fsdp x tensor"])
     ours, exact = (jax.NamedSharding(mesh, p) for p in (spec(letters), expected))
     assert ours.is_equivalent_to(exact, len(letters))

@@ -296,7 +296,7 @@ def test_weights_do_not_change_ids():
     assert some.tokens == whole.tokens and not any(some.weights)
 
 
-def test_grpo_asks_for_what_all_fields_of_a_record_say():
+def test_grpo_prompts_have_every_field_of_a_record():
     ours, reference = pair("chatml")
     ids = reference.apply_chat_template(PROMPT, return_dict=False, add_generation_prompt=True)
     for record in (

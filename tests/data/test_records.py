@@ -237,7 +237,7 @@ def test_a_record_knows_where_it_was_read(tmp_path, name, lines, where):
         ("nothing", None, "nothing is not a file of records .*.tsv.*python:packages"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_place(tmp_path, name, content, message):
+def test_unreadable_records_are_refused_by_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):

@@ -302,7 +302,7 @@ def test_the_digest_is_of_content_and_reading_not_of_names(tmp_path):
         ("a.parquet", b"PAR2", "a.parquet is not Parquet"),
     ],
 )
-def test_what_is_not_text_is_refused_by_place(tmp_path, name, content, message):
+def test_files_that_are_not_text_are_refused_by_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         measure(open_source(str(tmp_path / name)))

@@ -218,7 +218,7 @@ def test_tokens_hold_parts_of_characters():
     assert allowed == {b"\xa9", b"\xa9b"}
 
 
-def test_text_goes_on_where_the_prompt_ends():
+def test_constrained_text_keeps_its_first_space_after_a_prompt():
     """Where a first token would lose the space in front of it, what follows a prompt keeps it."""
     tokenizer = TOKENIZERS["sentencepiece"]
     prompt = tokenizer.encode("b")
@@ -232,7 +232,7 @@ def test_text_goes_on_where_the_prompt_ends():
     assert not accepts(regex(tokenizer, "ab"), tokenizer, tokenizer.encode("ab"))  # " ab"
 
 
-def test_what_the_tokenizer_cannot_write_is_not_begun():
+def test_a_constraint_avoids_text_that_the_tokenizer_cannot_spell():
     tokenizer = Characters("abcx")
     assert {walk(regex(tokenizer, "a(b[^abc]|c*é|x)?[a-cé]"), tokenizer, i) for i in range(99)} == {
         *("aa", "ab", "ac", "abxa", "abxb", "abxc", "axa", "axb", "axc")
@@ -715,7 +715,7 @@ def doubling(levels):
         (choices, ["a" * 50_001], "50,001 characters"),
     ],
 )
-def test_what_is_too_large_ends_in_an_error(make, value, message):
+def test_a_constraint_of_too_many_states_is_refused(make, value, message):
     with pytest.raises(InputError, match=message):
         make(Bytes(), value)
 

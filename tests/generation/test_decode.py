@@ -346,7 +346,7 @@ def test_a_slot_is_written_alike_on_every_platform(B, H):
         np.testing.assert_array_equal(jax.jit(write)(old, new, slots), exact)
 
 
-def test_what_is_kept_in_int8_is_off_by_half_a_step_at_most():
+def test_quantization_rounds_by_half_a_step_at_most():
     rng = np.random.default_rng(3)
     sizes_T11 = np.array([1.0, 0.0, 1e-6, 1e4])[:, None, None]
     k, v = np.float32(sizes_T11 * rng.normal(size=(2, 2, 4, 3, 8)))
@@ -358,7 +358,7 @@ def test_what_is_kept_in_int8_is_off_by_half_a_step_at_most():
         assert (np.abs(ours - exact) <= 0.5001 * step).all()
 
 
-def test_what_is_given_and_what_is_written_are_counted_apart():
+def test_penalties_count_prompt_and_generated_tokens_separately():
     gpt, prompts = GPT2.build(PLAIN), [[7, 7, 3], [1, 2, 3, 4, 5]]
     sampling = Sampling(
         temperature=0, repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.4

@@ -108,7 +108,7 @@ samplings = st.builds(
 
 @given(rows, samplings, counts, counts, st.integers(4, V))
 @trials(deadline=None, max_examples=300)
-def test_what_may_be_drawn_is_what_numpy_leaves(
+def test_the_tokens_that_can_be_sampled_are_those_of_numpy(
     possible, logits, sampling, written, given, vocabulary
 ):
     p = probabilities(logits, sampling, written, given, vocabulary)
@@ -127,7 +127,7 @@ def test_what_may_be_drawn_is_what_numpy_leaves(
 )
 @example([0.0, -0.0] + [-1.0] * 6, 1)
 @trials(deadline=None, max_examples=200)
-def test_of_any_numbers_the_top_k_stay_and_what_is_as_likely(possible, logits, k):
+def test_top_k_keeps_the_k_largest_logits_and_ties(possible, logits, k):
     kept = np.float32(logits) >= np.sort(np.float32(logits))[::-1][min(k, V) - 1]
     kept &= np.isfinite(logits)
     assume(kept.any())
@@ -186,7 +186,7 @@ MIXED = [
 MIXED = [replace(sampling, seed=sampling.seed + 7 * row) for row, sampling in enumerate(MIXED)]
 
 
-def test_rows_of_other_settings_draw_what_each_draws_alone():
+def test_rows_with_different_settings_sample_as_each_does_alone():
     B = len(MIXED)
     logits = RNG.normal(0, 2, (B, V))
     written, given = RNG.integers(0, 3, (2, B, V))
@@ -231,7 +231,7 @@ def test_at_no_temperature_the_first_of_the_likeliest_is_drawn(beside):
 
 
 @pytest.mark.parametrize("temperature", [1e-60, 1e-42, 2e-38, 1e-20, 1e-3])
-def test_next_to_no_temperature_it_is_the_likeliest_too(temperature):
+def test_a_tiny_temperature_samples_the_likeliest_token(temperature):
     logits = [4.0, 90.0, 90.5, -90.0, 0.0, -math.inf, 5.0, 6.0]
     for settings_ in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         tokens = drawn(logits, [Sampling(temperature=temperature, **settings_)], range(4000))
@@ -245,7 +245,7 @@ def test_at_any_temperature_what_is_banned_is_never_drawn():
     assert set(tokens.tolist()) == {2, 3, 4, 6}
 
 
-def test_what_is_drawn_is_remembered():
+def test_sampled_tokens_are_counted_in_the_history():
     B = 3
     before = memory(B, np.full(V, 2), np.int32([1, 0, 0, 0, 0, 0, 0, 1]))
     at = sampling_params([Sampling(seed=seed) for seed in range(B)], V, V)
@@ -256,7 +256,7 @@ def test_what_is_drawn_is_remembered():
     np.testing.assert_array_equal(after.given_BV, before.given_BV)
 
 
-def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
+def test_a_constraint_holds_for_its_own_row_alone():
     tokenizer, size = Bytes(), 384
     held = constrained.choices(tokenizer, ["ab", "ac", "b"])
     at = sampling_params([Sampling(seed=5)] * 2, 257, size, constrained.stacked([held, None], size))
@@ -273,7 +273,7 @@ def test_a_guided_row_draws_what_is_allowed_and_the_one_beside_it_anything():
     assert len(free) > 50
 
 
-def test_what_a_guide_asks_for_is_drawn_even_if_it_is_banned():
+def test_a_constraint_overrides_a_ban():
     tokenizer, size = Bytes(), 384
     tables = constrained.stacked([constrained.choices(tokenizer, ["a"])], size)
     at = sampling_params([Sampling(logit_bias={97: -100.0})], 257, size, tables)

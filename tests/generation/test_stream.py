@@ -72,7 +72,7 @@ def shown(tokenizer, ids, sizes, stops=()):
 @given(kinds, st.lists(st.integers(0, 272) | st.integers(256, 272), max_size=30), chunkings)
 @example("bpe", [258, 256, 0xC3], [1])
 @trials(deadline=None, max_examples=300)
-def test_what_is_shown_in_all_is_what_the_ids_decode_to(tokenizers, kind, ids, sizes):
+def test_streamed_pieces_add_up_to_the_decoded_text(tokenizers, kind, ids, sizes):
     tokenizer = tokenizers[kind]
     ids = [token % tokenizer.vocab_size for token in ids]
     assert shown(tokenizer, ids, sizes) == tokenizer.decode(ids)
@@ -140,7 +140,7 @@ def test_a_stop_may_begin_and_end_inside_of_tokens(tokenizers, kind, whole, stop
     assert shown(tokenizer, tokenizer.encode(whole), sizes, stops=stops) == cut(whole, stops)
 
 
-def test_what_only_begins_like_a_stop_is_held_back_and_shown():
+def test_the_beginning_of_a_stop_string_is_held_back_until_it_differs():
     text = IncrementalText(Bytes(), ["stop", "top hat"])
     pieces = [text.add([byte]) for byte in b"a st to stom topst"]
     pieces.append(text.end())
@@ -224,7 +224,7 @@ def decoded(ids):
 
 
 @pytest.mark.parametrize("length", [1, 3, 31, 32, 33, 47])
-def test_the_pieces_are_what_full_forward_passes_find_likeliest(length):
+def test_streamed_text_equals_greedy_full_forward_passes(length):
     prompt = RNG.integers(0, 256, length).tolist()
     pieces = pieces_of(prompt, 40)
     assert len(pieces) > 1 and all(pieces)

@@ -122,7 +122,7 @@ def test_attention_of_long_prompts_takes_memory_linear_in_their_length():
     assert compiled.memory_analysis().temp_size_in_bytes < 2e7
 
 
-def test_attend_sees_what_the_mask_shows():
+def test_attend_follows_the_mask():
     (q, _, _), (_, k, v) = inputs(5), inputs(9)
     mask = np.random.default_rng(1).random((2, 5, 9)) < 0.4
     mask[..., 3] = True
@@ -206,7 +206,7 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(platform, facts, picke
         ("splash", "tpu", {"dropout": 0.1}, "model.dropout > 0"),
     ],
 )
-def test_what_is_asked_for_and_cannot_run_is_refused(name, platform, facts, says):
+def test_an_attention_that_cannot_run_is_refused(name, platform, facts, says):
     with pytest.raises(InputError) as error:
         choose(name, platform, **FACTS | facts)
     assert f"compute.attention={name}" in str(error.value)
@@ -252,7 +252,7 @@ def test_cudnn_equals_plain(window):
 
 @pytest.mark.parametrize(("T", "N", "K", "S"), [(1, 3, 3, 40), (1, 6, 2, 256), (5, 4, 1, 70)])
 @pytest.mark.parametrize("run", [attend_int8, _attend_int8, _attend_dequantized])
-def test_attention_to_bytes_is_that_to_what_they_stand_for(run, T, N, K, S):
+def test_attention_to_an_int8_cache_equals_that_to_its_floats(run, T, N, K, S):
     B, H = 3, 8
     rng = np.random.default_rng(S)
     q = np.float32(3 * rng.standard_normal((B, T, N, H)))

@@ -334,7 +334,7 @@ def gradient_dots(gpt):
 
 
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
-def test_remat_recomputes_what_it_says(layers):
+def test_remat_recomputes_the_documented_products(layers):
     count = {
         remat: len(gradient_dots(GPT2.build(replace(PLAIN, layers=layers, remat=remat))))
         for remat in ("none", "dots", "full")

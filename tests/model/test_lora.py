@@ -100,7 +100,7 @@ def test_both_factors_of_every_matrix_have_a_gradient(layers):
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_matrices_in_int8_equal_what_they_stand_for(layers):
+def test_int8_matrices_equal_their_dequantized_floats(layers):
     gpt, params = base(layers)
     rng, new, exact = np.random.default_rng(3), {}, {}
     for (*path, _), w, inputs in beside(params):
@@ -114,6 +114,6 @@ def test_matrices_in_int8_equal_what_they_stand_for(layers):
     np.testing.assert_allclose(small, logits(gpt, with_leaves(params, exact)), atol=1e-6)
 
 
-def test_new_parameters_have_no_such_leaves():
+def test_init_makes_no_lora_factors_or_scales():
     made = {path[-1] for path in model.letters(base("unrolled")[0])}
     assert made == {"wte", "wpe", "scale", "w", "b"}

@@ -29,7 +29,7 @@ def logits(cfg, params, tokens=TOKENS):
     return jax.jit(cfg.build(PLAIN).apply)({"params": params}, jnp.asarray(tokens))
 
 
-def test_one_expert_is_the_gpt():
+def test_a_mixture_of_one_expert_equals_the_gpt():
     gpt = GPTConfig(**SIZES, mlp="swiglu")
     params = init(gpt.build(PLAIN), jax.random.key(0))
     experts = jax.tree.map(lambda leaf: leaf, params)

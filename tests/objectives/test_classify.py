@@ -147,7 +147,7 @@ def test_texts_in_one_row_are_as_if_apart(token):
 
 
 @pytest.mark.parametrize("token", TOKENS)
-def test_what_is_after_the_end_has_no_say(token):
+def test_padding_does_not_change_the_loss(token):
     batch = rows(token, pack=True)
     empty = batch["segments"] == 0
     changed = {
@@ -319,7 +319,7 @@ def test_the_confusion_matrix_is_shown_and_drawn(tmp_path):
     assert draw(np.eye(2, dtype=int), ("yes", "no"), tmp_path) == png
 
 
-def test_a_sample_is_what_held_out_texts_are_taken_for():
+def test_a_sample_shows_the_predicted_labels_of_held_out_texts():
     said = objective("last").sample(trained("last"), [record(TEXTS[2], "good")], "", 10)
     p = log_probabilities()["last"][2][1]
     assert said.split()[:2] == [LABELS[p.argmax()], f"{p.max():.2f}"]

@@ -253,7 +253,7 @@ def test_answers_are_scored_and_compared_within_their_group(monkeypatch):
         ("number", "1e999", "2e999", 0),
     ],
 )
-def test_rewards_are_for_what_is_right(reward, answer, right, score):
+def test_rewards_of_right_and_wrong_answers(reward, answer, right, score):
     assert GRPO(reward=reward).score(answer, right) == score
 
 
@@ -344,12 +344,12 @@ def test_impossible_settings_are_refused_with_what_to_set(objective, says):
         objective.check()
 
 
-def test_half_a_problem_is_no_problem():
+def test_a_problem_too_long_for_its_row_is_refused():
     example = GRPO().encode(record("6*7", "42"), of_bytes())
     with pytest.raises(InputError, match="does not fit a row of 8, and is not cut"):
         GRPO().cut(example, 8)
 
 
-def test_a_record_without_what_is_right_is_named():
+def test_a_record_without_an_answer_is_refused_by_name():
     with pytest.raises(InputError, match="^line 7: output is ''"):
         GRPO().encode(record("6*7", ""), of_bytes())

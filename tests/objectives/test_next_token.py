@@ -101,7 +101,7 @@ def assert_trees_close(a, b):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), a, b)
 
 
-def test_halves_add_up_to_the_whole():
+def test_sums_of_two_half_batches_are_those_of_the_batch():
     gpt, f = loss_and_grads()
 
     def rows(*wanted):
@@ -114,7 +114,7 @@ def test_halves_add_up_to_the_whole():
     assert abs(mean_of_means - whole[1].value) > 1e-3  # which is why losses are sums
 
 
-def test_tokens_of_no_weight_have_no_say():
+def test_targets_of_weight_0_change_neither_loss_nor_gradient():
     gpt, f = loss_and_grads()
     targets = np.where(BATCH["weights"] == 0, 49 - BATCH["targets"], BATCH["targets"])
     assert (targets != BATCH["targets"]).any()

@@ -125,7 +125,7 @@ def test_packed_pairs_have_the_loss_and_gradient_of_pairs_apart(cfg):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-def test_what_padding_holds_changes_nothing(cfg, pack):
+def test_padding_does_not_change_the_loss(cfg, pack):
     rows = batch(pack)
     noise = dict(rows)
     for name, segments in (("source", "source_segments"), ("tokens", "segments")):

@@ -153,7 +153,7 @@ def test_other_layouts_start_from_the_same_weights(folder, tuned, options):
     np.testing.assert_allclose(losses("finetune"), losses("other"), rtol=1e-5)
 
 
-def test_a_run_is_a_start_too(tuned):
+def test_a_run_starts_from_another_run(tuned):
     assert tune("runs/finetune", "--name", "again", "--train.context", "64") == 0
     about = checkpoint.read_metadata("runs/again")["lineage"]["started_from"]
     assert about == {"path": "runs/finetune", "step": 4, "item": "params"}
@@ -181,7 +181,7 @@ def test_a_run_says_that_an_older_step_is_better_and_gives_it(tuned):
         (("--train.context", "65"), "train.context=65 is more than model.T=64"),
     ],
 )
-def test_what_the_start_decides_cannot_be_set(folder, text, capsys, options, message):
+def test_options_that_the_start_determines_are_refused(folder, text, capsys, options, message):
     assert tune(folder, *options) == 2
     assert message in capsys.readouterr().err
 
@@ -220,7 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
         jaxgpt.load(tmp_path)
 
 
-def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path, capsys):
+def test_an_export_has_a_model_card_with_its_origin(folder, tuned, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["export", "runs/finetune", "--to", "hf", str(out)]) == 0
     said = capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_an_export_tells_where_it_comes_from(folder, tuned, tmp_path, capsys):
         to_hf("runs/finetune", out)
 
 
-def test_transformers_writes_what_we_write(tuned, tmp_path):
+def test_transformers_generates_the_same_text(tuned, tmp_path):
     pytest.importorskip("torch", reason="compares with transformers: pip install torch")
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     to_hf("runs/finetune", tmp_path / "out")

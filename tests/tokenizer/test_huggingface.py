@@ -698,7 +698,7 @@ def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
 @settings(deadline=None)
 @given(text=tricky_text)
 @example(text=CORPUS)
-def test_what_is_written_gives_the_same_ids(tokenizer, text):
+def test_a_written_tokenizer_gives_the_same_ids(tokenizer, text):
     again = written(tokenizer.kind)
     assert again.encode(text) == tokenizer.encode(text)
     assert again.decode(tokenizer.encode(text)) == text
@@ -707,7 +707,7 @@ def test_what_is_written_gives_the_same_ids(tokenizer, text):
 @pytest.mark.parametrize("kind", ["bytes", *PATTERNS])
 @settings(deadline=None, max_examples=300)
 @given(text=any_text)
-def test_what_is_written_takes_any_text(kind, text):
+def test_a_written_tokenizer_encodes_any_text(kind, text):
     assert written(kind).encode(text) == OURS[kind].encode(text)
 
 

@@ -81,7 +81,7 @@ def test_join_is_the_inverse_of_split(tree, random):
     assert merge(*parts) == merge(*reversed(parts)) == tree == nested(flat(tree))
 
 
-def test_of_a_leaf_in_both_trees_the_first_is_joined():
+def test_merge_takes_a_leaf_in_both_trees_from_the_first():
     assert merge({"a": 1, "b": {"c": 2}}, {"b": {"c": 3, "d": 4}}) == {
         "a": 1,
         "b": {"c": 2, "d": 4},
@@ -242,7 +242,7 @@ def test_a_tree_is_created_from_what_is_given_and_new_leaves(held):
     assert_equal(rest, small() if held == "int8" else base())
 
 
-def test_what_is_missing_of_the_model_is_new(monkeypatch):
+def test_missing_parameters_are_initialized(monkeypatch):
     new = filled(base(), 2)
     monkeypatch.setattr(finetune, "init", lambda model, key: new)
     given = {k: v for k, v in base().items() if k != "wte"}
@@ -251,7 +251,7 @@ def test_what_is_missing_of_the_model_is_new(monkeypatch):
     assert_equal(whole, {**given, "wte": new["wte"]})
 
 
-def test_notes_count_what_there_is_and_what_is_trained():
+def test_notes_count_all_and_trained_parameters():
     total = model.count(gpt()) + 8 * 3 + 3
     assert Tree(gpt(), OWN, TuneConfig()).note == f"{total:,} parameters"
     note = Tree(gpt(), OWN, TuneConfig("head")).note
@@ -265,7 +265,7 @@ def test_new_factors_leave_the_outputs_bitwise_as_they_were(layers):
 
 
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
-def test_merged_factors_do_what_they_did_beside_the_matrices(layers):
+def test_merged_lora_factors_give_the_same_logits(layers):
     trained, rest, _ = adapter(layers)
     whole = merge(filled(trained, 2), rest)
     beside = logits(layers)(whole, TOKENS)
@@ -327,7 +327,7 @@ HERE = {
 }
 
 
-def test_a_comparison_says_what_becomes_of_each_leaf():
+def test_a_comparison_lists_loaded_skipped_and_initialized_leaves():
     diff = compare(THERE, HERE)
     assert diff.loaded == {path: THERE[path] for path in list(THERE)[1:4]}
     assert diff.grown == {("wte",): ((128, 8), (256, 8))}

@@ -296,7 +296,7 @@ def test_a_config_file_without_config_is_refused(here, capsys):
         (("--train.batch", "16"), "batch"),
     ],
 )
-def test_what_would_make_a_run_another_one_is_refused_on_resume(trained, capsys, options, field):
+def test_a_changed_option_is_refused_on_resume(trained, capsys, options, field):
     assert run(*options, "--train.steps", "9") == 2
     assert field in capsys.readouterr().err
 

@@ -110,7 +110,7 @@ def test_a_second_start_is_refused_and_harms_nothing(here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", ["evaluate", "display", "plot", "sample"])
-def test_what_is_not_training_never_ends_a_run(here, monkeypatch, capsys, what):
+def test_errors_outside_training_never_end_a_run(here, monkeypatch, capsys, what):
     def fail(*args, **settings):
         raise RuntimeError(f"{what} is broken")
 
@@ -165,7 +165,7 @@ def test_an_error_in_the_loop_saves_the_last_finished_step(here, monkeypatch, ca
     assert_same_run("a", "b", 6)
 
 
-def test_the_end_of_a_run_is_done_again_where_it_is_missing(here, monkeypatch, capsys):
+def test_the_end_of_a_killed_run_is_made_up_for(here, monkeypatch, capsys):
     options = ("--train.sample_tokens", "3", "--train.prompt", "the")
     assert run(*options) == 0
     assert run(*options) == 0

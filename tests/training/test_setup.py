@@ -98,7 +98,7 @@ def metrics(name):
     return [json.loads(line) for line in lines]
 
 
-def test_a_start_says_what_is_loaded_left_out_and_made_new(place, capsys):
+def test_a_start_lists_loaded_skipped_and_initialized_parameters(place, capsys):
     assert run(replace(LABELS, name="first")) == 0
     said = capsys.readouterr().out
     assert re.search(r"loaded +\d+ arrays, [\d,]+ parameters", said)
@@ -155,7 +155,7 @@ def test_new_special_tokens_get_rows_of_the_mean(place, capsys):
         ("last", TuneConfig(parts="last")),
     ],
 )
-def test_what_is_not_trained_stays_and_a_resumed_run_is_the_same(place, name, tune, monkeypatch):
+def test_frozen_parameters_stay_and_resume_is_bit_exact(place, name, tune, monkeypatch):
     cfg = replace(
         STAGE,
         name=name,
@@ -181,7 +181,7 @@ def test_what_is_not_trained_stays_and_a_resumed_run_is_the_same(place, name, tu
 
 
 @pytest.mark.slow
-def test_answers_are_drawn_and_learned_from_and_a_resumed_run_is_the_same(place):
+def test_grpo_samples_learns_and_resumes_bit_exactly(place):
     cfg = replace(
         ASKED,
         name="reward",
@@ -196,7 +196,7 @@ def test_answers_are_drawn_and_learned_from_and_a_resumed_run_is_the_same(place)
 
 
 @pytest.mark.slow
-def test_a_student_has_the_teachers_tokens_and_notices_another_teacher(place):
+def test_distillation_takes_the_teachers_tokenizer_and_refuses_another_teacher(place):
     cfg = replace(BASE, name="student", model=replace(BASE.model, D=8))
     cfg = replace(cfg, objective=Distill(teacher="runs/teacher"))
     assert run(replace(BASE, name="teacher", train=replace(BASE.train, steps=2))) == 0
@@ -221,7 +221,7 @@ def domain(place):
     return said.getvalue()
 
 
-def test_domain_tuning_tells_the_losses_on_both_before_and_after(domain):
+def test_the_report_has_the_loss_of_each_text_before_and_after(domain):
     for part in ("new.txt", "old.txt"):
         assert re.search(rf"val_loss/{part} +\d+\.\d+ +\d+\.\d+", domain)
     values = [m for m in metrics("domain") if "val_loss/new.txt" in m]
@@ -274,7 +274,7 @@ def test_a_classifier_is_tested_and_used_from_its_folder(place, capsys):
         (replace(ASKED, train=replace(ASKED.train, context=4)), "asked.json:0 has"),
     ],
 )
-def test_what_cannot_be_is_said_before_training(place, cfg, says):
+def test_an_invalid_config_is_refused_before_training(place, cfg, says):
     with pytest.raises(InputError, match=re.escape(says)):
         run(replace(cfg, name="wrong"))
 
