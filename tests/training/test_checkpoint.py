@@ -579,7 +579,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_good(folder):
             print(step, flush=True)
     """
     reached = 0
-    for _ in range(4):
+    for _ in range(2):
         worker = run_worker(body, folder)
         # A line is printed while its step is being saved: the one before it is complete.
         for step in (reached + 1, reached + 2):

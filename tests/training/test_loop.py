@@ -39,25 +39,26 @@ from jaxgpt.training import loop
 log = loop.telemetry.Telemetry.log
 def killed(self, step, values):
     log(self, step, values)
-    if step == 8 and "loss" in values:
+    if step == 5 and "loss" in values:
         os.kill(os.getpid(), signal.SIGKILL)
 loop.telemetry.Telemetry.log = killed
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_resume_is_bit_exact_after_sigkill(here):
-    assert run("--train.steps", "9", name="whole") == 0
-    cut = spawn("--train.steps", "9", name="cut", program=("-c", KILLED))
+def test_resume_is_bit_exact_after_sigkill(trained):
+    cut = spawn("--checkpoint.every", "1", name="cut", program=("-c", KILLED))
     output, _ = cut.communicate()
     assert cut.returncode == -signal.SIGKILL, output
-    assert run("--train.steps", "9", name="cut") == 0
-    assert checkpoint.read_metadata("runs/cut")["lineage"]["resumed_after"] in ([3], [6])
-    assert_same_run("whole", "cut", 9)
+    assert run(name="cut") == 0
+    (step,) = checkpoint.read_metadata("runs/cut")["lineage"]["resumed_after"]
+    assert 0 < step < 6
+    assert_same_run("a", "cut", 6)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_with_a_checkpoint(here):
-    interrupted = KILLED.replace("SIGKILL", "SIGINT").replace("== 8", "== 2")
+    interrupted = KILLED.replace("SIGKILL", "SIGINT").replace("== 5", "== 2")
     process = spawn("--checkpoint.every", "0", name="a", program=("-c", interrupted))
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGINT, output
@@ -130,7 +131,7 @@ def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here):
 
 def test_the_loss_falls_and_everything_is_written(here, capsys):
     longer = ("--train.steps", "60", "--train.eval_every", "20")
-    assert run(*longer, "--train.sample_tokens", "5", "--train.prompt", "the ") == 0
+    assert run(*longer) == 0
     output = capsys.readouterr().out
     assert "where the time went" in output and "step    60/60" in output
     losses = losses_of("a")
