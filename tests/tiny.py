@@ -43,7 +43,8 @@ def random_params(gpt, seed=1, std=0.3, norm=1.0):
     """
     if gpt.compute.layers == "scan":
         unrolled = gpt.clone(compute=replace(gpt.compute, layers="unrolled"))
-        return jax.device_get(jax.jit(model.stack)(random_params(unrolled, seed, std, norm)))
+        with jax.ensure_compile_time_eval():  # numbers, also in a function that is being traced
+            return jax.device_get(model.stack(random_params(unrolled, seed, std, norm)))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
