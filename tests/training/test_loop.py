@@ -130,7 +130,7 @@ def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here):
 
 
 def test_the_loss_falls_and_everything_is_written(here, capsys):
-    longer = ("--train.steps", "60", "--train.eval_every", "20")
+    longer = ("--train.steps", "60", "--train.eval_every", "20", "--checkpoint.every", "20")
     assert run(*longer) == 0
     output = capsys.readouterr().out
     assert "where the time went" in output and "step    60/60" in output
