@@ -231,7 +231,7 @@ def make_faulty(monkeypatch, value):
 
 def test_steps_that_are_not_finite_are_skipped_and_counted_where_asked(here, monkeypatch, capsys):
     make_faulty(monkeypatch, np.nan)
-    more = ("--train.steps", "12", "--optim.nonfinite", "skip")
+    more = ("--train.steps", "12", "--optim.nonfinite", "skip", "--checkpoint.every", "12")
     assert run(*more) == 0
     assert all(np.isfinite(leaf).all() for leaf in state_of("a", 12).values())
     metrics = checkpoint.read_metadata("runs/a")["metrics"]
