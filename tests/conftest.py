@@ -9,9 +9,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Tests compile far more than they compute: no optimization makes that four times as fast.
+# Tests compile far more than they compute: no optimization makes that four times as fast, and one
+# thread per program takes 6% less processor time than several.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # later ones end at the flag
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for those of the workers
