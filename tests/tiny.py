@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt import model, pretrained
 from jaxgpt.config import Config
 from jaxgpt.model import ComputeConfig, GPTConfig
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.tokenizer import BPE, EOT, PATTERN, HuggingFace
 from jaxgpt.tokenizer.huggingface import write_tokenizer
 

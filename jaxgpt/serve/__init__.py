@@ -16,7 +16,7 @@ from typing import Annotated
 from jaxgpt.bounds import Ge, Gt, Le, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype
+from jaxgpt.pretrained.trained import Dtype
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from jaxgpt.generation.sampling import Sampling, SamplingParams, sampling_params
 from jaxgpt.generation.stream import IncrementalText
 from jaxgpt.model import GPTConfig, Params, next_logits
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 
 MAX_LOGPROBS = 20
 """The most top log-probabilities per token."""

@@ -15,7 +15,8 @@ import jax
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype, ModelSource, Trained, convert_dtype
+from jaxgpt.pretrained.load import ModelSource
+from jaxgpt.pretrained.trained import Dtype, Trained, convert_dtype
 from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
 
 SLOTS = 8

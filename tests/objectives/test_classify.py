@@ -13,7 +13,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Classify
 from jaxgpt.objectives.classify import draw, scores
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.tokenizer import Bytes
 from tests.tiny import PLAIN, random_params
 

@@ -13,7 +13,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, logits
 from jaxgpt.objectives import GRPO, FrozenModel, grpo
 from jaxgpt.objectives.chunks import log_probs
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.tokenizer import EOT, Characters, TokenizerConfig, build
 from tests.tiny import random_model
 

@@ -14,7 +14,7 @@ from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import Translate, translate
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.tokenizer import Bytes
 from jaxgpt.training.step import init_state, train_step
 from tests import tiny

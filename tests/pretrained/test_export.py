@@ -18,7 +18,8 @@ from jaxgpt.model import init, letters
 from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
 from jaxgpt.pretrained import export, load, peft
-from jaxgpt.pretrained.load import ModelSource, Trained
+from jaxgpt.pretrained.load import ModelSource
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.serve.api import ServedModel
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer.huggingface import read_tokenizer, write_tokenizer

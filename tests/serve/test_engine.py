@@ -17,7 +17,7 @@ from jaxgpt.generation import constrained
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPTConfig
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.serve import engine as engines
 from jaxgpt.serve.engine import Busy, Engine, Request, Stopped
 from jaxgpt.tokenizer import TokenizerConfig, build
@@ -206,7 +206,7 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(engine, trained):
 
 @pytest.mark.slow
 def test_int8_weights_and_cache_give_the_same_text_as_without_a_batch(trained):
-    small = trained.held_in("int8")
+    small = trained.astype("int8")
     made = Engine(small, slots=2, queue=4, chunk=4, cache="int8")
     made.start()
     assert made._state.cache.layers["0"].own.k_BKSH.dtype == np.int8
@@ -241,7 +241,7 @@ def test_int8_weights_and_cache_give_the_same_text_as_without_a_batch(trained):
     ],
 )
 def test_small_weights_save_memory_and_give_nearly_the_same_logits(trained, dtype, share):
-    small = trained.held_in(dtype)
+    small = trained.astype(dtype)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(t.params)) for t in (trained, small)]
     assert sizes[1] <= share * sizes[0]
     tokens = np.asarray([prompt(32)])

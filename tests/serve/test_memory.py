@@ -10,7 +10,7 @@ from jaxgpt.config import Config
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig, init, letters
 from jaxgpt.model.params import nested
-from jaxgpt.pretrained.load import PLAIN, Trained
+from jaxgpt.pretrained.trained import PLAIN, Trained
 from jaxgpt.serve import memory
 from jaxgpt.serve.engine import Engine
 from jaxgpt.tokenizer import TokenizerConfig, build

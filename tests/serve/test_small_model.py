@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.config import Config
 from jaxgpt.model import ComputeConfig, GPTConfig, init
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.serve.engine import Engine
 from tests.serve.fake_server import CHAT, HELLO, PERSON, call, events, join, post, serving, until
 
