@@ -7,42 +7,40 @@
 generated before without a batch, to compare with; some disconnect during the answer, some send
 invalid requests. Then the server gets SIGTERM under load. Exits with 1 if a promise is broken.
 
-Needs Linux and `pip install 'jaxgpt[serve]'`; the clients are plain sockets. They share the machine
-with the server.
+Needs Linux and `pip install 'jaxgpt[test]'`. The clients share the machine with the server, and
+take about 2 ms of processor time per call.
 """
 
 import asyncio
 import json
-import os
-import platform
 import random
-import re
-import resource
 import signal
+import socket
 import statistics
+import struct
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2
 import tyro
+from live_server import LiveServer, http_client, print_environment, served_model, serving
+from prometheus_client.parser import text_string_to_metric_families
 
 WARM = 0.2  # of the time under load; memory is compared with what it is then
 GROWTH = 5.0  # percent of memory, at most
 EXIT = 30.0  # seconds from SIGTERM to the end, at most
 DRAIN = 25.0  # seconds what was asked before has to end
 PATIENCE = 330.0  # seconds for an answer; the server itself allows 300
-IDLE = 3.0  # seconds after which a connection is not used again; the server closes it after 5
-LOST = (OSError, EOFError)  # what a connection that breaks off raises
+RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # what closing sends then
 PATHS = ("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")
-COMPILED = re.compile(r"Finished XLA compilation of (\S+)")
 
 
 @dataclass(frozen=True)
@@ -81,25 +79,8 @@ class Mistake(NamedTuple):
     """An invalid request, and the status that it must get."""
 
     name: str
-    content: bytes
     status: int
-
-
-def make(folder: Path) -> None:
-    """A model of random weights that takes conversations too, in the layout of Hugging Face."""
-    import jax
-
-    from jaxgpt import chat, pretrained
-    from jaxgpt.model import ComputeConfig, GPTConfig, init
-    from jaxgpt.tokenizer import TokenizerConfig, build, huggingface
-
-    text = Path(__file__).read_text(encoding="utf-8")
-    tokenizer = chat.equipped(build(TokenizerConfig("bpe", 384), [text]))
-    # Weights so large that the likeliest token is far ahead.
-    cfg = GPTConfig(L=2, D=64, N=4, T=256, V=tokenizer.vocab_size, init_std=0.3)
-    compute, _ = ComputeConfig().resolve(cfg, "cpu")
-    huggingface.write_tokenizer(tokenizer, folder, cfg.T)
-    pretrained.write_model(folder, cfg, init(cfg.build(compute), jax.random.key(0)))
+    request: httpx2.Request
 
 
 def cases(trained: Any, options: Options) -> list[Case]:
@@ -172,18 +153,7 @@ def cases(trained: Any, options: Options) -> list[Case]:
     return made
 
 
-def post(path: str, body: Any, kind: str = "application/json", host: str = "127.0.0.1") -> bytes:
-    """A call, as it is sent."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: {kind}\r\n"
-    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
-
-
-def get(path: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
-
-
-def mistakes(context: int, vocabulary: int) -> list[Mistake]:
+def mistakes(http: httpx2.AsyncClient, context: int, vocabulary: int) -> list[Mistake]:
     """One invalid request of each kind."""
     path, fine = "/v1/completions", {"prompt": [0], "max_tokens": 4}
     bodies: dict[str, Any] = {
@@ -200,78 +170,21 @@ def mistakes(context: int, vocabulary: int) -> list[Mistake]:
         "an id that is no token": {**fine, "prompt": [vocabulary]},
         "half a surrogate pair": b'{"prompt": "\\ud800"}',
     }
+
+    def post(body: Any, path: str = path, **headers: str) -> httpx2.Request:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", "connection": "close", **headers}
+        return http.build_request("POST", path, content=content, headers=headers)
+
     return [
-        *(Mistake(name, post(path, body), 400) for name, body in bodies.items()),
-        Mistake("another model", post(path, {**fine, "model": "another"}), 404),
-        Mistake("another path", post("/v1/images", fine), 404),
-        Mistake("another method", get(path), 405),
-        Mistake("another host", post(path, fine, host="example.org"), 403),
-        Mistake("another kind of body", post(path, fine, kind="text/plain"), 415),
-        Mistake("a body that is too large", post(path, b" " * (2**20 + 1)), 413),
+        *(Mistake(name, 400, post(body)) for name, body in bodies.items()),
+        Mistake("another model", 404, post({**fine, "model": "another"})),
+        Mistake("another path", 404, post(fine, "/v1/images")),
+        Mistake("another method", 405, http.build_request("GET", path)),
+        Mistake("another host", 403, post(fine, host="example.org")),
+        Mistake("another kind of body", 415, post(fine, **{"content-type": "text/plain"})),
+        Mistake("a body that is too large", 413, post(b" " * (2**20 + 1))),
     ]
-
-
-class Connection:
-    """HTTP/1.1 to the server, kept open from one call to the next."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._reader: Any = None
-        self._writer: Any = None
-        self._headers: dict[str, str] = {}
-        self._used = 0.0
-
-    async def send(self, content: bytes) -> None:
-        """A call, or a part of one."""
-        if self._writer is None or time.monotonic() - self._used > IDLE:
-            self.close()
-            opened = await asyncio.open_connection("127.0.0.1", self._port)
-            self._reader, self._writer = opened
-        self._writer.write(content)
-        await self._writer.drain()
-
-    async def head(self) -> tuple[int, dict[str, str]]:
-        """The answer's status and headers."""
-        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
-        pairs = (line.partition(":") for line in lines[1:-1])
-        self._headers = {name.lower(): value.strip() for name, _, value in pairs}
-        return int(lines[0].split()[1]), self._headers
-
-    async def parts(self) -> AsyncIterator[bytes]:
-        """The body of the answer, in chunks."""
-        if self._headers.get("transfer-encoding") == "chunked":
-            while size := int(await self._reader.readuntil(b"\r\n"), 16):
-                yield (await self._reader.readexactly(size + 2))[:-2]
-            await self._reader.readuntil(b"\r\n")
-        else:
-            yield await self._reader.readexactly(int(self._headers["content-length"]))
-        self._used = time.monotonic()
-        if self._headers.get("connection") == "close":
-            self.close()
-
-    async def body(self) -> Any:
-        """All of it: JSON, or else text."""
-        content = b"".join([part async for part in self.parts()])
-        try:
-            return json.loads(content)
-        except ValueError:
-            return content.decode()
-
-    async def events(self) -> AsyncIterator[dict[str, Any] | None]:
-        """The server-sent events of the body; None for the one that says it is done."""
-        rest = b""
-        async for part in self.parts():
-            *events, rest = (rest + part).split(b"\n\n")
-            for event in events:
-                if not event.startswith(b":"):
-                    data = event.removeprefix(b"data: ")
-                    yield None if data == b"[DONE]" else json.loads(data)
-
-    def close(self, at_once: bool = False) -> None:
-        """Leaves; `at_once` with a reset, whatever is on its way."""
-        if self._writer is not None:
-            self._writer.transport.abort() if at_once else self._writer.close()
-        self._writer = None
 
 
 @dataclass
@@ -284,7 +197,7 @@ class Answer:
     """When the first text came; only a stream tells."""
     ended: float = 0.0
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     error: dict[str, Any] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
     tokens: int = 0
@@ -320,9 +233,16 @@ class Load:
     """The clients, and what they saw."""
 
     def __init__(
-        self, port: int, cases: list[Case], mistakes: list[Mistake], options: Options
+        self,
+        http: httpx2.AsyncClient,
+        rude: httpx2.AsyncClient,
+        cases: list[Case],
+        mistakes: list[Mistake],
+        options: Options,
     ) -> None:
-        self.port, self.cases, self.mistakes, self.options = port, cases, mistakes, options
+        self.http, self.cases, self.mistakes, self.options = http, cases, mistakes, options
+        self.rude = rude
+        """Resets a connection instead of closing it."""
         self.broken: dict[str, list[str]] = defaultdict(list)
         """By promise, what was seen instead."""
         self.answers: list[Answer] = []  # that came to their end
@@ -356,7 +276,6 @@ class Load:
     async def client(self, number: int, options: Options) -> None:
         """Asks, one call after the other."""
         rng = random.Random(f"{options.seed} {number}")
-        connection = Connection(self.port)
         while not self.stopping:
             kind = rng.random()
             sent = time.monotonic()
@@ -365,15 +284,13 @@ class Load:
                     if kind < options.bad:
                         goes_on = await self.mistake(rng.choice(self.mistakes))
                     elif kind < options.bad + options.leave:
-                        goes_on = await self.leave(connection, rng)
+                        goes_on = await self.leave(rng)
                     else:
-                        goes_on = await self.ask(connection, rng, number)
+                        goes_on = await self.ask(rng, number)
             except TimeoutError:
                 self.broken["ended"].append(f"no answer in {PATIENCE:g} s")
-                connection.close()
                 continue
-            except LOST as error:
-                connection.close()
+            except httpx2.TransportError as error:
                 answer = self.open.pop(number, None)
                 if self.is_late(answer.sent if answer else sent) and not (answer and answer.first):
                     self.turned_away += 1
@@ -383,33 +300,33 @@ class Load:
                 continue
             if not goes_on:
                 break
-        connection.close()
 
     def is_late(self, sent: float) -> bool:
         """Whether it came when, or just before, the server was told to shut down."""
         return sent > self.signalled - 1
 
-    async def say(self, connection: Connection, case: Case, stream: bool, answer: Answer) -> None:
+    async def say(self, case: Case, stream: bool, answer: Answer) -> None:
         """Asks, and fills the answer."""
         body = {**case.body, "stream": stream}
         if stream:
             body["stream_options"] = {"include_usage": True}
         answer.sent = time.monotonic()
-        await connection.send(post(case.path, body))
-        answer.status, answer.headers = await connection.head()
-        self.count(answer.status)
-        if answer.status != 200 or not stream:
-            answer.take(await connection.body())
-            if answer.status == 200:
-                answer.first = 0.0  # it came with all the rest
-        else:
-            done = False
-            async for event in connection.events():
-                done = event is None
-                if event is not None:
-                    answer.take(event)
-            if not done and not answer.error:
-                self.broken["ended"].append("a stream ended without [DONE]")
+        async with self.http.stream("POST", case.path, json=body) as response:
+            answer.status, answer.headers = response.status_code, response.headers
+            self.count(answer.status)
+            if answer.status != 200 or not stream:
+                await response.aread()
+                answer.take(response.json())
+                if answer.status == 200:
+                    answer.first = 0.0  # it came with all the rest
+            else:
+                done = False
+                async for event in httpx2.EventSource(response):
+                    done = event.data == "[DONE]"
+                    if not done:
+                        answer.take(json.loads(event.data))
+                if not done and not answer.error:
+                    self.broken["ended"].append("a stream ended without [DONE]")
         answer.ended = time.monotonic()
 
     def count(self, status: int) -> None:
@@ -418,13 +335,13 @@ class Load:
         if status >= 500 and not (status == 503 and time.monotonic() > self.signalled):
             self.broken["5xx"].append(f"status {status}")
 
-    async def ask(self, connection: Connection, rng: random.Random, number: int) -> bool:
+    async def ask(self, rng: random.Random, number: int) -> bool:
         """A call of a client that waits; returns whether it may go on asking."""
         index, stream = rng.randrange(len(self.cases)), rng.random() < 0.5
         case = self.cases[index]
         while True:
             answer = self.open[number] = Answer(len(case.texts))
-            await self.say(connection, case, stream, answer)
+            await self.say(case, stream, answer)
             del self.open[number]
             if answer.status != 429:
                 break
@@ -463,146 +380,93 @@ class Load:
         if self.known.setdefault(index, ends) != ends or not all(answer.finishes):
             self.broken["texts"].append(f"{case.body}: {ends}, before {self.known[index]}")
 
-    async def leave(self, connection: Connection, rng: random.Random) -> bool:
+    async def leave(self, rng: random.Random) -> bool:
         """A call of a client that disconnects in the middle."""
         case = rng.choice(self.cases)
         kind = rng.choice(["in a stream", "before a whole answer", "in its own body"])
-        content = post(case.path, {**case.body, "stream": kind == "in a stream"})
+        http, seconds = rng.choice([self.http, self.rude]), rng.uniform(0, 1)
         self.left[kind] += 1
-        if kind == "in its own body":
-            content = content[: rng.randrange(1, len(content))]
-        await connection.send(content)
         if kind == "in a stream":
-            status, _ = await connection.head()
-            self.count(status)
-            if status == 200:
-                answer, left = Answer(len(case.texts)), rng.randint(1, 4)
-                async for event in connection.events():
-                    answer.take(event or {"choices": [], "id": "done"})
-                    left -= 1
-                    if not left:
-                        break
-                for text, alone in zip(answer.texts, case.texts, strict=True):
-                    if not alone.startswith(text):
-                        self.broken["texts"].append(f"{case.body}: {text!r}, alone {alone!r}")
+            body = {**case.body, "stream": True}
+            async with http.stream("POST", case.path, json=body) as response:
+                self.count(response.status_code)
+                if response.status_code == 200:
+                    await self.begin(response, case, rng.randint(1, 4))
+        elif kind == "before a whole answer":
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await http.post(case.path, json=case.body)
         else:
-            await asyncio.sleep(rng.uniform(0, 1))
-        connection.close(at_once=rng.random() < 0.5)
+            content = json.dumps(case.body).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(content))}
+
+            async def part() -> AsyncIterator[bytes]:
+                yield content[: rng.randrange(len(content))]
+                await asyncio.sleep(seconds)
+                raise InterruptedError
+
+            with suppress(InterruptedError):
+                await http.post(case.path, content=part(), headers=headers)
         return True
+
+    async def begin(self, response: httpx2.Response, case: Case, count: int) -> None:
+        """Reads some events of a stream, and compares them with how the texts begin."""
+        answer = Answer(len(case.texts))
+        async for event in httpx2.EventSource(response):
+            if event.data != "[DONE]":
+                answer.take(json.loads(event.data))
+            count -= 1
+            if not count:
+                break
+        for text, alone in zip(answer.texts, case.texts, strict=True):
+            if not alone.startswith(text):
+                self.broken["texts"].append(f"{case.body}: {text!r}, alone {alone!r}")
 
     async def mistake(self, mistake: Mistake) -> bool:
         """Sends an invalid request."""
-        connection = Connection(self.port)
-        try:
-            await connection.send(mistake.content)
-            status, _ = await connection.head()
-            body = await connection.body()
-        finally:
-            connection.close()
-        self.count(status)
-        if status == 503 and time.monotonic() > self.signalled:
+        response = await self.http.send(mistake.request)
+        self.count(response.status_code)
+        if response.status_code == 503 and time.monotonic() > self.signalled:
             self.turned_away += 1
             return False
         self.refused[mistake.name] += 1
-        said = body.get("error") if isinstance(body, dict) else None
-        if status != mistake.status or not (said and said["message"] and said["type"]):
-            self.broken["refused"].append(f"{mistake.name}: {status} {body}")
+        error = response.json().get("error")
+        if response.status_code != mistake.status or not (error["message"] and error["type"]):
+            self.broken["refused"].append(f"{mistake.name}: {response.status_code} {error}")
         return True
 
 
-@dataclass
-class Server:
-    """The server's process."""
+def growth(memory: list[tuple[float, int]], start: float, end: float) -> tuple[float, float, float]:
+    """Bytes after the warm-up and at the end, and percent; medians of a tenth of the time."""
+    tenth = (end - start) / 10
 
-    process: asyncio.subprocess.Process
-    log: Path
-    """What it writes to stderr."""
-    started: float
-    port: int = 0
-    memory: list[tuple[float, int]] = field(default_factory=list)
-    """Times and bytes."""
+    def held(since: float) -> float:
+        some = [n for at, n in memory if since <= at <= since + tenth]
+        return statistics.median(some) if some else float("nan")
 
-    def compiled(self) -> list[str]:
-        """What has been compiled until now, or fetched from the compilation cache."""
-        return COMPILED.findall(self.log.read_text(errors="replace"))
-
-    async def watch(self) -> None:
-        """Notes the memory it holds, twice a second."""
-        page = resource.getpagesize()
-        while True:
-            statm = Path(f"/proc/{self.process.pid}/statm")
-            words = statm.read_text().split() if statm.exists() else []
-            if len(words) > 1:
-                self.memory.append((time.monotonic(), int(words[1]) * page))
-            await asyncio.sleep(0.5)
-
-    def growth(self, start: float, end: float) -> tuple[float, float, float]:
-        """Bytes after the warm-up and at the end, and percent; medians of a tenth of the time."""
-        tenth = (end - start) / 10
-
-        def held(since: float) -> float:
-            some = [n for at, n in self.memory if since <= at <= since + tenth]
-            return statistics.median(some) if some else float("nan")
-
-        warm, last = held(start + WARM * 10 * tenth), held(end - tenth)
-        return warm, last, 100 * (last / warm - 1)
+    warm, last = held(start + WARM * 10 * tenth), held(end - tenth)
+    return warm, last, 100 * (last / warm - 1)
 
 
-@asynccontextmanager
-async def serving(
-    path: str, options: Options, log: Path, flags: Sequence[str] = ()
-) -> AsyncIterator[Server]:
-    """A server that takes calls, started with some more flags."""
-    command = [sys.executable, "-m", "jaxgpt", "serve", path, "--port", "0"]
-    command += ["--slots", str(options.slots), "--queue", str(options.queue), *flags]
-    env = {**os.environ, "JAX_LOG_COMPILES": "1"}
-    started = time.monotonic()
-    with log.open("wb") as stderr:
-        process = await asyncio.create_subprocess_exec(
-            *command, env=env, stdout=asyncio.subprocess.PIPE, stderr=stderr
-        )
-    server = Server(process, log, started)
-    try:
-        said = ""
-        while "is ready after" not in said:
-            line = (await process.stdout.readline()).decode()
-            if not line:
-                raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
-            said += line
-        server.port = int(re.findall(r"http://[^/]*:(\d+)/", said)[0])
-        connection = Connection(server.port)
-        await connection.send(get("/health"))
-        assert (await connection.head())[0] == 200
-        connection.close()
-        yield server
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-async def idle(port: int, seconds: float = 10.0) -> dict[str, int]:
+async def idle(http: httpx2.AsyncClient, seconds: float = 10.0) -> dict[str, float]:
     """What the engine counts, once nothing runs or waits, or so many seconds have gone."""
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        connection = Connection(port)
         try:
-            await connection.send(get("/metrics"))
-            await connection.head()
-            lines = re.findall(r"^jaxgpt_(\w+) (\d+)$", await connection.body(), re.MULTILINE)
-        except LOST:
+            text = (await http.get("/metrics")).text
+        except httpx2.TransportError:
             break
-        finally:
-            connection.close()
-        counts = {name: int(count) for name, count in lines}
-        if not counts["running"] + counts["waiting"]:
+        families = text_string_to_metric_families(text)
+        samples = (sample for family in families for sample in family.samples)
+        counts = {sample.name: sample.value for sample in samples if not sample.labels}
+        if not counts["jaxgpt_running"] + counts["jaxgpt_waiting"]:
             break
         await asyncio.sleep(0.2)
     return counts
 
 
-async def drained(load: Load, server: Server) -> tuple[int, float, int]:
+async def drained(load: Load, server: LiveServer) -> tuple[int, float, int]:
     """SIGTERM under load: how many answers were running, seconds to the end, exit status."""
     load.stopping = False
     asking = asyncio.create_task(load.ask_all(load.options.clients))
@@ -633,24 +497,29 @@ def percentiles(answers: list[Answer]) -> list[float]:
 
 async def measure(path: str, trained: Any, calls: list[Case], options: Options) -> int:
     """All of it against one server; the exit status."""
-    mistaken = mistakes(trained.config.model.T, trained.tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        async with serving(path, options, Path(folder) / "stderr") as server:
+        log = Path(folder) / "stderr"
+        async with (
+            serving(path, log, slots=options.slots, queue=options.queue) as server,
+            http_client(server.port) as http,
+            http_client(server.port, [RESET]) as rude,
+        ):
             ready, at_start = time.monotonic() - server.started, len(server.compiled())
             print(f"the server is ready after {ready:.1f} s and {at_start} compilations")
-            load = Load(server.port, calls, mistaken, options)
+            sizes = trained.config.model.T, trained.tokenizer.vocab_size
+            load = Load(http, rude, calls, mistakes(http, *sizes), options)
             alone = await load.run(1, max(5.0, options.seconds / 10))
             print(f"one at a time: {alone[1] - alone[0]:.0f} s")
             watch = asyncio.create_task(server.watch())
             busy = await load.run(options.clients, options.seconds)
             print(f"{options.clients} clients: {busy[1] - busy[0]:.0f} s")
             watch.cancel()
-            counts = await idle(server.port)
+            counts = await idle(http)
             running, took, status = await drained(load, server)
-        compiled, log = server.compiled(), server.log.read_text(errors="replace")
+        compiled, logged = server.compiled(), log.read_text(errors="replace")
     late = compiled[at_start:]
-    before, after, growth = server.growth(*busy)
-    failures = log.count("Traceback")
+    before, after, grown = growth(server.memory, *busy)
+    failures = logged.count("Traceback")
 
     rates = []
     for start, end in (busy, alone):
@@ -667,8 +536,8 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
     statuses = ", ".join(f"{count} x {status}" for status, count in sorted(load.statuses.items()))
     left = sum(load.left.values())
     calls = f"{sum(load.statuses.values())} calls, {left} left in the middle"
-    still = counts.get("running", -1), counts.get("waiting", -1)
-    let_go = counts.get("cancelled_total", 0)
+    still = [int(counts.get(f"jaxgpt_{name}", -1)) for name in ("running", "waiting")]
+    let_go = int(counts.get("jaxgpt_cancelled_total", 0))
     ended = sum(answer.ended > load.signalled for answer in load.answers)
     ends = f"{running} had begun, {ended} ended, {load.turned_away} turned away"
     promises = [
@@ -678,8 +547,8 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
         ("429 says when to come again", f"{load.again} times", broken["429"]),
         ("invalid requests are refused", f"{sum(load.refused.values())} calls", broken["refused"]),
         ("who leaves is let go", f"{let_go} texts stopped", left > 50 and not let_go),
-        ("nothing runs or waits when all have left", f"{still[0]} and {still[1]}", still != (0, 0)),
-        ("memory grows by 5% at most", f"{growth:+.1f}%", not growth <= GROWTH),
+        ("nothing runs or waits when all have left", f"{still[0]} and {still[1]}", still != [0, 0]),
+        ("memory grows by 5% at most", f"{grown:+.1f}%", not grown <= GROWTH),
         ("nothing is compiled once it is ready", f"{len(late)} programs", late or not at_start),
         ("the log has no exception", f"{failures}", failures),
         ("SIGTERM lets what is running end", ends, broken["SIGTERM"] or not ended),
@@ -695,7 +564,7 @@ async def measure(path: str, trained: Any, calls: list[Case], options: Options) 
         for one, count in Counter(found).most_common(5):
             print(f"{promise}, {count} of {len(found)}: {one[:600]}")
     if failures or status:
-        print(f"the end of the server's log:\n{log[-3000:]}")
+        print(f"the end of the server's log:\n{logged[-3000:]}")
     return int(any(wrong for _, _, wrong in promises))
 
 
@@ -703,17 +572,8 @@ def main(options: Options) -> int:
     """Makes a model where none is given, writes every text alone, and loads the server."""
     import jaxgpt
 
-    libraries = ("jaxgpt", "jax", "fastapi", "uvicorn", "h11")
-    print("python", *sys.argv)
-    print(f"Python {platform.python_version()}, ", end="")
-    print(", ".join(f"{name} {version(name)}" for name in libraries))
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, ", end="")
-    print(f"load {os.getloadavg()[0]:.1f} before")
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.run
-        if not path:
-            path = f"{folder}/tiny"
-            make(Path(path))
+    print_environment()
+    with served_model(options.run) as path:
         trained = jaxgpt.load(path)
         start = time.monotonic()
         calls = cases(trained, options)

@@ -7,33 +7,31 @@
 with a low priority, because abusive clients would not use the server's processor. Exits with 1 if
 a plain request or /health takes longer than LIMIT.
 
-Needs Linux and `pip install 'jaxgpt[serve]'`.
+Needs Linux and `pip install 'jaxgpt[test]'`. Abusive clients are plain sockets; others use httpx2.
 """
 
 import asyncio
+import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import serve
+import httpx2
 import tyro
-from serve import LOST, Connection, get, make, post
+from live_server import http_client, print_environment, served_model, serving
 
 LIMIT = 1.0  # seconds that a plain request and /health may take
-PLAIN = post("/v1/completions", {"prompt": "a", "max_tokens": 4, "seed": 0})
-HEALTH = get("/health")
+PLAIN = {"prompt": "a", "max_tokens": 4, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,17 @@ class Options:
     """Connections that send nothing, or send it slowly."""
     only: str = ""
     """One kind of abuse, by its name; empty: all."""
+
+
+def post(path: str, body: Any) -> bytes:
+    """A call, as it is sent."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
 
 
 class Attack:
@@ -75,17 +84,19 @@ class Attack:
 
     async def ask(self, content: bytes, patience: float = 60.0) -> None:
         """One call on a connection of its own."""
-        connection = Connection(self.port)
+        writer = None
         try:
             async with asyncio.timeout(patience):
-                await connection.send(content)
-                self.statuses[(await connection.head())[0]] += 1
-        except LOST:
-            self.statuses["closed"] += 1
-        except TimeoutError:
-            self.statuses["no answer"] += 1
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.write(content)
+                await writer.drain()
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.statuses[int(head.split()[1])] += 1
+        except (OSError, EOFError) as error:
+            self.statuses["no answer" if isinstance(error, TimeoutError) else "closed"] += 1
         finally:
-            connection.close(at_once=True)
+            if writer is not None:
+                writer.transport.abort()
 
     async def many(self, content: Callable[[random.Random], bytes], patience: float = 60) -> None:
         """Clients that make one call after the other."""
@@ -203,7 +214,7 @@ class Attack:
             b"GET /\r\n\r\n",
             b"\0" * 100_000,
             b"GET /health HTTP/1.1\r\n" + b"x: " + b"y" * 100_000,
-            HEALTH[:-2] + b"content-length: " + b"9" * 40 + b"\r\n\r\n",
+            get("/health")[:-2] + b"content-length: " + b"9" * 40 + b"\r\n\r\n",
         ]
         await self.many(lambda rng: rng.choice(heads), patience=2)
 
@@ -217,29 +228,26 @@ def expensive(rng: random.Random) -> bytes:
     return post("/v1/completions", {"prompt": "a", "max_tokens": 4, "response_format": form})
 
 
-async def latency(port: int, content: bytes) -> float:
-    """Seconds of one call on a connection of its own; infinity if it is not answered with 200."""
-    connection, start = Connection(port), time.monotonic()
+async def latency(request: Awaitable[httpx2.Response]) -> float:
+    """Seconds of one call; infinity if it is not answered with 200."""
+    start = time.monotonic()
     try:
         async with asyncio.timeout(20):
-            await connection.send(content)
-            status, _ = await connection.head()
-            await connection.body()
-    except (*LOST, TimeoutError):
+            status = (await request).status_code
+    except (httpx2.TransportError, TimeoutError):
         return float("inf")
-    finally:
-        connection.close()
     return time.monotonic() - start if status == 200 else float("inf")
 
 
 async def latencies(port: int, seconds: float) -> list[list[float]]:
-    """Of plain requests and of /health, one after the other."""
+    """Of plain requests and of /health, one after the other, each on a connection of its own."""
     found: list[list[float]] = [[], []]
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for times, content in zip(found, (PLAIN, HEALTH), strict=True):
-            times.append(await latency(port, content))
-        await asyncio.sleep(0.1)
+    async with http_client(port, keep=0) as http:
+        while time.monotonic() < end:
+            found[0].append(await latency(http.post("/v1/completions", json=PLAIN)))
+            found[1].append(await latency(http.get("/health")))
+            await asyncio.sleep(0.1)
     return found
 
 
@@ -268,7 +276,7 @@ async def measure(path: str, options: Options) -> int:
     processes = multiprocessing.get_context("spawn")
     slow = 0
     with tempfile.TemporaryDirectory() as folder:
-        async with serve.serving(path, serve.Options(), Path(folder) / "stderr") as server:
+        async with serving(path, Path(folder) / "stderr") as server:
             print(f"{'':<28}{'plain: median, worst, ms':>32}{'/health: median, worst, ms':>34}")
             watch = asyncio.create_task(server.watch())
             for kind in KINDS:
@@ -301,17 +309,8 @@ async def measure(path: str, options: Options) -> int:
 
 def main(options: Options) -> int:
     """Makes a model where none is given, and abuses a server of it."""
-    libraries = ("jaxgpt", "jax", "fastapi", "uvicorn", "h11")
-    print("python", *sys.argv)
-    print(f"Python {platform.python_version()}, ", end="")
-    print(", ".join(f"{name} {version(name)}" for name in libraries))
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, ", end="")
-    print(f"load {os.getloadavg()[0]:.1f} before")
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.run
-        if not path:
-            path = f"{folder}/tiny"
-            make(Path(path))
+    print_environment()
+    with served_model(options.run) as path:
         return asyncio.run(measure(path, options))
 
 

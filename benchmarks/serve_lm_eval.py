@@ -8,7 +8,7 @@ requests as token ids and as text; `local-chat-completions` runs the generation 
 conversations. Exits with 1 if a log-likelihood differs by more than LIMIT, or an accuracy or a
 generation differs at all.
 
-Needs Linux, `pip install 'jaxgpt[serve,peers]' 'lm-eval[api]'`, and no network.
+Needs Linux, `pip install 'jaxgpt[test,peers]' 'lm-eval[api]'`, and no network.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-import serve
 import tyro
+from live_server import make_model, serving
 
 LIMIT = 1e-4  # of log-likelihoods, in nats
 NAME = "model"
@@ -205,8 +205,8 @@ def compare(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def make(folder: Path) -> None:
-    """The small model of benchmarks/serve.py, with its chat template and all its end tokens."""
-    serve.make(folder)
+    """The small model of `make_model`, with a chat template and all its end tokens."""
+    make_model(folder)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "chat_template": CHATML}))
@@ -235,9 +235,7 @@ async def run(options: Options, folder: Path) -> bool:
     for case in CASES:
         hf_args = {"pretrained": str(model), "dtype": "float32", "device": "cpu", **case.hf}
         theirs = await asyncio.to_thread(evaluate, "hf", hf_args, case, folder)
-        async with serve.serving(
-            str(model), serve.Options(), folder / "stderr", case.flags
-        ) as server:
+        async with serving(str(model), folder / "stderr", *case.flags) as server:
             kind = case.server["model"]
             path = "/v1/chat/completions" if case.chat else "/v1/completions"
             args = {

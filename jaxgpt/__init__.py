@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from jaxgpt.config import Config
     from jaxgpt.errors import InputError, TrainingError
     from jaxgpt.generation.decode import generate
-    from jaxgpt.pretrained.load import Trained, load
+    from jaxgpt.pretrained.load import load
+    from jaxgpt.pretrained.trained import Trained
     from jaxgpt.training.loop import train
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ __all__ = [
 _MODULES = {
     "Config": "config",
     "InputError": "errors",
-    "Trained": "pretrained.load",
+    "Trained": "pretrained.trained",
     "TrainingError": "errors",
     "generate": "generation.decode",
     "load": "pretrained.load",

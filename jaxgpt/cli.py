@@ -25,7 +25,8 @@ from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
-from jaxgpt.pretrained.load import Dtype, Trained, check_exists, load
+from jaxgpt.pretrained.load import check_exists, load
+from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers

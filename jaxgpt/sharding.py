@@ -59,6 +59,8 @@ class ParallelConfig:
     """Devices that shard the parameters as well as the rows of the batch (FSDP, ZeRO-3)."""
     tensor: int = 1
     """Devices that shard heads, MLP and vocabulary (Megatron's tensor parallelism)."""
+    devices: Annotated[int, Ge(0)] = 0
+    """The number of devices to train on, in one process with mode=jit; 0: all."""
     processes: Annotated[int, Ge(0)] = 1
     """The number of processes, one per host, each started by the same command on a shared folder;
     0: found from the cluster (TPU pod, Slurm, Open MPI, Kubernetes)."""
@@ -70,6 +72,11 @@ class ParallelConfig:
     def check(self) -> None:
         """Raises InputError where a field cannot be; `make_mesh` checks those of devices."""
         check_bounds(self, "parallel.")
+        if self.devices and (self.processes != 1 or self.mode == "pmap"):
+            raise InputError(
+                f"parallel.devices={self.devices} is for one process with mode=jit; set it to 0",
+                field="parallel.devices",
+            )
         if self.processes < 2 and (self.process or self.coordinator):
             raise InputError(
                 f"parallel.process={self.process} and coordinator={self.coordinator!r} are for "
@@ -149,9 +156,14 @@ def on_first_process(context: AbstractContextManager[Entered]) -> Iterator[Enter
 def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh of a config: axes `data`, `fsdp`, `tensor`, over all devices by default.
 
-    Raises InputError where the axes do not multiply to the number of devices.
+    Raises InputError if there are too few devices, or if the axes do not multiply to their number.
     """
     devices = jax.devices() if devices is None else devices
+    if cfg.devices > len(devices):
+        raise InputError(
+            f"parallel.devices={cfg.devices}, and there are {len(devices)}; set it to at most that"
+        )
+    devices = devices[: cfg.devices or None]
     sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
     given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if sum(size == -1 for size in sizes.values()) > 1 or any(

@@ -11,6 +11,9 @@ from typing import Any
 Json = dict[str, "Json"] | list["Json"] | str | float | bool | None
 """A value of JSON."""
 
+JsonObject = dict[str, Any]
+"""A JSON object. The types of its values have to be checked before they are used."""
+
 DEEPEST = 100
 """Maximum nesting depth of arrays and objects, so that recursive code can process the values."""
 

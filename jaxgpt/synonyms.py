@@ -59,7 +59,7 @@ MODULES = {
     "jaxgpt.sampling": "jaxgpt.generation.sampling",
     "jaxgpt.step": "jaxgpt.training.step",
     "jaxgpt.telemetry": "jaxgpt.training.telemetry",
-    "jaxgpt.trained": "jaxgpt.pretrained.load",
+    "jaxgpt.trained": "jaxgpt.pretrained.trained",
     "jaxgpt.tune": "jaxgpt.training.finetune",
     "jaxgpt.writing": "jaxgpt.generation.stream",
 }

@@ -24,7 +24,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.generation.stream import TextStream
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
 
 if TYPE_CHECKING:

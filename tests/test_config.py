@@ -109,7 +109,7 @@ def test_a_config_shows_on_a_terminal_what_differs_from_the_defaults():
     ],
     ids=str,
 )
-def test_what_is_not_a_config_is_refused(values, says):
+def test_invalid_config_values_are_refused(values, says):
     with pytest.raises(InputError) as error:
         from_dict(Config, values)
     assert says in str(error.value)

@@ -14,6 +14,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -30,8 +31,7 @@ from jaxgpt.data.records import open_records
 from jaxgpt.data.sources import measure, open_source
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import choices, json_schema, regex
-from jaxgpt.model import ComputeConfig, GPTConfig, letters
-from jaxgpt.model.params import flat, nested
+from jaxgpt.model.params import flat
 from jaxgpt.paths import regular_file
 from jaxgpt.pretrained import peft
 from jaxgpt.pretrained.export import new_folder
@@ -39,6 +39,8 @@ from jaxgpt.terminal import read_message
 from jaxgpt.tokenizer import Bytes, HuggingFace, TokenizerConfig, build
 from jaxgpt.tokenizer.exported import to_tokenizer_json
 from jaxgpt.tokenizer.huggingface import read_text, read_tokenizer, write_tokenizer
+from tests import tiny
+from tests.tiny import PLAIN, random_params
 
 HEALTH = list(HealthCheck)
 SECONDS = 20  # far more than anything here takes, on a slow machine too
@@ -58,12 +60,9 @@ def soon():
     signal.signal(signal.SIGALRM, before)
 
 
-LLAMA = GPTConfig(
-    L=2, D=16, N=2, K=1, F=24, T=32, V=257, position="rotary", norm="rmsnorm", mlp="swiglu",
-    bias=False,
-)  # fmt: skip
+LLAMA = replace(tiny.LLAMA, D=16, N=2, K=1, F=24, V=257)
 MODELS = {
-    "gpt2": GPTConfig(L=2, D=16, N=2, T=8, V=257),
+    "gpt2": replace(tiny.GPT2, N=2, T=8, V=257),
     "llama": LLAMA,
     "qwen3": replace(LLAMA, qk_norm=True),
     "gemma3_text": replace(
@@ -77,14 +76,8 @@ def export(folder, cfg, **options):
     """An export of random parameters, with a tokenizer and a manifest."""
     with new_folder(folder) as draft:
         write_tokenizer(Bytes(), draft, cfg.T)
-        pretrained.write_model(draft, cfg, random_params(cfg), **options)
+        pretrained.write_model(draft, cfg, random_params(cfg.build(PLAIN)), **options)
     return folder
-
-
-def random_params(cfg):
-    rng = np.random.default_rng(0)
-    leaves = letters(cfg.build(ComputeConfig()))
-    return nested({path: rng.normal(size=shape) for path, (_, shape) in leaves.items()})
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +193,7 @@ def test_a_number_of_a_config_that_is_not_finite_is_refused(exports, tmp_path, c
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_tensor(tmp_path, value):
     cfg = MODELS["gpt2"]
-    params = random_params(cfg)
+    params = jax.tree.map(np.copy, random_params(cfg.build(PLAIN)))
     params["blocks"]["1"]["up"]["w"][3, 5] = value
     pretrained.write_model(tmp_path, cfg, params)
     with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight' has NaN or infinite values"):
@@ -284,7 +277,7 @@ def irregular(request, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_is_no_regular_file_is_never_opened(exports, tmp_path, irregular):
+def test_irregular_files_are_never_opened(exports, tmp_path, irregular):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         folder = copy(exports["gpt2"], tmp_path / name.replace(".", "-"))
         irregular(folder / name)
@@ -340,7 +333,7 @@ def test_a_link_to_a_regular_file_is_one(tmp_path):
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_what_is_no_json_is_a_value_error(text):
+def test_invalid_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         strict_json.loads(text)
 

@@ -3,7 +3,6 @@
 `golden/make.py` says what the archives hold and how a new one is written.
 """
 
-import importlib.util
 import json
 import tarfile
 from pathlib import Path
@@ -11,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
-spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
+from tests.golden import make
 
-ARCHIVES = sorted(GOLDEN.glob("*.tar.xz"))
+ARCHIVES = sorted(Path(make.__file__).parent.glob("*.tar.xz"))
 RUNS = [cfg.name for cfg in make.CONFIGS]
 
 

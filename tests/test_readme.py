@@ -16,25 +16,23 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from unittest.mock import Mock
 
-import jax
 import pytest
 
 import train
-from jaxgpt import cli, config, sharding
+from jaxgpt import cli, config
 from jaxgpt.data import sources, synthetic
 from jaxgpt.serve import server
+from jaxgpt.sharding import ParallelConfig
 
 ROOT = Path(__file__).parent.parent
 GUIDES = re.findall(r": (\S+[.]md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 PAGES = ["README.md", *(f"docs/{page}" for page in GUIDES)]
 OTHERS = ["CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/RESULTS.md"]
 BOUND = server._bind
-MAKE_MESH = sharding.make_mesh
 FROM_COMMAND_LINE = config.from_command_line
 
 
@@ -66,7 +64,10 @@ def small(args, default):
     few = {"steps": 2, "batch": 4, "eval_batches": 1}
     few["sample_tokens"] = min(cfg.train.sample_tokens, 8)
     cfg = replace(
-        cfg, train=replace(cfg.train, **few), optim=replace(cfg.optim, name="adamw", warmup=1)
+        cfg,
+        train=replace(cfg.train, **few),
+        optim=replace(cfg.optim, name="adamw", warmup=1),
+        parallel=ParallelConfig(devices=1),
     )
     return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
 
@@ -89,7 +90,6 @@ def copy(tmp_path, monkeypatch):
 @pytest.fixture
 def newcomer(copy, monkeypatch):
     """That copy after the first command, with small sizes."""
-    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:1]))
     monkeypatch.setattr(config, "from_command_line", small)
     root, files = sources.standard_library()
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")

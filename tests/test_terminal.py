@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from codecs import getincrementaldecoder
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +20,14 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jaxgpt import cli, model, paths, pretrained, terminal
+from jaxgpt import cli, model, paths, terminal
 from jaxgpt.chat import equipped
 from jaxgpt.cli import main
 from jaxgpt.data.records import open_records
 from jaxgpt.generation.stream import CHUNK
-from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.terminal import printable
-from jaxgpt.tokenizer import BPE, EOT, PATTERN
-from jaxgpt.tokenizer.huggingface import write_tokenizer
+from tests.tiny import LLAMA, PLAIN, ROOT, bpe, write_hugging_face
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It
 # knows which byte comes after which, so none is in it twice; the next best is a line break.
@@ -39,38 +38,21 @@ CHUNKS = 3
 ANSWER = SENT[: CHUNKS * CHUNK].decode()
 CUT = "(truncated at the limit of --tokens, or because the context is full)"
 T = 256
-BYTES = BPE("bpe", [bytes([byte]) for byte in range(256)], PATTERN, {EOT: 256})
+BYTES = bpe()
 
 
 def save(folder, tokenizer):
     """The model, in Hugging Face's layout."""
-    folder.mkdir()
-    cfg = GPTConfig(
-        L=1,
-        D=288,
-        N=1,
-        K=1,
-        H=8,
-        F=8,
-        T=T,
-        V=tokenizer.vocab_size,
-        position="rotary",
-        norm="rmsnorm",
-        mlp="swiglu",
-        bias=False,
-        qk_norm=True,
-        tied=False,
-    )
-    shapes = jax.eval_shape(partial(model.init, cfg.build(ComputeConfig())), jax.random.key(0))
+    sizes = {"L": 1, "D": 288, "N": 1, "K": 1, "H": 8, "F": 8, "T": T, "V": tokenizer.vocab_size}
+    cfg = replace(LLAMA, **sizes, qk_norm=True, tied=False)
+    shapes = jax.eval_shape(partial(model.init, cfg.build(PLAIN)), jax.random.key(0))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     params["norm"]["scale"] += 1
     params["wte"] += np.eye(*shapes["wte"].shape, dtype=np.float32)
     for before, after in zip(b"\n" + SENT, SENT + SENT[:1], strict=True):
         params["head"][after, before] = 6 / np.sqrt(cfg.D)
         params["head"][10, before] = 5 / np.sqrt(cfg.D)
-    pretrained.write_model(folder, cfg, params)
-    write_tokenizer(tokenizer, folder, T)
-    return folder
+    return write_hugging_face(folder, cfg, tokenizer, params)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +116,7 @@ class Terminal:
             stderr=tty,
             pass_fds=[gate],
             start_new_session=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             env=environment(env),
         )
         os.close(tty)
@@ -256,13 +238,13 @@ def test_an_answer_is_seen_while_it_is_written(chat):
     assert chat.until("> $").startswith(SEEN[CHUNK : len(ANSWER)] + "\r\n")
 
 
-def test_what_a_model_writes_commands_nothing(chat):
+def test_control_characters_of_generated_text_are_replaced(chat):
     sent = chat.ask("Hello", CHUNKS)
     assert "Z\ufffd[31m\ufffd\ufffd\ufffd4abc" in sent
     assert "\x1b[31m" not in sent and "\x07" not in sent and "\x9b" not in sent
 
 
-def test_one_sees_messages_and_answers_and_nothing_else(chat):
+def test_the_screen_shows_messages_and_answers_alone(chat):
     sent = "".join(chat.ask(*line) for line in (("Hello", CHUNKS), ("/reset",), ("Bye", CHUNKS)))
     answer = SEEN[: len(ANSWER)]
     shown = ["> Hello", answer, CUT, "> /reset", "> Bye", answer, CUT, ">"]
@@ -278,7 +260,7 @@ def test_a_message_may_have_several_lines(chat, said):
     assert said() == ["one \ntwo\nthree", ANSWER, '/help\nx = """a\n', ANSWER]
 
 
-def test_what_was_typed_comes_back_with_an_arrow(chat, said):
+def test_the_up_key_recalls_the_last_message(chat, said):
     chat.ask("Hello again", CHUNKS)
     chat.ask(UP, CHUNKS)
     assert said() == ["Hello again", ANSWER] * 2
@@ -291,7 +273,7 @@ def test_a_conversation_can_be_forgotten(chat, said):
     assert said() == ["Hello again", ANSWER]
 
 
-def test_another_system_message_begins_anew(chat, tmp_path):
+def test_a_new_system_message_starts_a_new_conversation(chat, tmp_path):
     file = tmp_path / "said.jsonl"
     for line in ("Hello", "/system  Speak up,\\", "Hello", "/system", "Hello"):
         if line.endswith("\\"):
@@ -346,7 +328,9 @@ def test_a_message_is_answered_again_in_another_way(chat, said):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_cannot_be_is_said_in_a_line_and_the_conversation_goes_on(chat, said, line, says):
+def test_an_invalid_line_is_one_line_of_error_and_the_conversation_continues(
+    chat, said, line, says
+):
     chat.type(line)
     _, error, prompt = screen(chat.ask(""))[-3:]
     assert re.match(f"error: .*{says}", error) and prompt == ">"
@@ -414,7 +398,7 @@ def test_ctrl_c_before_anything_is_written_says_no_more(goes_on):
         assert program.close() == 130
 
 
-def test_a_clock_shows_that_something_goes_on_and_is_gone_then(chat):
+def test_a_clock_is_shown_while_one_waits_and_then_removed(chat):
     chat.type("Hello\r")
     sent = chat.until(r"compiling… \d+ s")
     assert screen("> " + sent)[:2] == ["> Hello", re.search(r"compiling… \d+ s", sent)[0]]
@@ -475,7 +459,7 @@ def test_a_second_start_compiles_nothing_anew_and_the_programs_are_private(goes_
 
     again = subprocess.run(
         [sys.executable, "-m", "jaxgpt", *line],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=environment(own),
         capture_output=True,
         text=True,
@@ -531,7 +515,7 @@ def test_a_beam_takes_the_likeliest_text(run, goes_on):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
+def test_generated_text_keeps_choices_regex_and_schema(run, goes_on, seed, tmp_path):
     at = ("--seed", seed, *HOT)
     _, out, _ = run("generate", goes_on, "Is it? ", "--choices", "yes", "no", "maybe so", *at)
     assert out in ("Is it? yes\n", "Is it? no\n", "Is it? maybe so\n")
@@ -573,7 +557,7 @@ def test_what_is_written_may_be_chosen(run, goes_on, seed, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_one_line_before_anything_is_written(
+def test_an_invalid_option_is_one_line_of_error_before_any_text(
     run, goes_on, tmp_path, monkeypatch, args, says
 ):
     monkeypatch.chdir(tmp_path)
@@ -584,14 +568,14 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(
     assert re.fullmatch(f"error: .*{says}.*\n", errors)
 
 
-def test_what_is_no_command_to_a_terminal_is_shown_as_it_is():
+def test_printable_text_is_shown_unchanged():
     text = "é\u00a0天\u3000\u0645\u200c\u0646 👩\u200d👩\u200d👧 e\u0301\tx\n\U0001fae8"
     assert printable(text) == text
     for code in [*range(9), *range(11, 32), *range(127, 160), 0xD800, 0xDFFF]:
         assert printable(f"a{chr(code)}b") == "a\ufffdb"
 
 
-def test_labels_and_translations_command_nothing(run, monkeypatch):
+def test_control_characters_of_labels_and_translations_are_replaced(run, monkeypatch):
     class Objective:
         labels = ("\x1b[2J",)
 
@@ -606,7 +590,7 @@ def test_labels_and_translations_command_nothing(run, monkeypatch):
     assert run("translate", "run", "a") == (0, "\ufffd[2J\n", "")
 
 
-def test_programs_are_compiled_anew_where_no_folder_is_ones_own(tmp_path, monkeypatch):
+def test_programs_are_not_cached_without_a_private_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file"))
     before = jax.config.jax_compilation_cache_dir
@@ -618,10 +602,11 @@ def test_programs_are_compiled_anew_where_no_folder_is_ones_own(tmp_path, monkey
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_who_reads_a_text_may_leave_before_its_end(goes_on):
-    line = [sys.executable, "-m", "jaxgpt", "generate", goes_on, "12A", "--tokens", "60"]
+def test_a_closed_pipe_ends_generate_without_an_error(goes_on):
+    options = ("--tokens", "60", "--temperature", "0")  # a program that other tests compile too
+    line = [sys.executable, "-m", "jaxgpt", "generate", goes_on, "12A", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(line, cwd=Path(__file__).parent.parent, **pipes) as process:
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 128 + 13

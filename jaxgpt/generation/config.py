@@ -13,6 +13,8 @@ from jaxgpt.generation.sampling import NEUTRAL, Sampling
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import Tokenizer
 
+Compile = Callable[..., constrained.Guide]
+
 TEMPERATURE = 0.8
 """The temperature in Python and on the command line, for models that have no default."""
 
@@ -59,23 +61,26 @@ class GenerationConfig(Sampling):
             )
 
     @property
-    def constraint(self) -> tuple[Callable[..., constrained.Guide], Any] | None:
-        """The function that compiles the constraint, and its argument; None: no constraint.
+    def constraint(self) -> tuple[str, Compile, Any] | None:
+        """The option that constrains the text, the function that compiles it, and its argument.
+
+        None: the text is not constrained.
 
         Raises:
             InputError: More than one of `choices`, `regex` and `schema` is given.
         """
-        constraints: dict[str, tuple[Callable[..., constrained.Guide], Any]] = {
-            "choices": (constrained.choices, list(self.choices)),
-            "regex": (constrained.regex, self.regex),
-            "schema": (constrained.json_schema, self.schema and dict(self.schema)),
-        }
-        given = [name for name in constraints if getattr(self, name) not in ((), [], "", None)]
+        options: list[tuple[str, Compile, Any]] = [
+            ("choices", constrained.choices, list(self.choices)),
+            ("regex", constrained.regex, self.regex),
+            ("schema", constrained.json_schema, self.schema and dict(self.schema)),
+        ]
+        given = [one for one in options if getattr(self, one[0]) not in ((), [], "", None)]
         if len(given) > 1:
+            names = [name for name, _, _ in given]
             raise InputError(
-                f"{' and '.join(given)} cannot be combined; use one of them", field=given[1]
+                f"{' and '.join(names)} cannot be combined; use one of them", field=names[1]
             )
-        return constraints[given[0]] if given else None
+        return given[0] if given else None
 
     def as_guide(
         self, tokenizer: Tokenizer, ends: Sequence[int], context: Sequence[int] | None = None
@@ -92,7 +97,7 @@ class GenerationConfig(Sampling):
         """
         if self.constraint is None:
             return None
-        compile_, value = self.constraint
+        _, compile_, value = self.constraint
         return compile_(tokenizer, value, ends=ends, context=context)
 
 

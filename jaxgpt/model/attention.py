@@ -273,15 +273,19 @@ def _chunked(
 
 
 def prompt_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int = 0
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    window: int = 0,
+    unrolled: int = UNROLLED,
 ) -> jax.Array:
     """Causal `attention` by the chunked implementation, for prompts of any length, forward only.
 
-    A long prompt's chunks are computed one after the other in a loop: unrolled, their scores would
-    all be in memory at once, T^2 / 2 for each head, and the program would be as long.
+    More than `unrolled` chunks are computed one after the other in a loop: unrolled, their scores
+    would all be in memory at once, T^2 / 2 for each head, and the program would be as long.
     """
     T = q_BTNH.shape[1]
-    if T <= UNROLLED * CHUNK:
+    if unrolled * CHUNK >= T:
         return _chunked(q_BTNH, k_BTKH, v_BTKH, CHUNK, window, None, None)
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0)))
     k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)

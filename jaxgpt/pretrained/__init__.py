@@ -14,11 +14,10 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST, check_manifest
-from jaxgpt.model import GPTConfig
+from jaxgpt.model import GPTConfig, Params
 from jaxgpt.pretrained import foreign, gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.hub import CONFIG
@@ -30,11 +29,9 @@ from jaxgpt.pretrained.tensors import (
     read_folder,
     read_json,
 )
+from jaxgpt.strict_json import JsonObject
 
 FAMILIES = (gpt2, llama, qwen, gemma)
-
-# Fields of GPTConfig that affect only training, and that config.json need not preserve.
-TRAINING: dict[str, Any] = {"dropout": 0.0, "init_std": 0.02}
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,10 @@ class Pretrained:
     dtype: str
     """The data type of the parameters in the files: float32, float16 or bfloat16."""
     tensors: list[tuple[weights.Row, Tensor]]
-    generation_config: dict[str, Any]
+    generation_config: JsonObject
     """The fields of generation_config.json, see `generation.read_generation_config`."""
 
-    def params(self, abstract: Any = None) -> Any:
+    def params(self, abstract: Params | None = None) -> Params:
         """Loads the parameter tree in float32, see `weights.load`."""
         return weights.load(self.cfg, self.tensors, abstract)
 
@@ -146,17 +143,17 @@ def are_alike(one: GPTConfig, other: GPTConfig) -> bool:
 
 def _plain(cfg: GPTConfig) -> GPTConfig:
     """The architecture with explicit sizes, and default values of the fields for training."""
-    sizes: dict[str, Any] = {letter: cfg.sizes[letter] for letter in "KHF"}
-    return replace(cfg, **TRAINING, **sizes)
+    K, H, F = (cfg.sizes[letter] for letter in "KHF")
+    return replace(cfg, K=K, H=H, F=F, dropout=0.0, init_std=0.02)
 
 
 def write_model(
     folder: Path,
     cfg: GPTConfig,
-    params: Any,
+    params: Params,
     *,
     dtype: str = "float32",
-    extra: dict[str, Any] | None = None,
+    extra: JsonObject | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
     """Writes config.json and safetensors files for transformers.

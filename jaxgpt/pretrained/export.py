@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,12 +17,13 @@ from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import TEMPERATURE
 from jaxgpt.manifest import write_manifest
-from jaxgpt.model import ComputeConfig, GPTConfig, count, letters
+from jaxgpt.model import ComputeConfig, GPTConfig, Params, count, letters
 from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import ModelSource, source, versions
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
 
@@ -134,7 +134,7 @@ def trained_template(found: ModelSource) -> Template | None:
         return None
 
 
-def generation_config(found: ModelSource, template: Template | None) -> dict[str, Any]:
+def generation_config(found: ModelSource, template: Template | None) -> JsonObject:
     """Builds generation_config.json from that of the model's source, with all end tokens.
 
     Args:
@@ -142,7 +142,7 @@ def generation_config(found: ModelSource, template: Template | None) -> dict[str
         template: The chat format in which it was trained, whose end tokens are added; or None.
     """
     tokenizer, given = found.tokenizer, found.generation_config
-    own: dict[str, Any] = {
+    own: JsonObject = {
         "do_sample": True,
         "temperature": TEMPERATURE,
         "top_k": 0,
@@ -234,7 +234,7 @@ def _base(found: ModelSource, given: str) -> tuple[str, str | None, pretrained.P
     return full, revision, pretrained.read_model(hub.fetch(full, revision or "main").folder)
 
 
-def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: Any) -> None:
+def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: Params) -> None:
     """Raises InputError unless `params` are those of `base`, apart from LoRA and new tokens.
 
     To be quick, it compares the embedding and the first block only.
@@ -380,5 +380,5 @@ def _training(found: ModelSource) -> list[str]:
     ]
 
 
-def _listed(versions: dict[str, Any]) -> str:
+def _listed(versions: JsonObject) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())

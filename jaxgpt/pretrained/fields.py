@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.model.rotary import RopeScaling
+from jaxgpt.strict_json import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Fields:
 
     def __init__(
         self,
-        values: dict[str, Any],
+        values: JsonObject,
         file: Path,
         shapes: Iterable[tuple[int, ...]] | None = None,
     ) -> None:
@@ -242,9 +243,9 @@ def layer_types(windows: list[int]) -> list[str]:
     return ["sliding_attention" if window else "full_attention" for window in windows]
 
 
-def rope_fields(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+def rope_fields(theta: float, scaling: RopeScaling) -> JsonObject:
     """Returns the RoPE fields in the format of transformers 4, which transformers 5 reads too."""
-    table: dict[str, Any] | None = None
+    table: JsonObject | None = None
     if scaling.kind in ("linear", "dynamic"):
         table = {"rope_type": scaling.kind, "factor": scaling.factor}
     elif scaling.kind == "llama3":

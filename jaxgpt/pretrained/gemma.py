@@ -1,12 +1,11 @@
 """Gemma 3, text-only models (Gemma Team 2025)."""
 
-from typing import Any
-
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.model.rotary import RopeScaling
 from jaxgpt.pretrained.fields import Fields, layer_types, rope_fields
 from jaxgpt.pretrained.llama import BLOCK, ENDS, common_config, common_fields
+from jaxgpt.strict_json import JsonObject
 
 MODEL_TYPES = ("gemma3_text",)
 PREFIX = "model."
@@ -65,7 +64,7 @@ def read_config(fields: Fields) -> GPTConfig:
     )
 
 
-def write_config(cfg: GPTConfig) -> dict[str, Any]:
+def write_config(cfg: GPTConfig) -> JsonObject:
     """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["Gemma3ForCausalLM"],

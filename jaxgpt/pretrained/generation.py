@@ -16,6 +16,7 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import NEUTRAL, Sampling
 from jaxgpt.pretrained.tensors import read_json
+from jaxgpt.strict_json import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,7 @@ OTHER = {
 }
 
 
-def read_generation_config(
-    folder: Path, config: Mapping[str, Any], vocabulary: int
-) -> dict[str, Any]:
+def read_generation_config(folder: Path, config: JsonObject, vocabulary: int) -> JsonObject:
     """Reads generation_config.json, or the special token ids of config.json if there is none.
 
     Args:
@@ -95,7 +94,7 @@ def end_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ends) if isinstance(ends, list | tuple) else (ends,)
 
 
-def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+def sampling(fields: Mapping[str, Any]) -> JsonObject:
     """Returns the model's sampling settings, by the names of the fields of `Sampling`.
 
     `do_sample: false` becomes temperature 0, which is greedy decoding.

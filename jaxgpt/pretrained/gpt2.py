@@ -1,9 +1,8 @@
 """GPT-2 (Radford et al. 2019) and models with its architecture, such as DistilGPT-2, DialoGPT."""
 
-from typing import Any
-
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.fields import Fields
+from jaxgpt.strict_json import JsonObject
 
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
@@ -53,7 +52,7 @@ def read_config(fields: Fields) -> GPTConfig:
     )
 
 
-def write_config(cfg: GPTConfig) -> dict[str, Any]:
+def write_config(cfg: GPTConfig) -> JsonObject:
     """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -10,20 +10,18 @@ network. If the hub does not answer, `fetch` raises an error within seconds that
 import difflib
 import errno
 import os
-import queue
 import re
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from jaxgpt.download import answer_within
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST
 from jaxgpt.pretrained.foreign import ADAPTER
-from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_json
+from jaxgpt.pretrained.tensors import INDEX, SINGLE, read_index
 from jaxgpt.tokenizer.huggingface import CHAT_TEMPLATES
 
 CONFIG = "config.json"
@@ -141,24 +139,23 @@ class _Repository:
         get_token()  # outside of the time limit, because Colab may ask the user for the token
         api = HfApi(endpoint=self.endpoint)
         try:
-            info = _within(
+            info = answer_within(
                 ANSWER_SECONDS,
                 lambda: api.model_info(
                     self.full_name, revision=self.revision, timeout=ANSWER_SECONDS
                 ),
             )
-            if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
-                raise InputError(
-                    f"{self.url} returned {info.sha!r:.80} instead of a commit; check HF_ENDPOINT"
-                )
-        except InputError:
-            raise
         except Exception as error:  # huggingface_hub's versions use different HTTP libraries
             if explained := self.http_error(error):
                 raise explained from None
             return self.cached(f"{self.url} {_reason(error)}")
+        commit = str(info.sha)
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise InputError(
+                f"{self.url} returned {commit!r:.80} instead of a commit; check HF_ENDPOINT"
+            )
         try:
-            return self.download(info.sha, [file.rfilename for file in info.siblings or ()])
+            return self.download(commit, {file.rfilename for file in info.siblings or ()})
         except InputError:
             raise
         except Exception as error:
@@ -168,8 +165,45 @@ class _Repository:
                 or self.unreachable(f"{self.url} {_reason(error)}")
             ) from None
 
-    def download(self, commit: str, files: Collection[str]) -> Snapshot:
-        """Downloads all files; the revision's reference comes last, which offline use relies on."""
+    def download(self, commit: str, files: Set[str]) -> Snapshot:
+        """Downloads the files that are needed; `files` are all files of the commit."""
+        wanted = self.wanted(files)
+        folder = self.snapshot(commit, wanted)
+        if INDEX in wanted:
+            shards = _shards(folder)
+            if missing := sorted(shards - files):
+                raise InputError(
+                    f"{self.url} has no {missing[0]}, which its {INDEX} lists; use another revision"
+                )
+            self.snapshot(commit, shards)
+        if self.revision != commit:
+            # snapshot_download writes the reference before the files, which offline use relies on.
+            reference = folder.parent.parent / "refs" / self.revision
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(commit)
+        return Snapshot(folder, self.full_name, commit)
+
+    def snapshot(self, commit: str, files: Set[str]) -> Path:
+        """Downloads some files of a commit to the cache, unless they are there."""
+        from huggingface_hub import snapshot_download
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough free disk space")
+            folder = snapshot_download(
+                self.full_name,
+                revision=commit,
+                cache_dir=self.cache,
+                endpoint=self.endpoint,
+                etag_timeout=ANSWER_SECONDS,
+                allow_patterns=sorted(files),
+            )
+        # If the hub stops answering, some versions of the library return an incomplete folder.
+        if missing := [file for file in sorted(files) if not Path(folder, file).exists()]:
+            raise ConnectionError(f"{missing[0]} was not downloaded")
+        return Path(folder)
+
+    def wanted(self, files: Set[str]) -> set[str]:
+        """The files to download, apart from shards; raises InputError if a needed one is absent."""
         if CONFIG not in files and ADAPTER in files:
             here = self.full_name.rpartition("/")[2]
             raise InputError(
@@ -177,47 +211,23 @@ class _Repository:
                 f"--local-dir {here}`, and use its base model with --adapter {here} (in Python, "
                 f"load(MODEL, adapter={here!r}))"
             )
+        templates = re.compile(rf"{CHAT_TEMPLATES}/[\w.-]+\.jinja")
+        beside = {name for name in files if name in BESIDE_WEIGHTS or templates.fullmatch(name)}
         if not self.needs_weights:
-            return self.download_tokenizer(commit, files)
+            if not _has_tokenizer(files):
+                raise InputError(
+                    f"{self.url} has neither tokenizer.json nor vocab.json with merges.txt; use a "
+                    "repository with a tokenizer"
+                )
+            return beside
         if CONFIG not in files:
             raise InputError(
                 f"{self.url} has no {CONFIG}, so the architecture is unknown; use a repository "
                 "that transformers can load"
             )
-        weights = self.weights(files)
-        for name in BESIDE_WEIGHTS:
-            if name in files:
-                folder = self.get(name, commit).parent
-        for name in files:
-            if re.fullmatch(rf"{CHAT_TEMPLATES}/[\w.-]+\.jinja", name):
-                self.get(name, commit)
-        self.get(weights, commit)
-        if weights == INDEX:
-            for name in _shards(folder):
-                if name not in files:
-                    raise InputError(
-                        f"{self.url} has no {name}, which its {INDEX} lists; use another revision"
-                    )
-                self.get(name, commit)
-        if self.revision != commit and self.lookup(self.full_name) != folder:
-            self.get(CONFIG, self.revision)
-        return Snapshot(folder, self.full_name, commit)
+        return {*beside, self.weights(files)}
 
-    def download_tokenizer(self, commit: str, files: Collection[str]) -> Snapshot:
-        """Downloads all files but the weights; the file that `lookup` checks comes last."""
-        if not _has_tokenizer(files):
-            raise InputError(
-                f"{self.url} has neither tokenizer.json nor vocab.json with merges.txt; use a "
-                "repository with a tokenizer"
-            )
-        for name in BESIDE_WEIGHTS:
-            if name in files:
-                folder = self.get(name, commit).parent
-        if self.revision != commit and self.lookup(self.full_name) != folder:
-            self.get(next(name for name in TOKENIZERS if name in files), self.revision)
-        return Snapshot(folder, self.full_name, commit)
-
-    def weights(self, files: Collection[str]) -> str:
+    def weights(self, files: Set[str]) -> str:
         """Chooses the file of weights to download; raises InputError if there are only pickles."""
         for name in (INDEX, SINGLE):
             if name in files:
@@ -234,23 +244,6 @@ class _Repository:
             f"{self.url} has neither {SINGLE} nor {INDEX} (its weights: "
             f"{', '.join(others[:3]) or 'none'}); use a repository with one of them"
         )
-
-    def get(self, file: str, revision: str) -> Path:
-        """Downloads one file to the cache unless it is there."""
-        from huggingface_hub import hf_hub_download
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Not enough free disk space")
-            return Path(
-                hf_hub_download(
-                    self.full_name,
-                    file,
-                    revision=revision,
-                    cache_dir=self.cache,
-                    endpoint=self.endpoint,
-                    etag_timeout=ANSWER_SECONDS,
-                )
-            )
 
     def lookup(self, name: str) -> Path | None:
         """Returns the cache's folder for the revision if it has the last file, or None."""
@@ -344,42 +337,18 @@ class _Repository:
         return None
 
 
-def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """Calls `ask` in a thread and returns its result; raises TimeoutError after `seconds`."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    # HTTP timeouts do not apply to the DNS look-up, so a daemon thread waits for it.
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-    if error is not None:
-        raise error
-    return answer
-
-
-def _shards(folder: Path) -> list[str]:
+def _shards(folder: Path) -> set[str]:
     """The files of weights that a folder's index lists."""
-    where = read_json(folder, INDEX).get("weight_map")
-    names = where.values() if isinstance(where, dict) else ()
-    if not names or not all(
-        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names
-    ):
+    names = set(read_index(folder).values())
+    if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
         raise InputError(
-            f"{folder / INDEX} has no weight_map to safetensors files in the same folder; "
+            f"{folder / INDEX} lists files that are not safetensors files in the same folder; "
             "download it again"
         )
-    return sorted(set(names))
+    return names
 
 
-def _has_tokenizer(files: Collection[str]) -> bool:
+def _has_tokenizer(files: Set[str]) -> bool:
     return TOKENIZERS[0] in files or {"vocab.json", "merges.txt"}.issubset(files)
 
 

@@ -3,10 +3,12 @@
 The families of Qwen and Gemma use this module for what they have in common with Llama.
 """
 
-from typing import Any
+from typing import TypedDict
 
 from jaxgpt.model import GPTConfig
+from jaxgpt.model.rotary import RopeScaling
 from jaxgpt.pretrained.fields import Fields, rope_fields, scaled_context
+from jaxgpt.strict_json import JsonObject
 
 MODEL_TYPES = ("llama",)
 PREFIX = "model."
@@ -44,7 +46,7 @@ def read_config(fields: Fields) -> GPTConfig:
     return common_config(fields, T=2048, bias=bias, **rotary(fields, 2048))
 
 
-def write_config(cfg: GPTConfig) -> dict[str, Any]:
+def write_config(cfg: GPTConfig) -> JsonObject:
     """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -57,19 +59,34 @@ def write_config(cfg: GPTConfig) -> dict[str, Any]:
     }
 
 
-def rotary(fields: Fields, T: int) -> dict[str, Any]:
+class Rotary(TypedDict):
+    """GPTConfig's options of the rotary embeddings."""
+
+    rope_theta: float
+    rope_scaling: RopeScaling
+
+
+def rotary(fields: Fields, T: int) -> Rotary:
     """Returns GPTConfig's RoPE options; T is the family's default context."""
     theta, scaling = fields.rope(10000.0, T)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def common_config(fields: Fields, T: int, tied: bool = False, **options: Any) -> GPTConfig:
+def common_config(
+    fields: Fields,
+    T: int,
+    tied: bool = False,
+    *,
+    rope_scaling: RopeScaling,
+    **options: object,
+) -> GPTConfig:
     """Builds the GPTConfig of a family like Llama.
 
     Args:
         fields: The fields of config.json.
         T: The family's default context.
         tied: The family's default for `tie_word_embeddings`.
+        rope_scaling: The scaling of the rotary embeddings.
         options: Further options of the GPTConfig, which override the common ones.
     """
     D, N = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -80,9 +97,10 @@ def common_config(fields: Fields, T: int, tied: bool = False, **options: Any) ->
         "K": fields.size("num_key_value_heads", N),
         "H": fields.size("head_dim", D // N),
         "F": fields.size("intermediate_size"),
-        "T": scaled_context(fields.context("max_position_embeddings", T), options["rope_scaling"]),
+        "T": scaled_context(fields.context("max_position_embeddings", T), rope_scaling),
         "V": fields.size("vocab_size"),
         "position": "rotary",
+        "rope_scaling": rope_scaling,
         "norm": "rmsnorm",
         "norm_eps": fields("rms_norm_eps", 1e-6, kind=float),
         "mlp": "swiglu",
@@ -93,7 +111,7 @@ def common_config(fields: Fields, T: int, tied: bool = False, **options: Any) ->
     return GPTConfig(**(common | options))
 
 
-def common_fields(cfg: GPTConfig) -> dict[str, Any]:
+def common_fields(cfg: GPTConfig) -> JsonObject:
     """Returns the fields of config.json that Llama-like families share; inverts `common_config`."""
     sizes = cfg.sizes
     dynamic = cfg.rope_scaling.kind == "dynamic"

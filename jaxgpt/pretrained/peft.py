@@ -30,31 +30,25 @@ DoRA, raises an error that names the field. Nothing is unpickled.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained.expressions import Expressions, check_length
 from jaxgpt.generation.constrained.pattern import Pattern
 from jaxgpt.manifest import check_manifest
-from jaxgpt.model import GPTConfig
-from jaxgpt.model.params import Params, flat, nested
+from jaxgpt.model import GPTConfig, Params
+from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import inside
 from jaxgpt.pretrained import family_of
 from jaxgpt.pretrained.fields import LARGEST_INT, Fields
-from jaxgpt.pretrained.tensors import (
-    DTYPES,
-    Shape,
-    StoredTensor,
-    read_header,
-    read_json,
-    write_file,
-)
+from jaxgpt.pretrained.tensors import DTYPES, Tensor, read_header, read_json
 from jaxgpt.pretrained.weights import Row, check_finite, rows
 from jaxgpt.training.finetune import LORA
 
@@ -77,6 +71,8 @@ READ = {
     "rank_pattern", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
 SOME_ROWS, ALL_ROWS = ".token_adapter.trainable_tokens_delta", ".weight"
+
+Value = TypeVar("Value")
 
 
 class Factors(NamedTuple):
@@ -188,7 +184,7 @@ def read_rows(folder: Path, cfg: GPTConfig) -> dict[str, Rows]:
     return found
 
 
-def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
+def _rows(tensor: Tensor, ids: list[int] | range, cfg: GPTConfig, file: Path) -> Rows:
     """Reads a tensor's rows; raises InputError unless there is one for each id, without gaps."""
     sizes = len(ids) if isinstance(ids, list | range) else 0, cfg.D
     if not sizes[0] or any(type(i) is not int or not 0 <= i < LARGEST_INT for i in ids):
@@ -203,7 +199,7 @@ def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
             f"{tensor.file} has rows of tokens up to {max(ids)}, but the model has {cfg.V} tokens "
             f"and there is no row of token {min(missing)}; save the adapter again with PEFT"
         )
-    values = tensor.rows(0, sizes[0]).astype(np.float32)
+    values = tensor.array().astype(np.float32)
     check_finite(values, tensor.file, "a row of the embeddings")
     return Rows(np.asarray(ids, np.int32), values)
 
@@ -211,7 +207,7 @@ def _rows(tensor: StoredTensor, ids: Any, cfg: GPTConfig, file: Path) -> Rows:
 def write_adapter(
     folder: Path,
     cfg: GPTConfig,
-    params: Any,
+    params: Params,
     base: str,
     revision: str | None = None,
     base_V: int = 0,
@@ -273,8 +269,9 @@ def write_adapter(
             tensors[f"{PREFIX}{name}{SOME_ROWS}"] = np.asarray(params[leaf], np.float32)[new]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    shapes = {name: Shape("F32", tensor.shape) for name, tensor in tensors.items()}
-    return [folder / CONFIG, write_file(folder / WEIGHTS, shapes, shapes, tensors.__getitem__)]
+    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return [folder / CONFIG, folder / WEIGHTS]
 
 
 def _modules(cfg: GPTConfig) -> dict[str, list[Row]]:
@@ -319,7 +316,7 @@ def _check_fields(fields: Fields) -> None:
             )
 
 
-def _weights(folder: Path) -> dict[str, StoredTensor]:
+def _weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of the adapter's safetensors file, by name."""
     if (path := inside(folder, WEIGHTS)).exists():
         return read_header(path)
@@ -329,10 +326,10 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _pairs(
-    tensors: dict[str, StoredTensor], modules: dict[str, list[Row]]
-) -> dict[str, dict[str, StoredTensor]]:
+    tensors: dict[str, Tensor], modules: dict[str, list[Row]]
+) -> dict[str, dict[str, Tensor]]:
     """The tensors A and B of every adapted module; raises InputError for any other tensor."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, factor = name.removeprefix(PREFIX).rpartition(".lora_")
         known = name.startswith(PREFIX) and module in modules and factor in ("A.weight", "B.weight")
@@ -348,7 +345,7 @@ def _pairs(
 
 
 def _read_factor(
-    pair: dict[str, StoredTensor], factor: str, shape: tuple[int, int], module: str
+    pair: dict[str, Tensor], factor: str, shape: tuple[int, int], module: str
 ) -> np.ndarray:
     """Reads a factor in float32; raises InputError if it is missing or has another shape."""
     if factor not in pair:
@@ -360,7 +357,7 @@ def _read_factor(
             f"{tensor.file}: lora_{factor} of {module} has shape {list(tensor.shape)}, and the "
             f"model and {CONFIG} need {list(shape)}; use an adapter of this model"
         )
-    array = tensor.rows(0, shape[0]).astype(np.float32)
+    array = tensor.array().astype(np.float32)
     check_finite(array, tensor.file, f"lora_{factor} of {module}")
     return array
 
@@ -384,8 +381,8 @@ def _ranks_and_scales(fields: Fields, modules: list[str]) -> dict[str, tuple[int
 
 
 def _values_by_module(
-    fields: Fields, pattern: str, kind: type, modules: list[str]
-) -> dict[str, Any]:
+    fields: Fields, pattern: str, kind: type[Value], modules: list[str]
+) -> dict[str, Value]:
     """Looks modules up in a field such as `rank_pattern`, a map of regular expressions to values.
 
     As in PEFT, the first expression that matches the end of a module's name counts. Python's `re`
@@ -393,7 +390,7 @@ def _values_by_module(
     are matched with automata of limited size.
     """
     table = Fields(fields(pattern, {}, kind=dict), fields.file)
-    found: dict[str, Any] = {}
+    found: dict[str, Value] = {}
     graph, key = Expressions(), ""
     try:
         check_length("all keys together have", sum(map(len, table.values)))
@@ -404,7 +401,7 @@ def _values_by_module(
                 roots[key] = Pattern(graph, around=prefix).read(f"(?:{key})$")
         for key in table.values:
             if key in roots:
-                matches: Callable[[str], Any] = _automaton(graph, roots[key])
+                matches: Callable[[str], object] = _automaton(graph, roots[key])
             else:
                 matches = re.compile(rf"(.*\.)?{key}").fullmatch
             found |= {
@@ -437,7 +434,7 @@ def _automaton(graph: Expressions, root: int) -> Callable[[str], bool]:
 
 
 def _found(
-    cfg: GPTConfig, modules: dict[str, list[Row]], params: Any
+    cfg: GPTConfig, modules: dict[str, list[Row]], params: Params
 ) -> dict[str, list[Factors | None]]:
     """The factors of each adapted module's matrices; None for a matrix without factors."""
     leaves = {
@@ -511,12 +508,12 @@ def _alpha(factors: Factors) -> float:
     return round(alpha) if np.float32(round(alpha) / rank) == factors.scale else alpha
 
 
-def _by_suffix(values: dict[str, Any], modules: dict[str, list[Row]]) -> dict[str, Any]:
+def _by_suffix(values: Mapping[str, object], modules: dict[str, list[Row]]) -> dict[str, object]:
     """Shortens the keys of `values` to the last part of a module's name where that is unambiguous.
 
     That is the case if all modules whose names end with it have the same value.
     """
-    ends: dict[str, list[Any]] = {}
+    ends: dict[str, list[object]] = {}
     for module in modules:
         ends.setdefault(module.rpartition(".")[2], []).append(values.get(module))
     alike = {end for end, group in ends.items() if group == group[:1] * len(group)}

@@ -1,11 +1,10 @@
 """Qwen2 and Qwen2.5 (Qwen Team 2024; biases on q, k, v), and Qwen3 (2025; QK-norm)."""
 
-from typing import Any
-
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.fields import Fields, layer_types, rope_fields
 from jaxgpt.pretrained.llama import ROWS as LLAMA
 from jaxgpt.pretrained.llama import common_config, common_fields, rotary
+from jaxgpt.strict_json import JsonObject
 
 MODEL_TYPES = ("qwen2", "qwen3")
 PREFIX = "model."
@@ -40,7 +39,7 @@ def read_config(fields: Fields) -> GPTConfig:
     )
 
 
-def write_config(cfg: GPTConfig) -> dict[str, Any]:
+def write_config(cfg: GPTConfig) -> JsonObject:
     """Returns the fields of config.json for an architecture; the inverse of `read_config`."""
     return {
         "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "Qwen2ForCausalLM"],

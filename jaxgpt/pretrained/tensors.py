@@ -1,93 +1,65 @@
-"""Reads and writes safetensors files, one part of a tensor at a time.
+"""Reads and writes safetensors files, with as little of them in memory as possible.
 
-A file has 8 bytes with the length of the header, the header in JSON, and the tensors' bytes one
-after another (https://github.com/huggingface/safetensors). The header is fully checked against the
-file. Unlike the safetensors library, this module does not map files into memory, because all of a
-mapped file may count as used memory.
+The safetensors library (https://github.com/huggingface/safetensors) checks a file's header. Its
+numpy functions have no bfloat16, copy every tensor that they read, and need all tensors of a file
+in memory to write it. So tensors are mapped into memory and written one after another here.
 """
 
 import json
 import math
 import re
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
+from jaxgpt.strict_json import JsonObject
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Item sizes of all data types; files may have buffers of other types than parameters, such as the
-# causal masks of old GPT-2 files.
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
-SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | {k: v.itemsize for k, v in DTYPES.items()}
+"""The data types of parameters, by their names in safetensors files."""
 
-LONGEST_HEADER = 100_000_000  # bytes; the limit in the format's specification
 LARGEST_JSON = 64_000_000  # bytes
-MOST_DIMENSIONS = 32  # as in numpy
-LONGEST_NAME = 1000  # characters of a tensor's name
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class Tensor(Protocol):
-    """A tensor of a file, of which rows can be read."""
-
-    @property
-    def file(self) -> Path:
-        """The file's path."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """The data type's name in the safetensors format, such as BF16."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        ...
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows of the first dimension, [stop - start, ...]."""
-        ...
-
-
-class StoredTensor(NamedTuple):
+class Tensor(NamedTuple):
     """A tensor in a safetensors file; its bytes begin at `offset`."""
 
     file: Path
     dtype: str
+    """The data type's name in the file, such as BF16."""
     shape: tuple[int, ...]
     offset: int
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows of the first dimension; raises InputError if the file is too short."""
-        dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])
-        count = (stop - start) * row
-        skip = self.offset + start * row * dtype.itemsize
-        array = np.fromfile(self.file, dtype, count, offset=skip)
-        if array.size != count:
-            raise InputError(f"{self.file} was truncated while it was read; download it again")
-        return array.reshape(stop - start, *self.shape[1:])
+    def array(self) -> np.ndarray:
+        """Maps the tensor into memory, read-only; its dtype must be one of `DTYPES`.
+
+        Raises:
+            InputError: The file was truncated after its header was checked.
+        """
+        dtype = DTYPES[self.dtype]
+        if not math.prod(self.shape):
+            return np.empty(self.shape, dtype)
+        try:
+            return np.asarray(np.memmap(self.file, dtype, "r", self.offset, self.shape))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.file} cannot be read: {error}; download it again") from None
 
 
-def name_of(dtype: Any) -> str:
-    """Returns a data type's name in the safetensors format, such as BF16."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> JsonObject:
     """Reads a JSON object from a file of a folder; raises InputError if that fails."""
     path = regular_file(inside(folder, name))
     try:
@@ -107,10 +79,12 @@ def read_index(folder: Path) -> dict[str, str]:
     if not index.exists():
         return {}
     where = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+    if (
+        not isinstance(where, dict)
+        or not where
+        or not all(isinstance(file, str) for file in where.values())
+    ):
         raise InputError(f"{index} has no weight_map from tensors to files; download it again")
-    if not where:
-        raise InputError(f"{index} has an empty weight_map; download it again")
     return where
 
 
@@ -126,7 +100,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     where = read_index(folder)
     check_manifest(folder, where.values() or (SINGLE,))
     if not where:
-        return {**read_header(inside(folder, SINGLE))}
+        return read_header(inside(folder, SINGLE))
     found: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         file = inside(folder, name)
@@ -145,95 +119,41 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, Tensor]:
     """Reads the header of a safetensors file.
 
     Returns:
-        The tensors by name, in the order of their bytes.
+        The tensors by name.
 
     Raises:
         InputError: The header is invalid or does not match the file's size.
     """
     regular_file(file)
+    start = b""
     try:
         with file.open("rb") as stream:
-            size = file.stat().st_size
             start = stream.read(8)
-            length = struct.unpack("<Q", start.ljust(8, b"\0"))[0]
-            if len(start) < 8 or length > min(LONGEST_HEADER, size - 8):
-                raise InputError(f"{file} {_not_safetensors(start, length, size)}")
-            header = stream.read(length)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        entries = strict_json.loads(header, distinct=True)
-    except ValueError as error:
+            with safe_open(file, "numpy"):  # checks the header and the file's size
+                length = int.from_bytes(start, "little")
+                entries = strict_json.loads(stream.read(length), distinct=True)
+        entries.pop("__metadata__", None)
+        if not all(isinstance(entry, dict) for entry in entries.values()):  # as the library allows
+            raise ValueError("an entry of its header is not a JSON object")
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, SafetensorError) and start.startswith((b"PK\x03\x04", b"\x80")):
+            raise InputError(
+                f"{file} is a pickle (torch.save), which can run arbitrary code and is not "
+                "supported; use the safetensors file"
+            ) from None
         raise InputError(
-            f"{file} has a header that is not JSON: {error}; download it again"
+            f"{file} is damaged or not a safetensors file: {error!s:.300}; download it again"
         ) from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{file} has a header that is not a JSON object; download it again")
-    entries.pop("__metadata__", None)
-
-    begin, tensors = 8 + length, {}
-    for name, entry in entries.items():
-        dtype, shape, (first, last) = _check_entry(file, name, entry)
-        if last - first != math.prod(shape) * SIZES[dtype]:
-            raise InputError(
-                f"{file}: {name!r} is {dtype}{list(shape)} in the header, but has "
-                f"{last - first:,} bytes; download it again"
-            )
-        tensors[name] = (StoredTensor(file, dtype, shape, begin + first), first, last)
-    position = 0
-    ordered = sorted(tensors.items(), key=lambda item: item[1][1:])
-    for name, (_, first, last) in ordered:
-        if first != position:
-            raise InputError(
-                f"{file}: {name!r} begins at byte {first:,} of the data, but the tensor before it "
-                f"ends at {position:,}; download it again"
-            )
-        position = last
-    if begin + position != size:
-        raise InputError(
-            f"{file} has {size:,} bytes, and its header requires {begin + position:,}; the file "
-            "was truncated or extended: download it again"
+    return {
+        name: Tensor(
+            file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         )
-    return {name: stored for name, (stored, _, _) in ordered}
-
-
-def _not_safetensors(start: bytes, length: int, size: int) -> str:
-    """Why the first 8 bytes of a file are not those of a safetensors file."""
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return (
-            "is a pickle (torch.save), which can run arbitrary code and is not supported; "
-            "use the safetensors file"
-        )
-    return (
-        f"claims a header of {length:,} bytes in a file of {size:,} bytes (the limit is "
-        f"{LONGEST_HEADER:,}); it is truncated or not a safetensors file: download it again"
-    )
-
-
-def _check_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    if len(name) > LONGEST_NAME:
-        raise InputError(
-            f"{file} has a tensor with a name of {len(name):,} characters, more than "
-            f"{LONGEST_NAME:,}; use another file"
-        )
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(
-            f"{file}: the header of {name!r} is {entry!r:.80}, not exactly dtype, shape and "
-            "data_offsets; download it again"
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        raise InputError(f"{file}: {name!r} has dtype {dtype!r:.40}, not one of {', '.join(SIZES)}")
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        whole = isinstance(numbers, list) and len(numbers) <= MOST_DIMENSIONS
-        whole = whole and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
-        if not whole or (what == "data_offsets" and len(numbers) != 2):
-            raise InputError(f"{file}: {name!r} has {what} {numbers!r:.80}; download it again")
-    return dtype, tuple(shape), (offsets[0], offsets[1])
+        for name, entry in entries.items()
+    }
 
 
 class Shape(NamedTuple):
@@ -245,7 +165,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> int:
         """The tensor's size in bytes."""
-        return math.prod(self.lengths) * SIZES[self.dtype]
+        return math.prod(self.lengths) * DTYPES[self.dtype].itemsize
 
 
 def write_folder(
@@ -266,55 +186,45 @@ def write_folder(
     Returns:
         The files.
     """
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, Shape]] = [{}]
     for name, shape in shapes.items():
-        used = sum(shapes[other].bytes for other in shards[-1])
+        used = sum(other.bytes for other in shards[-1].values())
         if shards[-1] and used + shape.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
+            shards.append({})
+        shards[-1][name] = shape
     if len(shards) == 1:
-        return [write_file(folder / SINGLE, shards[0], shapes, get)]
+        return [_write_file(folder / SINGLE, shapes, get)]
     paths = [
-        write_file(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", names, shapes, get)
-        for i, names in enumerate(shards, 1)
+        _write_file(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard, get)
+        for i, shard in enumerate(shards, 1)
     ]
-    files = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
+    files = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
     total = sum(shape.bytes for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return [*paths, folder / INDEX]
 
 
-def write_file(
-    path: Path,
-    names: Iterable[str],
-    shapes: Mapping[str, Shape],
-    get: Callable[[str], np.ndarray],
-) -> Path:
-    """Writes one safetensors file, see `write_folder`; `names` are the tensors to write."""
-    names = list(names)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
-    position = 0
-    for name in names:
-        end = position + shapes[name].bytes
-        header[name] = {
-            "dtype": shapes[name].dtype,
-            "shape": shapes[name].lengths,
-            "data_offsets": [position, end],
-        }
-        position = end
+def _write_file(path: Path, shapes: Mapping[str, Shape], get: Callable[[str], np.ndarray]) -> Path:
+    """Writes one safetensors file: the header's length, the header, and the tensors' bytes."""
+    ends = list(accumulate(shape.bytes for shape in shapes.values()))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    for (name, shape), end in zip(shapes.items(), ends, strict=True):
+        offsets = [end - shape.bytes, end]
+        header[name] = {"dtype": shape.dtype, "shape": shape.lengths, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            array = np.ascontiguousarray(get(name), DTYPES[shapes[name].dtype])
-            if array.shape != shapes[name].lengths:
-                raise ValueError(f"{name} is {array.shape}, not {shapes[name].lengths}")
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(get(name), DTYPES[shape.dtype])
+            if array.shape != shape.lengths:
+                raise ValueError(f"{name} is {array.shape}, not {shape.lengths}")
             stream.write(array.reshape(-1).view(np.uint8).data)
     return path
 
 
-def natural_key(name: str) -> list[Any]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Returns a sort key that puts layer 2 before layer 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -9,24 +9,20 @@ devices that need them.
 
 import math
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import pairwise
-from operator import getitem
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.model import ComputeConfig, GPTConfig, letters
+from jaxgpt.model import ComputeConfig, GPTConfig, Params, letters
+from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural_key, write_folder
 
-PIECE = 1 << 22  # bytes that are read from a file at a time
+PIECE = 1 << 20  # bytes that are checked at a time, so that the CPU's cache holds them
 READERS = 2  # tensors that are read at the same time
 TIED = "lm_head.weight"
 # Buffers that older versions of libraries saved, although they follow from the config: rotary
@@ -55,6 +51,12 @@ class Row:
     def dims(self) -> str:
         """The tensor's letters in the file's order, such as D3NH."""
         return self.axes.replace(",", "")
+
+    def in_leaf_order(self, block: np.ndarray) -> np.ndarray:
+        """The inverse of `in_file_order`."""
+        letters = [a for a in self.dims if not a.isdecimal()]
+        view = block.squeeze(tuple(i for i, a in enumerate(self.dims) if a.isdecimal()))
+        return view.transpose([letters.index(a) for a in self.letters])
 
     def in_file_order(self, leaf: np.ndarray) -> np.ndarray:
         """A view of a leaf with the file's `dims`; concatenated leaves have an axis of size 1."""
@@ -174,16 +176,14 @@ def _missing(family: ModuleType, folder: Path, name: str, bare: dict[str, Tensor
 def _check_tied(head: Tensor, wte: Tensor) -> None:
     """Raises InputError if the output layer in a tied model's files is not the embedding."""
     same = head.shape == wte.shape and head.dtype == wte.dtype
-    for start, stop in _pieces(wte, 0, wte.shape[0]) if same else ():
-        same = same and np.array_equal(head.rows(start, stop), wte.rows(start, stop))
-    if not same:
+    if not same or not np.array_equal(head.array(), wte.array()):
         raise InputError(
             f"{head.file}: {TIED!r} is not the embedding, but tie_word_embeddings is true in "
             "config.json; set it to false"
         )
 
 
-def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) -> Any:
+def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | None = None) -> Params:
     """Loads the parameter tree in float32.
 
     Args:
@@ -196,78 +196,71 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Any = None) 
         The parameter tree. Rows of vocabulary padding are 0.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {} if abstract is None else flat(abstract)
 
     def one(row: Row, tensor: Tensor) -> jax.Array:
-        sharding = here
-        if abstract is not None:
-            sharding = reduce(getitem, row.path, abstract).sharding
+        sharding = here if abstract is None else places[row.path].sharding
         shape = tuple(cfg.sizes[letter] for letter in row.letters)
-        return jax.make_array_from_callback(shape, sharding, partial(_read, row, tensor, cfg))
+        shards = [
+            jax.device_put(_read(row, tensor, cfg, index or ()), device)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        leaf = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return leaf.block_until_ready()  # later the file may change
 
-    params: dict[str, Any] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for (row, _), leaf in zip(found, pool.map(one, *zip(*found, strict=True)), strict=True):
-            *parents, last = row.path
-            node = params
-            for name in parents:
-                node = node.setdefault(name, {})
-            node[last] = leaf
-    return params
+        leaves = pool.map(one, *zip(*found, strict=True))
+        return nested({row.path: leaf for (row, _), leaf in zip(found, leaves, strict=True)})
 
 
 def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads a block of a leaf in float32; `index` has the block's slice for each letter."""
+    """Reads a block of a leaf in float32; `index` has the block's slice for each letter.
+
+    A CPU device would use an array that is contiguous and aligned without a copy. As the file may
+    change later, such arrays are copied here.
+    """
     spans = [s.indices(cfg.sizes[a])[:2] for a, s in zip(row.letters, index, strict=True)]
-    out = _aligned([stop - start for start, stop in spans])
-    sizes = sizes_in_files(cfg)
     bounds = dict(zip(row.letters, spans, strict=True))
-    lengths = [_size(a, sizes) for a in row.dims]
-    wanted = []  # slices in the file's order, without vocabulary padding
-    for a, length in zip(row.dims, lengths, strict=True):
-        start, stop = (row.part, row.part + 1) if a.isdecimal() else bounds[a]
-        wanted.append(slice(min(start, length), min(stop, length)))
-    view = row.in_file_order(out)[tuple(slice(w.stop - w.start) for w in wanted)]
-    if view.size < out.size:
-        out.fill(0)
-    # The first letter may share the file's rows with the letters after it, such as N in NH.
-    each = math.prod(lengths[1 : len(row.axes.split(",")[0])])
-    first, last = wanted[0].start, wanted[0].stop
-    for start, stop in _pieces(tensor, first, last, each):
-        block = tensor.rows(start * each, stop * each).reshape(stop - start, *lengths[1:])
-        part = view[start - first : stop - first]
-        part[...] = block[(slice(None), *wanted[1:])]
-        check_finite(part, tensor.file, row.name)
+    lengths = [_size(a, sizes_in_files(cfg)) for a in row.dims]
+    wanted = [  # in the file's order; vocabulary padding is out of its range
+        slice(row.part, row.part + 1) if a.isdecimal() else slice(*bounds[a]) for a in row.dims
+    ]
+    mapped = tensor.array().reshape(lengths)[tuple(wanted)]
+    block = mapped.astype(np.float32, copy=False)
+    check_finite(block, tensor.file, row.name)
+    leaf, shape = row.in_leaf_order(block), tuple(last - first for first, last in spans)
+    aliased = leaf.flags.c_contiguous and np.may_share_memory(leaf, mapped)
+    if leaf.shape == shape and not aliased:
+        return leaf  # the device copies and transposes it
+    out = _aligned(shape)
+    for axis, size in enumerate(leaf.shape):
+        out[(slice(None),) * axis + (slice(size, None),)] = 0  # vocabulary padding
+    out[tuple(map(slice, leaf.shape))] = leaf
     return out
 
 
-def check_finite(array: np.ndarray, file: Path, name: str) -> None:
-    """Raises InputError if a part of a float32 tensor has a NaN or an infinity."""
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"{file}: {name!r} has NaN or infinite values; the file is damaged, or its training "
-            "diverged: download it again, or use an earlier checkpoint"
-        )
-
-
-def _aligned(shape: list[int]) -> np.ndarray:
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     """An empty float32 array, aligned so that a CPU device can use it without a copy."""
     raw = np.empty(math.prod(shape) + 16, np.float32)
     first = -raw.ctypes.data % 64 // 4
     return raw[first : first + math.prod(shape)].reshape(shape)
 
 
-def _pieces(tensor: Tensor, first: int, last: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
-    """Splits the range [first, last), whose items have `rows_each` rows, into parts of `PIECE`."""
-    size = rows_each * math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype].itemsize
-    step = max(1, PIECE // max(1, size))
-    yield from pairwise([*range(first, last, step), last])
+def check_finite(array: np.ndarray, file: Path, name: str) -> None:
+    """Raises InputError if a part of a float32 tensor has a NaN or an infinity."""
+    step = max(1, PIECE // max(1, array[:1].nbytes))
+    if not all(np.isfinite(array[i : i + step]).all() for i in range(0, len(array), step)):
+        raise InputError(
+            f"{file}: {name!r} has NaN or infinite values; the file is damaged, or its training "
+            "diverged: download it again, or use an earlier checkpoint"
+        )
 
 
 def save(
     folder: Path,
     family: ModuleType,
     cfg: GPTConfig,
-    params: Any,
+    params: Params,
     dtype: str,
     shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:
@@ -291,6 +284,7 @@ def save(
     for row in rows(family, cfg):
         leaves.setdefault(row.name, []).append(row)
     shapes = {name: Shape(dtype, group[0].shape(sizes)) for name, group in leaves.items()}
+    tree = flat(params)
 
     def get(name: str) -> np.ndarray:
         group = leaves[name]
@@ -300,7 +294,7 @@ def save(
             part = slice(row.part, row.part + 1)
             place = tuple(part if a.isdecimal() else slice(None) for a in row.dims)
             real = tuple(slice(_size(a, sizes)) for a in row.dims)
-            leaf = np.asarray(reduce(getitem, row.path, params))
+            leaf = np.asarray(tree[row.path])
             with np.errstate(over="ignore"):  # checked below
                 out[place] = row.in_file_order(leaf)[real]
             if dtype == "F16" and np.isinf(out[place]).any() and not np.isinf(leaf).any():

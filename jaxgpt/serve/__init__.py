@@ -6,8 +6,8 @@ Guarantees: an invalid request is rejected with an error that names the field, a
 truncated; text in a request is never encoded as a special token; and without an API key the server
 accepts connections from this machine only.
 
-FastAPI, uvicorn and pydantic are installed by `pip install 'jaxgpt[serve]'`; no other subpackage
-needs them.
+FastAPI, uvicorn, pydantic and prometheus-client are installed by `pip install 'jaxgpt[serve]'`; no
+other subpackage needs them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Annotated
 from jaxgpt.bounds import Ge, Gt, Le, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype
+from jaxgpt.pretrained.trained import Dtype
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:
     try:
         from jaxgpt.serve import server
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+        if error.name not in ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"):
             raise
         raise InputError(
             f"the server needs {error.name}, which is not installed; run "

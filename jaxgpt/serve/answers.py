@@ -6,11 +6,11 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 from jaxgpt.serve.api import Call, ServedModel
-from jaxgpt.serve.bodies import ApiError
+from jaxgpt.serve.bodies import ApiError, JSONObject
 from jaxgpt.serve.engine import Delta, Engine, Request, Stream, Token
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.tokenizer import TextDecoder
@@ -82,16 +82,16 @@ class Streams:
                 continue
             tokens, finish = item.delta.tokens, item.delta.finish
             if first and tokens:
-                self._metrics.first.add(time.monotonic() - self._start)
+                self._metrics.first.observe(time.monotonic() - self._start)
                 first = False
             if finish:
-                self._metrics.finished[finish] += 1
+                self._metrics.finished.labels(finish).inc()
                 left -= 1
             if finish in FAILURES:
                 status, message, code = FAILURES[finish]
                 raise ApiError(status, message, code=code)
             yield item
-        self._metrics.total.add(time.monotonic() - self._start)
+        self._metrics.total.observe(time.monotonic() - self._start)
 
     def cancel(self) -> None:
         """Cancels all choices that are not finished."""
@@ -145,7 +145,7 @@ class Answer(ABC):
             first, last = some[0], some[-1]
             shown = "".join(delta.text for delta in some)
             texts.append((text, Delta(shown, tokens, last.finish, last.end, first.prompt)))
-        choices: list[dict[str, Any]] = []
+        choices: list[JSONObject] = []
         for start in range(0, len(texts), self._body.texts):
             for text, delta in self._best(texts[start : start + self._body.texts]):
                 choices.append(
@@ -175,7 +175,7 @@ class Answer(ABC):
     async def events(self, streams: Streams) -> AsyncIterator[bytes]:
         """Yields the response as server-sent events; after a failure the last one is an error."""
         options = self._body.stream_options
-        usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
+        usage: JSONObject = {"usage": None} if options and options.include_usage else {}
         head = {**self._head, "object": self.event_kind}
         for opened in self.first_choices():
             yield _event({**head, "choices": [opened], **usage})
@@ -198,27 +198,27 @@ class Answer(ABC):
             yield _event({**head, "choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
-    def first_choices(self) -> list[dict[str, Any]]:
+    def first_choices(self) -> list[JSONObject]:
         """The choices of the events that are sent before any text is generated."""
         return []
 
     @abstractmethod
-    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def message_field(self, choice: int, delta: Delta) -> JSONObject:
         """The field that holds the text of a complete choice, such as `message`."""
 
     @abstractmethod
-    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def delta_field(self, choice: int, delta: Delta) -> JSONObject:
         """The field that holds the new text in a streamed choice, such as `delta`."""
 
     @abstractmethod
-    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def logprobs(self, choice: int, delta: Delta) -> JSONObject:
         """The field `logprobs` for a delta's tokens.
 
         Must be called for a choice's deltas in order: how a token is spelled depends on the one
         before it.
         """
 
-    def _choice(self, choice: int, delta: Delta, text: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, choice: int, delta: Delta, text: Mapping[str, object]) -> JSONObject:
         return {
             "index": choice,
             **text,
@@ -255,7 +255,7 @@ class Completion(Answer):
         self._decoders = [TextDecoder(served.tokenizer, before) for before in self._before]
         self._offsets = [0] * len(call.requests)
 
-    def first_choices(self) -> list[dict[str, Any]]:
+    def first_choices(self) -> list[JSONObject]:
         """With `echo`, the prompts, unless they are sent later, with their log-probabilities."""
         if not self._echoes or self._body.top is not None:
             return []
@@ -264,16 +264,16 @@ class Completion(Answer):
             for choice, echo in enumerate(self._echoes)
         ]
 
-    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def message_field(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`; with `echo` the text begins with the prompt."""
         before = self._echoes[choice].text if self._echoes else ""
         return {"text": before + delta.text}
 
-    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def delta_field(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`; the prompt is in the first delta if scored, else in `first_choices`."""
         return self.message_field(choice, delta) if delta.prompt else {"text": delta.text}
 
-    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def logprobs(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`; the layout is OpenAI's.
 
         `text_offset` is the number of characters before a token in the choice's text. With `echo`
@@ -317,20 +317,20 @@ class Chat(Answer):
     kind = "chat.completion"
     event_kind = "chat.completion.chunk"
 
-    def first_choices(self) -> list[dict[str, Any]]:
+    def first_choices(self) -> list[JSONObject]:
         """A first event for each choice, which has the role and no text."""
         role = {"delta": {"role": "assistant", "content": ""}}
         return [self._choice(choice, Delta(""), role) for choice in range(len(self._requests))]
 
-    def message_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def message_field(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`."""
         return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
 
-    def delta_field(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def delta_field(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`."""
         return {"delta": {"content": delta.text} if delta.text else {}}
 
-    def logprobs(self, choice: int, delta: Delta) -> dict[str, Any]:
+    def logprobs(self, choice: int, delta: Delta) -> JSONObject:
         """See `Answer`."""
         content = []
         for token in delta.tokens:
@@ -339,7 +339,7 @@ class Chat(Answer):
             content.append({**self._token(token.id, token.logprob, place), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _token(self, id: int, logprob: float, place: Place) -> dict[str, Any]:
+    def _token(self, id: int, logprob: float, place: Place) -> JSONObject:
         content = self._token_bytes(id, place)
         text = content.decode(errors="replace")
         return {"token": text, "logprob": _number(logprob), "bytes": list(content)}
@@ -358,9 +358,9 @@ def _number(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def _json(values: Mapping[str, object]) -> bytes:
     return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _event(values: dict[str, Any]) -> bytes:
+def _event(values: Mapping[str, object]) -> bytes:
     return b"data: %s\n\n" % _json(values)

@@ -5,7 +5,7 @@ A prompt or an answer that does not fit in the context is an error; nothing is t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxgpt.chat import Template, render
 from jaxgpt.chat.rendering import render_continuation
@@ -18,6 +18,7 @@ from jaxgpt.serve.bodies import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    JSONObject,
     Message,
     RequestBody,
     TokenizeBody,
@@ -83,7 +84,7 @@ class ServedModel:
     add_special_tokens: bool
     """Whether text prompts begin with the beginning-of-document token, unless a call says
     otherwise."""
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: Mapping[str, object] = field(default_factory=dict)
     """The model's generation_config.json: its end-of-sequence tokens end every text, and its
     sampling settings are the defaults of every request."""
 
@@ -140,7 +141,7 @@ class ServedModel:
                 )
         return EmbeddingCall(body, [Request(tuple(ids), 0, embeds=True) for ids in prompts])
 
-    def tokenize(self, content: bytes) -> dict[str, Any]:
+    def tokenize(self, content: bytes) -> JSONObject:
         """Parses and answers a call of /tokenize."""
         body = parse(TokenizeBody, content)
         self.check_name(body.model)
@@ -166,7 +167,7 @@ class ServedModel:
             "token_strs": pieces if body.return_token_strs else None,
         }
 
-    def detokenize(self, content: bytes) -> dict[str, Any]:
+    def detokenize(self, content: bytes) -> JSONObject:
         """Parses and answers a call of /detokenize."""
         body = parse(DetokenizeBody, content)
         self.check_name(body.model)

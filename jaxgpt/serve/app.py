@@ -12,31 +12,30 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.serve import docs, page
 from jaxgpt.serve.answers import FAILURES, Answer, Chat, Completion, Streams
 from jaxgpt.serve.api import Call, EmbeddingCall, ServedModel
-from jaxgpt.serve.bodies import ApiError
+from jaxgpt.serve.bodies import ApiError, JSONObject
 from jaxgpt.serve.constraints import Compiler
 from jaxgpt.serve.embeddings import embed
 from jaxgpt.serve.engine import Busy, Engine, Stopped
 from jaxgpt.serve.guard import (
     SECONDS,
     Guard,
-    Receive,
-    Send,
     cancel_on_disconnect,
     error_response,
     read_body,
 )
-from jaxgpt.serve.metrics import Metrics
+from jaxgpt.serve.metrics import MEDIA_TYPE, Metrics
 
 T = TypeVar("T")
 
@@ -72,7 +71,7 @@ def create_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
     served = _served(engine, name, max_n, add_special_tokens)
-    metrics = Metrics()
+    metrics = Metrics(lambda: engine.stats)
     compiler = Compiler(engine.trained.tokenizer)
     large = OneByOne("large bodies", LARGE)
     embedding = asyncio.Semaphore(EMBEDDING)
@@ -143,32 +142,32 @@ def create_app(
             answered = await cancel_on_disconnect(request.receive, made())
         return Response(answered, media_type="application/json")
 
-    async def tokens(request: Request, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
+    async def tokens(request: Request, parse: Callable[[bytes], JSONObject]) -> JSONObject:
         content, until = await started(request)
         with _api_errors():
             return await cancel_on_disconnect(request.receive, parsed(parse, content, until))
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> JSONObject:
         return await tokens(request, served.tokenize)
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
+    async def detokenize(request: Request) -> JSONObject:
         return await tokens(request, served.detokenize)
 
     model = {"id": name, "object": "model", "created": created, "owned_by": "jaxgpt"}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> JSONObject:
         return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{asked:path}")
-    async def one_model(asked: str) -> dict[str, Any]:
+    async def one_model(asked: str) -> JSONObject:
         served.check_name(asked)
         return model
 
     @app.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info() -> JSONObject:
         return {"name": name, "chat": served.template is not None, "context": served.context}
 
     @app.get("/health")
@@ -178,8 +177,7 @@ def create_app(
 
     @app.get("/metrics")
     async def counted() -> Response:
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return PlainTextResponse(metrics.text(engine.stats), media_type=kind)
+        return Response(metrics.text(), media_type=MEDIA_TYPE)
 
     async def page_file(request: Request) -> Response:
         content, media_type = page_files[request.scope["path"]]
@@ -251,11 +249,12 @@ def _stopping() -> ApiError:
     )
 
 
-class Events(Response):
+class Events(StreamingResponse):
     """A response of server-sent events.
 
     It ends with the events, when the client disconnects, or when the client does not receive an
-    event within `SECONDS`.
+    event within `SECONDS`. sse-starlette would need the same code around it, patches uvicorn's
+    signal handler in the whole process, and by default cuts off the last events at shutdown.
     """
 
     media_type = "text/event-stream"
@@ -263,26 +262,22 @@ class Events(Response):
     def __init__(
         self, events: AsyncIterator[bytes], streams: Streams, headers: dict[str, str]
     ) -> None:
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self._events, self._streams = events, streams
+        super().__init__(events, headers=headers)
+        self._streams = streams
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events; cancels the streams in any case."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SECONDS):
+                await send(message)
+
         try:
-            await cancel_on_disconnect(receive, self._write(send))
+            await cancel_on_disconnect(receive, self.stream_response(send_in_time))
         except (ApiError, TimeoutError):
             pass  # the client is gone, so an error cannot be sent
         finally:
             self._streams.cancel()
-
-    async def _write(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        async for event in self._events:
-            async with asyncio.timeout(SECONDS):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class OneByOne:

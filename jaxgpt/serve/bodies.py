@@ -9,8 +9,9 @@ import json
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeGuard, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,15 +27,20 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from jaxgpt.generation.config import GenerationConfig
-from jaxgpt.generation.constrained import choices, json_schema, regex
 from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.serve.constraints import Constraint
 
+T = TypeVar("T")
+JSONObject = dict[str, object]
+"""A JSON object: its values are JSON, too."""
+
+CONSTRAINTS = {"choices": "guided_choice", "regex": "guided_regex", "schema": "response_format"}
+"""The fields that set the constraints of `GenerationConfig`."""
 STOPS = 16
 """The most stop strings of a request."""
 INPUTS = 2048
 """The most inputs of one call of /v1/embeddings."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "early_stopping": (False,),
     "echo": (False,),
@@ -84,11 +90,11 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _joined(value: Any) -> Any:
+def _joined(value: object) -> object:
     """Joins a message's list of text parts to one string; other values are returned unchanged."""
     if not isinstance(value, list):
         return value
@@ -99,7 +105,7 @@ def _joined(value: Any) -> Any:
     return "".join(part["text"] for part in parts)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: T) -> T:
     """Raises ValueError if JSON contains a number that is out of the range of a double."""
 
     def check(number: str) -> float:
@@ -118,21 +124,21 @@ def _id(key: str) -> int:
     return int(key)
 
 
-def _texts(value: Any) -> list[str | list[int]]:
+def _texts(value: object) -> list[str | list[int]]:
     """Converts one text or several, each a string or token ids, to a list."""
-    texts = [value] if isinstance(value, str) or (_are(int, value) and value) else value
-    if not texts or not (
-        _are(str, texts) or (_are(list, texts) and all(x and _are(int, x) for x in texts))
+    texts = [value] if isinstance(value, str) or (_are(value, int) and value) else value
+    if texts and (
+        _are(texts, str) or (_are(texts, list) and all(x and _are(x, int) for x in texts))
     ):
-        raise ValueError("use a string, strings, token ids, or non-empty lists of token ids")
-    return texts
+        return [*texts]
+    raise ValueError("use a string, strings, token ids, or non-empty lists of token ids")
 
 
-def _are(kind: type, values: Any) -> bool:
+def _are(values: object, kind: type[T]) -> TypeGuard[list[T]]:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
-def _is_neutral(name: str, value: Any) -> bool:
+def _is_neutral(name: str, value: object) -> bool:
     """Whether the value of an unsupported field has no effect, see `NEUTRAL`."""
     is_bool = isinstance(value, bool)
     return value in (None, [], {}) or any(
@@ -140,7 +146,7 @@ def _is_neutral(name: str, value: Any) -> bool:
     )
 
 
-def _list(items: dict[str, Any]) -> dict[str, Any]:
+def _list(items: Mapping[str, object]) -> JSONObject:
     return {"type": "array", "items": items}
 
 
@@ -186,7 +192,7 @@ class JSONSchema(Body):
 
     name: str = ""
     description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_finite)]
+    schema_: Annotated[JSONObject, Field(alias="schema"), AfterValidator(_finite)]
     strict: bool | None = None
 
 
@@ -322,9 +328,8 @@ class RequestBody(Body):
         """The constraint on the text before one of the end tokens `ends`; None: there is none."""
         if (constraint := self.config().constraint) is None:
             return None
-        compile_, value = constraint
-        names = {choices: "guided_choice", regex: "guided_regex", json_schema: "response_format"}
-        return Constraint(names[compile_], compile_, json.dumps(value), ends)
+        name, compile_, value = constraint
+        return Constraint(CONSTRAINTS[name], compile_, json.dumps(value), ends)
 
 
 class CompletionBody(RequestBody):
@@ -380,7 +385,7 @@ class Message(Body):
     content: Annotated[str | None, BeforeValidator(_joined)] = None
     """A string or a list of text parts; may be empty, and null for the assistant."""
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[JSONObject] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -389,7 +394,7 @@ class Message(Body):
             raise PydanticCustomError("missing", "Field required", {"field": "content"})
         return self
 
-    def rendered(self) -> dict[str, Any]:
+    def rendered(self) -> JSONObject:
         """Converts the message to the format of `jaxgpt.chat.render`."""
         role = "system" if self.role == "developer" else self.role
         given = {
@@ -418,15 +423,15 @@ class ChatBody(RequestBody):
     """Whether to report the log-probabilities of the answer's tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The number of top log-probabilities to report for each token."""
-    tools: list[dict[str, Any]] | None = None
+    tools: list[JSONObject] | None = None
     """Accepted but ignored: the model does not see them and answers in text. The response header
     x-jaxgpt-ignored says so."""
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | JSONObject | None = None
     """"auto" or "none"; a tool call cannot be required."""
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: list[JSONObject] | None = None
     """The deprecated name of tools."""
-    function_call: str | dict[str, Any] | None = None
+    function_call: str | JSONObject | None = None
     """The deprecated name of tool_choice."""
 
     @property
@@ -517,7 +522,7 @@ class DetokenizeBody(Body):
     """Token ids; the response has their text as prompt (vLLM) and as content (llama.cpp)."""
 
 
-def _at_most(most: int, values: list[Any]) -> list[Any]:
+def _at_most(most: int, values: list[T]) -> list[T]:
     if len(values) > most:
         raise ValueError(f"{len(values)} values are too many; use {most} or less")
     return values
@@ -556,7 +561,7 @@ def parse(kind: type[B], content: bytes) -> B:
 def _check_json(content: bytes) -> None:
     """Raises ApiError for invalid JSON, and for duplicate keys, which parsers treat differently."""
 
-    def distinct(pairs: list[tuple[str, Any]]) -> None:
+    def distinct(pairs: list[tuple[str, object]]) -> None:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:

@@ -8,7 +8,6 @@ all have one, the new connection is answered at /health only, and with status 50
 
 import asyncio
 import time
-from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -33,10 +32,7 @@ FULL = "jaxgpt.full"
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 connection with the limits of this module."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn = _Parser(h11.SERVER)
-        self._timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     @property
     def has_request(self) -> bool:
@@ -53,6 +49,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Replaces another connection if there are too many, or marks this one as over a limit."""
         super().connection_made(transport)
+        self.conn = _Parser(h11.SERVER)
         self.waiting_since = time.monotonic()
         if not self._make_room():
             self.app_state = {**self.app_state, FULL: True}
@@ -146,7 +143,7 @@ class _Parser(h11.Connection):
 
     _parts = _bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._parts = self._bytes = 0

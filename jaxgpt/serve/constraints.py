@@ -12,13 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import Guide, interruptible
 from jaxgpt.serve.engine import STATES, Busy
 from jaxgpt.tokenizer import Tokenizer
+
+V = TypeVar("V")
 
 WAITING = 16
 """The most constraints that wait while another is compiled."""
@@ -56,8 +57,8 @@ class Compiler:
         self._tokenizer = tokenizer
         self._thread = ThreadPoolExecutor(1, "constraints")
         self._jobs: dict[Hashable, _Job] = {}
-        self._guides = _Cache(GUIDES)
-        self._errors = _Cache(ERRORS)
+        self._guides = _Cache[Guide](GUIDES)
+        self._errors = _Cache[str](ERRORS)
 
     async def compile(self, constraint: Constraint, deadline: float) -> Guide:
         """Compiles a constraint, or returns it from the cache.
@@ -80,10 +81,7 @@ class Compiler:
         if (job := self._jobs.get(key)) is None:
             if len(self._jobs) > WAITING:
                 raise Busy(f"a constraint is being compiled, and {WAITING} are waiting")
-            job = _Job()
-            compile_ = self._thread.submit(job.run, constraint, self._tokenizer)
-            job.result = asyncio.wrap_future(compile_)
-            self._jobs[key] = job
+            job = self._jobs[key] = _Job(self._thread, constraint, self._tokenizer)
         job.requests += 1
         try:
             await asyncio.wait([job.result], timeout=max(deadline - time.monotonic(), 0))
@@ -103,15 +101,18 @@ class Compiler:
                     del self._jobs[key]
 
 
-@dataclass
 class _Job:
-    """A constraint in the queue or being compiled, and how many requests wait for the result."""
+    """A constraint in the queue or being compiled."""
 
-    requests: int = 0
-    result: Any = None
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    def __init__(
+        self, thread: ThreadPoolExecutor, constraint: Constraint, tokenizer: Tokenizer
+    ) -> None:
+        self.requests = 0
+        """The number of requests that wait for the result."""
+        self._abandoned = threading.Event()
+        self.result = asyncio.wrap_future(thread.submit(self._run, constraint, tokenizer))
 
-    def run(self, constraint: Constraint, tokenizer: Tokenizer) -> Guide:
+    def _run(self, constraint: Constraint, tokenizer: Tokenizer) -> Guide:
         """Compiles the constraint; runs in the compiler's thread."""
         with interruptible(self._check):
             value = json.loads(constraint.value)
@@ -124,33 +125,33 @@ class _Job:
             )
 
     def _check(self) -> None:
-        if self.abandoned.is_set():
+        if self._abandoned.is_set():
             raise _Abandoned
 
     def abandon(self) -> None:
         """Removes the job from the queue, or interrupts it; has no effect if it is done."""
         self.result.cancel()
-        self.abandoned.set()
+        self._abandoned.set()
 
 
 class _Abandoned(Exception):
     """Interrupts the compilation of a constraint that no request waits for."""
 
 
-class _Cache:
+class _Cache(Generic[V]):
     """A cache that keeps the most recently used values (LRU)."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
 
-    def get(self, key: Hashable) -> Any:
+    def get(self, key: Hashable) -> V | None:
         """Returns the value of a key, or None if it is not in the cache."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
-    def put(self, key: Hashable, value: Any) -> None:
+    def put(self, key: Hashable, value: V) -> None:
         """Adds a value, and evicts the least recently used one if the cache is full."""
         self._values[key] = value
         self._values.move_to_end(key)

@@ -6,9 +6,10 @@ It is generated from the pydantic models that validate the bodies.
 import base64
 import hashlib
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaValue
 
 from jaxgpt.serve.bodies import (
     NEUTRAL,
@@ -117,7 +118,7 @@ def _section(route: Route) -> str:
     return f"{shown}<table>{rows}</table>"
 
 
-def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def _type(field: JsonSchemaValue, schema: JsonSchemaValue) -> str:
     """Describes a field's type in words."""
     if "$ref" in field:
         inner = schema["$defs"][field["$ref"].rpartition("/")[2]]
@@ -134,5 +135,5 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     high = field.get("maximum", field.get("exclusiveMaximum"))
     limits = "" if low is None and high is None else f" from {low}" if high is None else ""
     limits = limits or ("" if high is None else f" {low} to {high}")
-    name = {"string": "text", "boolean": "true or false"}
-    return name.get(field.get("type", "any"), field.get("type", "any")) + limits
+    kind = str(field.get("type", "any"))
+    return {"string": "text", "boolean": "true or false"}.get(kind, kind) + limits

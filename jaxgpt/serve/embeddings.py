@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import time
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,7 @@ def _response(call: EmbeddingCall, served: ServedModel, prompts: list[Prompt]) -
     ).encode()
 
 
-def _vector(call: EmbeddingCall, prompt: Prompt) -> Any:
+def _vector(call: EmbeddingCall, prompt: Prompt) -> str | list[float]:
     """An input's embedding, normalized, in the body's `encoding_format`."""
     vector_D = np.asarray(prompt.last if call.body.pooling == "last" else prompt.mean, np.float32)
     vector_D = vector_D / max(float(np.linalg.norm(vector_D)), 1e-30)

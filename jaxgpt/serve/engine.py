@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.constrained import Guide, stacked
 from jaxgpt.generation.decode import (
     SHORTEST,
+    DecodeState,
     Generated,
     decode_steps,
     padded,
@@ -30,11 +31,11 @@ from jaxgpt.generation.decode import (
     prefill_with_hidden,
     stops_of,
 )
-from jaxgpt.generation.sampling import Sampling, sampling_params
+from jaxgpt.generation.sampling import Sampling, SamplingParams, sampling_params
 from jaxgpt.generation.stream import IncrementalText
-from jaxgpt.model import GPTConfig, next_logits
+from jaxgpt.model import GPTConfig, Params, next_logits
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 
 MAX_LOGPROBS = 20
 """The most top log-probabilities per token."""
@@ -491,7 +492,7 @@ class Engine:
             length *= 2
         return [*lengths, most]
 
-    def _empty_state(self, B: int) -> tuple[Any, Any]:
+    def _empty_state(self, B: int) -> tuple[DecodeState, tuple[SamplingParams, jax.Array]]:
         """The decoding state, and the sampling settings and stop ids, of B empty slots."""
         prompts_BP, lengths_B = np.zeros((B, 1), np.int32), np.ones(B, np.int32)
         state = prefill(
@@ -508,7 +509,7 @@ class Engine:
         places = jax.tree.map(lambda x: x.sharding, state)
         return jax.device_put(state, places), jax.device_put(at, state.left_B.sharding)
 
-    def _settings(self, requests: list[Request]) -> Any:
+    def _settings(self, requests: list[Request]) -> SamplingParams:
         """The sampling settings and guides of requests, as arrays for the device."""
         vocabulary, B = self.trained.tokenizer.vocab_size, len(requests)
         if any(request.guide is not None for request in requests):
@@ -546,7 +547,7 @@ class Engine:
         taken_B = np.asarray([slot in self._running for slot in range(self._slots)])
         self._state = self._state._replace(left_B=_release_slots(self._state.left_B, taken_B))
 
-    def _step(self, top: int) -> tuple[Any, Generated]:
+    def _step(self, top: int) -> tuple[DecodeState, Generated]:
         at, stops_BE = self._at
         return decode_steps(
             self._model, self.trained.params, self._state, at, stops_BE, self._chunk, top=top
@@ -589,9 +590,12 @@ def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, ca
     return *jax.tree.map(put, (state, at), (alone, at_1)), outputs
 
 
+_Scores = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def _score(
-    cfg: GPTConfig, params: Any, prompt_P: jax.Array, n: jax.Array, hidden_1PD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    cfg: GPTConfig, params: Params, prompt_P: jax.Array, n: jax.Array, hidden_1PD: jax.Array
+) -> _Scores:
     """Scores the prompt: log-probabilities of the tokens after the first n positions.
 
     Logits are computed for a block of `SCORED` positions at a time, because the logits of all
@@ -605,7 +609,7 @@ def _score(
     size = min(SCORED, P)
     next_P = jnp.roll(prompt_P, -1)
 
-    def block(i: jax.Array, out: Any) -> Any:
+    def block(i: jax.Array, out: _Scores) -> _Scores:
         start = jnp.minimum(i * size, P - size)
         hidden_1XD = jax.lax.dynamic_slice_in_dim(hidden_1PD, start, size, 1)
         next_X = jax.lax.dynamic_slice_in_dim(next_P, start, size)
@@ -613,9 +617,8 @@ def _score(
         logprobs_X = jnp.take_along_axis(logprobs_XV, next_X[:, None], 1)[:, 0]
         top_logprobs_XA, top_ids_XA = jax.lax.top_k(logprobs_XV, MAX_LOGPROBS)
         new = logprobs_X, top_ids_XA, top_logprobs_XA
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_, one, start, 0)
-            for all_, one in zip(out, new, strict=True)
+        return jax.tree.map(
+            lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, start, 0), out, new
         )
 
     out = jnp.zeros(P), jnp.zeros((P, MAX_LOGPROBS), jnp.int32), jnp.zeros((P, MAX_LOGPROBS))

@@ -4,22 +4,19 @@ import asyncio
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxgpt.serve import page
 from jaxgpt.serve.bodies import ApiError
 from jaxgpt.serve.connections import FULL, SECONDS
 from jaxgpt.serve.metrics import Metrics
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 1 << 20
@@ -46,7 +43,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: App, *, api_key: str, local: bool, metrics: Metrics, paths: set[str]
+        self, app: ASGIApp, *, api_key: str, local: bool, metrics: Metrics, paths: set[str]
     ) -> None:
         self.app = app
         self.api_key = api_key.encode()
@@ -54,7 +51,7 @@ class Guard:
         self.metrics = metrics
         self.paths = paths
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one call."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
@@ -65,7 +62,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 path = scope["path"] if scope["path"] in self.paths else "other"
-                self.metrics.responses[path, message["status"]] += 1
+                self.metrics.responses.labels(path, message["status"]).inc()
                 given = {name.lower() for name, _ in message["headers"]}
                 for name, value in HEADERS.items():
                     if name.encode() not in given:
@@ -160,7 +157,7 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[object, None, T]) -> T:
     """Awaits `work` and returns its result, but cancels it if the client disconnects.
 
     Args:

@@ -8,14 +8,15 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
 from jaxgpt.model.cache import CacheDtype
-from jaxgpt.pretrained.load import Dtype, ModelSource, Trained, convert_dtype
+from jaxgpt.pretrained.load import ModelSource
+from jaxgpt.pretrained.trained import Dtype, Trained, convert_dtype
 from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
 
 SLOTS = 8
@@ -199,7 +200,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: object) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -11,13 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import MutableMapping
 from types import FrameType
-from typing import Any
 
 import jax
 import uvicorn
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.datastructures import State
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation.sampling import Sampling
@@ -28,7 +29,7 @@ from jaxgpt.serve.app import create_app
 from jaxgpt.serve.bodies import ApiError
 from jaxgpt.serve.connections import Connection, raise_file_limit
 from jaxgpt.serve.engine import Engine
-from jaxgpt.serve.guard import App, Guard, Receive, Send, error_response
+from jaxgpt.serve.guard import Guard, error_response
 from jaxgpt.serve.metrics import Metrics
 from jaxgpt.signals import end_process
 
@@ -46,20 +47,20 @@ class Gate:
     """An ASGI application that answers "loading" until `open` gives it the real application."""
 
     def __init__(self, api_key: str, local: bool) -> None:
-        self._app: App = Guard(
+        self._app: ASGIApp = Guard(
             _loading, api_key=api_key, local=local, metrics=Metrics(), paths=set()
         )
-        self._state: Any = None
+        self._state = State()
         self.engine: Engine | None = None
         """The engine; None until the model is loaded."""
         self.draining = False
         """Whether new calls are rejected because the server is shutting down."""
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one call."""
         await self._app(scope, receive, send)
 
-    def open(self, app: Any, engine: Engine) -> None:
+    def open(self, app: FastAPI, engine: Engine) -> None:
         """Passes all further calls to a FastAPI application."""
         self._app, self._state, self.engine = app, app.state, engine
 
@@ -68,7 +69,7 @@ class Gate:
         self.draining = self._state.draining = True
 
 
-async def _loading(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application that answers while the model is loading."""
     response: Response
     if scope["path"] == "/health":
@@ -86,7 +87,7 @@ async def _loading(scope: MutableMapping[str, Any], receive: Receive, send: Send
     await response(scope, receive, send)
 
 
-def uvicorn_config(app: Any) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     """Returns uvicorn's configuration for an ASGI application."""
     return uvicorn.Config(
         app,

@@ -19,9 +19,10 @@ import binascii
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import cast, get_args
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, train
 from jaxgpt.tokenizer.byte_char import Bytes, Characters
@@ -124,7 +125,7 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
     return published_bpe(cfg.kind)
 
 
-def from_json(values: Any) -> Tokenizer:
+def from_json(values: JsonObject) -> Tokenizer:
     """Restores a tokenizer from the output of `Tokenizer.to_json`.
 
     Raises:
@@ -146,7 +147,7 @@ def from_json(values: Any) -> Tokenizer:
                 ranks = [base64.b64decode(piece, validate=True) for piece in ranks]
             except (binascii.Error, TypeError, ValueError) as error:
                 raise InputError(f"ranks has an entry that is not base64: {error}") from None
-            tokenizer = BPE(kind, ranks, pattern, specials)
+            tokenizer = BPE(cast(Kind, kind), ranks, pattern, specials)
         else:
             raise InputError(f"kind={kind!r} is not one of {', '.join(get_args(Kind))}")
         if unknown := values.keys() - tokenizer.to_json().keys():

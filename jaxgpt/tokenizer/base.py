@@ -8,11 +8,12 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 
 EOT = "<|endoftext|>"
 
@@ -54,7 +55,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns everything that determines the encoding, as JSON values."""
 
     @property
@@ -195,7 +196,7 @@ class Tokenizer(ABC):
             field="tokenizer.kind",
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Serializes the tokenizer to JSON values, from which `from_json` restores it."""
         return {**self.content(), "fingerprint": self.fingerprint}
 
@@ -275,7 +276,7 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(encoded(text, "utf-32-le"), np.uint32)
 
 
-def check_not_empty(corpus: Any) -> None:
+def check_not_empty(corpus: object) -> None:
     """Raises InputError if the corpus is empty."""
     if not corpus:
         raise InputError(
@@ -283,7 +284,10 @@ def check_not_empty(corpus: Any) -> None:
         )
 
 
-def field(values: Any, name: str, type_: type) -> Any:
+Value = TypeVar("Value")
+
+
+def field(values: object, name: str, type_: type[Value]) -> Value:
     """Returns `values[name]`; raises InputError if it is missing or not of type `type_`."""
     if not isinstance(values, dict):
         raise InputError(f"{type(values).__name__} is not an object with fields")

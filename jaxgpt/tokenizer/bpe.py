@@ -4,12 +4,12 @@ import base64
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import tiktoken
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, check_not_empty, encoded
 from jaxgpt.tokenizer.byte_char import Bytes
 
@@ -100,7 +100,7 @@ class BPE(Tokenizer):
         """Returns the last position that no chunk of a known pattern crosses, or 0."""
         return last_cut(text)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns the kind, the ranks in base64, the pattern and the special tokens."""
         return {
             "kind": self.kind,
@@ -170,21 +170,24 @@ def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
     return BPE("bpe", ranks, PATTERN, {EOT: len(ranks)})
 
 
-def _sample(documents: Iterable[str], limit: int) -> list[str]:
-    """Samples at most `limit` bytes: every n-th block, with n the smallest power of 2 that fits."""
+def _sample(documents: Iterable[str], limit: int, block: int = BLOCK) -> list[str]:
+    """Samples at most `limit` bytes: every n-th block, with n the smallest power of 2 that fits.
+
+    A block has `block` characters.
+    """
     kept: list[str] = []
     total = size = 0
     stride = 1
-    for number, block in enumerate(_blocks(documents)):
-        length = len(encoded(block))
+    for number, text in enumerate(_blocks(documents, block)):
+        length = len(encoded(text))
         total += length
         if number % stride == 0:
-            kept.append(block)
+            kept.append(text)
             size += length
             while size > limit:
                 kept = kept[::2]
                 stride *= 2
-                size = sum(len(encoded(block)) for block in kept)
+                size = sum(len(encoded(text)) for text in kept)
     check_not_empty(kept)
     if stride > 1:
         print(
@@ -195,7 +198,7 @@ def _sample(documents: Iterable[str], limit: int) -> list[str]:
     return kept
 
 
-def _blocks(documents: Iterable[str]) -> Iterator[str]:
+def _blocks(documents: Iterable[str], block: int) -> Iterator[str]:
     for text in documents:
-        for start in range(0, len(text), BLOCK):
-            yield text[start : start + BLOCK]
+        for start in range(0, len(text), block):
+            yield text[start : start + block]

@@ -1,11 +1,11 @@
 """The simplest tokenizers: one token per UTF-8 byte, or one per character."""
 
 import sys
-from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, Tokenizer, code_points, encoded
 
 
@@ -24,7 +24,7 @@ class Bytes(Tokenizer):
         """Returns the end of the text, because bytes are encoded independently."""
         return len(text)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns the kind alone."""
         return {"kind": self.kind}
 
@@ -66,6 +66,6 @@ class Characters(Tokenizer):
         """Returns the end of the text, because characters are encoded independently."""
         return len(text)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns the kind and the alphabet."""
         return {"kind": self.kind, "alphabet": self.alphabet}

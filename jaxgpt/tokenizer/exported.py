@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Tokenizer
 from jaxgpt.tokenizer.bpe import BPE
 from jaxgpt.tokenizer.byte_char import Bytes, Characters
@@ -27,7 +27,7 @@ def oniguruma(pattern: str) -> str:
     return re.sub(r"(?:(?<=[?*+])|(?<=\d}))\+", "", pattern).replace("$", r"\z")
 
 
-def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def to_tokenizer_json(tokenizer: Tokenizer) -> JsonObject:
     """Converts one of our own tokenizers to a tokenizer.json with the same ids.
 
     Returns:
@@ -38,8 +38,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     regex = {"type": "Split", "behavior": "Isolated", "invert": False}
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None}
-    pre_tokenizer: dict[str, Any]
+    model: JsonObject = {"type": "BPE", "dropout": None, "unk_token": None}
+    pre_tokenizer: JsonObject
     if isinstance(tokenizer, Characters):
         vocabulary = {character: i for i, character in enumerate(tokenizer.alphabet)}
         # This unknown token is not in the vocabulary, so that any other character is an error.
@@ -78,7 +78,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _begins_with(name: str, number: int) -> dict[str, Any]:
+def _begins_with(name: str, number: int) -> JsonObject:
     """Returns the post-processor that adds a special token at the start of a text."""
     special = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")

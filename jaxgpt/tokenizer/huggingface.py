@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tiktoken_ext import openai_public
@@ -23,10 +23,14 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
+from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
 from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
 from jaxgpt.tokenizer.exported import SPECIAL, oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
+
+if TYPE_CHECKING:
+    import tokenizers
 
 LARGEST_FILE = 1 << 26  # bytes; the largest known file, Gemma 3's tokenizer.json, has 33 million
 MOST_GROWTH = 1024  # maximum factor by which a normalizer or decoder may lengthen a text
@@ -84,7 +88,7 @@ class HuggingFace(Tokenizer):
 
     kind: Kind = "huggingface"
 
-    def __init__(self, text: str, config: dict[str, Any]) -> None:
+    def __init__(self, text: str, config: JsonObject) -> None:
         self.json = text
         self.config = config
         parsed = parse(text, "tokenizer.json")
@@ -93,7 +97,7 @@ class HuggingFace(Tokenizer):
             _check_growth(parsed)
             self._set_up(text, config, parsed)
 
-    def _set_up(self, text: str, config: dict[str, Any], parsed: dict[str, Any]) -> None:
+    def _set_up(self, text: str, config: JsonObject, parsed: JsonObject) -> None:
         self._tokenizer = _open(text)
         model = parsed["model"]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -141,13 +145,15 @@ class HuggingFace(Tokenizer):
             encoded(text)
         return self._ids(self._encoding(self._tokenizer, text), text)
 
-    def _encoding(self, library: Any, text: str) -> Any:
+    def _encoding(self, library: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding":
         with _library("the tokenizers library cannot encode the text"):
             # `encode` would hold the global interpreter lock, for over a second with a long text.
             (encoding,) = library.encode_batch([text], add_special_tokens=False)
         return encoding
 
-    def _ids(self, encoding: Any, text: str, part: slice = slice(None)) -> np.ndarray:
+    def _ids(
+        self, encoding: "tokenizers.Encoding", text: str, part: slice = slice(None)
+    ) -> np.ndarray:
         """Returns a part of an encoding's ids; raises InputError if one is a special token."""
         ids = np.asarray(encoding.ids[part], np.uint32)
         special = self._special[ids]
@@ -193,7 +199,7 @@ class HuggingFace(Tokenizer):
         return (added.normalized, added.lstrip, added.rstrip) if added else (False, False, False)
 
     @cached_property
-    def _stand_ins(self) -> tuple[Any, dict[_Flags, str]]:
+    def _stand_ins(self) -> tuple["tokenizers.Tokenizer", dict[_Flags, str]]:
         """Returns the library's tokenizer with a stand-in token for each combination of flags.
 
         Stand-ins are not special, because the library is set to treat special tokens as text.
@@ -231,7 +237,7 @@ class HuggingFace(Tokenizer):
         """The id of the config's `eos_token`, or `eot` if it has none."""
         return self.specials.get(token_name(self.config, "eos_token") or "", self.eot)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """Returns the content of tokenizer.json and of tokenizer_config.json."""
         return {"kind": self.kind, "json": self.json, "config": self.config}
 
@@ -281,7 +287,7 @@ class HuggingFace(Tokenizer):
         raise InputError("tokenizer.json has no token that is ordinary text; use another tokenizer")
 
 
-def _open(text: str, specials: Iterable[str] = ()) -> Any:
+def _open(text: str, specials: Iterable[str] = ()) -> "tokenizers.Tokenizer":
     """Loads a tokenizer.json with the library, set to encode names of special tokens as text."""
     import tokenizers
 
@@ -316,7 +322,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     check_manifest(folder, _FILES)
     text = read_text(folder, "tokenizer.json")
     if text is not None:
-        config: dict[str, Any] = {}
+        config: JsonObject = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             table = read_text(folder, name)
             config |= {} if table is None else parse(table, str(folder / name))
@@ -352,13 +358,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+def _chat_template(folder: Path, config: JsonObject) -> object:
     """Returns a folder's chat template, in the form of tokenizer_config.json's `chat_template`.
 
     As in transformers, chat_template.jinja and the additional templates have priority over that
     field, and chat_template.json, which belongs to a processor, is used if there is no other.
     """
-    templates: dict[str, Any] = {"default": read_text(folder, "chat_template.jinja")}
+    templates: dict[str, str | None] = {"default": read_text(folder, "chat_template.jinja")}
     for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja")):
         templates[path.stem] = read_text(folder, f"{CHAT_TEMPLATES}/{path.name}")
     found = {name: text for name, text in templates.items() if text is not None}
@@ -393,7 +399,7 @@ def write_tokenizer(
         InputError: The folder cannot be written.
     """
     files: dict[str, str] = {}
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
     }
@@ -445,7 +451,7 @@ def read_text(folder: Path, name: str) -> str | None:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def parse(text: str, name: str) -> dict[str, Any]:
+def parse(text: str, name: str) -> JsonObject:
     """Parses a JSON object; raises InputError with the file's `name` for anything else."""
     try:
         value = strict_json.loads(text)
@@ -456,7 +462,7 @@ def parse(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def token_name(config: dict[str, Any], field: str) -> str | None:
+def token_name(config: JsonObject, field: str) -> str | None:
     """Returns the special token that a field of tokenizer_config.json names; None without one."""
     value = config.get(field)
     if isinstance(value, dict):
@@ -481,7 +487,7 @@ def _library(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason}") from None
 
 
-def _check_growth(parsed: dict[str, Any]) -> None:
+def _check_growth(parsed: JsonObject) -> None:
     """Raises InputError if steps that replace or repeat text could make it far longer."""
     for name in ("normalizer", "decoder"):
         growth = 1
@@ -504,7 +510,7 @@ def _check_growth(parsed: dict[str, Any]) -> None:
             )
 
 
-def _parts(step: Any) -> list[dict[str, Any]]:
+def _parts(step: object) -> list[JsonObject]:
     """Returns the steps of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if not step:
         return []
@@ -520,14 +526,14 @@ def _parts(step: Any) -> list[dict[str, Any]]:
     return [step]
 
 
-def _unknown(model: dict[str, Any]) -> str | None:
+def _unknown(model: JsonObject) -> str | None:
     """Returns the model's unknown token; None without one."""
     if isinstance(number := model.get("unk_id"), int):
         return model["vocab"][number][0]
     return model.get("unk_token")
 
 
-def _check_takes_all_text(parsed: dict[str, Any], vocabulary: dict[str, int]) -> None:
+def _check_takes_all_text(parsed: JsonObject, vocabulary: dict[str, int]) -> None:
     """Raises InputError if the library would silently drop text that has no token."""
     model = parsed["model"]
     if "merges" not in model or model.get("unk_token") is not None:
@@ -549,7 +555,7 @@ def _check_takes_all_text(parsed: dict[str, Any], vocabulary: dict[str, int]) ->
         )
 
 
-def _begin(config: dict[str, Any], vocabulary: dict[str, int]) -> str:
+def _begin(config: JsonObject, vocabulary: dict[str, int]) -> str:
     """Returns the name of the token that separates documents."""
     if begin := token_name(config, "bos_token"):
         if begin not in vocabulary:
@@ -568,7 +574,7 @@ def _begin(config: dict[str, Any], vocabulary: dict[str, int]) -> str:
     )
 
 
-def _is_cuttable(parsed: dict[str, Any]) -> bool:
+def _is_cuttable(parsed: JsonObject) -> bool:
     """Whether text is split by a known pattern, and nothing else depends on text across a cut."""
     normalizers = [part.get("type") for part in _parts(parsed.get("normalizer"))]
     if any(type_ != "NFC" for type_ in normalizers):
@@ -580,12 +586,12 @@ def _is_cuttable(parsed: dict[str, Any]) -> bool:
     return _splits_as_gpt2(parsed) or _splits_by_known_pattern(parsed)
 
 
-def _splits_as_gpt2(parsed: dict[str, Any]) -> bool:
+def _splits_as_gpt2(parsed: JsonObject) -> bool:
     steps = _parts(parsed.get("pre_tokenizer"))
     return len(steps) == 1 and _is_byte_level(steps[0], use_regex=True)
 
 
-def _splits_by_known_pattern(parsed: dict[str, Any]) -> bool:
+def _splits_by_known_pattern(parsed: JsonObject) -> bool:
     steps = _parts(parsed.get("pre_tokenizer"))
     if len(steps) != 2 or steps[0].get("type") != "Split":
         return False
@@ -598,7 +604,7 @@ def _splits_by_known_pattern(parsed: dict[str, Any]) -> bool:
     )
 
 
-def _is_byte_level(step: dict[str, Any], use_regex: bool) -> bool:
+def _is_byte_level(step: JsonObject, use_regex: bool) -> bool:
     return (
         step.get("type") == "ByteLevel"
         and step.get("add_prefix_space") is False
@@ -606,7 +612,7 @@ def _is_byte_level(step: dict[str, Any], use_regex: bool) -> bool:
     )
 
 
-def _gpt2(parsed: dict[str, Any]) -> BPE | None:
+def _gpt2(parsed: JsonObject) -> BPE | None:
     """Returns GPT-2's tokenizer if a tokenizer.json encodes text as it does; otherwise None."""
     model = parsed.get("model")
     added = parsed.get("added_tokens")
@@ -623,10 +629,10 @@ def _gpt2(parsed: dict[str, Any]) -> BPE | None:
         return None
     if not (alike and plain and names == [EOT] and len(added) == 1):
         return None
-    return _gpt2_of(model.get("vocab"), model.get("merges"))
+    return _gpt2_of(model.get("vocab"), model.get("merges", ()))
 
 
-def _gpt2_of(vocabulary: Any, merges: Any) -> BPE | None:
+def _gpt2_of(vocabulary: object, merges: Iterable[str | list[str]]) -> BPE | None:
     try:
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     except TypeError:
@@ -641,5 +647,5 @@ def _gpt2_of(vocabulary: Any, merges: Any) -> BPE | None:
     return BPE("gpt2", ranks, openai_public.r50k_pat_str, {EOT: len(ranks)})
 
 
-def _dumped(value: Any) -> str:
+def _dumped(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -3,16 +3,15 @@
 import hashlib
 import http.client
 import os
-import queue
 import sys
 import tempfile
-import threading
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 from tiktoken_ext import openai_public
 
+from jaxgpt.download import answer_within
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer.base import Kind
 from jaxgpt.tokenizer.bpe import BPE
@@ -112,33 +111,12 @@ def _cache_folder() -> Path:
 
 def _download(url: str) -> bytes:
     content = bytearray()
-    with _answer(url) as response:
+    with answer_within(ANSWER_SECONDS, lambda: urlopen(url, timeout=READ_SECONDS)) as response:
         while block := response.read(1 << 16):
             content += block
             print(f"\r{url}: {len(content) / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return bytes(content)
-
-
-def _answer(url: str) -> http.client.HTTPResponse:
-    """Opens a URL; raises TimeoutError if there is no response within ANSWER_SECONDS."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=READ_SECONDS))
-        except (OSError, http.client.HTTPException) as error:
-            answers.put(error)
-
-    # Timeouts do not apply to the DNS lookup, so a daemon thread waits for it.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {ANSWER_SECONDS:g} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def _check_content(content: bytes, file: File) -> None:

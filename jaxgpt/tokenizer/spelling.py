@@ -7,9 +7,10 @@ every word except the last.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxgpt.errors import InputError
+from jaxgpt.strict_json import JsonObject
 
 # GPT-2's byte-level BPE maps bytes to visible characters: printable ones to themselves, the others
 # to characters from U+0100 on.
@@ -45,7 +46,7 @@ class Spelling(NamedTuple):
     """The ids of single bytes. If a run of them is not UTF-8, each is decoded to U+FFFD."""
 
 
-def spelling(steps: Sequence[Mapping[str, Any]], vocabulary: Mapping[str, int]) -> Spelling:
+def spelling(steps: Sequence[JsonObject], vocabulary: Mapping[str, int]) -> Spelling:
     """Computes the bytes of all tokens.
 
     Args:
@@ -87,7 +88,7 @@ class _Form:
         self.spaced = self.single_byte = False
         self.fused = False  # whether an earlier step has joined the tokens to one text
 
-    def apply(self, step: Mapping[str, Any]) -> None:
+    def apply(self, step: JsonObject) -> None:
         """Applies one step of the decoder, as the tokenizers library does."""
         kind = step.get("type")
         if kind == "ByteLevel":
@@ -124,14 +125,14 @@ class _Form:
         else:
             raise self._unknown(step)
 
-    def _metaspace(self, step: Mapping[str, Any]) -> None:
+    def _metaspace(self, step: JsonObject) -> None:
         mark = str(step.get("replacement", _META)).encode()
         scheme = step.get("prepend_scheme", "always")
         never = scheme == "never" or step.get("add_prefix_space") is False
         self.first = self.first.replace(mark, b" " if never else b"")
         self.middle = self.middle.replace(mark, b" ")
 
-    def _replace(self, step: Mapping[str, Any]) -> None:
+    def _replace(self, step: JsonObject) -> None:
         pattern = step.get("pattern")
         old = pattern.get("String") if isinstance(pattern, Mapping) else None
         if not isinstance(old, str) or not old or (self.fused and len(old) > 1):
@@ -140,7 +141,7 @@ class _Form:
         self.first = self.first.replace(old.encode(), new)
         self.middle = self.middle.replace(old.encode(), new)
 
-    def _strip(self, step: Mapping[str, Any]) -> None:
+    def _strip(self, step: JsonObject) -> None:
         content, start, stop = (step.get(name) for name in ("content", "start", "stop"))
         if not (isinstance(content, str) and isinstance(start, int) and isinstance(stop, int)):
             raise self._unknown(step)
@@ -155,7 +156,7 @@ class _Form:
         for _ in range(stop):
             self.first, self.middle = (x.removesuffix(mark) for x in (self.first, self.middle))
 
-    def _unknown(self, step: Mapping[str, Any]) -> InputError:
+    def _unknown(self, step: JsonObject) -> InputError:
         return InputError(
             f"the decoder of tokenizer.json has the step {dict(step)!s:.200}, which is not "
             f"supported for the token {self.name!r:.80}; use another tokenizer"

@@ -12,7 +12,8 @@ import jax
 from jaxgpt import config, data, sharding
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.objectives import Sums
-from jaxgpt.pretrained.load import Trained, load
+from jaxgpt.pretrained.load import load
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.signals import Interrupted, Signals
 from jaxgpt.terminal import shell_quoted
 from jaxgpt.training import telemetry

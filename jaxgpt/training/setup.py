@@ -20,7 +20,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, ComputeConfig, GPTConfig, Params
 from jaxgpt.model.params import merge
 from jaxgpt.objectives import Batch, FrozenModel, Sums
-from jaxgpt.pretrained.load import ModelSource, Trained
+from jaxgpt.pretrained.load import ModelSource
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.training import checkpoint, finetune, optim
 from jaxgpt.training.description import describe, print_summary
 from jaxgpt.training.evaluate import evaluate

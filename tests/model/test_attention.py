@@ -1,0 +1,281 @@
+import math
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.errors import InputError
+from jaxgpt.model import ComputeConfig, GPTConfig
+from jaxgpt.model.attention import (
+    CHUNK,
+    _attend_dequantized,
+    _attend_int8,
+    attend,
+    attend_int8,
+    attention,
+    choose,
+    obstacle,
+    prompt_attention,
+)
+
+FACTS = {"dtype": "bfloat16", "H": 64, "T": 1024, "dropout": 0.0, "segments": False}
+
+
+def inputs(T, N=4, K=2, H=6, B=2, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((B, T, heads, H)).astype(dtype) for heads in (N, K, K)]
+
+
+def documents(T):
+    """Two rows of documents with borders inside and between chunks."""
+    rows = np.stack([np.arange(T) // 13, np.arange(T) // CHUNK])
+    return rows.astype(np.int32)
+
+
+def numpy_attention(q, k, v, window, segments):
+    """Vaswani et al. 2017, equation 1, one query at a time in float64."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    B, T, N, H = q.shape
+    for b in range(B):
+        for t in range(T):
+            first = max(0, t - window + 1) if window else 0
+            seen = [
+                s
+                for s in range(first, t + 1)
+                if segments is None or segments[b, s] == segments[b, t]
+            ]
+            for n in range(N):
+                shared = n // (N // k.shape[2])
+                weights = np.exp(k[b, seen, shared] @ q[b, t, n] / math.sqrt(H))
+                out[b, t, n] = weights @ v[b, seen, shared] / weights.sum()
+    return out
+
+
+@cache
+def jitted(**settings):
+    return jax.jit(partial(attention, **settings))
+
+
+CASES = {
+    "one token": (1, 0, False),
+    "one chunk": (CHUNK, 0, False),
+    "odd length": (2 * CHUNK + 3, 0, False),
+    "window": (2 * CHUNK + 3, 5, False),
+    "window of a chunk": (2 * CHUNK + 3, CHUNK, False),
+    "segments": (CHUNK + 3, 0, True),
+    "window and segments": (CHUNK + 3, 7, True),
+}
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize(("T", "window", "masked"), CASES.values(), ids=CASES)
+def test_attention_equals_a_numpy_softmax(implementation, T, window, masked):
+    q, k, v = inputs(T)
+    segments = documents(T) if masked else None
+    ours = jitted(implementation=implementation, window=window)(q, k, v, segments_BT=segments)
+    np.testing.assert_allclose(ours, numpy_attention(q, k, v, window, segments), atol=2e-6)
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_key_value_heads_are_shared_by_neighbours(K):
+    q, k, v = inputs(9, N=4, K=K)
+    ours = jitted(implementation="chunked")(q, k, v)
+    np.testing.assert_allclose(ours, numpy_attention(q, k, v, 0, None), atol=2e-6)
+
+
+def test_chunked_has_the_gradient_of_plain():
+    arrays = (*inputs(CHUNK + 3), documents(CHUNK + 3))
+
+    def loss(q, k, v, segments, implementation):
+        out = attention(q, k, v, implementation=implementation, window=9, segments_BT=segments)
+        return (out * np.arange(6)[None, None, None]).sum()
+
+    grads = [
+        jax.jit(jax.grad(partial(loss, implementation=name), (0, 1, 2)))(*arrays)
+        for name in ("plain", "chunked")
+    ]
+    for plain, chunked in zip(*grads, strict=True):
+        np.testing.assert_allclose(chunked, plain, atol=1e-5)
+
+
+def numpy_attend(q, k, v, mask):
+    """The same equation for any mask [B, T, S]."""
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], 2).astype(np.float64) for x in (k, v))
+    weights = np.exp(np.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[3])) * mask[:, None]
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(("T", "window"), [(700, 0), (640, 100), (700, 65), (700, 1), (700, 699)])
+def test_a_long_prompts_attention_in_loops_equals_the_unrolled(T, window):
+    q, k, v = inputs(T, B=1)
+    unrolled = jax.jit(partial(attention, window=window))(q, k, v)
+    looped = jax.jit(partial(prompt_attention, window=window, unrolled=2))
+    np.testing.assert_allclose(looped(q, k, v), unrolled, atol=1e-5)
+
+
+def test_attention_of_long_prompts_takes_memory_linear_in_their_length():
+    shapes = [jax.ShapeDtypeStruct((1, 4096, heads, 8), np.float32) for heads in (4, 2, 2)]
+    compiled = jax.jit(prompt_attention).lower(*shapes).compile()
+    # All scores would be 4 heads of 4096 x 4096 / 2 floats, 134 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e7
+
+
+def test_attend_follows_the_mask():
+    (q, _, _), (_, k, v) = inputs(5), inputs(9)
+    mask = np.random.default_rng(1).random((2, 5, 9)) < 0.4
+    mask[..., 3] = True
+    np.testing.assert_allclose(attend(q, k, v, mask), numpy_attend(q, k, v, mask), atol=2e-6)
+    one = attend(q, k, v, mask[:1, :1])
+    np.testing.assert_allclose(one, numpy_attend(q, k, v, mask[:1, :1]), atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    q, k, v = inputs(5)
+    assert np.isfinite(attend(q, k, v, np.zeros((1, 1, 5), bool))).all()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_that_is_not_causal_sees_the_future_of_its_segment(masked):
+    q, k, v = inputs(CHUNK + 3)
+    segments = documents(CHUNK + 3) if masked else np.zeros((2, CHUNK + 3), np.int32)
+    ours = jitted(causal=False)(q, k, v, segments_BT=segments if masked else None)
+    mask = segments[:, :, None] == segments[:, None]
+    np.testing.assert_allclose(ours, numpy_attend(q, k, v, mask), atol=2e-6)
+
+
+def test_scores_too_large_for_exp_are_no_problem():
+    q, k, v = inputs(5)
+    out = jitted(implementation="plain")(q * 1e4, k, v)
+    assert np.isfinite(out).all()
+
+
+def test_bfloat16_comes_back_as_bfloat16_with_a_softmax_in_float32():
+    q, k, v = (jax.numpy.asarray(x, "bfloat16") for x in inputs(CHUNK + 3))
+    out = jitted(implementation="chunked")(q, k, v)
+    assert out.dtype == "bfloat16"
+    exact = numpy_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), 0, None)
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=2**-8 * np.abs(exact).max())
+
+
+def test_drop_is_applied_to_normalised_weights():
+    q, k, v = inputs(7)
+    out = attention(q, k, v, drop=lambda weights: 2 * weights)
+    np.testing.assert_allclose(out, 2 * numpy_attention(q, k, v, 0, None), atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "facts", "picked"),
+    [
+        ("cpu", {}, "chunked"),
+        ("cpu", {"dtype": "float32", "H": 6, "T": 7, "segments": True, "dropout": 0.1}, "chunked"),
+        ("gpu", {}, "cudnn"),
+        ("cuda", {}, "cudnn"),
+        ("gpu", {"H": 128}, "cudnn"),
+        ("gpu", {"H": 136}, "plain"),
+        ("gpu", {"H": 60}, "plain"),
+        ("gpu", {"dtype": "float32"}, "plain"),
+        ("gpu", {"segments": True}, "plain"),
+        ("gpu", {"dropout": 0.1}, "plain"),
+        ("tpu", {}, "splash"),
+        ("tpu", {"segments": True}, "splash"),
+        ("tpu", {"H": 80}, "plain"),
+        ("tpu", {"T": 1000}, "plain"),
+        ("tpu", {"dropout": 0.1}, "plain"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_run_and_says_why(platform, facts, picked):
+    name, why = choose("auto", platform, **FACTS | facts)
+    assert name == picked
+    best = {"cpu": "chunked", "tpu": "splash"}.get(platform, "cudnn")
+    reason = obstacle(best, platform, **FACTS | facts)
+    assert why == (f"fastest on {platform}" if picked == best else f"{best} cannot: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "facts", "says"),
+    [
+        ("cudnn", "cpu", {}, "NVIDIA GPU, and this is cpu"),
+        ("cudnn", "gpu", {"dtype": "float32"}, "bfloat16, not float32 (compute.dtype)"),
+        ("cudnn", "gpu", {"H": 60}, "multiple of 8 up to 128, not 60"),
+        ("cudnn", "gpu", {"segments": True}, "data.documents=masked"),
+        ("cudnn", "gpu", {"dropout": 0.1}, "model.dropout > 0"),
+        ("splash", "gpu", {}, "TPU, and this is gpu"),
+        ("splash", "tpu", {"T": 100}, "H=64, T=100"),
+        ("splash", "tpu", {"dropout": 0.1}, "model.dropout > 0"),
+    ],
+)
+def test_an_attention_that_cannot_run_is_refused(name, platform, facts, says):
+    with pytest.raises(InputError) as error:
+        choose(name, platform, **FACTS | facts)
+    assert f"compute.attention={name}" in str(error.value)
+    assert says in str(error.value)
+    assert "set compute.attention=auto" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "name"),
+    [
+        ("cpu", "float32", "chunked"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("tpu", "bfloat16", "splash"),
+    ],
+)
+def test_nothing_is_auto_in_resolved_compute(platform, dtype, name):
+    compute, line = ComputeConfig().resolve(GPTConfig(D=128, N=2, T=128), platform)
+    assert (compute.dtype, compute.attention) == (dtype, name)
+    assert dtype in line
+    assert name in line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("window", [0, 100])
+def test_cudnn_equals_plain(window):
+    facts = FACTS | {"T": 512}
+    assert choose("auto", "gpu", **facts)[0] == "cudnn"
+    q, k, v = (jax.numpy.asarray(x, "bfloat16") for x in inputs(512, N=8, K=4, H=64))
+
+    def loss(q, k, v, implementation):
+        out = attention(q, k, v, implementation=implementation, window=window)
+        return out.astype("float32").sum(), out
+
+    results = [
+        jax.jit(jax.grad(partial(loss, implementation=name), (0, 1, 2), has_aux=True))(q, k, v)
+        for name in ("plain", "cudnn")
+    ]
+    for plain, cudnn in zip(*map(jax.tree.leaves, results), strict=True):
+        plain, cudnn = (np.asarray(x, np.float32) for x in (plain, cudnn))
+        np.testing.assert_allclose(cudnn, plain, atol=2e-2 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.parametrize(("T", "N", "K", "S"), [(1, 3, 3, 40), (1, 6, 2, 256), (5, 4, 1, 70)])
+@pytest.mark.parametrize("run", [attend_int8, _attend_int8, _attend_dequantized])
+def test_attention_to_an_int8_cache_equals_that_to_its_floats(run, T, N, K, S):
+    B, H = 3, 8
+    rng = np.random.default_rng(S)
+    q = np.float32(3 * rng.standard_normal((B, T, N, H)))
+    k, v = (
+        (
+            rng.integers(-127, 128, (B, K, S, H), np.int8),
+            np.float32(rng.uniform(0, 0.03, (B, K, S))),
+        )
+        for _ in range(2)
+    )
+    mask = rng.random((B, T, S)) < 0.7
+    exact_k, exact_v = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
+    exact = attend(q, exact_k, exact_v, mask)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v, mask), exact, atol=5e-4)
+
+
+def test_attention_to_bytes_forgets_no_small_weights():
+    # A token that is seen as much as 50 others together, each of which is small in bytes.
+    S, H = 512, 8
+    k, v = np.zeros((1, 1, S, H), np.int8), np.zeros((1, 1, S, H), np.int8)
+    k[..., 0, 0], v[..., 1:, 1] = 127, 127
+    scale = np.full((1, 1, S), 1 / 127, np.float32)
+    q = np.zeros((1, 1, 1, H), np.float32)
+    q[..., 0] = math.sqrt(H) * math.log(50)
+    out = _attend_int8(q, (k, scale), (v, scale), np.ones((1, 1, S), bool))
+    assert out[0, 0, 0, 1] == pytest.approx((S - 1) / (S - 1 + 50), rel=1e-3)

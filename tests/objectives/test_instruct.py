@@ -1,0 +1,158 @@
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxgpt.data.examples import examples
+from jaxgpt.data.records import Record, RecordsConfig
+from jaxgpt.errors import InputError
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import Instruct
+from jaxgpt.tokenizer import TokenizerConfig, build
+from tests.tiny import PLAIN, random_params
+
+CORPUS = "user assistant system <|im_start|> <|im_end|> Hello there! How are you?\n\n" * 9
+
+
+@cache
+def tokenizer():
+    return Instruct().extend(build(TokenizerConfig(vocab_size=300), [CORPUS]))
+
+
+def encode(learn="assistant", **values):
+    return Instruct(learn=learn).encode(Record("line 7", values), tokenizer())
+
+
+def turns(*contents):
+    """User and assistant in turns."""
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+
+NAMES = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>assistant\n")
+written = st.lists(st.text(max_size=8) | st.sampled_from(NAMES), min_size=1, max_size=4).map(
+    "".join
+)
+conversations = st.lists(st.tuples(written, written), min_size=1, max_size=3).map(
+    lambda pairs: [text or "." for pair in pairs for text in pair]
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(conversations)
+@example(["<|im_end|>\n<|im_start|>assistant\n", "\n\n<|im_start|>"])
+@example([" ", "\n"])
+def test_exactly_what_the_assistant_says_is_learned_whatever_it_is(contents):
+    arrays = encode(messages=turns(*contents))
+    tokens, targets, weights = (arrays[name] for name in ("tokens", "targets", "weights"))
+    np.testing.assert_array_equal(tokens[1:], targets[:-1])
+    ids, weights = [tokens[0], *targets], [0, *weights]
+
+    start, end = (tokenizer().specials[name] for name in NAMES[:2])
+    assert sum(i in tokenizer().specials.values() for i in ids) == 2 * len(contents)
+    place = 0
+    for turn, content in enumerate(contents):
+        said = turn % 2
+        stop = ids.index(end, place)
+        assert ids[place] == start and weights[place] == 0
+        header = tokenizer().encode("assistant\n" if said else "user\n")
+        text = tokenizer().decode(ids[place + 1 : stop])
+        assert text == ("assistant\n" if said else "user\n") + content
+        if said:
+            begin = place + 1 + len(header)
+            assert ids[place + 1 : begin] == header
+            assert weights[place + 1 : begin] == [0] * len(header)
+            assert weights[begin : stop + 1] == [1] * (stop + 1 - begin)
+            assert tokenizer().decode(ids[begin:stop]) == content
+        else:
+            assert not any(weights[place : stop + 1])
+        place = ids.index(start, stop) if turn + 1 < len(contents) else len(ids)
+        line_break = slice(stop + 1, place)
+        assert tokenizer().decode(ids[line_break]) == "\n" and not any(weights[line_break])
+
+
+def test_all_may_be_learned():
+    messages = turns("Hello", "there", "How", "are you?")
+    some, all = encode(messages=messages), encode("all", messages=messages)
+    np.testing.assert_array_equal(some["targets"], all["targets"])
+    assert (all["weights"] == 1).all() and 0 < some["weights"].sum() < len(some["weights"])
+
+
+@pytest.mark.parametrize("given", ["", "a: int", None])
+def test_a_request_and_its_answer_are_a_conversation(given):
+    request = "Write it.\n\na: int" if given else "Write it."
+    fields = {"instruction": "Write it.", "input": given, "output": "Done."}
+    ours = encode(**fields)
+    theirs = encode(messages=turns(request, "Done."))
+    assert ours.keys() == theirs.keys() == {"tokens", "targets", "weights"}
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"messages": turns("Hello")}, "the last turn is not the assistant's; add its answer"),
+        ({"messages": turns("Hello", "")}, "message 1 has content ''; give it text"),
+        ({"messages": turns("Hello", None)}, "message 1 has content None"),
+        ({"messages": [{"role": "user", "text": "Hello"}, *turns("a", "b")]}, "add role and"),
+        ({"messages": [{"role": "user", "content": "a", "train": 1}, *turns("b")]}, "has train 1"),
+        ({"messages": []}, r"messages is \[\]; use a list"),
+        ({"messages": "Hello"}, "messages is 'Hello'; use a list"),
+        ({"messages": ["Hello"]}, "message 0 is str"),
+        ({"conversations": [{"from": "human", "value": ""}]}, "message 0 has content ''; a user's"),
+        ({"instruction": "Write it."}, "needs messages, or instruction and output"),
+        ({"text": "Hello"}, "line 7: the record has the fields text, but needs"),
+        ({"instruction": "", "output": "Done."}, "instruction is ''"),
+        ({"instruction": "Write it.", "output": " "}, "output is ' '"),
+        ({"instruction": "Write it.", "input": 3, "output": "Done."}, "input is 3"),
+    ],
+)
+def test_a_record_that_cannot_be_is_named(values, says):
+    with pytest.raises(InputError, match=f"^line 7.*{says}" if says[:4] != "line" else f"^{says}"):
+        encode(**values)
+
+
+def test_conversations_in_one_row_are_as_if_apart():
+    T = 48
+    gpt = GPTConfig(L=1, D=8, N=2, T=T, V=tokenizer().vocab_size).build(PLAIN)
+    params = jax.tree.map(jnp.asarray, random_params(gpt))
+    texts = [("Hello", "there"), ("How are", "you?"), ("a", "b"), ("Hello, who?", "user, you")]
+    records = [Record(f"line {i}", {"messages": turns(*pair)}) for i, pair in enumerate(texts)]
+
+    def rows(pack):
+        encode = partial(Instruct().encode, tokenizer=tokenizer())
+        splits = {"train": records, "val": records}
+        settings = RecordsConfig(paths=("memory",), pack=pack)
+        (batch,) = examples(
+            settings, splits, encode, Instruct().cut, "", context=T, batch=4, packs=True
+        ).held_out["val"]()
+        return batch
+
+    @jax.jit
+    def losses(batch):
+        """The loss and its gradient, and the loss of each target."""
+
+        def of(weights):
+            return Instruct()(gpt, params, {**batch, "weights": weights}, None)[0]
+
+        total, gradient = jax.value_and_grad(
+            lambda params: Instruct()(gpt, params, batch, None)[0]
+        )(params)
+        return total, gradient, jax.vmap(of)(single(batch["weights"]))
+
+    def single(weights):
+        """For each place in turn the weights without all the others."""
+        return (jnp.eye(weights.size) * weights.reshape(1, -1)).reshape(-1, *weights.shape)
+
+    apart, packed = rows(False), rows(True)
+    assert packed["segments"].max() > 1 and packed["weights"].sum() == apart["weights"].sum()
+    (total, gradient, each), (total_, gradient_, each_) = losses(apart), losses(packed)
+    np.testing.assert_allclose(total, total_, rtol=1e-5)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, gradient, gradient_)
+    in_order = [x[b["weights"].ravel() > 0] for x, b in ((each, apart), (each_, packed))]
+    np.testing.assert_allclose(*in_order, atol=1e-5)
