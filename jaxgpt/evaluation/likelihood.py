@@ -20,7 +20,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import extend, read_prompts
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 
 Tokens = tuple[int, ...]
 

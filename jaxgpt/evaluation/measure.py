@@ -15,7 +15,7 @@ from jaxgpt.evaluation.likelihood import LogLikelihood, Score
 from jaxgpt.evaluation.tasks import Task
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.pretrained.generation import end_ids
-from jaxgpt.pretrained.load import Trained
+from jaxgpt.pretrained.trained import Trained
 from jaxgpt.serve.engine import Engine, Request
 
 MAIN = {

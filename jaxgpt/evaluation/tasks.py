@@ -120,14 +120,14 @@ class Task:
         """An example with its answer, as it stands in a prompt."""
         match self.type:
             case "multiple_choice":
-                return self.queried(example) + example["choices"][example["gold"]]
+                return f"{self.queried(example)}{example['choices'][example['gold']]}"
             case "schema":
                 context = example["context_options"][example["gold"]]
-                return context + self.delimiter + example["continuation"]
+                return f"{context}{self.delimiter}{example['continuation']}"
             case "cloze":
-                return example["context"].rstrip() + self.delimiter + example["continuation"]
+                return f"{example['context'].rstrip()}{self.delimiter}{example['continuation']}"
             case _:
-                return self.queried(example) + example["answer"]
+                return f"{self.queried(example)}{example['answer']}"
 
     def queried(self, example: Example) -> str:
         """The query of an example, up to where its answer begins."""
