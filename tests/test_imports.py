@@ -26,7 +26,8 @@ config
 pretrained
 terminal
 serve.engine
-evaluation.likelihood evaluation.tasks evaluation.measure evaluation.suite
+evaluation.likelihood evaluation.generate evaluation.tasks
+evaluation.measure evaluation.suite evaluation.harness
 training.inputs training.description training.setup training.loop training.runs
 serve
 cli

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -11,12 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.generate import generate_texts
 from jaxgpt.evaluation.likelihood import LogLikelihood, Score
 from jaxgpt.evaluation.tasks import Task
-from jaxgpt.generation.sampling import Sampling
-from jaxgpt.pretrained.generation import end_ids
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.serve.engine import Engine, Request
 
 MAIN = {
     "multiple_choice": "accuracy",
@@ -143,6 +140,9 @@ class Evaluator:
             [{"example": number, **more} for number, more in zip(numbers, details, strict=True)],
         )
 
+    def _note_truncated(self, number: int) -> None:
+        self._scorer.truncated += 1
+
     def _score(self, task: Task, requests: Sequence[tuple[str, str]]) -> list[Score]:
         total = max(len(requests), 1)
         return self._scorer.score(requests, lambda done: self._progress(task.name, done / total))
@@ -265,52 +265,21 @@ class Evaluator:
             for number in numbers
         ]
         details = []
-        for number, text in zip(numbers, self._write(task, prompts), strict=True):
+        written = generate_texts(
+            self._trained,
+            prompts,
+            task.tokens,
+            task.stop,
+            on_truncated=self._note_truncated,
+            progress=lambda done: self._progress(task.name, done / len(prompts)),
+        )
+        for number, text in zip(numbers, written, strict=True):
             right = task.extracted(task.examples[number]["answer"])
             answer = task.extracted(text)
             details.append(
                 {"text": text, "answer": answer, "exact_match": float(answer == right != "")}
             )
         return _means(details, ["exact_match"]), details
-
-    def _write(self, task: Task, prompts: Sequence[str]) -> Iterator[str]:
-        """The text that greedy decoding writes after each prompt."""
-        tokenizer, most = self._trained.tokenizer, self._scorer.context
-        ends = [tokenizer.eot, tokenizer.eos, *end_ids(self._trained.generation_config)]
-        requests = []
-        for prompt in prompts:
-            ids = [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.eot]
-            room = most - task.tokens
-            if room < 1:
-                raise InputError(
-                    f"task {task.name}: answers of {task.tokens} tokens do not fit the context of "
-                    f"{most}; set tokens to less"
-                )
-            self._scorer.truncated += len(ids) > room
-            requests.append(
-                Request(
-                    tuple(ids[-room:]),
-                    task.tokens,
-                    Sampling(temperature=0),
-                    task.stop,
-                    tuple(dict.fromkeys(ends)),
-                )
-            )
-        with _running(self._trained, len(requests)) as engine:
-            streams = [engine.submit(request) for request in requests]
-            for done, stream in enumerate(streams, 1):
-                yield "".join(delta.text for delta in stream)
-                self._progress(task.name, done / len(streams))
-
-
-@contextmanager
-def _running(trained: Trained, requests: int) -> Iterator[Engine]:
-    engine = Engine(trained, slots=min(requests, 8), queue=requests)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
 
 
 def _rights(gold: int, **scores: Sequence[float]) -> dict[str, float]:
