@@ -2,10 +2,11 @@
 
 Command:   python train.py configs/mixture_of_experts.py
 Then:      python -m jaxgpt generate runs/mixture_of_experts "def main("
-Hardware:  a laptop
+Hardware:  a laptop; 2 CPU cores are enough
 Data:      the Python standard library of the running interpreter
-Time:      not run
-Expect:    not run
+Time:      about 19 min on two cores of an Intel Xeon that also ran other programs
+Expect:    a validation loss of 3.44, 1.46 bits per byte, with 1.9M parameters on Python 3.11's
+           library; the default config reaches 3.51 there with 1.3M
 """
 
 from dataclasses import replace

@@ -9,7 +9,6 @@ devices that need them.
 
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,6 @@ from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural_key, write_folder
 
 PIECE = 1 << 20  # bytes that are checked at a time, so that the CPU's cache holds them
-READERS = 2  # tensors that are read at the same time
 TIED = "lm_head.weight"
 # Buffers that older versions of libraries saved, although they follow from the config: rotary
 # frequencies, causal masks and positions, in any module.
@@ -208,9 +206,8 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | Non
         leaf = jax.make_array_from_single_device_arrays(shape, sharding, shards)
         return leaf.block_until_ready()  # later the file may change
 
-    with ThreadPoolExecutor(READERS) as pool:
-        leaves = pool.map(one, *zip(*found, strict=True))
-        return nested({row.path: leaf for (row, _), leaf in zip(found, leaves, strict=True)})
+    # A second thread would make this slower: JAX transposes with all cores.
+    return nested({row.path: one(row, tensor) for row, tensor in found})
 
 
 def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import data, manifest
@@ -210,7 +210,9 @@ def test_any_damage_is_found_and_named(entry):
     @settings(max_examples=100, deadline=None)
     @given(st.sampled_from(FILES), st.sampled_from(["flip", "truncate", "append"]), st.integers(0))
     def check(name, how, position):
-        write(name, change(good[name], how, position))
+        changed = change(good[name], how, position)
+        assume(changed + b"\n" != good[name])  # a list of hashes says the same without its last \n
+        write(name, changed)
         damage = data.find_entry_damage(entry, V)
         assert damage
         with pytest.raises(InputError) as raised:

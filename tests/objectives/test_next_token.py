@@ -162,7 +162,7 @@ def test_training_never_holds_the_logits_of_a_batch():
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("label_smoothing", -0.1, "0 or more"),
+        ("label_smoothing", -0.1, "from 0 to below 1"),
         ("label_smoothing", 1.0, "below 1"),
         ("z_loss", -1.0, "0 or more"),
         ("chunk", 0, "1 or more"),
