@@ -23,7 +23,7 @@ TOKENS = 256
 """The most tokens of a generated answer, if the task does not say."""
 
 
-class Harness(LM):
+class Harness(LM):  # type: ignore[misc]  # lm-eval has no types
     """A loaded model as lm-evaluation-harness uses models.
 
     Args:

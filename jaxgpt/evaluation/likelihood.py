@@ -8,8 +8,9 @@ for each continuation. Contexts and continuations are padded to a few lengths an
 sizes, so that a handful of programs serves any data.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.pretrained.trained import Trained
 
 Tokens = tuple[int, ...]
+Shape = tuple[int, int, int, int]  # G, P, B, C: contexts, their length, continuations, their length
 
 CHUNK = 32  # continuation tokens whose logits are in memory at once
 SHORTEST = 16  # contexts are padded to at least so many tokens
@@ -156,8 +158,8 @@ class LogLikelihood:
             groups.setdefault(kept, {}).setdefault(tuple(continuation), []).append(number)
         scores: list[Score | None] = [None] * len(requests)
         done = 0
-        for batch in self._batches(groups):
-            found = self._scores([(context, rest) for context, rest, _ in batch])
+        for shape, batch in self._batches(groups):
+            found = self._scores(shape, [(context, rest) for context, rest, _ in batch])
             for (_, _, numbers), score in zip(batch, found, strict=True):
                 for number in numbers:
                     scores[number] = score
@@ -205,37 +207,39 @@ class LogLikelihood:
 
     def _batches(
         self, groups: dict[Tokens, dict[Tokens, list[int]]]
-    ) -> list[list[tuple[Tokens, Tokens, list[int]]]]:
-        """Requests of similar lengths in batches; those of one context stay together."""
+    ) -> Iterator[tuple[Shape, list[tuple[Tokens, Tokens, list[int]]]]]:
+        """Requests of similar lengths in batches, with their padded lengths and rows.
 
-        def sizes(context: Tokens) -> tuple[int, int]:
-            return _padded(len(context)), power_of_two(max(map(len, groups[context])))
+        Requests with the same context stay together.
+        """
 
-        batches: list[list[tuple[Tokens, Tokens, list[int]]]] = []
-        sharing, before = 0, (0, 0)
-        for context in sorted(groups, key=sizes):
-            P, C = size = sizes(context)
-            room = max(1, self._budget // (P + C))
-            for continuation, numbers in groups[context].items():
-                if size != before or sharing >= room:
-                    batches.append([])
-                    sharing, before = 0, size
-                batches[-1].append((context, continuation, numbers))
-                sharing += 1
-        return batches
+        def padded(context: Tokens) -> tuple[int, int]:
+            longest = max(map(len, groups[context]))
+            return _padded(len(context)), min(power_of_two(longest), self.context)
 
-    def _scores(self, batch: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
+        for (P, C), contexts in groupby(sorted(groups, key=padded), key=padded):
+            requests = [
+                (context, rest, numbers)
+                for context in contexts
+                for rest, numbers in groups[context].items()
+            ]
+            most = power_of_two(max(1, self._budget // (P + C)) + 1) // 2
+            for first in range(0, len(requests), most):
+                batch = requests[first : first + most]
+                G, B = len({context for context, _, _ in batch}), len(batch)
+                yield (_rows(G, most), min(P, self.context), _rows(B, most), C), batch
+
+    def _scores(self, shape: Shape, batch: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
         contexts = list(dict.fromkeys(context for context, _ in batch))
-        P = min(_padded(max(map(len, contexts))), self.context)
-        C = min(power_of_two(max(len(rest) for _, rest in batch)), self.context)
-        G, B = power_of_two(len(contexts)), power_of_two(len(batch))
+        G, P, B, C = shape
         contexts_GP, lengths_G = np.zeros((G, P), np.int32), np.ones(G, np.int32)
         for row, context in enumerate(contexts):
             contexts_GP[row, : len(context)], lengths_G[row] = context, len(context)
+        places = {context: row for row, context in enumerate(contexts)}
         continuations_BC, group_B = np.zeros((B, C), np.int32), np.zeros(B, np.int32)
         for row, (context, continuation) in enumerate(batch):
             continuations_BC[row, : len(continuation)] = continuation
-            group_B[row] = contexts.index(context)
+            group_B[row] = places[context]
         logprob_BC, is_greedy_BC = jax.device_get(
             _score(
                 self._model, self._params, contexts_GP, lengths_G, group_B, continuations_BC, P + C
@@ -253,3 +257,8 @@ def _padded(length: int) -> int:
     """The length to which a context is padded: 16, 24, 32, 48, 64, 96 ..."""
     size = power_of_two(length, SHORTEST)
     return size * 3 // 4 if size > SHORTEST and length <= size * 3 // 4 else size
+
+
+def _rows(number: int, most: int) -> int:
+    """The rows to which a number of rows is padded: `most`, or an eighth of it, or 1."""
+    return next(rows for rows in (1, max(1, most // 8), most) if rows >= number)
