@@ -45,9 +45,10 @@ def check_bounds(options: Any, path: str = "") -> None:
                 continue
             is_finite = isinstance(number, numbers.Integral) or math.isfinite(number)
             if not is_finite or not all(_holds(number, bound) for bound in bounds):
+                why = "" if is_finite else " is not finite"
                 each = "it" if number is value else "each"
                 raise InputError(
-                    f"{path}{name}={value}; set {each} {_range(bounds)}", field=path + name
+                    f"{path}{name}={value}{why}; set {each} {_range(bounds)}", field=path + name
                 )
 
 

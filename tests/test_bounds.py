@@ -32,12 +32,12 @@ class Options:
     [
         ("count", 0, "x.count=0; set it to 1 or more"),
         ("rate", 1.0, "x.rate=1.0; set it above 0, and below 1"),
-        ("rate", math.nan, "x.rate=nan; set it above 0, and below 1"),
+        ("rate", math.nan, "x.rate=nan is not finite; set it above 0, and below 1"),
         ("weights", (1.0, 0.0), "x.weights=(1.0, 0.0); set each above 0"),
         ("share", 2, "x.share=2; set it from 0 to 1"),
         ("beta", 1, "x.beta=1; set it from 0 to below 1"),
-        ("beta", math.inf, "x.beta=inf; set it from 0 to below 1"),
-        ("free", -math.inf, "x.free=-inf; set it to a finite number"),
+        ("beta", math.inf, "x.beta=inf is not finite; set it from 0 to below 1"),
+        ("free", -math.inf, "x.free=-inf is not finite; set it to a finite number"),
     ],
 )
 def test_a_number_out_of_bounds_is_an_error_with_its_field(field, value, says):

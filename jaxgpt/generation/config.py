@@ -21,7 +21,11 @@ TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class GenerationConfig(Sampling):
-    """Options of text generation: sampling, stop strings, constraints, decoding method."""
+    """Options of text generation: sampling, stop strings, constraints, decoding method.
+
+    In Python and on the command line, a model without a default temperature has 0.8; on the server,
+    1, as OpenAI's API has it.
+    """
 
     stop: str | Sequence[str] = ()
     """Stop strings: the text ends before the first of them."""

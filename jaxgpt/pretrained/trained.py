@@ -128,7 +128,7 @@ class Trained:
                 beginning-of-document token.
             tokens: The most tokens to generate.
             options: The fields of `GenerationConfig`. The defaults are the model's
-                `generation_config`, then those of `GenerationConfig`.
+                `generation_config`, then those of `GenerationConfig`, with a temperature of 0.8.
 
         Returns:
             An iterator over new text, without the prompt, up to the model's end-of-text token.

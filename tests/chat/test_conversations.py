@@ -386,8 +386,13 @@ def test_function_calls_of_every_layout_are_tool_calls(call):
         ("{{ raise_exception('no tools') if tools }}" + TURNS, "no tools"),
     ],
 )
-def test_tools_that_a_template_cannot_render_are_refused(template, error):
-    record = Record("line 7", {"messages": CALLING, "tools": TOOLS})
+@pytest.mark.parametrize("name", ["add", "abc", "as"])  # "as" is part of "assistant"
+def test_tools_that_a_template_cannot_render_are_refused(template, error, name):
+    calling, tools = (
+        json.loads(json.dumps(value).replace('"add"', f'"{name}"')) for value in (CALLING, TOOLS)
+    )
+    error = error.replace("the tool add", f"the tool {name};")
+    record = Record("line 7", {"messages": calling, "tools": tools})
     with pytest.raises(InputError, match=f"^line 7: .*({error})"):
         Instruct().encode(record, made("chatml", template))
 

@@ -346,7 +346,10 @@ def test_transformers_leaves_the_same(possible):
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"repetition_penalty": 1e39}, "repetition_penalty=1e"),
         ({"repetition_penalty": math.nan}, "repetition_penalty=nan"),
-        ({"frequency_penalty": math.inf}, "frequency_penalty=inf; set it from -1000 to 1000"),
+        (
+            {"frequency_penalty": math.inf},
+            "frequency_penalty=inf is not finite; set it from -1000 to 1000",
+        ),
         ({"frequency_penalty": math.nan}, "frequency_penalty=nan"),
         ({"presence_penalty": -math.inf}, "presence_penalty=-inf"),
         ({"presence_penalty": 1e39}, "presence_penalty=1e"),

@@ -17,7 +17,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import init, letters
 from jaxgpt.model.params import flat, merge, nested
 from jaxgpt.objectives import DPO, GRPO, Instruct, NextToken
-from jaxgpt.pretrained import export, load, peft
+from jaxgpt.pretrained import export, load, peft, trained
 from jaxgpt.pretrained.load import ModelSource
 from jaxgpt.pretrained.trained import Trained
 from jaxgpt.serve.api import ServedModel
@@ -204,7 +204,7 @@ def test_a_run_keeps_the_settings_of_its_published_model_and_adds_end_tokens(
 
 def test_the_models_end_tokens_and_sampling_settings_are_the_defaults(published, monkeypatch):
     gpt, asked = jaxgpt.load(published), []
-    monkeypatch.setattr(load, "stream_text", lambda *_, **how: asked.append(how) or iter(()))
+    monkeypatch.setattr(trained, "stream_text", lambda *_, **how: asked.append(how) or iter(()))
     gpt("a")
     gpt("a", temperature=0, top_k=3)
     assert all(how["stop_ids"] == (EOT, 7) for how in asked)
