@@ -17,7 +17,7 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
-from jaxgpt.evaluation.measure import Evaluator, spread, table
+from jaxgpt.evaluation.measure import Evaluator, mean_centered, spread, table
 from jaxgpt.evaluation.suite import read_tasks
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
@@ -336,6 +336,8 @@ def evaluate(
         ]
         results.append(spread(measured) if len(measured) > 1 else measured[0])
     print(table(results))
+    if len(results) > 1 and (score := mean_centered(results)):
+        print(f"\nmean of the centered scores: {score.value:.4f} ± {score.error:.4f}")
     if json_file:
         _write_text(json_file, json.dumps([result.as_json() for result in results], indent=2))
     if details:
