@@ -25,7 +25,7 @@ training
 config
 pretrained
 terminal
-evaluation.document evaluation.history evaluation.report
+evaluation.charts evaluation.document evaluation.history evaluation.report
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness

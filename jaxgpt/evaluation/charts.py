@@ -7,10 +7,12 @@ own (`as_file`). It has a few kilobytes, however long the curves are, and no scr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from typing import Literal
 
 import numpy as np
+
+from jaxgpt.terminal import printable
 
 COLORS = 8
 """Curves with more colors than these begin again with the first, dashed."""
@@ -53,8 +55,8 @@ class Curve:
     dot at every point, which shows its value when the pointer is above it."""
 
 
-def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """The centered moving mean over a share of the values.
+def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """The centered moving mean over a share of the values, taken twice.
 
     Near both ends the window shrinks, so the first and the last value stay what they are. Values
     must be finite.
@@ -62,11 +64,11 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
     y = np.asarray(values, float)
     n = len(y)
     place = np.arange(n)
-    half = np.minimum(int(n * share / 2), np.minimum(place, n - 1 - place))
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    smoothed: list[float] = (
-        (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)
-    ).tolist()
+    half = np.minimum(math.ceil(n * share / 2), np.minimum(place, n - 1 - place))
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(y)])
+        y = (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)
+    smoothed: list[float] = y.tolist()
     return smoothed
 
 
@@ -97,7 +99,7 @@ def line_chart(
     if not data:
         return ""
     low_x, high_x = _widened(min(x.min() for _, x, _ in data), max(x.max() for _, x, _ in data))
-    low_x = 0.0 if 0 < low_x < high_x / 20 else low_x
+    low_x = 0.0 if 0 < low_x < high_x / 2 else low_x
     spans = [
         np.percentile(y, [1, 99]) if curve.kind == "faint" else (y.min(), y.max())
         for curve, _, y in data
@@ -118,7 +120,7 @@ def line_chart(
     def at_y(y: np.ndarray | float) -> np.ndarray:
         return bottom - (np.asarray(y) - low) / (high - low) * (bottom - top)
 
-    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>', *legend]
+    parts = [f'<text class="title" x="0" y="16">{plain(title)}</text>', *legend]
     for value, label in ticks:
         line = f'y1="{at_y(value):.1f}" y2="{at_y(value):.1f}"'
         parts.append(f'<line class="grid" x1="{left:.0f}" x2="{right}" {line}/>')
@@ -131,7 +133,7 @@ def line_chart(
         )
     parts.append(
         f'<text x="{(left + right) / 2:.0f}" y="{height - 4}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+        f"{plain(x_label)}</text>"
     )
     for curve, x, y in sorted(data, key=lambda one: one[0].kind != "faint"):
         inside = at_x(x), np.clip(at_y(y), top, bottom)
@@ -140,8 +142,18 @@ def line_chart(
             parts += _dots(curve, x, y, *inside)
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+        f'aria-label="{plain(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
+
+
+def plain(text: str) -> str:
+    """Text for HTML and SVG: escaped, without control characters."""
+    return escape(printable(text))
+
+
+def title_of(svg: str) -> str:
+    """The title of a chart."""
+    return unescape(svg.partition('aria-label="')[2].partition('"')[0])
 
 
 def as_file(svg: str) -> str:
@@ -197,7 +209,7 @@ def _legend(curves: Sequence[Curve], width: int) -> tuple[list[str], int]:
         parts.append(
             f'<line x1="{x:.0f}" x2="{x + 22:.0f}" y1="{y - 4}" y2="{y - 4}" {_class(curve)}/>'
         )
-        parts.append(f'<text x="{x + 28:.0f}" y="{y}">{escape(name)}</text>')
+        parts.append(f'<text x="{x + 28:.0f}" y="{y}">{plain(name)}</text>')
         x += wide
     return parts, row if named else 0
 
@@ -229,6 +241,6 @@ def _dots(
 ) -> list[str]:
     return [
         f'<circle class="dot f{curve.color % COLORS}" cx="{a:.1f}" cy="{b:.1f}" r="4">'
-        f"<title>{escape(curve.name)} {value:.4g} at {where:.6g}</title></circle>"
+        f"<title>{plain(curve.name)} {value:.4g} at {where:.6g}</title></circle>"
         for where, value, a, b in zip(x, y, left, top, strict=True)
     ]

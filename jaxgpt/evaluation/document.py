@@ -7,12 +7,15 @@ they are, and never act as markup. The HTML needs no other file and runs no scri
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import charts
+from jaxgpt.evaluation.charts import plain
 from jaxgpt.terminal import printable
+
+SHORT = 24
+"""Text in a table cell of up to so many characters is not wrapped in HTML."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,9 @@ class Document:
 
     def as_html(self) -> str:
         """The document as one HTML file."""
-        title = _plain(self.title)
+        title = plain(self.title)
         links = [
-            f'<a href="#{_anchor(number)}">{_plain(block.title)}</a>'
+            f'<a href="#{_anchor(number)}">{plain(block.title)}</a>'
             for number, block in enumerate(self.blocks)
             if isinstance(block, Section)
         ]
@@ -131,7 +134,7 @@ class Document:
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             "style-src 'unsafe-inline'\">\n"
             f"<title>{title}</title>\n<style>{charts.STYLE}{STYLE}</style>\n</head>\n<body>\n"
-            f"<header><h1>{title}</h1>\n<p>{_plain(self.subtitle)}</p>\n"
+            f"<header><h1>{title}</h1>\n<p>{plain(self.subtitle)}</p>\n"
             f"<nav>{' '.join(links)}</nav></header>\n<main>\n{chr(10).join(body)}\n</main>\n"
             "</body>\n</html>\n"
         )
@@ -177,7 +180,8 @@ td{max-width:520px;overflow-wrap:break-word}
 .bar{display:inline-block;width:90px;height:9px;margin-right:8px;border-radius:3px;
 background:var(--line);overflow:hidden}
 .bar i{display:block;height:100%;background:var(--c0)}
-.share{white-space:nowrap}
+.s{white-space:nowrap}
+td:not(.n):not(.s){min-width:180px}
 pre{margin:8px 0;padding:12px 14px;border:1px solid var(--line);border-radius:8px;
 white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;
 font:13px/1.45 ui-monospace,Menlo,Consolas,monospace}
@@ -197,19 +201,14 @@ def _anchor(number: int) -> str:
     return f"s{number}"
 
 
-def _plain(text: str) -> str:
-    """Text for HTML: escaped, without control characters."""
-    return escape(printable(text))
-
-
 def _html(block: Block, level: int, anchor: str) -> str:
     if isinstance(block, Text):
-        return f"<p>{_plain(block.text)}</p>"
+        return f"<p>{plain(block.text)}</p>"
     if isinstance(block, Code):
-        return f"<pre>{_plain(block.text)}</pre>"
+        return f"<pre>{plain(block.text)}</pre>"
     if isinstance(block, Facts):
         cards = (
-            f"<div><dt>{_plain(name)}</dt><dd>{_plain(value)}</dd></div>"
+            f"<div><dt>{plain(name)}</dt><dd>{plain(value)}</dd></div>"
             for name, value in block.facts
         )
         return f'<dl class="facts">{"".join(cards)}</dl>'
@@ -225,20 +224,20 @@ def _html(block: Block, level: int, anchor: str) -> str:
         _html(each, level + 1, f"{anchor}-{number}") for number, each in enumerate(block.blocks)
     )
     if block.folded:
-        return f"<details><summary>{_plain(block.title)}</summary>\n{inner}</details>"
+        return f"<details><summary>{plain(block.title)}</summary>\n{inner}</details>"
     tag = f"h{min(level, 6)}"
-    return f'<section><{tag} id="{anchor}">{_plain(block.title)}</{tag}>\n{inner}</section>'
+    return f'<section><{tag} id="{anchor}">{plain(block.title)}</{tag}>\n{inner}</section>'
 
 
 def _html_table(table: Table) -> str:
     def cells(row: Sequence[Cell], tag: str) -> Iterator[str]:
         for column, cell in enumerate(row):
+            text, bar = plain(str(cell)), ""
             kind = ' class="n"' if column in table.right else ""
-            bar = ""
+            kind = kind or (' class="s"' if len(text) <= SHORT else "")
             if isinstance(cell, Share):
-                kind = ' class="share"'
                 bar = f'<span class="bar"><i style="width:{100 * cell.value:.1f}%"></i></span>'
-            yield f"<{tag}{kind}>{bar}{_plain(str(cell))}</{tag}>"
+            yield f"<{tag}{kind}>{bar}{text}</{tag}>"
 
     head = f"<thead><tr>{''.join(cells(table.head, 'th'))}</tr></thead>" if table.head else ""
     rows = "\n".join(f"<tr>{''.join(cells(row, 'td'))}</tr>" for row in table.rows)
@@ -250,8 +249,8 @@ def _escaped(text: str) -> str:
     line = " ".join(printable(text).split())
     line = re.sub(r"[\\`*\[\]<>#|~!&$]", r"\\\g<0>", line)
     line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)  # inside of words they mean nothing
-    line = re.sub(r"^(\d+)([.)])", r"\1\\\2", line)
-    return re.sub(r"^[-+=]", r"\\\g<0>", line)
+    line = re.sub(r"^(\d+)([.)])(?= |$)", r"\1\\\2", line)  # the item of a list
+    return re.sub(r"^([-+](?= |$)|-{2,}|=+)", r"\\\g<0>", line)  # that of a list, or a rule
 
 
 def _markdown(block: Block, level: int, name: str, pictures: dict[str, str]) -> list[str]:
@@ -270,7 +269,7 @@ def _markdown(block: Block, level: int, name: str, pictures: dict[str, str]) -> 
         for svg in block.charts:
             path = f"{name}/{len(pictures) + 1:02}.svg"
             pictures[path] = svg
-            lines += [f"![chart]({path})", ""]
+            lines += [f"![{_escaped(charts.title_of(svg))}]({path})", ""]
         return lines
     lines = [f"{'#' * min(level, 6)} {_escaped(block.title)}", ""]
     for each in block.blocks:

@@ -27,6 +27,7 @@ from jaxgpt.evaluation.document import (
 )
 from jaxgpt.evaluation.history import RunHistory, read_history
 from jaxgpt.objectives import UnknownObjective
+from jaxgpt.strict_json import JsonObject
 
 WIDE, NARROW = (920, 380), (460, 300)
 """Sizes of a chart that fills the page, and of one on a phone or beside another."""
@@ -67,13 +68,12 @@ def write_report(
 
 def _subtitle(run: RunHistory) -> str:
     steps = f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
-    when = (
-        [f"{_date(run.sessions[0].began)} to {_date(run.sessions[-1].ended)}"]
-        if run.sessions
-        else []
-    )
-    objective = run.options.get("objective.type", "")
-    return ", ".join([*([str(objective)] if objective else []), f"{run.state}: {steps}", *when])
+    parts = [str(run.options.get("objective.type", "")), f"{run.state}: {steps}"]
+    if run.sessions:
+        began, ended = _date(run.sessions[0].began), _date(run.sessions[-1].ended)
+        day, _, hour = ended.partition(" ")
+        parts.append(f"{began} to {hour if began.startswith(day) else ended}")
+    return ", ".join(part for part in parts if part)
 
 
 def _blocks(run: RunHistory, price: float) -> list[Block]:
@@ -122,9 +122,17 @@ def _facts(run: RunHistory, price: float) -> list[tuple[str, str]]:
         facts.append(("tokens per second", f"{rate:,.0f}"))
     if mfu := _typical(run, "mfu"):
         facts.append(("MFU", f"{mfu:.1%}"))
+    if devices := _devices(run.facts):
+        facts.append(("devices", devices))
     if price and (hours := run.device_hours) is not None:
         facts.append(("cost", f"{hours * price:,.2f}"))
     return facts
+
+
+def _devices(facts: JsonObject) -> str:
+    """The devices of a session, such as "8 x TPU v5 lite"; empty if they were not recorded."""
+    known = (facts.get("devices"), facts.get("device_kind"))
+    return " x ".join(str(each) for each in known if each is not None)
 
 
 def _typical(run: RunHistory, name: str) -> float | None:
@@ -267,15 +275,12 @@ def _time(run: RunHistory, price: float) -> list[Block]:
     rows = []
     for session in run.sessions:
         facts = session.facts
-        devices = " x ".join(
-            str(facts[key]) for key in ("devices", "device_kind") if facts.get(key) is not None
-        )
         ended = "" if session.goodput else " (killed, or still running)"
         rows.append(
             [
                 _date(session.began),
                 f"{_duration(session.seconds)}{ended}",
-                devices or "not recorded",
+                _devices(facts) or "not recorded",
                 str(facts.get("compute", "")),
             ]
         )
