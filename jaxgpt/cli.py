@@ -17,6 +17,7 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.inspect import inspect_prompt
 from jaxgpt.evaluation.measure import Evaluator, spread, table
 from jaxgpt.evaluation.report import write_report
 from jaxgpt.evaluation.suite import read_tasks
@@ -367,6 +368,32 @@ def report(
     print(write_report(paths, expand(output) if output else own, price))
 
 
+def inspect(
+    path: tyro.conf.Positional[str],
+    prompt: tyro.conf.Positional[str],
+    top: int = 5,
+    output: str = "",
+    adapter: str = "",
+    dtype: Dtype = "float32",
+) -> None:
+    """Look inside a model: its attention weights and its likely next tokens for a prompt.
+
+    Args:
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        prompt: The prompt.
+        top: How many of the most likely next tokens to show.
+        output: A folder to draw pictures into, attention.png and next_tokens.png; by default there
+            are none.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
+        dtype: The format of the weights.
+    """
+    found = inspect_prompt(_ready(path, adapter, dtype), prompt, top)
+    print(found.table())
+    if output:
+        print(*found.draw(expand(output), expand(path).name), sep="\n")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
@@ -376,6 +403,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenize": tokenize,
     "eval": evaluate,
     "report": report,
+    "inspect": inspect,
     "export": export,
     "verify": verify,
     "runs": list_runs,

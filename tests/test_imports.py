@@ -26,6 +26,7 @@ config
 pretrained
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
+evaluation.inspect
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness

@@ -202,7 +202,7 @@ def _legend(curves: Sequence[Curve], width: int) -> tuple[list[str], int]:
     parts, x, row = [], 0.0, 1
     for curve in named:
         name = curve.name if len(curve.name) <= 40 else f"{curve.name[:37]}..."
-        wide = 38 + 7.2 * len(name)
+        wide = 46 + 7.4 * len(name)
         if x and x + wide > width:
             x, row = 0.0, row + 1
         y = 16 + 20 * row

@@ -58,6 +58,8 @@ class RunHistory:
     """What the folder of a run has."""
 
     folder: Path
+    name: str
+    """The name of the run."""
     values: JsonObject
     """The content of config.json."""
     config: Config | None
@@ -76,11 +78,6 @@ class RunHistory:
     """"training", "finished" or "stopped"."""
     notes: Sequence[str]
     """What is missing or cannot be read."""
-
-    @property
-    def name(self) -> str:
-        """The name of the run."""
-        return self.folder.name
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -215,6 +212,7 @@ def read_history(path: str | Path) -> RunHistory:
     evaluations = _read_json(folder / EVALUATION, notes, required=False)
     return RunHistory(
         folder,
+        folder.name,
         values,
         cfg,
         records,

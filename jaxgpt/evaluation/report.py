@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jaxgpt import config
@@ -55,6 +56,8 @@ def write_report(
     if not (price >= 0 and math.isfinite(price)):
         raise InputError(f"price={price}; set it to what a device costs per hour", field="price")
     runs = [read_history(each) for each in folders]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(each)) for run, each in zip(runs, folders, strict=True)]
     if len(runs) == 1:
         one = runs[0]
         document = Document(title or one.name, _subtitle(one), _blocks(one, price))
