@@ -18,6 +18,13 @@ from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.inspect import inspect_prompt
+from jaxgpt.evaluation.judge import (
+    ServerJudge,
+    answered,
+    judge_examples,
+    model_judge,
+    summary,
+)
 from jaxgpt.evaluation.measure import Evaluator, spread, table
 from jaxgpt.evaluation.report import write_report
 from jaxgpt.evaluation.suite import read_tasks
@@ -341,6 +348,55 @@ def evaluate(
         _write_text(details, "\n".join(lines))
 
 
+def judge(
+    path: tyro.conf.Positional[str],
+    records: str,
+    judge: str,
+    judge_model: str = "",
+    limit: int = 0,
+    tokens: int = 256,
+    parallel: int = 4,
+    timeout: float = 60.0,
+    output: str = "",
+    adapter: str = "",
+    dtype: Dtype = "float32",
+) -> int:
+    """Let another model score a model's answers from 0 to 100, and print the mean score.
+
+    Args:
+        path: The model whose answers are scored: a run (RUN@best for its best checkpoint), a
+            Hugging Face folder, or a Hugging Face name.
+        records: A file of instructions with reference answers, or of conversations.
+        judge: The judge: another model, or the address of an OpenAI-compatible API, such as
+            https://api.openai.com/v1; its key is read from OPENAI_API_KEY.
+        judge_model: The name of the judge's model at that address.
+        limit: The most records; 0: all.
+        tokens: The most tokens of an answer.
+        parallel: How many requests to send to a server at the same time.
+        timeout: The most seconds to wait for a reply of a server.
+        output: A file to write each answer to, with the judge's reply and the score, as JSON Lines.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
+        dtype: The format of the weights.
+    """
+    is_server = judge.startswith(("http://", "https://"))
+    if not is_server:
+        check_exists(judge)
+    server = ServerJudge(judge, judge_model, timeout) if is_server else None
+    with terminal.clock("the model answers"):
+        examples = answered(_ready(path, adapter, dtype), records, tokens, limit)
+    ask = server or model_judge(_ready(judge, dtype=dtype))
+    judged = []
+    try:
+        with terminal.clock("the judge scores"):
+            for example in judge_examples(examples, ask, parallel if server else 1):
+                judged.append(example)
+    finally:  # what there is, also if the server ends in the middle
+        if output:
+            _write_text(output, "\n".join(json.dumps(vars(example)) for example in judged))
+    print(summary(judged))
+    return int(all(example.score is None for example in judged))
+
+
 def _write_text(path: str, text: str) -> None:
     try:
         expand(path).write_text(text + "\n", encoding="utf-8")
@@ -402,6 +458,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "translate": translate,
     "tokenize": tokenize,
     "eval": evaluate,
+    "judge": judge,
     "report": report,
     "inspect": inspect,
     "export": export,
