@@ -28,7 +28,7 @@ from jaxgpt.pretrained.trained import Trained
 
 PROMPT = """\
 You grade an answer to an instruction. Compare it with the reference answer, which is correct.
-Score it from 0 to 100: 100 if it says what the reference says or is just as correct, 0 if it is \
+Score it from 0 to 100: 100 if it says what the reference says or is just as correct, 0 if it is
 wrong, empty, or does not do what the instruction asks. Length and style do not count.
 Reply with the number and nothing else.
 
@@ -141,7 +141,7 @@ def judge_examples(
         parallel: How many requests to send at the same time.
 
     Yields:
-        The examples with the replies and the scores, in the same order, as soon as they come.
+        The examples with the replies and the scores, in the same order, one by one.
 
     Raises:
         InputError: `parallel` is less than 1, or the judge does not answer.
@@ -153,12 +153,11 @@ def judge_examples(
         reply = judge(PROMPT.format(**asdict(example)))
         return replace(example, reply=reply, score=parse_score(reply))
 
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            yield from pool.map(judged, examples)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        yield from pool.map(judged, examples)
+    finally:  # after an error, no further request is sent
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def mean_score(judged: Sequence[Example]) -> Metric | None:

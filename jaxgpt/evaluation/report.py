@@ -122,7 +122,7 @@ def _facts(run: RunHistory, price: float) -> list[tuple[str, str]]:
     if run.seconds:
         facts.append(("time", _duration(run.seconds)))
     if rate := _typical(run, "tokens_per_second"):
-        facts.append(("tokens per second", f"{rate:,.0f}"))
+        facts.append(("tokens/s", f"{rate:,.0f}"))
     if mfu := _typical(run, "mfu"):
         facts.append(("MFU", f"{mfu:.1%}"))
     if devices := _devices(run.facts):

@@ -10,6 +10,7 @@ import pytest
 from jaxgpt import chat, cli
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.judge import (
+    PROMPT,
     REPLY_TOKENS,
     Example,
     ServerJudge,
@@ -18,7 +19,7 @@ from jaxgpt.evaluation.judge import (
     parse_score,
     summary,
 )
-from tests.tiny import LLAMA, bpe, write_hugging_face
+from tests.tiny import LLAMA, ROOT, bpe, write_hugging_face
 
 RECORDS = [{"instruction": f"Add {n} and 1.", "output": f"{n + 1}"} for n in range(4)]
 
@@ -49,6 +50,10 @@ def test_answers_without_a_score_are_counted_and_not_guessed():
         "no score    1 of 4 answers: the judge's reply is no number from 0 to 100, such as 'good'",
     ]
     assert mean_score(judged[1:2]) is None
+
+
+def test_the_prompt_is_in_the_documentation():
+    assert PROMPT in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_braces_in_an_answer_are_text():
@@ -201,7 +206,7 @@ def test_the_command_writes_every_score(model, capsys):
     assert lines[1]["answer"] in seen[1][2]["messages"][0]["content"]
     with scripted(said("10"), refused(401)) as (url, _):
         server[1] = url
-        assert cli.main(options + server) == 2
+        assert cli.main([*options, *server, "--limit", "2"]) == 2
     assert "status 401" in capsys.readouterr().err
     assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == [10]
 
