@@ -188,10 +188,10 @@ details{border-bottom:1px solid var(--line);padding:6px 0}
 summary{cursor:pointer;font-weight:600}
 @media (max-width:640px){.wide{display:none}.narrow{display:grid}.bar{width:56px}}
 @media print{
-:root{--ink:#000;--muted:#444;--line:#bbb;--paper:#fff}
 body{max-width:none;padding:0}
 nav{display:none}
 h2,h3{break-after:avoid}
+.charts{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}
 .chart,pre,tr,.facts div{break-inside:avoid}
 details::details-content{content-visibility:visible;block-size:auto}}
 """

@@ -254,9 +254,10 @@ def _measured(value: object, error: object) -> str:
 
 def _samples(run: RunHistory) -> list[Block]:
     """The newest sample, and folded those before it."""
-    if not run.samples:
+    steps = sorted(step for step in run.samples if step <= run.step)
+    if not steps:
         return []
-    *earlier, last = sorted(run.samples)
+    *earlier, last = steps
     blocks: list[Block] = [Text(f"After step {last:,}:"), Code(run.samples[last])]
     for step in reversed(earlier):
         blocks.append(Section(f"After step {step:,}", [Code(run.samples[step])], folded=True))
@@ -393,9 +394,9 @@ def _lineage(run: RunHistory) -> list[Block]:
     versions = run.metadata.get("versions")
     if isinstance(versions, dict):
         rows += [[str(name), str(version)] for name, version in versions.items()]
-    for name in ("platform", "processor"):
+    for name, label in (("platform", "platform"), ("cpus", "CPU cores of the host")):
         if run.facts.get(name):
-            rows.append([name, str(run.facts[name])])
+            rows.append([label, str(run.facts[name])])
     return [Table(rows)] if rows else []
 
 
