@@ -20,7 +20,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.inspect import inspect_prompt
 from jaxgpt.evaluation.judge import (
     ServerJudge,
-    answered,
+    answer_records,
     judge_examples,
     model_judge,
     summary,
@@ -383,7 +383,7 @@ def judge(
         check_exists(judge)
     server = ServerJudge(judge, judge_model, timeout) if is_server else None
     with terminal.clock("the model answers"):
-        examples = answered(_ready(path, adapter, dtype), records, tokens, limit)
+        examples = answer_records(_ready(path, adapter, dtype), records, tokens, limit)
     ask = server or model_judge(_ready(judge, dtype=dtype))
     judged = []
     try:

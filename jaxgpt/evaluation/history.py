@@ -298,9 +298,9 @@ def _state(folder: Path, records: Sequence[JsonObject], values: JsonObject) -> s
 
 
 def _number(value: Any) -> float | None:
-    """The value if it is a finite number."""
+    """The value if it is a finite number, and not so large that it must be damaged."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) < 1e30 else None
 
 
 def _integer(value: Any) -> int | None:

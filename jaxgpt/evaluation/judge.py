@@ -86,12 +86,7 @@ def parse_score(reply: str) -> float | None:
     return score if score <= 100 else None
 
 
-def answered(
-    trained: Trained,
-    path: str,
-    tokens: int = 256,
-    limit: int = 0,
-) -> list[Example]:
+def answer_records(trained: Trained, path: str, tokens: int = 256, limit: int = 0) -> list[Example]:
     """The greedy answers of a model to the instructions of records.
 
     Args:

@@ -164,44 +164,44 @@ def _curves(run: RunHistory) -> list[Block]:
     for color, name in enumerate(parts, 1):
         label = name.replace("val_loss/", "validation: ").replace("val_loss", "validation")
         loss.append(Curve(label, *run.curve(name), color, "points"))
-    sizes = {"wide": WIDE, "narrow": NARROW}
-    big = {name: _chart(loss, "Loss", size) for name, size in sizes.items()}
     blocks: list[Block] = []
-    if big["wide"]:
-        blocks.append(Charts([big["wide"]], [big["narrow"]]))
+    if wide := _chart(loss, "Loss", WIDE):
+        blocks.append(Charts([wide], [_chart(loss, "Loss", NARROW)]))
     small = []
-    for name, title, smoothed in (
-        ("learning_rate", "Learning rate", False),
-        ("grad_norm", "Gradient norm", True),
-        ("tokens_per_second", "Training tokens per second", False),
-        ("mfu", "Model FLOPs utilization (MFU)", False),
-        ("skipped", "Skipped steps", False),
-    ):
+    for name, title in _TITLES.items():
         steps, values = run.curve(name)
-        if not values or (name == "skipped" and not any(values)):
-            continue
-        curves = [Curve("", steps, values, 0)]
-        if smoothed:
-            curves = [
-                Curve("", steps, values, 0, "faint"),
-                Curve("", steps, smooth(values), 0),
-            ]
-        small.append(_chart(curves, title, NARROW, from_zero=True))
+        if any(values):
+            curves = [Curve("", steps, values, 0)]
+            if name == "grad_norm":
+                curves = _smoothed(steps, values)
+            small.append(_chart(curves, title, NARROW, from_zero=True))
     for name in run.metrics("val_"):
         steps, values = run.curve(name)
         if len(values) > 1 and not name.startswith("val_loss") and "/" not in name:
             curve = Curve("", steps, values, 1, "points")
             small.append(_chart([curve], _spelled(name), NARROW))
-    reported = {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_second", "mfu"}
     for name in run.metrics(""):
         steps, values = run.curve(name)
-        own = name not in reported | {"step", "time", "finished"}
-        if own and not name.startswith(("val_", "test_")) and len(values) > 1:
-            curves = [Curve("", steps, values, 0, "faint"), Curve("", steps, smooth(values), 0)]
-            small.append(_chart(curves, _spelled(name), NARROW))
+        shown = name in _TITLES or name in ("loss", "step", "time", "finished")
+        if not shown and not name.startswith(("val_", "test_")) and len(values) > 1:
+            small.append(_chart(_smoothed(steps, values), _spelled(name), NARROW))
     if small:
         blocks.append(Charts(small))
     return blocks
+
+
+_TITLES = {
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Training tokens per second",
+    "mfu": "Model FLOPs utilization (MFU)",
+    "skipped": "Skipped steps",
+}
+
+
+def _smoothed(steps: Sequence[float], values: Sequence[float]) -> list[Curve]:
+    """A smoothed curve in front of the values."""
+    return [Curve("", steps, values, 0, "faint"), Curve("", steps, smooth(values), 0)]
 
 
 def _spelled(name: str) -> str:
@@ -359,7 +359,7 @@ def _data(run: RunHistory) -> list[Block]:
     rows: list[list[Cell]] = [
         ["paths", _value(options.get("data.paths"))],
         ["validation paths", _value(options.get("data.val_paths"))],
-        ["read", str(run.facts.get("data", ""))],
+        ["size", str(run.facts.get("data", ""))],
         ["tokens per row", _value(options.get("train.context") or options.get("model.T"))],
         ["rows per step", _value(options.get("train.batch"))],
     ]
@@ -382,9 +382,12 @@ def _lineage(run: RunHistory) -> list[Block]:
     rows: list[list[Cell]] = []
     for name, label in (("started_from", "started from"), ("teacher", "teacher")):
         if isinstance(source := lineage.get(name), dict):
-            rows.append([label, ", ".join(f"{key} {value}" for key, value in source.items())])
-    if not rows and _start(run):
-        rows.append(["started from", _start(run)])
+            path, *about = (str(value) for value in source.values())
+            keys = [*source][1:]
+            more = ", ".join(f"{key} {value}" for key, value in zip(keys, about, strict=True))
+            rows.append([label, f"{path} ({more})" if more else path])
+    if not rows and run.options.get("start"):
+        rows.append(["started from", _value(run.options["start"])])
     for name, label in (
         ("resumed_after", "resumed after step"),
         ("went_back_to", "went back to step"),
@@ -400,14 +403,8 @@ def _lineage(run: RunHistory) -> list[Block]:
     return [Table(rows)] if rows else []
 
 
-def _start(run: RunHistory) -> str:
-    """The model that the config starts from; empty: none."""
-    start = run.options.get("start")
-    return start if isinstance(start, str) else ""
-
-
 def _options(run: RunHistory) -> list[Block]:
-    """The options that differ from the defaults, and the whole config, folded."""
+    """The options that differ from the defaults."""
     if run.config is None:
         return []
     rows: list[list[Cell]] = [[*row] for row in config.differences(run.config)]
@@ -509,4 +506,7 @@ def _duration(seconds: float) -> str:
 
 
 def _date(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    except (OverflowError, ValueError, OSError):  # the record is damaged
+        return "unknown time"
