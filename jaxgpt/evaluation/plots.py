@@ -81,7 +81,7 @@ def draw_attention(weights_LNTS: np.ndarray, tokens: Sequence[str], title: str, 
     axes = figure.add_subplot()
     shown = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     axes.spines[:].set_visible(False)
-    axes.set_title(title, parse_math=False, pad=20)
+    axes.set_title(title, parse_math=False, pad=28)
     for head in range(N):
         axes.text(head * size + T / 2, -1, f"head {head}", ha="center", va="bottom", fontsize=8)
     for layer in range(L):
