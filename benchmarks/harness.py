@@ -44,7 +44,7 @@ def evaluate(model: Any, args: dict[str, Any], shots: int, folder: Path) -> dict
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         batch_size=16,
         log_samples=True,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
     )
     return {**found, "seconds": time.perf_counter() - began}
 

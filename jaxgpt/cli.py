@@ -304,6 +304,7 @@ def evaluate(
     seeds: tuple[int, ...] = (0,),
     json_file: Annotated[str, tyro.conf.arg(name="json")] = "",
     details: str = "",
+    lm_eval: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     adapter: str = "",
     dtype: Dtype = "float32",
 ) -> None:
@@ -320,9 +321,17 @@ def evaluate(
             the standard deviations over seeds.
         json_file: A file to write the results to, as JSON.
         details: A file to write what was measured for each example to, as JSON Lines.
+        lm_eval: Tasks of lm-evaluation-harness instead, by name or as YAML files. It needs
+            `pip install 'jaxgpt[eval]'`, and downloads the data of its tasks.
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         dtype: The format of the weights.
     """
+    if lm_eval:
+        given = {"tasks": tasks, "details": details, "seeds": seeds != (0,)}
+        if wrong := [name for name, value in given.items() if value]:
+            raise InputError(f"{wrong[0]} is not for lm_eval's tasks; remove it", field=wrong[0])
+        _evaluate_with_harness(_ready(path, adapter, dtype), lm_eval, shots, limit, json_file)
+        return
     chosen = [task for name in tasks or ("python",) for task in read_tasks(name)]
     if shots is not None:
         chosen = [replace(task, shots=shots if task.type != "text" else 0) for task in chosen]
@@ -346,6 +355,21 @@ def evaluate(
             for one in result.details
         ]
         _write_text(details, "\n".join(lines))
+
+
+def _evaluate_with_harness(
+    trained: Trained, tasks: tuple[str, ...], shots: int | None, limit: int, json_file: str
+) -> None:
+    try:
+        from jaxgpt.evaluation import harness
+    except ImportError:
+        raise InputError(
+            "lm_eval needs lm-evaluation-harness: pip install 'jaxgpt[eval]'", field="lm_eval"
+        ) from None
+    results = harness.measure(trained, tasks, shots=shots, limit=limit)
+    print(harness.table(results))
+    if json_file:
+        _write_text(json_file, json.dumps(results["results"], indent=2, default=str))
 
 
 def judge(

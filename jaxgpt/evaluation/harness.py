@@ -10,8 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml  # of huggingface_hub's dependencies
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
 
 from jaxgpt.chat import choose, render
 from jaxgpt.chat.rendering import Markup, encoded
@@ -19,6 +23,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.generate import generate_texts
 from jaxgpt.evaluation.likelihood import LogLikelihood
 from jaxgpt.generation.sampling import Sampling
+from jaxgpt.paths import expand, regular_file
 from jaxgpt.pretrained.trained import Trained
 
 TOKENS = 256
@@ -98,7 +103,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
             texts = generate_texts(self._trained, prompts, tokens, stops, sampling)
             for number, text in zip(numbers, texts, strict=True):
-                found[number] = self._trained.tokenizer.special_pattern.sub("", text)
+                found[number] = text
         return found
 
     def apply_chat_template(
@@ -147,7 +152,7 @@ def measure(
 
     Args:
         trained: The model.
-        tasks: Names of lm-eval's tasks, or paths of YAML files with tasks.
+        tasks: Names of lm-eval's tasks, or paths of YAML files with a task.
         shots: The number of solved examples in each prompt; None: as the task says.
         limit: The most examples of each task; 0: all.
 
@@ -157,19 +162,27 @@ def measure(
     Raises:
         InputError: lm-eval does not know a task, or cannot load its data.
     """
-    import lm_eval
-
+    files = [expand(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
     try:
-        found: dict[str, Any] = lm_eval.simple_evaluate(
-            Harness(trained), tasks=[*tasks], num_fewshot=shots, limit=limit or None
+        names += [yaml.safe_load(regular_file(file).read_text())["task"] for file in files]
+        manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+        if unknown := [name for name in names if not manager.match_tasks([name])]:
+            raise InputError(
+                f"lm-eval has no task {', '.join(unknown)}; `python -m lm_eval ls tasks` lists them"
+            )
+        found: dict[str, Any] = simple_evaluate(
+            Harness(trained),
+            tasks=names,
+            num_fewshot=shots,
+            limit=limit or None,
+            task_manager=manager,
         )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"lm-eval cannot measure {', '.join(tasks)}: {error}") from error
     return found
 
 
 def table(results: Mapping[str, Any]) -> str:
     """lm-eval's results as its own table."""
-    from lm_eval.utils import make_table
-
     return str(make_table(results))
