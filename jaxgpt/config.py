@@ -128,6 +128,13 @@ class Config:
             )
         self.tokenizer.check()
         self.data.check()
+        if self.train.epochs and getattr(self.data, "stream", False):
+            raise InputError(
+                f"train.epochs={self.train.epochs:g} needs the number of rows, and with "
+                "data.stream=True it is not known before training; set train.steps, and "
+                "train.epochs to 0",
+                field="train.epochs",
+            )
         self.objective.check()
         wanted = RecordsConfig if self.objective.reads_records else DataConfig
         if type(self.data) is not wanted:

@@ -17,6 +17,20 @@ ANSWER_SECONDS = 10.0
 """Seconds to wait for the hub's answer, including the DNS look-up."""
 
 
+def in_background(work: Callable[[], Answer]) -> Future[Answer]:
+    """Calls a function in a daemon thread, which does not keep the process from ending."""
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
 def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
     """Calls a function that asks a server, and gives up after some time.
 
@@ -33,15 +47,7 @@ def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer:
     Raises:
         TimeoutError: There is no result yet.
     """
-    answer: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    answer = in_background(ask)
     if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} seconds")
     return answer.result()
@@ -75,8 +81,8 @@ class HubRepository:
         self.full_name, self.revision = name, revision
         self.url = f"{self.endpoint}/{kind}{name}"
 
-    def ask(self, question: Callable[[], Answer]) -> Answer:
-        """Returns the hub's answer to a question, for which it has `ANSWER_SECONDS`.
+    def ask(self, question: Callable[[], Answer], seconds: float = 0.0) -> Answer:
+        """Returns the hub's answer to a question, for which it has `ANSWER_SECONDS`, or more.
 
         Raises:
             InputError: The answer is an error that is permanent.
@@ -87,7 +93,7 @@ class HubRepository:
 
         get_token()  # outside of the time limit, because Colab may ask the user for the token
         try:
-            return answer_within(ANSWER_SECONDS, question)
+            return answer_within(seconds or ANSWER_SECONDS, question)
         except Exception as error:
             if explained := self.http_error(error):
                 raise explained from None

@@ -69,10 +69,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.server.over.wait(20)
             return None
         if path.startswith("/api/"):
-            kind, path = re.match("/api/(models|datasets)/(.*)", path).groups()
+            path = re.sub("^/api/(models|datasets)/", "", path)
             name, what, revision = re.split("/(revision|tree)/", path)
         else:
-            kind = what = ""
+            what = ""
             name, _, rest = path[1:].removeprefix("datasets/").partition("/resolve/")
             revision, _, file = rest.partition("/")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")

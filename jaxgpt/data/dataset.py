@@ -34,3 +34,6 @@ class Dataset:
     """Average bytes of text per target token of each held-out set; empty for records."""
     shares: dict[str, float] = field(default_factory=dict)
     """If `val` is a mixture of the parts `val/PART`: the fraction of each; they add up to 1."""
+    state: Callable[[], dict[str, Any]] = dict
+    """JSON values that a checkpoint keeps, so that a resumed run need not read again what earlier
+    batches were made of."""
