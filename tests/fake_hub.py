@@ -70,7 +70,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return None
         if path.startswith("/api/"):
             path = re.sub("^/api/(models|datasets)/", "", path)
-            name, what, revision = re.split("/(revision|tree)/", path)
+            name, what, revision = [*re.split("/(revision|tree)/", path), "", "main"][:3]
         else:
             what = ""
             name, _, rest = path[1:].removeprefix("datasets/").partition("/resolve/")

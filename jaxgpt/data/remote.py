@@ -414,12 +414,13 @@ def choose_files(
     >>> choose_files("hf:me/mine/all", files, card, "all", "train")
     ['data/test-0.parquet', 'data/train-0.parquet', 'data/train-1.parquet']
     """
-    readable = sorted(
-        name
-        for name in files
-        if suffix_of(name) in SUFFIXES
-        and not any(p.startswith((".", "__")) for p in name.split("/"))
-    )
+    hidden = re.compile(r"(^|/)(\.|__)")
+    readable = sorted(f for f in files if suffix_of(f) in SUFFIXES and not hidden.search(f))
+    if not readable:
+        raise InputError(
+            f"{path} has no file with a suffix of {' '.join(SUFFIXES)}; its files are "
+            f"{_some(sorted(files))}"
+        )
     if re.search(r"[*?\[/]", selection) or suffix_of(selection) in SUFFIXES:
         chosen = _matching(readable, selection)
         if not chosen:
@@ -431,8 +432,8 @@ def choose_files(
     splits = _splits(path, readable, configs, config)
     if selection not in splits:
         raise InputError(
-            f"{path} has no split {selection!r}; its splits are {_some(sorted(splits))}"
-            + ("" if splits else f"; use a glob of its files after #: {_some(readable)}")
+            f"{path} has no split {selection!r}; its splits are {_some(sorted(splits))}; or use a "
+            f"glob of its files after #: {_some(readable)}"
         )
     return splits[selection]
 

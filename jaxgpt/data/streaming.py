@@ -69,7 +69,7 @@ def stream(
     process_index: int = 0,
     process_count: int = 1,
     state: Mapping[str, Any] | None = None,
-    names: Sequence[str] = (),
+    named: DataConfig | None = None,
 ) -> Dataset:
     """Makes a `Dataset` of text that is downloaded while it is used.
 
@@ -83,7 +83,7 @@ def stream(
         process_index: Index of this process.
         process_count: Number of processes.
         state: The `Dataset.state` of a checkpoint, if there is one.
-        names: The names of the paths in metrics; by default the paths.
+        named: The config with other names for the paths in metrics; by default `cfg`.
 
     Raises:
         InputError: A path cannot be listed, the first shard of one cannot be read, or
@@ -135,8 +135,7 @@ def stream(
     )
     if not vals:
         return dataset
-    named = replace(cfg, paths=tuple(names or cfg.paths))
-    return with_held_out(dataset, vals, named, limit=limit, **shape)
+    return with_held_out(dataset, vals, named or cfg, limit=limit, **shape)
 
 
 class StreamedBatches:
@@ -270,10 +269,10 @@ class Shards:
             self.paths.append(list(range(first, first + len(part))))
         self.tokenizer, self._cfg, self._fraction = tokenizer, cfg, fraction
         self._firsts = [part[0] for part in self.paths]
-        keys = [[file.key for file in part] for part in files]
+        self._keys = [file.key for file in self.files]
         how = [FORMAT, FEW, fraction, tokenizer.fingerprint, cfg.fields, cfg.encoding]
         cache = cache_folder(cfg.cache)
-        self.folder = cache / "streams" / _digest([*how, keys])[:32]
+        self.folder = cache / "streams" / _digest([*how, self.paths, self._keys])[:32]
         self._downloads = cache / "downloads"
         self._preparing = threading.RLock()
         self._lock = threading.Lock()  # protects the two below

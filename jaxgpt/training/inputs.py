@@ -94,11 +94,13 @@ def prepare_data(
             packs=cfg.objective.packs,
             **batch_options(cfg),
         )
-    elif pinned.stream:
-        state, names = saved.get("data_state", {}), cfg.data.paths
-        dataset = data.stream(pinned, text, state=state, names=names, **batch_options(cfg))
     else:
-        dataset = data.streams(data.prepare(pinned, text), cfg.data, **batch_options(cfg))
+        named = replace(pinned, paths=cfg.data.paths, val_paths=cfg.data.val_paths)
+        if pinned.stream:
+            state = saved.get("data_state", {})
+            dataset = data.stream(pinned, text, state=state, named=named, **batch_options(cfg))
+        else:
+            dataset = data.streams(data.prepare(pinned, text), named, **batch_options(cfg))
     if revisions:
         fingerprint = {**dataset.fingerprint, "revisions": revisions}
         dataset = replace(dataset, fingerprint=fingerprint)
