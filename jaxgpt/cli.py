@@ -249,6 +249,7 @@ def export(
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
     """
+    expand(folder)  # raises for a URL
     check_exists(path)
     if to == "peft" and dtype != "float32":
         raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
@@ -313,6 +314,8 @@ def evaluate(
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         dtype: The format of the weights.
     """
+    for file in (json_file, details):
+        expand(file)  # raises for a URL
     chosen = [task for name in tasks or ("python",) for task in read_tasks(name)]
     if shots is not None:
         chosen = [replace(task, shots=shots if task.type != "text" else 0) for task in chosen]

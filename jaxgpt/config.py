@@ -21,7 +21,7 @@ from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, refuse_url
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
@@ -106,6 +106,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
+        refuse_url(self.name)
         return expand(self.runs) / self.name
 
     @property

@@ -416,3 +416,40 @@ def test_a_deleted_download_is_fetched_again(server, cache):
     remote.fetch("hf:me/mine")
     shutil.rmtree(cache)
     assert contents("hf:me/mine") == [lines("text")]
+
+
+# A store with the S3 protocol
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket of a local S3 server, as a file system."""
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]' s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files.mkdir("books")
+    yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_text_in_a_bucket_is_read_whole_and_streamed(bucket, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 100)
+    for n in range(3):
+        bucket.pipe(f"books/deep/train-{n}.jsonl", lines(*(f"{n} text {m}" for m in range(20))))
+    assert contents("s3://books/deep/*-1.jsonl") == [bucket.cat("books/deep/train-1.jsonl")]
+    cfg = data.DataConfig(paths=("s3://books/deep/",), val_fraction=0.0, shuffle=False)
+    shape = {"context": 8, "batch": 2}
+    whole = data.prepare(cfg, BYTES).train[:9]
+    streamed = data.stream(replace(cfg, stream=True), BYTES, **shape).batch(0)
+    assert streamed["tokens"][0].tolist() == whole[:8].tolist()
+    assert "does not exist" in refused("s3://books/none.txt")
+    assert "no-such-bucket" in refused("s3://no-such-bucket/*.txt")
