@@ -580,7 +580,7 @@ def _fsspec_infos(path: str) -> tuple[dict[str, dict[str, Any]], Any]:
 
 
 def _read_url(fs: Any, name: str, start: int, end: int) -> bytes:
-    found: bytes = fs.cat_file(name, start, end)
+    found: bytes = fs.cat_file(name, start=start, end=end)  # by name: s3fs has another order
     return found
 
 

@@ -282,7 +282,7 @@ class Shards:
         self.lengths |= {int(number): length for number, length in (lengths or {}).items()}
         self.lengths |= self._read_lengths()
         self._held = {number: self._prepare(number) for number in self._firsts if fraction}
-        if not fraction:
+        if not fraction and self._firsts[0] not in self.lengths:
             self._prepare(self._firsts[0])  # a wrong column is found now, not while training
         held = sum(_size(self._entry(number)) for number in self._held)
         least = held + max(map(self._need, range(len(self.files))))
