@@ -27,7 +27,7 @@ def in_background(work: Callable[[], Answer]) -> Future[Answer]:
         except Exception as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name="background", daemon=True).start()
     return answer
 
 

@@ -288,35 +288,31 @@ def wait(seconds: float) -> None:
 def _list_hub(path: str, cache: Path) -> tuple[RemoteFile, ...]:
     hub = HubPath.parse(path)
     listing = _hub_listing(hub, cache)
-    pinned = replace(hub, revision=listing["commit"])
+    repository = HubRepository(hub.name, listing["commit"], "datasets/")
     names = choose_files(path, listing["files"], listing["configs"], hub.config, hub.selection)
     return tuple(
         RemoteFile(
             f"hf:{hub.name}/{name}",
             size,
             version,
-            partial(_read_hub, pinned, name),
-            _repository(pinned).http_error,
+            partial(_read_hub, repository, name),
+            repository.http_error,
         )
         for name in names
         for size, version in [listing["files"][name]]
     )
 
 
-def _repository(hub: HubPath) -> HubRepository:
-    return HubRepository(hub.name, hub.revision, "datasets/")
-
-
-def _read_hub(hub: HubPath, file: str, start: int, end: int) -> bytes:
+def _read_hub(repository: HubRepository, file: str, start: int, end: int) -> bytes:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     url = hf_hub_url(
-        hub.name,
+        repository.full_name,
         file,
         repo_type="dataset",
-        revision=hub.revision,
-        endpoint=_repository(hub).endpoint,
+        revision=repository.revision,
+        endpoint=repository.endpoint,
     )
     parts = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     response = get_session().get(url, headers={**build_hf_headers(), **parts}, timeout=READ_SECONDS)
@@ -330,7 +326,7 @@ def _hub_listing(hub: HubPath, cache: Path) -> dict[str, Any]:
     Lists are kept in the cache by revision and by commit. That of a commit never changes, and that
     of a branch is used if the hub does not answer.
     """
-    repository = _repository(hub)
+    repository = HubRepository(hub.name, hub.revision, "datasets/")
 
     def stored(revision: str) -> Path:
         return cache / "downloads" / "listings" / f"{f'{hub.name}@{revision}'.replace('/', '--')}"

@@ -13,12 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxgpt import data
+from jaxgpt import config, data
 from jaxgpt.data import remote, streaming
 from jaxgpt.data.sources import open_files
 from jaxgpt.data.split import split
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.tokenizer import TokenizerConfig, build
+from jaxgpt.training.inputs import prepare_data
 from tests import runs
 from tests.fake_hub import COMMIT, OLD, running_hub
 from tests.tiny import ROOT
@@ -52,10 +53,13 @@ def shard(number, count=5):
 
 
 @pytest.fixture
-def hub(server):
+def hub(server, waits, cache):
     """A data set of several files of different sizes."""
     server.add("me/mine", {f"data/train-{n}.jsonl": shard(n, 3 + n) for n in range(SHARDS)})
-    return server
+    yield server
+    for thread in threading.enumerate():  # files that are still read ahead
+        if thread.name == "background":
+            thread.join()
 
 
 CFG = data.DataConfig(paths=("hf:me/mine",), stream=True, val_fraction=0.0)
@@ -246,16 +250,16 @@ def test_a_damaged_entry_is_downloaded_again(hub, cache):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from jaxgpt import data
+from jaxgpt import config, data
 from jaxgpt.data import remote
 from tests.data.test_streaming import CFG, rows, stream
 remote.BLOCK = 100
 read, files = remote._read_hub, set()
-def read_and_die(hub, file, start, end):
+def read_and_die(repository, file, start, end):
     files.add(file)
     if start == 200 and len(files) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(hub, file, start, end)
+    return read(repository, file, start, end)
 remote._read_hub = read_and_die
 dataset = stream()
 for step in range(1000):
@@ -356,6 +360,27 @@ def test_a_file_that_cannot_be_read_ends_training_with_its_name(hub):
         rows(dataset, range(STEPS))
 
 
+def test_a_resumed_run_reads_the_revision_that_it_began_with(hub):
+    cfg = config.Config(data=CFG, tokenizer=TokenizerConfig(kind="bytes"))
+    _, text, dataset, _ = prepare_data(cfg, {})
+    expected = dataset.batch(3)
+    assert dataset.fingerprint["revisions"] == {"me/mine@main": COMMIT}
+    saved = {
+        "config": config.to_dict(replace(cfg, model=replace(cfg.model, V=text.vocab_size))),
+        "tokenizer": text.to_json(),
+        "data": json.loads(json.dumps(dataset.fingerprint)),
+        "data_state": dataset.state(),
+    }
+    hub.main = OLD
+    hub.add("me/mine", {"data/train-0.jsonl": shard(9)}, OLD)
+    *_, resumed, _ = prepare_data(cfg, {**saved, "versions": {}})
+    for name, values in expected.items():
+        np.testing.assert_array_equal(resumed.batch(3)[name], values)
+    *_, new, _ = prepare_data(cfg, {})
+    assert new.fingerprint["revisions"] == {"me/mine@main": OLD}
+
+
+@pytest.mark.slow
 def test_a_run_saves_before_a_failed_download_ends_it_and_resumes_exactly(
     hub, monkeypatch, tmp_path, capsys
 ):
