@@ -20,7 +20,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -132,6 +132,7 @@ def stream(
         f"{len(shards.files):,} files of {size:,.2f} GB, read during training, "
         f"{sum(map(len, vals)):,} validation tokens",
         state=shards.state,
+        stop=shards.stop,
     )
     if not vals:
         return dataset
@@ -249,6 +250,7 @@ class Shards:
         files: All files, by shard.
         paths: The shards of each path.
         lengths: The number of training tokens of each shard that was read before.
+        stop: An event that ends the waiting for a shard.
 
     Raises:
         InputError: The first shard of a path cannot be read, or `data.disk_gb` is too small.
@@ -274,9 +276,10 @@ class Shards:
         cache = cache_folder(cfg.cache)
         self.folder = cache / "streams" / _digest([*how, self.paths, self._keys])[:32]
         self._downloads = cache / "downloads"
-        self._preparing = threading.RLock()
+        self._preparing = threading.Lock()
+        self.stop = threading.Event()
         self._lock = threading.Lock()  # protects the two below
-        self._ready: dict[int, Future[Tokens | None]] = {}
+        self._ready: dict[int, Future[Any]] = {}
         self._wanted: dict[int, tuple[int, ...]] = {}
         self.lengths: dict[int, int] = {}
         self.lengths |= {int(number): length for number, length in (lengths or {}).items()}
@@ -312,55 +315,74 @@ class Shards:
 
         Raises:
             InputError: The shard cannot be downloaded, or is not text.
+            TrainingError: `stop` was set while it waited.
         """
         wanted = (number, *ahead)
         with self._lock:
             if self._wanted.get(reader) != wanted:
                 self._wanted[reader] = wanted
                 keep = {n for numbers in self._wanted.values() for n in numbers}
-                self._ready = {n: f for n, f in self._ready.items() if n in keep or not f.done()}
-                for n in wanted:
-                    if n not in self._ready:
-                        work = self._prepare if n == number else self._read_ahead
-                        self._ready[n] = in_background(partial(work, n))
-            future = self._ready.get(number)
-        tokens: Tokens | None = None
-        if future is not None:
-            with suppress(Exception):  # it may be of a while ago, so it is tried again below
-                tokens = future.result()
+                self._ready = {
+                    n: future
+                    for n, future in self._ready.items()
+                    if not future.done() or (n in keep and _succeeded(future))
+                }
+            was_ahead = number in self._ready
+            if not was_ahead:
+                self._ready[number] = in_background(partial(self._prepare, number))
+            for n in ahead:
+                if n not in self._ready:
+                    self._ready[n] = in_background(partial(self._read_ahead, n))
+            future = self._ready[number]
+        try:
+            tokens: Tokens | None = self._wait(future)
+        except InputError:
+            if not was_ahead:
+                with self._lock:
+                    self._ready.pop(number, None)
+                raise
+            tokens = None  # it may have failed a while ago
         if tokens is None:
-            tokens = self._prepare(number)
-            done: Future[Tokens | None] = Future()
-            done.set_result(tokens)
             with self._lock:
-                self._ready[number] = done
+                future = self._ready[number] = in_background(partial(self._prepare, number))
+            tokens = self._wait(future)
         return tokens["train"]
+
+    def _wait(self, future: Future[Any]) -> Any:
+        while not future.done():
+            if self.stop.is_set():
+                raise TrainingError("stopped while it waited for training data")
+            wait([future], timeout=0.1)
+        return future.result()
 
     def _prepare(self, number: int) -> Tokens:
         """Downloads and tokenizes a shard, unless its entry is in the cache, and opens it."""
-        file, entry = self.files[number], self._entry(number)
         with self._preparing, lock_cache(self.folder):
-            if entry.exists():
-                try:
-                    return self._opened(number)
-                except InputError as error:
-                    print_note(f"{error}; {file.name} is downloaded again")
-                    self._delete(entry)
-            self._make_space(number, needed=True)
-            local = download(file, self._downloads)
-            note = print_note if number in self._firsts else lambda line: None
-            source = open_files(file.name, [str(local)], self._cfg.fields, self._cfg.encoding, note)
-            fraction = self._fraction if number in self._firsts else 0.0
-            write_tokens(entry, split(source, fraction), self.tokenizer, self._cfg.workers)
-            shutil.rmtree(local.parent, ignore_errors=True)
-            return self._opened(number)
+            return self._make(number)
 
     def _read_ahead(self, number: int) -> Tokens | None:
         """Prepares a shard if there is space for it besides those that are needed earlier."""
-        with self._preparing:
+        with self._preparing, lock_cache(self.folder):
             if self._entry(number).exists() or self._make_space(number, needed=False):
-                return self._prepare(number)
+                return self._make(number)
         return None
+
+    def _make(self, number: int) -> Tokens:
+        file, entry = self.files[number], self._entry(number)
+        if entry.exists():
+            try:
+                return self._opened(number)
+            except InputError as error:
+                print_note(f"{error}; {file.name} is downloaded again")
+                self._delete(entry)
+        self._make_space(number, needed=True)
+        local = download(file, self._downloads)
+        note = print_note if number in self._firsts else lambda line: None
+        source = open_files(file.name, [str(local)], self._cfg.fields, self._cfg.encoding, note)
+        fraction = self._fraction if number in self._firsts else 0.0
+        write_tokens(entry, split(source, fraction), self.tokenizer, self._cfg.workers)
+        shutil.rmtree(local.parent, ignore_errors=True)
+        return self._opened(number)
 
     def _opened(self, number: int) -> Tokens:
         tokens = read_tokens(self._entry(number), self.tokenizer.vocab_size)
@@ -447,6 +469,10 @@ def _mixture(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
     rows = [numbers.map(lambda row, path=path: (path, row)) for path in range(len(weights))]
     mixed: Callable[[int], tuple[int, int]] = grain.MapDataset.mix(rows, weights).__getitem__
     return mixed
+
+
+def _succeeded(future: Future[Any]) -> bool:
+    return future.exception() is None and future.result() is not None
 
 
 def _digest(value: object) -> str:

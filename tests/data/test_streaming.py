@@ -380,34 +380,53 @@ def test_a_resumed_run_reads_the_revision_that_it_began_with(hub):
     assert new.fingerprint["revisions"] == {"me/mine@main": OLD}
 
 
+def test_a_wait_for_data_can_be_ended(hub, monkeypatch):
+    dataset, over = stream(), threading.Event()
+    read = remote._read_hub
+    monkeypatch.setattr(remote, "_read_hub", lambda *args: over.wait(20) and read(*args))
+    threading.Timer(0.2, dataset.stop.set).start()
+    with pytest.raises(TrainingError, match="stopped while it waited for training data"):
+        rows(dataset, range(STEPS))
+    over.set()
+    dataset.stop.clear()
+    rows(dataset, range(STEPS))
+
+
 @pytest.mark.slow
-def test_a_run_saves_before_a_failed_download_ends_it_and_resumes_exactly(
+def test_a_run_is_saved_and_resumes_exactly_after_its_data_failed_to_come(
     hub, monkeypatch, tmp_path, capsys
 ):
     runs.settle(tmp_path, monkeypatch)
     options = ("--data.paths", "hf:me/mine", "--data.stream", "True", "--data.val_fraction", "0")
     options += ("--tokenizer.kind", "bytes", "--checkpoint.every", "100", "--train.steps", "24")
     assert runs.run(*options, name="whole") == 0
-    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cold"))
-    read = remote._read_hub
-    left = [3]
+    read, over, left = remote._read_hub, threading.Event(), [3]
 
-    def fail(*args):
+    def signal_and_wait(*args):
         left[0] -= 1
-        if left[0] < 0:
-            raise ConnectionError("cable cut")
+        if left[0] == -1:
+            runs.wait_for_step("cut", 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(60)
         return read(*args)
 
+    def fail(*args):
+        raise ConnectionError("cable cut")
+
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cold"))
+    monkeypatch.setattr(remote, "_read_hub", signal_and_wait)
+    assert runs.run(*options, name="cut") == 128 + signal.SIGTERM
+    over.set()
+    assert "stopped while it waited for training data" in capsys.readouterr().err
     monkeypatch.setattr(remote, "_read_hub", fail)
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "colder"))
     assert runs.run(*options, name="cut") == 1
     error = capsys.readouterr().err
     assert "cable cut" in error and "the same command resumes" in error.lower()
     monkeypatch.setattr(remote, "_read_hub", read)
     hub.main = OLD  # the branch moves
     hub.add("me/mine", {"data/train-0.jsonl": shard(9)}, OLD)
-    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "colder"))
     assert runs.run(*options, name="cut") == 0
     runs.assert_same_run("whole", "cut", 24)
-    capsys.readouterr()
     assert runs.run(*options, "--train.epochs", "2", name="more") == 2
     assert "train.epochs=2 needs the number of rows" in capsys.readouterr().err
