@@ -129,7 +129,7 @@ def stream(
         batches.batch,
         {},
         batch_fingerprint(text, cfg, context, batch, seed),
-        f"{len(shards.files):,} files of {size:,.2f} GB, read during training, "
+        f"{len(shards.files):,} files of {size:,.3g} GB, read during training, "
         f"{sum(map(len, vals)):,} validation tokens",
         state=shards.state,
         stop=shards.stop,
@@ -276,8 +276,8 @@ class Shards:
         cache = cache_folder(cfg.cache)
         self.folder = cache / "streams" / _digest([*how, self.paths, self._keys])[:32]
         self._downloads = cache / "downloads"
-        self._preparing = threading.Lock()
         self.stop = threading.Event()
+        self._preparing = threading.Lock()
         self._lock = threading.Lock()  # protects the two below
         self._ready: dict[int, Future[Any]] = {}
         self._wanted: dict[int, tuple[int, ...]] = {}
@@ -410,9 +410,7 @@ class Shards:
             keep = {numbers[0] for numbers in self._wanted.values()} if needed else soon
         keep = {*keep, number, *(self._firsts if self._fraction else ())}
         places = {self._entry(n): n for n in range(len(self.files))}
-        places |= {
-            self._downloads / file.key: n for n, file in enumerate(self.files) if n != number
-        }
+        places |= {self._downloads / key: n for n, key in enumerate(self._keys) if n != number}
         found = {path: places[path] for path in _folders(self.folder, self._downloads) & {*places}}
         sizes = {path: _size(path) for path in found}
         left = self._cfg.disk_gb * 1e9 - self._need(number) - sum(sizes.values())
@@ -424,8 +422,9 @@ class Shards:
 
     def _need(self, number: int) -> float:
         """The most bytes that a shard takes: its file, and its tokens at the ratio seen so far."""
-        width = np.dtype(self.tokenizer.dtype).itemsize
-        ratios = [width * n / self.files[shard].size for shard, n in self.lengths.items()]
+        width, known = np.dtype(self.tokenizer.dtype).itemsize, self.lengths.items()
+        held = dict.fromkeys(self._firsts, self._fraction)
+        ratios = [width * n / self.files[i].size / (1 - held.get(i, 0.0)) for i, n in known]
         return self.files[number].size * (1 + MARGIN * max(ratios, default=2.0))
 
     def _entry(self, number: int) -> Path:
@@ -433,7 +432,7 @@ class Shards:
 
     def _delete(self, folder: Path) -> None:
         """Deletes a folder of the cache; programs that have it memory-mapped can still read it."""
-        gone = partial_name(folder)
+        gone = partial_name(self.folder / folder.name)  # which `lock_cache` deletes after a kill
         with suppress(OSError):
             folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
