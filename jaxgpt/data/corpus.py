@@ -245,6 +245,20 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
                 yield from document
 
 
+def held_out_texts(cfg: DataConfig) -> Iterator[str]:
+    """Yields each validation document of the text in `cfg.paths`.
+
+    Raises:
+        InputError: A path cannot be read as text.
+    """
+    cfg.check()
+    for path in cfg.paths:
+        source = open_source(path, cfg.fields, cfg.encoding, download=partial(_fetch, cfg))
+        for name, document in split(source, cfg.val_fraction):
+            if name == "val":
+                yield "".join(document)
+
+
 def _fetch(cfg: DataConfig, path: str) -> tuple[Path, ...]:
     """Downloads the files at a path; only the first one if they are streamed."""
     if cfg.stream and path in cfg.paths:

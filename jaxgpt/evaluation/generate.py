@@ -14,7 +14,7 @@ SLOTS = 8
 
 def generate_texts(
     trained: Trained,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     tokens: int,
     stops: Sequence[str] = (),
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008
@@ -26,7 +26,7 @@ def generate_texts(
 
     Args:
         trained: The model.
-        prompts: The prompts.
+        prompts: The tokens of the prompts, of which each has one at least.
         tokens: The most tokens of a text.
         stops: Strings before which a text ends.
         sampling: How tokens are sampled; by default the most likely ones.
@@ -46,12 +46,11 @@ def generate_texts(
     ends = [tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config)]
     requests = []
     for number, prompt in enumerate(prompts):
-        ids = [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.eot]
-        if len(ids) > room:
+        if len(prompt) > room:
             on_truncated(number)
         requests.append(
             Request(
-                tuple(ids[-room:]),
+                tuple(prompt[-room:]),
                 tokens,
                 sampling,
                 tuple(stops),

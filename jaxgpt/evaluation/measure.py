@@ -260,10 +260,11 @@ class Evaluator:
     def _generate(
         self, task: Task, numbers: Sequence[int]
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-        prompts = [
-            task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
-            for number in numbers
-        ]
+        tokenizer = self._trained.tokenizer
+        prompts = []
+        for number in numbers:
+            text = task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
+            prompts.append([*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot])
         details = []
         written = generate_texts(
             self._trained,
