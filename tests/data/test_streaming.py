@@ -381,13 +381,15 @@ def test_a_resumed_run_reads_the_revision_that_it_began_with(hub):
 
 
 def test_a_wait_for_data_can_be_ended(hub, monkeypatch):
-    dataset, over = stream(), threading.Event()
-    read = remote._read_hub
-    monkeypatch.setattr(remote, "_read_hub", lambda *args: over.wait(20) and read(*args))
+    read, reachable = remote._read_hub, threading.Event()
+    reachable.set()
+    monkeypatch.setattr(remote, "_read_hub", lambda *args: reachable.wait(20) and read(*args))
+    dataset = stream()
+    reachable.clear()
     threading.Timer(0.2, dataset.stop.set).start()
     with pytest.raises(TrainingError, match="stopped while it waited for training data"):
         rows(dataset, range(STEPS))
-    over.set()
+    reachable.set()
     dataset.stop.clear()
     rows(dataset, range(STEPS))
 
