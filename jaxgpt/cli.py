@@ -259,6 +259,7 @@ def export(
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
     """
+    expand(folder)  # raises for a URL
     check_exists(path)
     if to == "peft" and dtype != "float32":
         raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
@@ -326,6 +327,8 @@ def evaluate(
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         dtype: The format of the weights.
     """
+    for file in (json_file, details):
+        expand(file)  # raises for a URL
     if lm_eval:
         given = {"tasks": tasks, "details": details, "seeds": seeds != (0,)}
         if wrong := [name for name, value in given.items() if value]:

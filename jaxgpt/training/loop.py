@@ -97,6 +97,8 @@ class Training:
         self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
         self.test: tuple[dict[str, float], Sums] = {}, {}
         self.complete = True  # nothing that is done at the end has failed
+        if jax.process_count() == 1:  # several processes must agree when to stop
+            signals.notify(run.dataset.stop)
         self.log = telemetry.Telemetry(
             cfg.folder,
             cfg.telemetry,
