@@ -22,13 +22,14 @@ generation
 evaluation
 objectives
 training
-config
+config training.dial
 pretrained
 terminal
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness
 training.inputs training.description training.setup training.loop training.runs
+training.sweep
 serve
 cli
 __main__
