@@ -447,7 +447,9 @@ def from_command_line(args: list[str], default: Path) -> Config:
             return dial(config, depth, horizon, device or this_device(config), keep)
         for name, value in (("horizon", horizon), ("device", device)):
             if value is not None:
-                raise InputError(f"{name}={value} needs depth; add --depth, or set train.steps")
+                raise InputError(
+                    f"--{name} {value} needs --depth; add it, or set fields one by one"
+                )
         return config
 
     with synonyms.joined_help(), synonyms.suggest(args, synonyms.TRAINING):

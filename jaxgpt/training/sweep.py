@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt import config
 from jaxgpt.config import Config
@@ -27,9 +27,14 @@ from jaxgpt.training import loop
 from jaxgpt.training.inputs import check_models
 from jaxgpt.training.metrics import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LOSS = "val_loss"
 PLANNED = "planned.json"
 """The file with the options of a point, before the data has decided any of them."""
+MEASURED = ("loss", "best", "seconds", "tokens_per_second")
+"""The numbers of an outcome."""
 FREE = ("name", "runs", "checkpoint", "telemetry")
 """Parts of a config that may differ when a point resumes."""
 
@@ -66,6 +71,11 @@ class Row:
 
     values: dict[str, Any]
     outcomes: list[Outcome]
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds that have a loss."""
+        return sum(not each.error for each in self.outcomes)
 
     def mean(self, name: str) -> float:
         """The mean of a number over the seeds that have one; NaN if none has."""
@@ -117,7 +127,7 @@ def sweep(
     rows = group(outcomes)
     if outcomes:
         print(f"\n{table(rows)}")
-        for file in (*write(rows, folder), *plot(rows, folder)):
+        for file in write(rows, folder):
             print(f"wrote {file}")
     if signals.received:
         return 128 + signals.received
@@ -245,24 +255,24 @@ def group(outcomes: Iterable[Outcome]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for a terminal; `*` marks the best."""
-    head = [*rows[0].values, "seeds", LOSS, "best", "seconds", "tokens/s", ""]
-    lines = [head]
+    """The rows for a terminal, with the best marked."""
+    lines = [[*rows[0].values, "seeds", LOSS, "best", "seconds", "tokens/s", ""]]
     for place, row in enumerate(rows):
-        done = [each for each in row.outcomes if not each.error]
-        failed = len(row.outcomes) - len(done)
-        notes = ["* best"] if place == 0 and done else []
-        notes += [f"{failed} failed"] if failed else []
         error = row.spread("loss")
+        failed = len(row.outcomes) - row.seeds
+        notes = ["<- best"] if row.seeds and not place else []
+        numbers = [
+            f"{row.mean('loss'):.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"),
+            f"{row.mean('best'):.4f}",
+            f"{row.mean('seconds'):.0f}",
+            f"{row.mean('tokens_per_second'):,.0f}",
+        ]
         lines.append(
             [
                 *map(_shown, row.values.values()),
-                str(len(done)),
-                f"{row.mean('loss'):.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"),
-                f"{row.mean('best'):.4f}",
-                f"{row.mean('seconds'):.0f}",
-                f"{row.mean('tokens_per_second'):,.0f}",
-                ", ".join(notes),
+                str(row.seeds),
+                *(numbers if row.seeds else "-" * len(numbers)),
+                ", ".join(notes + ([f"{failed} failed"] if failed else [])),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -277,43 +287,57 @@ def _shown(value: Any) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes `sweep.json`, with every point, and `sweep.csv`, with the table's rows."""
-    measured = ("loss", "best", "seconds", "tokens_per_second")
+    """Writes the results of a sweep to its folder.
+
+    Args:
+        rows: The rows of the table.
+        folder: The folder.
+
+    Returns:
+        The files: `sweep.json` with every run, `sweep.csv` with the rows, and the plot `sweep.png`
+        if there is a loss.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
     points = []
     for outcome in (each for row in rows for each in row.outcomes):
         cfg = outcome.point.cfg
         point = {"values": outcome.point.values, "seed": cfg.seed, "run": str(cfg.folder)}
-        found = {name: getattr(outcome, name) for name in measured}
+        found = {name: getattr(outcome, name) for name in MEASURED}
         points.append(point | ({"error": outcome.error} if outcome.error else found))
     lines = [
         {
             **row.values,
-            "seeds": sum(not each.error for each in row.outcomes),
-            **{m: row.mean(m) for m in measured},
+            "seeds": row.seeds,
+            **{name: row.mean(name) for name in MEASURED},
             "loss_std": row.spread("loss"),
         }
         for row in rows
     ]
-    files = [folder / "sweep.json", folder / "sweep.csv"]
+    figure = draw(rows, folder.name)
+    names = ["sweep.json", "sweep.csv", *(["sweep.png"] if figure else [])]
+    files = [folder / name for name in names]
     try:
         files[0].write_text(json.dumps(points, indent=2, default=str) + "\n")
         with files[1].open("w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]))
             writer.writeheader()
             writer.writerows(lines)
+        if figure:
+            figure.savefig(files[2])
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; make room") from None
+        raise InputError(
+            f"{error.filename or folder} cannot be written: {error.strerror}; make room"
+        ) from None
     return files
 
 
-def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Plots the loss against the first field, with a line for each value of the other fields.
+def draw(rows: Sequence[Row], title: str) -> "Figure | None":
+    """The plot of the loss over the first field, with a line for each value of the other fields.
 
-    The axis of a number that spans a factor of ten or more is logarithmic. Error bars are standard
-    deviations over seeds.
-
-    Returns:
-        The picture, or nothing if no point has a loss.
+    The axis of positive numbers that span a factor of ten is logarithmic. Error bars are standard
+    deviations over seeds. None if no row has a loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -321,37 +345,29 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     first, *others = rows[0].values
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        if math.isfinite(row.mean("loss")):
-            label = ", ".join(f"{field} {row.values[field]}" for field in others)
+        if row.seeds:
+            label = ", ".join(f"{field} {_shown(row.values[field])}" for field in others)
             lines.setdefault(label, []).append(row)
     if not lines:
-        return []
-    numeric = all(
-        isinstance(row.values[first], int | float) and not isinstance(row.values[first], bool)
-        for row in rows
-    )
+        return None
+    values = [row.values[first] for row in rows]
+    numeric = all(type(value) in (int, float) for value in values)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for label in sorted(lines):
-        line = lines[label]
+    for label, line in lines.items():
+        ordered = sorted(line, key=lambda row: values.index(row.values[first]))
         if numeric:
-            line.sort(key=lambda row: row.values[first])
-        places = [row.values[first] if numeric else str(row.values[first]) for row in line]
-        errors = [0.0 if math.isnan(s := row.spread("loss")) else s for row in line]
-        means = [row.mean("loss") for row in line]
+            ordered.sort(key=lambda row: row.values[first])
+        places = [row.values[first] if numeric else str(row.values[first]) for row in ordered]
+        means = [row.mean("loss") for row in ordered]
+        errors = [row.spread("loss") for row in ordered]
         axes.errorbar(places, means, errors, label=label, marker="o", markersize=4, capsize=3)
-    numbers = [row.values[first] for row in rows] if numeric else []
-    if numeric and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+    if numeric and min(values) > 0 and max(values) >= 10 * min(values):
         axes.set_xscale("log")
-    axes.set(xlabel=first, ylabel="validation loss", title=folder.name)
+    axes.set(xlabel=first, ylabel="validation loss", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if others:
         axes.legend(frameon=False)
-    file = folder / "sweep.png"
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written: {error.strerror}; make room") from None
-    return [file]
+    return figure
