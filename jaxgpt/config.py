@@ -420,8 +420,12 @@ def from_command_line(args: list[str], default: Path) -> Config:
     has_file = bool(args) and not args[0].startswith("-")
     base = read(expand(args[0]) if has_file else default, beside=default.parent)
     options = args[1:] if has_file else args
-    given = {each.split("=")[0].replace("-", "_") for each in options}
-    if "__train.steps" in given and "__train.epochs" not in given:
+    given = {
+        each.split("=")[0].removeprefix("--").replace("-", "_")
+        for each in options
+        if each.startswith("--")
+    }
+    if "train.steps" in given and "train.epochs" not in given:
         base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
 
     def choose(
@@ -443,8 +447,7 @@ def from_command_line(args: list[str], default: Path) -> Config:
             device: With depth: the kind of device that the rules are for. Default: this machine's.
         """
         if depth is not None:
-            keep = [name.removeprefix("__") for name in given]
-            return dial(config, depth, horizon, device or this_device(config), keep)
+            return dial(config, depth, horizon, device or this_device(config), keep=given)
         for name, value in (("horizon", horizon), ("device", device)):
             if value is not None:
                 raise InputError(
