@@ -80,7 +80,7 @@ def draw(found: list[Measured], slope: float, intercept: float, path: Path) -> N
     """Plots losses and the fitted line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -95,8 +95,10 @@ def draw(found: list[Measured], slope: float, intercept: float, path: Path) -> N
         )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss")
     axes.set_title(f"loss = {np.exp(intercept):.3g} FLOPs^{slope:.3f}")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
@@ -117,6 +119,8 @@ def main() -> None:
     points = json.loads((folder / "sweep.json").read_text())
     found = [measure(Path(point["run"]), point["loss"]) for point in points]
     found.sort(key=lambda each: each.depth)
+    if len(found) < 2:
+        sys.exit("a line needs two depths or more")
     slope, intercept, residuals = fit(found)
     print("\ndepth  width    weights      tokens      FLOPs    loss  bits/byte    line  residual")
     for each, residual in zip(found, residuals, strict=True):
