@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxgpt import cli
+from jaxgpt import cli, data
+from jaxgpt.data import DataConfig
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import measure, suite
 from jaxgpt.evaluation.measure import Evaluator, Metric
@@ -94,13 +95,14 @@ def test_a_bundle_of_core_is_read_as_it_is(tmp_path):
     first, second = read_core(tmp_path)
     assert (first.name, first.shots, first.baseline) == ("capitals", 2, pytest.approx(0.444))
     assert (second.name, second.type) == ("lambada", "cloze")
+    assert first.metric == "accuracy_per_token"
 
 
 def test_multiple_choice_agrees_with_scores_of_whole_texts(trained):
     task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)))
     result = Evaluator(trained).measure(task)
     for example, details in zip(task.examples, result.details, strict=True):
-        sums = [whole(trained, example["query"], f" {choice}") for choice in example["choices"]]
+        sums = [whole(trained, example["query"] + " ", choice) for choice in example["choices"]]
         assert details["logprobs"] == pytest.approx(sums, abs=1e-4)
         assert details["accuracy"] == float(np.argmax(sums) == example["gold"])
         bytes_ = [x / len(choice) for x, choice in zip(sums, example["choices"], strict=True)]
@@ -174,6 +176,26 @@ def test_standard_errors_agree_with_a_bootstrap():
     assert ratio.value == pytest.approx(values.sum() / sizes.sum())
 
 
+def test_scores_are_centered_on_random_choices():
+    task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), baseline=0.25)
+    half = measure.Result(task, {"accuracy": Metric(0.5, 0.03)}, 3, 0, 1.0, [])
+    all_right = measure.Result(task, {"accuracy": Metric(1.0, 0.04)}, 3, 0, 1.0, [])
+    assert half.centered == pytest.approx((1 / 3, 0.04))
+    mean = measure.mean_centered([half, all_right])
+    assert mean.value == pytest.approx((1 / 3 + 1) / 2)
+    assert mean.error == pytest.approx(math.hypot(0.04, 0.04 / 0.75) / 2)
+    text = measure.Result(Task("x", "text", ()), {"bits_per_byte": Metric(1.0, 0.1)}, 1, 0, 1.0, [])
+    assert measure.mean_centered([text]) is None
+
+
+def test_the_main_metric_of_a_task_comes_first(trained):
+    task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), metric="accuracy_per_token")
+    result = Evaluator(trained).measure(task)
+    assert next(iter(result.metrics)) == "accuracy_per_token"
+    with pytest.raises(InputError, match="metric='recall'; set it to one of accuracy, accuracy_p"):
+        Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), metric="recall").check()
+
+
 def test_results_of_several_seeds_have_their_spread():
     task = Task("t", "cloze", ({"context": "a", "continuation": "b"},))
     results = [
@@ -182,6 +204,13 @@ def test_results_of_several_seeds_have_their_spread():
     assert measure.spread(results).metrics["accuracy"] == Metric(
         pytest.approx(0.4), pytest.approx(0.2)
     )
+
+
+def test_the_embedded_suite_has_nothing_that_a_run_on_python_trains_on():
+    (text,) = suite.python_suite(10)[-1].examples
+    trained_on = "".join(data.texts(DataConfig(paths=("python",), val_fraction=0.05)))
+    everything = "".join(data.texts(DataConfig(paths=("python",)), held_out=True))
+    assert text["text"] in everything and text["text"] not in trained_on
 
 
 def test_the_embedded_suite_has_valid_tasks():
