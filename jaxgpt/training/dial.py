@@ -80,7 +80,7 @@ LARGE = Reference(
 )
 
 REFERENCES: dict[str, Reference] = {
-    # Tuned with `python -m jaxgpt sweep`; benchmarks/RESULTS.md has the losses.
+    # Tuned with `python -m jaxgpt sweep` in short runs; benchmarks/RESULTS.md has the losses.
     "cpu": Reference(
         depth=4,
         width=32,
