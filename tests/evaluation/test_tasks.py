@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -96,6 +97,38 @@ def test_a_bundle_of_core_is_read_as_it_is(tmp_path):
     assert (first.name, first.shots, first.baseline) == ("capitals", 2, pytest.approx(0.444))
     assert (second.name, second.type) == ("lambada", "cloze")
     assert first.metric == "accuracy_per_token"
+
+
+def test_the_bundle_of_core_is_downloaded_once(tmp_path, monkeypatch):
+    archive = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr(
+            "eval_bundle/core.yaml",
+            "icl_tasks:\n- {label: capitals, dataset_uri: a.jsonl, num_fewshot: [1],"
+            " icl_task_type: multiple_choice}\n",
+        )
+        bundle.writestr("eval_bundle/eval_data/a.jsonl", "\n".join(map(json.dumps, CAPITALS)))
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(suite, "CORE_URL", archive.as_uri())
+    assert [task.name for task in suite.read_tasks("core")] == ["capitals"]
+    archive.unlink()
+    assert [len(task.examples) for task in suite.read_tasks("core")] == [3]
+
+
+def test_grade_school_math_compares_the_number_after_the_marks(tmp_path):
+    path = tmp_path / "test.jsonl"
+    rows = [{"question": f"{n} + 1?", "answer": f"It is {n} + 1.\n#### 1,00{n}"} for n in range(7)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (task,) = suite.gsm8k(str(path))
+    task.check()
+    assert task.prompt(0).count("Question: ") == 5 and task.prompt(0).endswith("\n\n")
+    assert task.extracted(rows[3]["answer"]) == "1003"
+    assert task.extracted("so #### -7.5.") == "-7.5"
+
+
+def test_an_unknown_task_is_refused_with_the_names():
+    with pytest.raises(InputError, match="there is no task gsm9k; use one of python, core, gsm8k"):
+        suite.read_tasks("gsm9k")
 
 
 def test_multiple_choice_agrees_with_scores_of_whole_texts(trained):
