@@ -421,25 +421,58 @@ def _execute(path: Path) -> Config:
 def from_command_line(args: list[str], default: Path) -> Config:
     """The config of the arguments `[FILE] [--a.b value ...]`; the default file is `default`.
 
+    `--depth` sets several fields at once (`jaxgpt.training.dial`), but none that is an option too.
     `--help` explains every field and exits. An unknown or invalid option exits with status 2 and
     suggests a similar one.
     """
     import tyro
+
+    from jaxgpt.training.dial import Device, dial, this_device
 
     # Here and not in the tokenizer's module, which is also imported without tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     has_file = bool(args) and not args[0].startswith("-")
     base = read(expand(args[0]) if has_file else default, beside=default.parent)
     options = args[1:] if has_file else args
-    given = {each.split("=")[0] for each in options}
-    if "--train.steps" in given and "--train.epochs" not in given:
+    given = {
+        each.split("=")[0].removeprefix("--").replace("-", "_")
+        for each in options
+        if each.startswith("--")
+    }
+    if "train.steps" in given and "train.epochs" not in given:
         base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
+
+    def choose(
+        config: Annotated[Config, tyro.conf.arg(name="")] = base,
+        depth: int | None = None,
+        horizon: float | None = None,
+        device: Device | None = None,
+    ) -> Config:
+        """Trains a GPT: a config file, then any field of it as --a.b value.
+
+        Args:
+            config: The config.
+            depth: The number of layers, from which follow width, heads, batch, learning rates,
+                weight decay and number of steps, by the rules of jaxgpt/training/dial.py. They
+                replace the values of the config file; a field that is given as an option too keeps
+                that value. Without depth, the config file counts.
+            horizon: With depth: training tokens per parameter, which sets the number of steps.
+                Default: 1.25 on CPU, 12 on TPU and GPU.
+            device: With depth: the kind of device that the rules are for. Default: this machine's.
+        """
+        if depth is not None:
+            return dial(config, depth, horizon, device or this_device(config), keep=given)
+        for name, value in (("horizon", horizon), ("device", device)):
+            if value is not None:
+                raise InputError(
+                    f"--{name} {value} needs --depth; add it, or set fields one by one"
+                )
+        return config
+
     with synonyms.joined_help(), synonyms.suggest(args, synonyms.TRAINING):
         return tyro.cli(
-            Config,
+            choose,
             prog="train.py [configs/FILE.py]",
-            description="Trains a GPT: a config file, then any field of it as --a.b value.",
-            default=base,
             args=options,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
