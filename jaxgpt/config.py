@@ -19,6 +19,7 @@ from jaxgpt import strict_json, synonyms
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
 from jaxgpt.paths import expand
@@ -98,6 +99,8 @@ class Config:
     """How training is spread over devices."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, batch and evaluation."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The tasks on which the model is measured after training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Which checkpoints are saved and kept."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -138,6 +141,13 @@ class Config:
         self.tune.check()
         self.optim.check()
         self.parallel.check()
+        self.evaluation.check()
+        if self.evaluation.tasks and self.objective.command not in ("generate", "chat"):
+            raise InputError(
+                f"evaluation.tasks={' '.join(self.evaluation.tasks)} is for models that generate "
+                f"text, and objective {type(self.objective).__name__} trains another; remove it",
+                field="evaluation.tasks",
+            )
         self.checkpoint.check()
 
 
@@ -355,6 +365,17 @@ def read(path: str | Path, beside: Path = Path("configs")) -> Config:
     Raises:
         InputError: There is no such file, it does not assign `config`, or a field is invalid.
     """
+    found = read_file(path, beside)
+    if isinstance(found, list):
+        raise InputError(
+            f"{path} has a list of stages; `jaxgpt.training.pipeline.read` reads it, and "
+            "`python train.py` trains it"
+        )
+    return found
+
+
+def read_file(path: str | Path, beside: Path = Path("configs")) -> Config | list[Config]:
+    """Reads a config as `read` does, or the list of them that a Python file assigns to `config`."""
     path = Path(path)
     if not path.is_file():
         folders = [path.parent, beside]
@@ -370,10 +391,12 @@ def read(path: str | Path, beside: Path = Path("configs")) -> Config:
         config = from_dict(Config, values)
     else:
         config = _execute(path)
+        if isinstance(config, list):
+            return config
     return config if config.name else dataclasses.replace(config, name=path.stem)
 
 
-def _execute(path: Path) -> Config:
+def _execute(path: Path) -> Config | list[Config]:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is neither Python (.py) nor JSON (.json)")
@@ -397,36 +420,53 @@ def _execute(path: Path) -> Config:
             if file and Path(file).resolve().parent == path.resolve().parent:
                 del sys.modules[name]
     config = getattr(module, "config", None)
-    if not isinstance(config, Config):
+    configs = config if isinstance(config, list | tuple) else [config]
+    if not all(isinstance(each, Config) for each in configs):
         raise InputError(
-            f"{path} has no `config`; assign one: config = jaxgpt.config.Config(name=..., ...)"
+            f"{path} has no `config`; assign one: config = jaxgpt.config.Config(name=..., ...), or "
+            "a list of them"
         )
-    return from_dict(Config, to_dict(config))
+    checked = [from_dict(Config, to_dict(each)) for each in configs]
+    return checked[0] if isinstance(config, Config) else checked
 
 
-def from_command_line(args: list[str], default: Path) -> Config:
-    """The config of the arguments `[FILE] [--a.b value ...]`; the default file is `default`.
+def override(base: Config, options: list[str]) -> Config:
+    """A config with the fields that options such as `--a.b value` set.
 
     `--help` explains every field and exits. An unknown or invalid option exits with status 2 and
     suggests a similar one.
     """
+    base = without_epochs(base, options)
+    with synonyms.suggest(options, synonyms.TRAINING):
+        found: Config = parse(
+            Config,
+            options,
+            prog="train.py [configs/FILE.py]",
+            description="Trains a GPT: a config file, then any field of it as --a.b value.",
+            default=base,
+        )
+    return found
+
+
+def without_epochs(base: Config, options: list[str], prefix: str = "--") -> Config:
+    """The config without epochs if the options set only the number of steps."""
+    given = {each.split("=")[0] for each in options}
+    if f"{prefix}train.steps" in given and f"{prefix}train.epochs" not in given:
+        return dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
+    return base
+
+
+def parse(cls: Any, options: list[str], **how: Any) -> Any:
+    """An instance of a dataclass with configs, as options say; `how` are arguments of tyro."""
     import tyro
 
     # Here and not in the tokenizer's module, which is also imported without tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
-    has_file = bool(args) and not args[0].startswith("-")
-    base = read(expand(args[0]) if has_file else default, beside=default.parent)
-    options = args[1:] if has_file else args
-    given = {each.split("=")[0] for each in options}
-    if "--train.steps" in given and "--train.epochs" not in given:
-        base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
-    with synonyms.joined_help(), synonyms.suggest(args, synonyms.TRAINING):
+    with synonyms.joined_help():
         return tyro.cli(
-            Config,
-            prog="train.py [configs/FILE.py]",
-            description="Trains a GPT: a config file, then any field of it as --a.b value.",
-            default=base,
+            cls,
             args=options,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            **how,
         )

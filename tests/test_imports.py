@@ -28,7 +28,8 @@ terminal
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness
-training.inputs training.description training.setup training.loop training.runs
+training.inputs training.description training.setup training.tasks training.loop training.runs
+training.pipeline
 serve
 cli
 __main__
