@@ -18,6 +18,7 @@ from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.measure import Evaluator, spread, table
+from jaxgpt.evaluation.report import write_report
 from jaxgpt.evaluation.suite import read_tasks
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
@@ -30,7 +31,8 @@ from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers
-from jaxgpt.tokenizer import TokenizerConfig, build, report
+from jaxgpt.tokenizer import TokenizerConfig, build
+from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
 
 
@@ -226,7 +228,7 @@ def tokenize(
     """
     cfg = DataConfig(paths=paths, fields=fields, encoding=encoding)
     cfg.check()
-    print(report(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
+    print(report_tokenizer(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
 def export(
@@ -345,6 +347,26 @@ def _write_text(path: str, text: str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def report(
+    folders: tyro.conf.Positional[tuple[str, ...]],
+    price: float = 0.0,
+    output: str = "",
+) -> None:
+    """Write a report on a run, or one that compares several: report.html and report.md.
+
+    Args:
+        folders: The folders of runs.
+        price: What a device costs per hour, in any currency, for the cost of the runs; 0: no cost.
+        output: The folder to write to; by default that of the run, or of several runs the folder
+            that holds the first one.
+    """
+    if not folders:
+        raise InputError("there is no run; pass the folder of one or more, such as runs/default")
+    paths = [expand(folder) for folder in folders]
+    own = paths[0] if len(paths) == 1 else paths[0].resolve().parent
+    print(write_report(paths, expand(output) if output else own, price))
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "chat": chat,
@@ -353,6 +375,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "translate": translate,
     "tokenize": tokenize,
     "eval": evaluate,
+    "report": report,
     "export": export,
     "verify": verify,
     "runs": list_runs,

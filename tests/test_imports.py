@@ -25,6 +25,7 @@ training
 config
 pretrained
 terminal
+evaluation.charts evaluation.document evaluation.history evaluation.report
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness

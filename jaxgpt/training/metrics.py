@@ -17,6 +17,9 @@ from typing import IO
 
 from jaxgpt.errors import TrainingError
 
+SAMPLES = "samples.jsonl"
+"""The file in a run's folder with a sample of the model at every evaluation."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,9 +86,20 @@ class MetricsFile:
 
 def mark_finished(path: Path, step: int) -> None:
     """Adds a record that the run is finished, including the work after its last step."""
+    append_record(path, step, {"finished": step})
+
+
+def append_record(path: Path, step: int, values: Mapping[str, object]) -> None:
+    """Adds a record of a step to a file that is not open; records of later steps are moved away.
+
+    Raises:
+        TrainingError: The file cannot be written.
+    """
     file = MetricsFile(path, step)
-    file.write({"step": step, "finished": step, "time": round(time.time(), 3)})
-    file.close()
+    try:
+        file.write({"step": step, **values, "time": round(time.time(), 3)})
+    finally:
+        file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:

@@ -24,6 +24,7 @@ from jaxgpt import config, data, synonyms
 from jaxgpt.config import Config
 from jaxgpt.data.sources import open_source
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.report import write_report
 from jaxgpt.paths import expand
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.signals import Signals
@@ -397,10 +398,7 @@ def conclude(pipeline: Pipeline) -> None:
 def _report(folders: Sequence[Path], folder: Path) -> Path | None:
     """Writes the report; a failure is a warning, because the runs are finished."""
     try:
-        from jaxgpt.evaluation.report import write_report
-
-        written: Path = write_report(folders, folder)
-        return written
+        return write_report(folders, folder)
     except Exception as error:
         print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
         return None
