@@ -25,6 +25,7 @@ import pytest
 import train
 from jaxgpt import cli
 from jaxgpt.data import sources, synthetic
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.serve import server
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.training import pipeline
@@ -68,6 +69,7 @@ def small(args, default):
 
 
 def smaller(cfg):
+    """A config with small sizes; tasks would need more text than there is then."""
     few = {"steps": 2, "batch": 4, "eval_batches": 1}
     few["sample_tokens"] = min(cfg.train.sample_tokens, 8)
     cfg = replace(
@@ -75,6 +77,7 @@ def smaller(cfg):
         train=replace(cfg.train, **few),
         optim=replace(cfg.optim, name="adamw", warmup=1),
         parallel=ParallelConfig(devices=1),
+        evaluation=EvaluationConfig(),
     )
     return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
 
@@ -192,7 +195,8 @@ def test_the_changed_code_works(tmp_path):
 def check(program, args):
     """Raises an error if a command has an option that does not exist, or a value it cannot have."""
     if program == "train.py" and "--help" not in args:
-        FROM_COMMAND_LINE(args, train.DEFAULT).check()
+        for cfg in FROM_COMMAND_LINE(args, train.DEFAULT).stages:
+            cfg.check()
     if program == "jaxgpt":
         assert cli.main(args) == 0
     if program and program.startswith("benchmarks/"):
