@@ -29,7 +29,7 @@ from jaxgpt.paths import expand
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.signals import Signals
 from jaxgpt.training import checkpoint, loop, runs
-from jaxgpt.training.inputs import check_models
+from jaxgpt.training.inputs import check_models, find_text_tokenizer
 from jaxgpt.training.setup import check_processes
 from jaxgpt.training.tasks import read_tasks
 
@@ -57,16 +57,15 @@ class Pipeline:
 
     def check(self) -> None:
         """Raises InputError if a stage cannot be trained, before any device is used."""
-        ready: set[Path] = set()
+        coming: list[Path] = []
         for cfg in self.chosen:
-            if _run_of(cfg.start) not in ready:
-                self._check_start(cfg)
-                check_models(cfg)
+            self._check_others(cfg, coming)
+            check_models(cfg, coming)
             cfg.check()
             if self.name and not _has_begun(cfg):
                 _check_data(cfg)
             read_tasks(cfg.evaluation)
-            ready.add(cfg.folder)
+            coming.append(cfg.folder)
             if _processes(cfg) != _processes(self.chosen[0]):
                 raise InputError(
                     f"stage {cfg.name} has {_processes(cfg)}, and stage {self.chosen[0].name} "
@@ -74,37 +73,35 @@ class Pipeline:
                     "--parallel.processes N"
                 )
 
-    def _check_start(self, cfg: Config) -> None:
-        """Raises InputError if a new stage starts from another one that has not been trained."""
+    def _check_others(self, cfg: Config, coming: Sequence[Path]) -> None:
+        """Raises InputError if a new stage needs another one that is not and will not be trained.
+
+        Args:
+            cfg: The stage.
+            coming: The folders of stages that will be trained before.
+        """
+        needed = {expand(path.partition("@")[0]) for path in (cfg.start, _teacher(cfg)) if path}
         for other in self.stages:
-            starts_there = _run_of(cfg.start) == other.folder and not _has_begun(cfg)
-            if starts_there and not _has_begun(other):
+            missing = other.folder not in coming and not _has_begun(other)
+            if other.folder in needed and missing and not _has_begun(cfg):
                 raise InputError(
                     f"stage {cfg.name} starts from {other.name}, and {other.folder} has no "
                     f"checkpoint; train that too: --stages {other.name} {cfg.name}"
                 )
 
 
-def read(
-    path: str | Path, name: str = "", runs: str = "", beside: Path = Path("configs")
-) -> Pipeline:
+def read(path: str | Path) -> Pipeline:
     """Reads a config file with one config or a list of them.
-
-    Args:
-        path: The file.
-        name: The name of the pipeline; empty: the name of the file.
-        runs: The folder of all runs; empty: as the stages say.
-        beside: A folder in which similar names are looked for if there is no such file.
 
     Raises:
         InputError: The file cannot be read, or its list is not that of a pipeline.
     """
-    found = config.read_file(path, beside)
+    found = config.read_file(path)
     if isinstance(found, Config):
         return Pipeline((found,), (found,))
     check_list(found)
-    stages = locate(found, name or Path(path).stem, runs)
-    return Pipeline(stages, stages, name or Path(path).stem)
+    stages = locate(found, Path(path).stem)
+    return Pipeline(stages, stages, Path(path).stem)
 
 
 def check_list(stages: Sequence[Config]) -> None:
@@ -127,11 +124,14 @@ def check_list(stages: Sequence[Config]) -> None:
                 f"stage {name} has runs={cfg.runs!r}, and the first stage {stages[0].runs!r}; the "
                 "runs of a pipeline are in one folder: set the same for all stages"
             )
-        for field, path in (("start", cfg.start), ("objective.teacher", _teacher(cfg))):
+        for field, path in (
+            ("start", cfg.start),
+            ("objective.teacher", _teacher(cfg)),
+            ("tokenizer.from", cfg.tokenizer.source),
+        ):
             if path.partition("@")[0] in names[number:]:
                 raise InputError(
-                    f"stage {name} has {field}={path!r}, which is trained "
-                    f"{'after it' if path.partition('@')[0] != name else 'by itself'}; name an "
+                    f"stage {name} has {field}={path!r}, which is not trained before it; name an "
                     "earlier stage"
                 )
 
@@ -216,7 +216,7 @@ def _override(stages: list[Config], path: Path, options: list[str]) -> Pipeline:
     changed = [
         config.without_epochs(getattr(parsed, name), options, f"--{name}.") for name in names
     ]
-    check_list([replace(cfg, runs=stages[0].runs) for cfg in changed])
+    check_list(changed)
     if wrong := [name for name in parsed.stages if name not in names]:
         raise InputError(f"--stages {wrong[0]}: {_no_stage(wrong[0], names)}")
     found = locate(changed, parsed.name, parsed.runs)
@@ -281,11 +281,6 @@ def _teacher(cfg: Config) -> str:
     return str(getattr(cfg.objective, "teacher", ""))
 
 
-def _run_of(start: str) -> Path | None:
-    """The folder of a run in `start`, without the step after an @; None if `start` is empty."""
-    return expand(start.partition("@")[0]) if start else None
-
-
 def _has_begun(cfg: Config) -> bool:
     """Whether a run has a checkpoint."""
     return bool(checkpoint.steps_in(cfg.folder / "checkpoints"))
@@ -298,7 +293,7 @@ def _processes(cfg: Config) -> str:
 
 
 def _check_data(cfg: Config) -> None:
-    """Raises InputError if the data of a stage cannot be read: now, and not hours later."""
+    """Raises InputError if the data of a stage cannot be read: now, not after earlier stages."""
     if isinstance(cfg.data, data.RecordsConfig):
         data.read_splits(cfg.data, cfg.objective.reader)
     else:
@@ -356,8 +351,7 @@ def finished_step(cfg: Config) -> int:
         wanted = there.train.steps if there.train.epochs == cfg.train.epochs else sys.maxsize
     if steps[-1] < wanted or not loop.is_finished(cfg, steps[-1]):
         return 0
-    if cfg.start:
-        cfg = config.adopt(cfg, there.model, there.tokenizer)
+    cfg, _ = find_text_tokenizer(cfg, opened.metadata, None, {})
     cfg = replace(cfg, model=replace(cfg.model, V=there.model.V))
     config.refuse_changed(saved, cfg)
     return steps[-1]
@@ -389,16 +383,9 @@ def conclude(pipeline: Pipeline) -> None:
     last = pipeline.chosen[-1]
     folder = last.folder.parent
     print(f"\n{runs.show_runs(runs.list_runs(folder, hash_files=False))}")
-    trained = [cfg.folder for cfg in pipeline.stages if cfg.folder.is_dir()]
-    if written := _report(trained, folder):
-        print(f"\nreport       {written}")
-    print(f"\nto use the model:  {loop.usage(last)}")
-
-
-def _report(folders: Sequence[Path], folder: Path) -> Path | None:
-    """Writes the report; a failure is a warning, because the runs are finished."""
+    trained = [cfg.folder for cfg in pipeline.stages if _has_begun(cfg)]
     try:
-        return write_report(folders, folder)
-    except Exception as error:
+        print(f"\nreport       {write_report(trained, folder, title=pipeline.name)}")
+    except Exception as error:  # the runs are finished: no error changes that
         print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+    print(f"\nto use the model:  {loop.usage(last)}")

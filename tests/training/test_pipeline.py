@@ -245,7 +245,7 @@ def test_options_reach_one_stage_or_all(here):
         (["--stages", "rewards"], "no stage or option rewards; did you mean reward?"),
         (["--instruct.name", "x"], "the run of a stage has the stage's name"),
         (["more.py"], "more.py is not an option"),
-        (["--base.start", "instruct"], "start='instruct', which is trained after it"),
+        (["--base.start", "instruct"], "start='instruct', which is not trained before it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -282,8 +282,14 @@ NAMED = [Config(name=name) for name in ("base", "instruct")]
         ([Config()], "stage 1 has name=''"),
         ([Config(name="my-base")], "name='my-base'"),
         ([Config(name="model")], "no field of a config"),
-        ([replace(NAMED[0], start="instruct"), NAMED[1]], "start='instruct', which is trained aft"),
-        ([replace(NAMED[0], start="base@best")], "trained by itself"),
+        (
+            [replace(NAMED[0], start="instruct"), NAMED[1]],
+            "start='instruct', which is not trained bef",
+        ),
+        (
+            [replace(NAMED[0], start="base@best")],
+            "start='base@best', which is not trained before it",
+        ),
         (
             [replace(NAMED[0], objective=Distill(teacher="instruct")), NAMED[1]],
             "objective.teacher='instruct'",
@@ -304,6 +310,14 @@ def test_a_stage_s_name_stands_for_its_run():
     student = pipeline.locate([NAMED[0], replace(student, tokenizer=source)], "p")[1]
     assert student.objective.teacher == "runs/p/base@4"
     assert student.tokenizer.source == "runs/p/base"
+
+
+def test_a_teacher_that_is_trained_before_need_not_be_there(here):
+    teacher = pipeline.read("two.py").stages[0]
+    student = replace(teacher, name="student", objective=Distill(teacher=str(teacher.folder)))
+    pipeline.Pipeline((teacher, student), (teacher, student), "two").check()
+    with pytest.raises(InputError, match="--stages base student"):
+        pipeline.Pipeline((teacher, student), (student,), "two").check()
 
 
 def test_a_list_is_not_read_as_one_config(here):
