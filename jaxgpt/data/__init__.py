@@ -11,6 +11,7 @@ from jaxgpt.data.batches import Batches, eval_batches, streams
 from jaxgpt.data.corpus import (
     Corpus,
     DataConfig,
+    held_out_texts,
     prepare,
     refuse_changed,
     texts,
@@ -35,6 +36,7 @@ __all__ = [
     "eval_batches",
     "examples",
     "find_entry_damage",
+    "held_out_texts",
     "prefetch",
     "prepare",
     "read_splits",

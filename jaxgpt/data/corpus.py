@@ -214,6 +214,19 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
                 yield from document
 
 
+def held_out_texts(cfg: DataConfig) -> Iterator[str]:
+    """Yields each validation document of the text in `cfg.paths`.
+
+    Raises:
+        InputError: A path cannot be read as text.
+    """
+    cfg.check()
+    for path in cfg.paths:
+        for name, document in split(open_source(path, cfg.fields, cfg.encoding), cfg.val_fraction):
+            if name == "val":
+                yield "".join(document)
+
+
 def refuse_changed(saved: Fingerprint, now: Fingerprint, hint: str = "") -> None:
     """Checks that a resumed run uses the data it was trained on.
 

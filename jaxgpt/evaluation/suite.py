@@ -1,17 +1,18 @@
 """A small suite of tasks made from Python's standard library, which needs no download.
 
-The tasks are made from the documents that a run on `python` holds out for validation, so that such
-a run has not seen them.
+The tasks are made from the documents that a run on `python` with `val_fraction` of `HELD_OUT` or
+more holds out for validation, so that such a run has not seen them.
 """
 
 import ast
 import random
 from collections.abc import Iterator, Sequence
 
-from jaxgpt.data import DataConfig, texts
+from jaxgpt.data import DataConfig, held_out_texts
 from jaxgpt.evaluation.tasks import Example, Task, read_core, read_task
 from jaxgpt.paths import expand
 
+HELD_OUT = 0.05
 SEED = 0
 CHOICES = 4
 LINES = 8  # of code before a line that is to be told
@@ -24,9 +25,8 @@ def python_suite(most: int = MOST) -> list[Task]:
     Args:
         most: The most examples of each task.
     """
-    documents = [
-        text for text in texts(DataConfig(paths=("python",)), held_out=True) if len(text) > 2000
-    ]
+    cfg = DataConfig(paths=("python",), val_fraction=HELD_OUT)
+    documents = [text for text in held_out_texts(cfg) if len(text) > 2000]
     return [
         Task(
             "python_next_line",
@@ -99,7 +99,7 @@ def _repeated(documents: Sequence[str]) -> Iterator[Example]:
     """Code up to a name that it has used before, and that name."""
     for text in documents:
         lines = text.split("\n")
-        for at in range(2 * LINES, len(lines), 2 * LINES):
+        for at in range(2 * LINES, len(lines)):
             head, dot, tail = lines[at].partition("self.")
             name = tail[: next((i for i, c in enumerate(tail) if not (c.isalnum() or c == "_")), 0)]
             before = "\n".join(lines[at - 2 * LINES : at])

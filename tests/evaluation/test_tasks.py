@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxgpt import cli
+from jaxgpt import cli, data
+from jaxgpt.data import DataConfig
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import measure, suite
 from jaxgpt.evaluation.measure import Evaluator, Metric
@@ -182,6 +183,13 @@ def test_results_of_several_seeds_have_their_spread():
     assert measure.spread(results).metrics["accuracy"] == Metric(
         pytest.approx(0.4), pytest.approx(0.2)
     )
+
+
+def test_the_embedded_suite_has_nothing_that_a_run_on_python_trains_on():
+    (text,) = suite.python_suite(10)[-1].examples
+    trained_on = "".join(data.texts(DataConfig(paths=("python",), val_fraction=0.05)))
+    everything = "".join(data.texts(DataConfig(paths=("python",)), held_out=True))
+    assert text["text"] in everything and text["text"] not in trained_on
 
 
 def test_the_embedded_suite_has_valid_tasks():
