@@ -1,11 +1,8 @@
 """Pipelines: several runs by one command, which goes on where it was."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +19,7 @@ from jaxgpt.evaluation.measure import Evaluator
 from jaxgpt.objectives import Distill
 from jaxgpt.training import checkpoint, loop, pipeline
 from jaxgpt.training.metrics import read_metrics
-from tests.runs import settle, state_of
-from tests.tiny import ROOT
+from tests.runs import settle, spawn, spawn_two, state_of
 
 STAGES = """
 from dataclasses import replace
@@ -344,17 +340,33 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_a_pipeline_that_is_killed_three_times_ends_as_an_undisturbed_one(here):
     assert train.main(["three.py", "--name", "whole"]) == 0
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for place in ("base evaluation", "instruct 3", "reward 3"):
-        args = [sys.executable, "-c", KILLED, place, "three.py", "--name", "cut"]
-        done = subprocess.run(args, env=env, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-    args = [sys.executable, str(ROOT / "train.py"), "three.py", "--name", "cut"]
-    done = subprocess.run(args, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "stage base is finished" in done.stdout and "stage instruct is finished" in done.stdout
+        process = spawn(name="cut", program=("-c", KILLED, place), config="three.py")
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+    process = spawn(name="cut", config="three.py")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "stage base is finished" in output and "stage instruct is finished" in output
     for stage in ("base", "instruct", "reward"):
         whole, cut = state_of(f"whole/{stage}", 4), state_of(f"cut/{stage}", 4)
         for path, leaf in whole.items():
             np.testing.assert_array_equal(leaf, cut[path], path)
         assert results_of(stage, "whole") == results_of(stage, "cut")
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_pipeline(here):
+    for _ in range(2):
+        processes = spawn_two(name="two", config="two.py")
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert "to use the model" in outputs[0] and "to use the model" not in outputs[1]
+        assert results_of("base") and results_of("instruct")
+    assert "stage instruct is finished" in outputs[0]
+    assert checkpoint.read_metadata("runs/two/instruct")["lineage"]["resumed_after"] == []
+    processes = spawn_two(name="three", config="three.py")
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "GRPO samples from the model in one process" in outputs[0]
+    assert not Path("runs/three").exists()
