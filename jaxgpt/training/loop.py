@@ -273,9 +273,16 @@ class Training:
         return found
 
     def measure_tasks(self) -> None:
-        """Measures the saved model on the tasks of the config, on the first process."""
+        """Measures the saved model on the tasks of the config, in one process."""
         cfg, folder = self.cfg.evaluation, self.cfg.folder
-        if jax.process_index() > 0 or is_measured(folder, self.step, cfg):
+        if is_measured(folder, self.step, cfg):
+            return
+        if jax.process_count() > 1:  # a checkpoint is read by all of them, or by one alone
+            if jax.process_index() == 0:
+                self.log.warn(
+                    f"{folder} is not measured on {' '.join(cfg.tasks)}, which works in one "
+                    "process; the same command with parallel.processes=1 does it"
+                )
             return
         with self.clock("eval"):
             evaluator = self.attempt(
