@@ -22,7 +22,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, refuse_url
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
@@ -109,6 +109,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
+        refuse_url(self.name)
         return expand(self.runs) / self.name
 
     @property
@@ -131,6 +132,13 @@ class Config:
             )
         self.tokenizer.check()
         self.data.check()
+        if self.train.epochs and getattr(self.data, "stream", False):
+            raise InputError(
+                f"train.epochs={self.train.epochs:g} needs the number of rows, and with "
+                "data.stream=True it is not known before training; set train.steps, and "
+                "train.epochs to 0",
+                field="train.epochs",
+            )
         self.objective.check()
         wanted = RecordsConfig if self.objective.reads_records else DataConfig
         if type(self.data) is not wanted:

@@ -26,9 +26,10 @@ config
 pretrained
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
+evaluation.inspect
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
-evaluation.measure evaluation.suite evaluation.harness
+evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs
 training.pipeline
 serve

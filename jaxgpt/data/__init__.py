@@ -5,6 +5,7 @@ batches = Batches(corpus, cfg, context=1024, batch=16, seed=0)
 batches.batch(step)                              # the same rows at every call
 for batch in prefetch(batches.batch, start=step): ...
 for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
+dataset = stream(cfg, tokenizer, context=1024, batch=16)   # downloaded during training
 """
 
 from jaxgpt.data.batches import Batches, eval_batches, streams
@@ -21,6 +22,8 @@ from jaxgpt.data.dataset import Batch, Dataset
 from jaxgpt.data.examples import examples
 from jaxgpt.data.prefetch import prefetch
 from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
+from jaxgpt.data.remote import pin
+from jaxgpt.data.streaming import stream
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
@@ -37,10 +40,12 @@ __all__ = [
     "examples",
     "find_entry_damage",
     "held_out_texts",
+    "pin",
     "prefetch",
     "prepare",
     "read_splits",
     "refuse_changed",
+    "stream",
     "streams",
     "strings",
     "texts",

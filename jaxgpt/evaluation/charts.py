@@ -21,7 +21,7 @@ STYLE = """
 :root{--ink:#1f2933;--muted:#5b6876;--line:#d9dee4;--paper:#fff;
 --c0:#2563eb;--c1:#c2410c;--c2:#15803d;--c3:#7c3aed;
 --c4:#be185d;--c5:#0e7490;--c6:#a16207;--c7:#57534e}
-@media (prefers-color-scheme:dark){
+@media screen and (prefers-color-scheme:dark){
 :root{--ink:#e4e8ec;--muted:#9aa7b4;--line:#333d48;--paper:#14181d;
 --c0:#6ea8fe;--c1:#fb923c;--c2:#4ade80;--c3:#c4b5fd;
 --c4:#f472b6;--c5:#22d3ee;--c6:#facc15;--c7:#d6d3d1}}
@@ -157,9 +157,9 @@ def title_of(svg: str) -> str:
 
 
 def as_file(svg: str) -> str:
-    """The content of an SVG file with one chart and its colors."""
+    """The content of an SVG file with one chart and its colors, on a background of its own."""
     start, _, rest = svg.partition(">")
-    return f"{start}><style>{STYLE}</style>{rest}\n"
+    return f"{start}><style>{STYLE}.chart{{background:var(--paper)}}</style>{rest}\n"
 
 
 def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +202,7 @@ def _legend(curves: Sequence[Curve], width: int) -> tuple[list[str], int]:
     parts, x, row = [], 0.0, 1
     for curve in named:
         name = curve.name if len(curve.name) <= 40 else f"{curve.name[:37]}..."
-        wide = 38 + 7.2 * len(name)
+        wide = 46 + 7.4 * len(name)
         if x and x + wide > width:
             x, row = 0.0, row + 1
         y = 16 + 20 * row

@@ -169,7 +169,6 @@ overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
 gap:22px;margin:14px 0}
 .narrow{display:none}
-@media (max-width:640px){.wide{display:none}.narrow{display:grid}}
 .table{overflow-x:auto;margin:10px 0}
 table{border-collapse:collapse;font-size:14px;min-width:40%}
 th,td{padding:5px 14px 5px 0;text-align:left;vertical-align:top;
@@ -187,11 +186,12 @@ white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;
 font:13px/1.45 ui-monospace,Menlo,Consolas,monospace}
 details{border-bottom:1px solid var(--line);padding:6px 0}
 summary{cursor:pointer;font-weight:600}
+@media (max-width:640px){.wide{display:none}.narrow{display:grid}.bar{width:56px}}
 @media print{
-:root{--ink:#000;--muted:#444;--line:#bbb;--paper:#fff}
 body{max-width:none;padding:0}
 nav{display:none}
 h2,h3{break-after:avoid}
+.charts{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}
 .chart,pre,tr,.facts div{break-inside:avoid}
 details::details-content{content-visibility:visible;block-size:auto}}
 """

@@ -19,7 +19,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.training import checkpoint
 from jaxgpt.training.lock import find_holder
-from jaxgpt.training.metrics import SAMPLES, find_bad_lines, read_metrics
+from jaxgpt.training.metrics import SAMPLES, parse_metrics
 
 EVALUATION = "evaluation.json"
 """The file in a run's folder with the results of `python -m jaxgpt eval`, as JSON."""
@@ -58,6 +58,8 @@ class RunHistory:
     """What the folder of a run has."""
 
     folder: Path
+    name: str
+    """The name of the run."""
     values: JsonObject
     """The content of config.json."""
     config: Config | None
@@ -77,25 +79,28 @@ class RunHistory:
     notes: Sequence[str]
     """What is missing or cannot be read."""
 
-    @property
-    def name(self) -> str:
-        """The name of the run."""
-        return self.folder.name
-
     @cached_property
     def options(self) -> dict[str, Any]:
         """All options of config.json by their whole name, such as `train.steps`."""
         return config.flatten(self.values)
 
-    def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """The steps and the values of a metric, without those that are not finite numbers."""
-        found: dict[float, float] = {}
+    @cached_property
+    def points(self) -> dict[str, dict[float, float]]:
+        """The value at each step of every metric, without those that are not finite numbers."""
+        found: dict[str, dict[float, float]] = {}
         for record in self.records:
-            step, value = _number(record.get("step")), _number(record.get(name))
-            if step is not None and value is not None:
-                found[step] = value
-        steps = sorted(found)
-        return steps, [found[step] for step in steps]
+            step = _number(record.get("step"))
+            for name, value in record.items():
+                number = _number(value)
+                if step is not None and number is not None:
+                    found.setdefault(name, {})[step] = number
+        return found
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """The steps and the values of a metric."""
+        points = self.points.get(name, {})
+        steps = sorted(points)
+        return steps, [points[step] for step in steps]
 
     def last(self, name: str) -> float | None:
         """The last value of a metric; None if there is none."""
@@ -112,13 +117,12 @@ class RunHistory:
 
     def metrics(self, prefix: str) -> list[str]:
         """The names of all metrics that begin with `prefix`, in the order of the file."""
-        names = (key for record in self.records for key in record if key.startswith(prefix))
-        return list(dict.fromkeys(names))
+        return [name for name in self.points if name.startswith(prefix)]
 
     @property
     def step(self) -> int:
         """The last step in metrics.jsonl, or that of the newest checkpoint."""
-        steps = [step for record in self.records if (step := _number(record.get("step")))]
+        steps = self.points.get("step", {})
         return int(max(steps, default=self.metadata.get("metrics", {}).get("step", 0)))
 
     @property
@@ -215,6 +219,7 @@ def read_history(path: str | Path) -> RunHistory:
     evaluations = _read_json(folder / EVALUATION, notes, required=False)
     return RunHistory(
         folder,
+        folder.name,
         values,
         cfg,
         records,
@@ -251,11 +256,12 @@ def _read_records(path: Path, notes: list[str], required: bool = True) -> list[J
             notes.append(f"there is no {path.name}")
         return []
     try:
-        notes += [f"{path.name}: {message}" for message in find_bad_lines(path)]
-        return read_metrics(path)
+        records, messages = parse_metrics(path)
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}")
         return []
+    notes += [f"{path.name}: {message}" for message in messages]
+    return records
 
 
 def _read_metadata(folder: Path, notes: list[str]) -> JsonObject:
@@ -292,9 +298,9 @@ def _state(folder: Path, records: Sequence[JsonObject], values: JsonObject) -> s
 
 
 def _number(value: Any) -> float | None:
-    """The value if it is a finite number."""
+    """The value if it is a finite number, and not so large that it must be damaged."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) < 1e30 else None
 
 
 def _integer(value: Any) -> int | None:

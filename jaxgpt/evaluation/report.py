@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jaxgpt import config
@@ -55,6 +56,8 @@ def write_report(
     if not (price >= 0 and math.isfinite(price)):
         raise InputError(f"price={price}; set it to what a device costs per hour", field="price")
     runs = [read_history(each) for each in folders]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(each)) for run, each in zip(runs, folders, strict=True)]
     if len(runs) == 1:
         one = runs[0]
         document = Document(title or one.name, _subtitle(one), _blocks(one, price))
@@ -119,7 +122,7 @@ def _facts(run: RunHistory, price: float) -> list[tuple[str, str]]:
     if run.seconds:
         facts.append(("time", _duration(run.seconds)))
     if rate := _typical(run, "tokens_per_second"):
-        facts.append(("tokens per second", f"{rate:,.0f}"))
+        facts.append(("tokens/s", f"{rate:,.0f}"))
     if mfu := _typical(run, "mfu"):
         facts.append(("MFU", f"{mfu:.1%}"))
     if devices := _devices(run.facts):
@@ -161,44 +164,44 @@ def _curves(run: RunHistory) -> list[Block]:
     for color, name in enumerate(parts, 1):
         label = name.replace("val_loss/", "validation: ").replace("val_loss", "validation")
         loss.append(Curve(label, *run.curve(name), color, "points"))
-    sizes = {"wide": WIDE, "narrow": NARROW}
-    big = {name: _chart(loss, "Loss", size) for name, size in sizes.items()}
     blocks: list[Block] = []
-    if big["wide"]:
-        blocks.append(Charts([big["wide"]], [big["narrow"]]))
+    if wide := _chart(loss, "Loss", WIDE):
+        blocks.append(Charts([wide], [_chart(loss, "Loss", NARROW)]))
     small = []
-    for name, title, smoothed in (
-        ("learning_rate", "Learning rate", False),
-        ("grad_norm", "Gradient norm", True),
-        ("tokens_per_second", "Training tokens per second", False),
-        ("mfu", "Model FLOPs utilization (MFU)", False),
-        ("skipped", "Skipped steps", False),
-    ):
+    for name, title in _TITLES.items():
         steps, values = run.curve(name)
-        if not values or (name == "skipped" and not any(values)):
-            continue
-        curves = [Curve("", steps, values, 0)]
-        if smoothed:
-            curves = [
-                Curve("", steps, values, 0, "faint"),
-                Curve("", steps, smooth(values), 0),
-            ]
-        small.append(_chart(curves, title, NARROW, from_zero=True))
+        if any(values):
+            curves = [Curve("", steps, values, 0)]
+            if name == "grad_norm":
+                curves = _smoothed(steps, values)
+            small.append(_chart(curves, title, NARROW, from_zero=True))
     for name in run.metrics("val_"):
         steps, values = run.curve(name)
         if len(values) > 1 and not name.startswith("val_loss") and "/" not in name:
             curve = Curve("", steps, values, 1, "points")
             small.append(_chart([curve], _spelled(name), NARROW))
-    reported = {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_second", "mfu"}
     for name in run.metrics(""):
         steps, values = run.curve(name)
-        own = name not in reported | {"step", "time", "finished"}
-        if own and not name.startswith(("val_", "test_")) and len(values) > 1:
-            curves = [Curve("", steps, values, 0, "faint"), Curve("", steps, smooth(values), 0)]
-            small.append(_chart(curves, _spelled(name), NARROW))
+        shown = name in _TITLES or name in ("loss", "step", "time", "finished")
+        if not shown and not name.startswith(("val_", "test_")) and len(values) > 1:
+            small.append(_chart(_smoothed(steps, values), _spelled(name), NARROW))
     if small:
         blocks.append(Charts(small))
     return blocks
+
+
+_TITLES = {
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_second": "Training tokens per second",
+    "mfu": "Model FLOPs utilization (MFU)",
+    "skipped": "Skipped steps",
+}
+
+
+def _smoothed(steps: Sequence[float], values: Sequence[float]) -> list[Curve]:
+    """A smoothed curve in front of the values."""
+    return [Curve("", steps, values, 0, "faint"), Curve("", steps, smooth(values), 0)]
 
 
 def _spelled(name: str) -> str:
@@ -251,9 +254,10 @@ def _measured(value: object, error: object) -> str:
 
 def _samples(run: RunHistory) -> list[Block]:
     """The newest sample, and folded those before it."""
-    if not run.samples:
+    steps = sorted(step for step in run.samples if step <= run.step)
+    if not steps:
         return []
-    *earlier, last = sorted(run.samples)
+    *earlier, last = steps
     blocks: list[Block] = [Text(f"After step {last:,}:"), Code(run.samples[last])]
     for step in reversed(earlier):
         blocks.append(Section(f"After step {step:,}", [Code(run.samples[step])], folded=True))
@@ -355,7 +359,7 @@ def _data(run: RunHistory) -> list[Block]:
     rows: list[list[Cell]] = [
         ["paths", _value(options.get("data.paths"))],
         ["validation paths", _value(options.get("data.val_paths"))],
-        ["read", str(run.facts.get("data", ""))],
+        ["size", str(run.facts.get("data", ""))],
         ["tokens per row", _value(options.get("train.context") or options.get("model.T"))],
         ["rows per step", _value(options.get("train.batch"))],
     ]
@@ -378,9 +382,12 @@ def _lineage(run: RunHistory) -> list[Block]:
     rows: list[list[Cell]] = []
     for name, label in (("started_from", "started from"), ("teacher", "teacher")):
         if isinstance(source := lineage.get(name), dict):
-            rows.append([label, ", ".join(f"{key} {value}" for key, value in source.items())])
-    if not rows and _start(run):
-        rows.append(["started from", _start(run)])
+            path, *about = (str(value) for value in source.values())
+            keys = [*source][1:]
+            more = ", ".join(f"{key} {value}" for key, value in zip(keys, about, strict=True))
+            rows.append([label, f"{path} ({more})" if more else path])
+    if not rows and run.options.get("start"):
+        rows.append(["started from", _value(run.options["start"])])
     for name, label in (
         ("resumed_after", "resumed after step"),
         ("went_back_to", "went back to step"),
@@ -390,20 +397,14 @@ def _lineage(run: RunHistory) -> list[Block]:
     versions = run.metadata.get("versions")
     if isinstance(versions, dict):
         rows += [[str(name), str(version)] for name, version in versions.items()]
-    for name in ("platform", "processor"):
+    for name, label in (("platform", "platform"), ("cpus", "CPU cores of the host")):
         if run.facts.get(name):
-            rows.append([name, str(run.facts[name])])
+            rows.append([label, str(run.facts[name])])
     return [Table(rows)] if rows else []
 
 
-def _start(run: RunHistory) -> str:
-    """The model that the config starts from; empty: none."""
-    start = run.options.get("start")
-    return start if isinstance(start, str) else ""
-
-
 def _options(run: RunHistory) -> list[Block]:
-    """The options that differ from the defaults, and the whole config, folded."""
+    """The options that differ from the defaults."""
     if run.config is None:
         return []
     rows: list[list[Cell]] = [[*row] for row in config.differences(run.config)]
@@ -505,4 +506,7 @@ def _duration(seconds: float) -> str:
 
 
 def _date(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    except (OverflowError, ValueError, OSError):  # the record is damaged
+        return "unknown time"

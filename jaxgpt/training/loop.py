@@ -109,6 +109,8 @@ class Training:
         self.test: tuple[dict[str, float], Sums] = {}, {}
         self.results: list[Result] = []  # on tasks
         self.complete = True  # nothing that is done at the end has failed
+        if jax.process_count() == 1:  # several processes must agree when to stop
+            signals.notify(run.dataset.stop)
         self.log = telemetry.Telemetry(
             cfg.folder,
             cfg.telemetry,
@@ -469,9 +471,14 @@ class Training:
             print(f"\nloss curve   {picture}" if picture else "")
 
     def write_report(self) -> None:
-        """Writes the run's report, and prints its path."""
-        path = self.attempt("the report", lambda: write_report([self.cfg.folder], self.cfg.folder))
-        print(f"\nreport       {path}" if path else "")
+        """Writes the report of the run as it is now, and prints its path."""
+        try:
+            path = write_report([self.cfg.folder], self.cfg.folder)
+        except Exception as error:  # a run never fails at its report
+            self.log.warn(f"the report is not written: {type(error).__name__}: {error}")
+            self.complete = False
+        else:
+            print(f"\nreport       {path}")
 
     def sample(self) -> bool:
         """Prints and keeps a sample of the saved model; prints the command to use it."""

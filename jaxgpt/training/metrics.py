@@ -108,19 +108,27 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     The last line is ignored if it is incomplete, as after a kill. Any other line that is not a
     record is skipped with a warning.
     """
-    for message in find_bad_lines(path):
+    records, messages = parse_metrics(path)
+    for message in messages:
         logger.warning("%s: %s; skipped it", path, message)
-    return [record for line in _lines(path) if (record := _parse(line)) is not None]
+    return records
 
 
 def find_bad_lines(path: Path) -> list[str]:
     """Returns a message for each line that is not a record, except an incomplete last line."""
-    lines = _lines(path)
-    return [
-        f"line {number} is not a record"
-        for number, line in enumerate(lines[:-1], 1)
-        if _parse(line) is None
-    ]
+    return parse_metrics(path)[1]
+
+
+def parse_metrics(path: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """Returns the records of a `metrics.jsonl`, and the messages of `find_bad_lines`."""
+    lines, records, messages = _lines(path), [], []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            messages.append(f"line {number} is not a record")
+    return records, messages
 
 
 def _lines(path: Path) -> list[str]:

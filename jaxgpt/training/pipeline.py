@@ -22,6 +22,7 @@ import jax
 
 from jaxgpt import config, data, synonyms
 from jaxgpt.config import Config
+from jaxgpt.data.remote import is_remote, list_files
 from jaxgpt.data.sources import open_source
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.report import write_report
@@ -294,11 +295,15 @@ def _processes(cfg: Config) -> str:
 
 def _check_data(cfg: Config) -> None:
     """Raises InputError if the data of a stage cannot be read: now, not after earlier stages."""
-    if isinstance(cfg.data, data.RecordsConfig):
-        data.read_splits(cfg.data, cfg.objective.reader)
-    else:
-        for path in (*cfg.data.paths, *cfg.data.val_paths):
-            open_source(path, cfg.data.fields, cfg.data.encoding)
+    pinned, _ = data.pin(cfg.data, {})
+    if isinstance(pinned, data.RecordsConfig):
+        data.read_splits(pinned, cfg.objective.reader)
+        return
+    for path in (*pinned.paths, *pinned.val_paths):
+        if is_remote(path):  # its files are downloaded when they are needed
+            list_files(path, pinned.cache)
+        else:
+            open_source(path, pinned.fields, pinned.encoding)
 
 
 def run(pipeline: Pipeline, signals: Signals) -> int:
@@ -351,7 +356,7 @@ def finished_step(cfg: Config) -> int:
         wanted = there.train.steps if there.train.epochs == cfg.train.epochs else sys.maxsize
     if steps[-1] < wanted or not loop.is_finished(cfg, steps[-1]):
         return 0
-    cfg, _ = find_text_tokenizer(cfg, opened.metadata, None, {})
+    cfg, _ = find_text_tokenizer(cfg, opened.metadata, None, {}, cfg.data)
     cfg = replace(cfg, model=replace(cfg.model, V=there.model.V))
     config.refuse_changed(saved, cfg)
     return steps[-1]

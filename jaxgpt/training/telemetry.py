@@ -8,6 +8,7 @@ turns it off. TensorBoard and Weights & Biases have threads of their own.
 import logging
 import math
 import os
+import platform
 import queue
 import sys
 import threading
@@ -212,8 +213,13 @@ class Telemetry:
     def begin(self, facts: Mapping[str, object]) -> None:
         """Writes a record of what this process trains, and on what, for reports."""
         devices = self._devices
-        about = {"devices": len(devices), "device_kind": devices[0].device_kind, **facts}
-        self._record({"session": about})
+        hardware = {
+            "devices": len(devices),
+            "device_kind": devices[0].device_kind,
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+        }
+        self._record({"session": hardware | dict(facts)})
 
     def rate(self, step: int) -> dict[str, float]:
         """Returns training tokens per second since the last call, and the MFU if it is known.

@@ -6,6 +6,7 @@ from jaxgpt import config
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.history import read_history
+from jaxgpt.training.lock import RunLock
 
 DEVICES = {"session": {"devices": 4, "device_kind": "TPU v5 lite"}}
 
@@ -77,6 +78,13 @@ def test_what_is_damaged_is_noted(tmp_path, damage, note, caplog):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
     assert any(line.startswith(note) for line in read_history(folder).notes)
+
+
+def test_a_run_whose_lock_is_held_is_training(tmp_path):
+    folder = write_run(tmp_path / "a", [(1.0, {"step": 1, "loss": 2.0})])
+    assert read_history(folder).state == "stopped"
+    with RunLock(folder):
+        assert read_history(folder).state == "training"
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

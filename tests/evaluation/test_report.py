@@ -3,6 +3,8 @@ import re
 
 import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxgpt import cli
 from jaxgpt.config import to_dict
@@ -84,7 +86,7 @@ def test_a_report_has_what_the_folder_has(whole, tmp_path):
     assert rows["capitals"] == ["5", "40", "loss", "1.5000"]
     assert "| accuracy | 0.7500 ± 0.0693 |" in text
     assert rows["val_loss"] == ["5", "3.5000", "10", "2.6250"]
-    assert rows["started from"] == ["path runs/base, step 30"]
+    assert rows["started from"] == ["runs/base (step 30)"]
     assert rows["went back to step"] == rows["resumed after step"] == ["5"]
     assert rows["train.steps"] == ["10", "1000"] and rows["jax"] == [versions()["jax"]]
     sizes = [row[3] for row in rows.values() if re.fullmatch(r"[\d,]+", row[3] if row[3:] else "")]
@@ -104,6 +106,28 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     (tmp_path / "b/metrics.jsonl").touch()
     text, _ = written(tmp_path / "out", tmp_path / "b")
     assert "there is no config.json" in text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+NAMES = st.sampled_from(
+    ["step", "time", "loss", "val_loss", "goodput", "session", "finished", "mfu", "skipped", "text"]
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=6), VALUES, NAMES)
+def test_damaged_records_never_prevent_a_report(tmp_path_factory, records, value, name):
+    folder = tmp_path_factory.mktemp("damaged")
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    for file in ("metrics.jsonl", "samples.jsonl", "metrics.abandoned.jsonl"):
+        (folder / file).write_text(lines)
+    (folder / "evaluation.json").write_text(json.dumps([{"task": value, "metrics": {name: value}}]))
+    (folder / "config.json").write_text(json.dumps({"train": value, "model": {"T": value}}))
+    write_report([folder], folder, price=1.0)
 
 
 def test_an_objective_of_a_config_file_is_shown_without_its_class(whole, tmp_path):
