@@ -42,6 +42,7 @@ from jaxgpt.signals import Signals, python_handlers
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
+from jaxgpt.training.sweep import sweep as run_sweep
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,29 @@ def evaluate(
         _write_text(details, "\n".join(lines))
 
 
+def sweep(
+    path: tyro.conf.Positional[str],
+    options: tyro.conf.Positional[tuple[str, ...]] = (),
+    values: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
+    seeds: tuple[int, ...] = (),
+    name: str = "",
+) -> int:
+    """Train with several values of some options, and compare the validation losses.
+
+    Args:
+        path: A config file.
+        options: After --, options of train.py for all runs: -- --train.steps 200.
+        values: An option of train.py and its values: --values optim.learning_rate 1e-3 3e-3. Given
+            several times, every combination is trained.
+        seeds: Random seeds; each combination is trained with all of them, and the table has the
+            mean and the standard deviation. By default the seed of the config.
+        name: The name of the sweep, which is its folder under `runs`; by default the config's name
+            with -sweep. Repeating the command skips what is finished and resumes the rest.
+    """
+    keep_compiled_programs()
+    return run_sweep(path, values, seeds, options, name)
+
+
 def _evaluate_with_harness(
     trained: Trained, tasks: tuple[str, ...], shots: int | None, limit: int, json_file: str
 ) -> None:
@@ -487,6 +511,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "translate": translate,
     "tokenize": tokenize,
     "eval": evaluate,
+    "sweep": sweep,
     "judge": judge,
     "report": report,
     "inspect": inspect,

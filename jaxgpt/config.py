@@ -444,41 +444,92 @@ def _execute(path: Path) -> Config | list[Config]:
     return checked[0] if isinstance(config, Config) else checked
 
 
+def from_command_line(args: list[str], default: Path) -> Config:
+    """The config of the arguments `[FILE] [--a.b value ...]`; the default file is `default`.
+
+    The options are those of `override`; a file with stages is an error.
+    """
+    path, options = split_command_line(args, default)
+    return override(read(path, beside=default.parent), options)
+
+
+def split_command_line(args: list[str], default: Path) -> tuple[Path, list[str]]:
+    """The config file that arguments begin with, or else `default`, and the options after it."""
+    has_file = bool(args) and not args[0].startswith("-")
+    return (expand(args[0]), args[1:]) if has_file else (default, args)
+
+
 def override(base: Config, options: list[str]) -> Config:
     """A config with the fields that options such as `--a.b value` set.
 
+    `--depth` sets several fields at once (`jaxgpt.training.dial`), but none that is an option too.
     `--help` explains every field and exits. An unknown or invalid option exits with status 2 and
     suggests a similar one.
     """
-    base = without_epochs(base, options)
+    import tyro
+
+    from jaxgpt.training.dial import Device, dial, this_device
+
+    given = given_fields(options)
+    base = without_epochs(base, given)
+
+    def choose(
+        config: Annotated[Config, tyro.conf.arg(name="")] = base,
+        depth: int | None = None,
+        horizon: float | None = None,
+        device: Device | None = None,
+    ) -> Config:
+        """Trains a GPT: a config file, then any field of it as --a.b value.
+
+        Args:
+            config: The config.
+            depth: The number of layers, from which follow width, heads, batch, learning rates,
+                weight decay and number of steps, by the rules of jaxgpt/training/dial.py. They
+                replace the values of the config file; a field that is given as an option too keeps
+                that value. Without depth, the config file counts.
+            horizon: With depth: training tokens per parameter, which sets the number of steps.
+                Default: 1.25 on CPU, 12 on TPU and GPU.
+            device: With depth: the kind of device that the rules are for. Default: this machine's.
+        """
+        if depth is not None:
+            return dial(config, depth, horizon, device or this_device(config), keep=given)
+        for name, value in (("horizon", horizon), ("device", device)):
+            if value is not None:
+                raise InputError(
+                    f"--{name} {value} needs --depth; add it, or set fields one by one"
+                )
+        return config
+
     with synonyms.suggest(options, synonyms.TRAINING):
-        found: Config = parse(
-            Config,
-            options,
-            prog="train.py [configs/FILE.py]",
-            description="Trains a GPT: a config file, then any field of it as --a.b value.",
-            default=base,
-        )
+        found: Config = parse(choose, options, prog="train.py [configs/FILE.py]")
     return found
 
 
-def without_epochs(base: Config, options: list[str], prefix: str = "--") -> Config:
-    """The config without epochs if the options set only the number of steps."""
-    given = {each.split("=")[0] for each in options}
-    if f"{prefix}train.steps" in given and f"{prefix}train.epochs" not in given:
+def given_fields(options: list[str], prefix: str = "--") -> set[str]:
+    """The fields that options set, such as train.steps; `prefix` is what stands before a field."""
+    return {
+        each.split("=")[0].removeprefix(prefix).replace("-", "_")
+        for each in options
+        if each.startswith(prefix)
+    }
+
+
+def without_epochs(base: Config, given: set[str]) -> Config:
+    """The config without epochs if only the number of steps is among the given fields."""
+    if "train.steps" in given and "train.epochs" not in given:
         return dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
     return base
 
 
-def parse(cls: Any, options: list[str], **how: Any) -> Any:
-    """An instance of a dataclass with configs, as options say; `how` are arguments of tyro."""
+def parse(make: Any, options: list[str], **how: Any) -> Any:
+    """What tyro makes of options: an instance of a class, or the result of a function."""
     import tyro
 
     # Here and not in the tokenizer's module, which is also imported without tyro.
     TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
     with synonyms.joined_help():
         return tyro.cli(
-            cls,
+            make,
             args=options,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 TRAINING = {
-    "model.L": "layers n_layer n_layers num_layers num_hidden_layers depth",
+    "model.L": "layers n_layer n_layers num_layers num_hidden_layers",
     "model.D": "width dim d_model n_embd hidden_size",
     "model.N": "heads n_head n_heads num_heads num_attention_heads",
     "model.K": "kv_heads n_kv_heads num_key_value_heads",

@@ -22,7 +22,7 @@ generation
 evaluation
 objectives
 training
-config
+config training.dial
 pretrained
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
@@ -31,7 +31,7 @@ serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs
-training.pipeline
+training.pipeline training.sweep
 serve
 cli
 __main__

@@ -174,6 +174,18 @@ class GPTConfig:
             )
         return GPT(self, compute)
 
+    @property
+    def matmul_weights(self) -> int:
+        """The weights of the matrix products of a token: all blocks' and the output layer's.
+
+        A tied embedding counts once, as the output layer. Not counted are an untied embedding and
+        position embeddings, which are looked up, and norms and biases.
+        """
+        s = self.sizes
+        qkvo = 2 * s["D"] * s["H"] * (s["N"] + s["K"])
+        mlp = (3 if self.mlp in GATED else 2) * s["D"] * s["F"]
+        return self.L * (qkvo + mlp) + s["V"] * s["D"]
+
     def flops_per_token(self, T: int = 0, causal: bool = False) -> float:
         """Training FLOPs per token, forward and backward, without rematerialization.
 
@@ -185,12 +197,10 @@ class GPTConfig:
             causal: Whether to count only the half of attention that a causal mask leaves.
         """
         s = self.sizes
-        qkvo = 2 * s["D"] * s["H"] * (s["N"] + s["K"])
-        mlp = (3 if self.mlp in GATED else 2) * s["D"] * s["F"]
         T = T or self.T
         attended = sum(min(window or T, T) for window in self.windows())
         attention_flops = 12 * s["N"] * s["H"] * attended * (0.5 if causal else 1.0)
-        return 6.0 * (self.L * (qkvo + mlp) + s["V"] * s["D"]) + attention_flops
+        return 6.0 * self.matmul_weights + attention_flops
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxgpt.bounds import Ge
 from jaxgpt.errors import InputError
-from jaxgpt.model.config import ComputeConfig, GPTConfig
+from jaxgpt.model.config import GATED, ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, Block, Context
 from jaxgpt.model.layers import linear_layers
 
@@ -50,12 +50,13 @@ class MoEConfig(GPTConfig):
         gpt = super().build(compute)
         return MoE(gpt.cfg, gpt.compute)
 
-    def flops_per_token(self, T: int = 0, causal: bool = False) -> float:
-        """Training FLOPs per token, with those of the inactive experts and the router."""
+    @property
+    def matmul_weights(self) -> int:
+        """The weights of the matrix products, those of the inactive experts and the router too."""
         s = self.sizes
-        mlp = 2 if self.mlp in ("gelu", "relu2") else 3
+        mlp = 3 if self.mlp in GATED else 2
         experts = (3 * self.E - mlp) * s["D"] * s["F"] + s["E"] * s["D"]
-        return super().flops_per_token(T, causal) + 6.0 * self.L * experts
+        return super().matmul_weights + self.L * experts
 
 
 class Experts(nn.Module):

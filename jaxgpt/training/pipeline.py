@@ -170,8 +170,7 @@ def from_command_line(args: list[str], default: Path) -> Pipeline:
     Raises:
         InputError: The file is invalid, or it is not clear to which stage an option belongs.
     """
-    has_file = bool(args) and not args[0].startswith("-")
-    path, options = (expand(args[0]), args[1:]) if has_file else (default, args)
+    path, options = config.split_command_line(args, default)
     found = config.read_file(path, beside=default.parent)
     if isinstance(found, Config):
         cfg = config.override(found, options)
@@ -215,7 +214,8 @@ def _override(stages: list[Config], path: Path, options: list[str]) -> Pipeline:
             description=description,
         )
     changed = [
-        config.without_epochs(getattr(parsed, name), options, f"--{name}.") for name in names
+        config.without_epochs(getattr(parsed, name), config.given_fields(options, f"--{name}."))
+        for name in names
     ]
     check_list(changed)
     if wrong := [name for name in parsed.stages if name not in names]:
