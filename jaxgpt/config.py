@@ -468,7 +468,7 @@ def override(base: Config, options: list[str]) -> Config:
     """
     import tyro
 
-    from jaxgpt.training.dial import Device, dial, this_device
+    from jaxgpt.training.dial import Device
 
     given = given_fields(options)
     base = without_epochs(base, given)
@@ -491,18 +491,36 @@ def override(base: Config, options: list[str]) -> Config:
                 Default: 1.25 on CPU, 12 on TPU and GPU.
             device: With depth: the kind of device that the rules are for. Default: this machine's.
         """
-        if depth is not None:
-            return dial(config, depth, horizon, device or this_device(config), keep=given)
-        for name, value in (("horizon", horizon), ("device", device)):
-            if value is not None:
-                raise InputError(
-                    f"--{name} {value} needs --depth; add it, or set fields one by one"
-                )
-        return config
+        return turn_dial(config, depth, horizon, device, given)
 
     with synonyms.suggest(options, synonyms.TRAINING):
         found: Config = parse(choose, options, prog="train.py [configs/FILE.py]")
     return found
+
+
+def turn_dial(
+    config: Config, depth: int | None, horizon: float | None, device: Any, given: set[str]
+) -> Config:
+    """The config with the fields that follow from a depth, if there is one.
+
+    Args:
+        config: The config.
+        depth: See `dial`; None: the config stays as it is.
+        horizon: See `dial`.
+        device: See `dial`; None: this machine's kind.
+        given: The fields that options set, which stay as they are.
+
+    Raises:
+        InputError: There is a horizon or a device without a depth, or the depth is invalid.
+    """
+    from jaxgpt.training.dial import dial, this_device
+
+    if depth is not None:
+        return dial(config, depth, horizon, device or this_device(config), keep=given)
+    for name, value in (("horizon", horizon), ("device", device)):
+        if value is not None:
+            raise InputError(f"--{name} {value} needs --depth; add it, or set fields one by one")
+    return config
 
 
 def given_fields(options: list[str], prefix: str = "--") -> set[str]:

@@ -30,13 +30,14 @@ from jaxgpt.paths import expand
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.signals import Signals
 from jaxgpt.training import checkpoint, loop, runs
+from jaxgpt.training.dial import Device
 from jaxgpt.training.inputs import check_models, find_text_tokenizer
 from jaxgpt.training.setup import check_processes
 from jaxgpt.training.tasks import read_tasks
 
 SHARED = ("seed", "compute", "parallel", "telemetry")
 """Fields of a config that an option without a stage's name sets in all stages."""
-OWN = ("stages", "name", "runs", "help")
+OWN = ("stages", "name", "runs", "depth", "horizon", "device", "help")
 """Options of a pipeline itself."""
 
 
@@ -191,6 +192,14 @@ def _override(stages: list[Config], path: Path, options: list[str]) -> Pipeline:
             path.stem,
         ),
         ("runs", Annotated[str, _help("The folder of all runs.")], stages[0].runs),
+        *(
+            (
+                name,
+                Annotated[kind | None, _help(f"As for a single run, of the stage {names[0]}.")],
+                None,
+            )
+            for name, kind in (("depth", int), ("horizon", float), ("device", Device))
+        ),
     ]
     description = (
         f"Trains the stages {', '.join(names)}, one after the other. Any field of a stage is an "
@@ -213,10 +222,10 @@ def _override(stages: list[Config], path: Path, options: list[str]) -> Pipeline:
             prog=f"train.py {path}",
             description=description,
         )
-    changed = [
-        config.without_epochs(getattr(parsed, name), config.given_fields(options, f"--{name}."))
-        for name in names
-    ]
+    given = {name: config.given_fields(options, f"--{name}.") for name in names}
+    changed = [config.without_epochs(getattr(parsed, name), given[name]) for name in names]
+    dials = parsed.depth, parsed.horizon, parsed.device
+    changed[0] = config.turn_dial(changed[0], *dials, given[names[0]])
     check_list(changed)
     if wrong := [name for name in parsed.stages if name not in names]:
         raise InputError(f"--stages {wrong[0]}: {_no_stage(wrong[0], names)}")

@@ -231,6 +231,18 @@ def test_options_reach_one_stage_or_all(here):
     assert reward.start == "elsewhere/mine/instruct@best"
 
 
+def test_the_dial_is_that_of_the_first_stage(here):
+    stages = parsed(
+        *("--depth", "2", "--device", "cpu", "--base.train.steps", "9", "--base.optim.name", "muon")
+    ).stages
+    single = pipeline.read("three.py").stages
+    assert (stages[0].model.L, stages[0].train.steps) == (2, 9)
+    assert stages[0].model.D != single[0].model.D
+    assert [cfg.train for cfg in stages[1:]] == [cfg.train for cfg in single[1:]]
+    with pytest.raises(InputError, match="--horizon 3.0 needs --depth"):
+        parsed("--horizon", "3")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
