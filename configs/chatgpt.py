@@ -10,7 +10,8 @@ Time:      not run as a whole; an estimate is 15 minutes on two idle cores: base
 Expect:    after instruct, greedy answers to half of the held-out sums and differences are right,
            and the docstring of a function is told from three others in 42% of the cases by its
            likelihood (90% relative to its likelihood without the function). 60 steps of rewards
-           raise the first figure from 0.54 to 0.57. Base pretraining is partly forgotten
+           raise the right answers to 648 other problems from 52.9% to 54.8%. What the base has
+           learned is partly forgotten: 1.47 bits per byte of Python become 3.3
 """
 
 from jaxgpt.config import Config, TrainConfig
