@@ -3,6 +3,7 @@
     python train.py                                          # the embedded default
     python train.py configs/shakespeare_cpu.py --data.paths tinyshakespeare.txt
     python train.py configs/shakespeare_cpu.py --help        # every option
+    python train.py configs/chatgpt.py                       # several runs: base, instruct, reward
 
 Running the same command again resumes from the last checkpoint, exactly. The training loop itself
 is in `jaxgpt/training/loop.py`.
@@ -17,13 +18,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 from pathlib import Path
 
-from jaxgpt import config, sharding
+from jaxgpt import sharding
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.paths import keep_compiled_programs
 from jaxgpt.signals import Signals, end_if_abandoned
 from jaxgpt.terminal import survive_closed_output
-from jaxgpt.training import loop
-from jaxgpt.training.inputs import check_models
+from jaxgpt.training import pipeline
 
 DEFAULT = Path(__file__).parent / "configs" / "default.py"
 
@@ -32,13 +32,12 @@ def main(args: list[str]) -> int:
     """Trains as the command line says; returns the exit status."""
     signals = Signals()
     try:
-        cfg = config.from_command_line(args, DEFAULT)
-        check_models(cfg)
-        cfg.check()
+        asked = pipeline.from_command_line(args, DEFAULT)
+        asked.check()
         keep_compiled_programs()
-        sharding.connect(cfg.parallel)  # before `signals`, because jax takes SIGTERM there
+        sharding.connect(asked.parallel)  # before `signals`, because jax takes SIGTERM there
         with signals:
-            return loop.run(cfg, signals)
+            return pipeline.run(asked, signals)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

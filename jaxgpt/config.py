@@ -19,6 +19,7 @@ from jaxgpt import strict_json, synonyms
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
 from jaxgpt.paths import expand, refuse_url
@@ -98,6 +99,8 @@ class Config:
     """How training is spread over devices."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, batch and evaluation."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The tasks on which the model is measured after training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Which checkpoints are saved and kept."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -146,6 +149,13 @@ class Config:
         self.tune.check()
         self.optim.check()
         self.parallel.check()
+        self.evaluation.check()
+        if self.evaluation.tasks and self.objective.command not in ("generate", "chat"):
+            raise InputError(
+                f"evaluation.tasks={' '.join(self.evaluation.tasks)} is for models that generate "
+                f"text, and objective {type(self.objective).__name__} trains another; remove it",
+                field="evaluation.tasks",
+            )
         self.checkpoint.check()
 
 
@@ -369,6 +379,17 @@ def read(path: str | Path, beside: Path = Path("configs")) -> Config:
     Raises:
         InputError: There is no such file, it does not assign `config`, or a field is invalid.
     """
+    found = read_file(path, beside)
+    if isinstance(found, list):
+        raise InputError(
+            f"{path} has a list of stages; `jaxgpt.training.pipeline.read` reads it, and "
+            "`python train.py` trains it"
+        )
+    return found
+
+
+def read_file(path: str | Path, beside: Path = Path("configs")) -> Config | list[Config]:
+    """Reads a config as `read` does, or the list of them that a Python file assigns to `config`."""
     path = Path(path)
     if not path.is_file():
         folders = [path.parent, beside]
@@ -384,10 +405,12 @@ def read(path: str | Path, beside: Path = Path("configs")) -> Config:
         config = from_dict(Config, values)
     else:
         config = _execute(path)
+        if isinstance(config, list):
+            return config
     return config if config.name else dataclasses.replace(config, name=path.stem)
 
 
-def _execute(path: Path) -> Config:
+def _execute(path: Path) -> Config | list[Config]:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is neither Python (.py) nor JSON (.json)")
@@ -411,15 +434,33 @@ def _execute(path: Path) -> Config:
             if file and Path(file).resolve().parent == path.resolve().parent:
                 del sys.modules[name]
     config = getattr(module, "config", None)
-    if not isinstance(config, Config):
+    configs = config if isinstance(config, list | tuple) else [config]
+    if not all(isinstance(each, Config) for each in configs):
         raise InputError(
-            f"{path} has no `config`; assign one: config = jaxgpt.config.Config(name=..., ...)"
+            f"{path} has no `config`; assign one: config = jaxgpt.config.Config(name=..., ...), or "
+            "a list of them"
         )
-    return from_dict(Config, to_dict(config))
+    checked = [from_dict(Config, to_dict(each)) for each in configs]
+    return checked[0] if isinstance(config, Config) else checked
 
 
 def from_command_line(args: list[str], default: Path) -> Config:
     """The config of the arguments `[FILE] [--a.b value ...]`; the default file is `default`.
+
+    The options are those of `override`; a file with stages is an error.
+    """
+    path, options = split_command_line(args, default)
+    return override(read(path, beside=default.parent), options)
+
+
+def split_command_line(args: list[str], default: Path) -> tuple[Path, list[str]]:
+    """The config file that arguments begin with, or else `default`, and the options after it."""
+    has_file = bool(args) and not args[0].startswith("-")
+    return (expand(args[0]), args[1:]) if has_file else (default, args)
+
+
+def override(base: Config, options: list[str]) -> Config:
+    """A config with the fields that options such as `--a.b value` set.
 
     `--depth` sets several fields at once (`jaxgpt.training.dial`), but none that is an option too.
     `--help` explains every field and exits. An unknown or invalid option exits with status 2 and
@@ -427,20 +468,10 @@ def from_command_line(args: list[str], default: Path) -> Config:
     """
     import tyro
 
-    from jaxgpt.training.dial import Device, dial, this_device
+    from jaxgpt.training.dial import Device
 
-    # Here and not in the tokenizer's module, which is also imported without tyro.
-    TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
-    has_file = bool(args) and not args[0].startswith("-")
-    base = read(expand(args[0]) if has_file else default, beside=default.parent)
-    options = args[1:] if has_file else args
-    given = {
-        each.split("=")[0].removeprefix("--").replace("-", "_")
-        for each in options
-        if each.startswith("--")
-    }
-    if "train.steps" in given and "train.epochs" not in given:
-        base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
+    given = given_fields(options)
+    base = without_epochs(base, given)
 
     def choose(
         config: Annotated[Config, tyro.conf.arg(name="")] = base,
@@ -460,20 +491,65 @@ def from_command_line(args: list[str], default: Path) -> Config:
                 Default: 1.25 on CPU, 12 on TPU and GPU.
             device: With depth: the kind of device that the rules are for. Default: this machine's.
         """
-        if depth is not None:
-            return dial(config, depth, horizon, device or this_device(config), keep=given)
-        for name, value in (("horizon", horizon), ("device", device)):
-            if value is not None:
-                raise InputError(
-                    f"--{name} {value} needs --depth; add it, or set fields one by one"
-                )
-        return config
+        return turn_dial(config, depth, horizon, device, given)
 
-    with synonyms.joined_help(), synonyms.suggest(args, synonyms.TRAINING):
+    with synonyms.suggest(options, synonyms.TRAINING):
+        found: Config = parse(choose, options, prog="train.py [configs/FILE.py]")
+    return found
+
+
+def turn_dial(
+    config: Config, depth: int | None, horizon: float | None, device: Any, given: set[str]
+) -> Config:
+    """The config with the fields that follow from a depth, if there is one.
+
+    Args:
+        config: The config.
+        depth: See `dial`; None: the config stays as it is.
+        horizon: See `dial`.
+        device: See `dial`; None: this machine's kind.
+        given: The fields that options set, which stay as they are.
+
+    Raises:
+        InputError: There is a horizon or a device without a depth, or the depth is invalid.
+    """
+    from jaxgpt.training.dial import dial, this_device
+
+    if depth is not None:
+        return dial(config, depth, horizon, device or this_device(config), keep=given)
+    for name, value in (("horizon", horizon), ("device", device)):
+        if value is not None:
+            raise InputError(f"--{name} {value} needs --depth; add it, or set fields one by one")
+    return config
+
+
+def given_fields(options: list[str], prefix: str = "--") -> set[str]:
+    """The fields that options set, such as train.steps; `prefix` is what stands before a field."""
+    return {
+        each.split("=")[0].removeprefix(prefix).replace("-", "_")
+        for each in options
+        if each.startswith(prefix)
+    }
+
+
+def without_epochs(base: Config, given: set[str]) -> Config:
+    """The config without epochs if only the number of steps is among the given fields."""
+    if "train.steps" in given and "train.epochs" not in given:
+        return dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=0.0))
+    return base
+
+
+def parse(make: Any, options: list[str], **how: Any) -> Any:
+    """What tyro makes of options: an instance of a class, or the result of a function."""
+    import tyro
+
+    # Here and not in the tokenizer's module, which is also imported without tyro.
+    TokenizerConfig.__annotations__["source"] = Annotated[str, tyro.conf.arg(name=FROM)]
+    with synonyms.joined_help():
         return tyro.cli(
-            choose,
-            prog="train.py [configs/FILE.py]",
+            make,
             args=options,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            **how,
         )

@@ -88,10 +88,12 @@ def cut_back(name: str, to: str, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def spawn(*options, name, devices=1, program=(str(ROOT / "train.py"),)) -> subprocess.Popen:
+def spawn(
+    *options, name, devices=1, program=(str(ROOT / "train.py"),), config="tiny.py"
+) -> subprocess.Popen:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}  # of two flags the last
-    args = [sys.executable, *program, "tiny.py", "--name", name, *options]
+    args = [sys.executable, *program, config, "--name", name, *options]
     return subprocess.Popen(
         args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -30,8 +30,8 @@ evaluation.inspect
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
-training.inputs training.description training.setup training.loop training.runs
-training.sweep
+training.inputs training.description training.setup training.tasks training.loop training.runs
+training.pipeline training.sweep
 serve
 cli
 __main__

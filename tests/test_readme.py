@@ -23,17 +23,19 @@ from unittest.mock import Mock
 import pytest
 
 import train
-from jaxgpt import cli, config
+from jaxgpt import cli
 from jaxgpt.data import sources, synthetic
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.serve import server
 from jaxgpt.sharding import ParallelConfig
+from jaxgpt.training import pipeline
 
 ROOT = Path(__file__).parent.parent
 GUIDES = re.findall(r": (\S+[.]md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 PAGES = ["README.md", *(f"docs/{page}" for page in GUIDES)]
 OTHERS = ["CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/RESULTS.md"]
 BOUND = server._bind
-FROM_COMMAND_LINE = config.from_command_line
+FROM_COMMAND_LINE = pipeline.from_command_line
 
 
 def blocks(page):
@@ -60,7 +62,14 @@ def commands(text):
 
 def small(args, default):
     """What the command line says, except for the sizes."""
-    cfg = FROM_COMMAND_LINE(args, default)
+    asked = FROM_COMMAND_LINE(args, default)
+    stages = tuple(map(smaller, asked.stages))
+    names = [cfg.name for cfg in asked.chosen]
+    return replace(asked, stages=stages, chosen=tuple(s for s in stages if s.name in names))
+
+
+def smaller(cfg):
+    """A config with small sizes; tasks would need more text than there is then."""
     few = {"steps": 2, "batch": 4, "eval_batches": 1}
     few["sample_tokens"] = min(cfg.train.sample_tokens, 8)
     cfg = replace(
@@ -68,6 +77,7 @@ def small(args, default):
         train=replace(cfg.train, **few),
         optim=replace(cfg.optim, name="adamw", warmup=1),
         parallel=ParallelConfig(devices=1),
+        evaluation=EvaluationConfig(),
     )
     return cfg if cfg.start else replace(cfg, model=replace(cfg.model, L=1, D=32, N=1, F=32))
 
@@ -90,7 +100,7 @@ def copy(tmp_path, monkeypatch):
 @pytest.fixture
 def newcomer(copy, monkeypatch):
     """That copy after the first command, with small sizes."""
-    monkeypatch.setattr(config, "from_command_line", small)
+    monkeypatch.setattr(pipeline, "from_command_line", small)
     root, files = sources.standard_library()
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")
     for module in (synthetic, sources):
@@ -185,7 +195,8 @@ def test_the_changed_code_works(tmp_path):
 def check(program, args):
     """Raises an error if a command has an option that does not exist, or a value it cannot have."""
     if program == "train.py" and "--help" not in args:
-        FROM_COMMAND_LINE(args, train.DEFAULT).check()
+        for cfg in FROM_COMMAND_LINE(args, train.DEFAULT).stages:
+            cfg.check()
     if program == "jaxgpt":
         assert cli.main(args) == 0
     if program and program.startswith("benchmarks/"):

@@ -1,14 +1,17 @@
 """What a run works on: the checkpoint it resumes from, its tokenizer, its data, its teacher."""
 
 import platform
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from jaxgpt import config, data, tokenizer
 from jaxgpt.errors import InputError
+from jaxgpt.paths import expand
 from jaxgpt.pretrained.load import ModelSource, check_exists, find_tokenizer, source
 from jaxgpt.training import checkpoint
 
@@ -23,11 +26,17 @@ class Resumed(NamedTuple):
     """Whether `resume` asked for this step, and later ones were abandoned."""
 
 
-def check_models(cfg: config.Config) -> None:
-    """Raises InputError if a model that a new run needs does not exist; nothing is read."""
+def check_models(cfg: config.Config, coming: Collection[Path] = ()) -> None:
+    """Raises InputError if a model that a new run needs does not exist; nothing is read.
+
+    Args:
+        cfg: The run's config.
+        coming: Folders of runs that will be trained before.
+    """
     if not checkpoint.steps_in(cfg.folder / "checkpoints"):
         for path in sorted({cfg.start, cfg.objective.teacher_path} - {""}):
-            check_exists(path)
+            if expand(path.partition("@")[0]) not in coming:
+                check_exists(path)
 
 
 def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:

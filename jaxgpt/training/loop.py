@@ -3,14 +3,17 @@
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import jax
 
 from jaxgpt import config, data, sharding
+from jaxgpt.data import Record
 from jaxgpt.errors import Diverged, InputError, TrainingError
+from jaxgpt.evaluation.measure import Evaluator, Result, table
 from jaxgpt.evaluation.report import write_report
 from jaxgpt.objectives import Sums
 from jaxgpt.pretrained.load import load
@@ -23,8 +26,9 @@ from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import SAMPLES, append_record, mark_finished, read_metrics
 from jaxgpt.training.setup import Run, prepare
+from jaxgpt.training.tasks import as_metrics, is_measured, read_tasks, save_results
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
 RETRY_SECONDS = 10.0  # between tries to save when the disk is full
 
@@ -62,12 +66,12 @@ def train(cfg: config.Config) -> Trained:
 def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
+    read_tasks(cfg.evaluation)  # raises InputError now, not after training
     with sharding.on_first_process(RunLock(cfg.folder)) as lock:
         with clock("init"):
             prepared = prepare(cfg)
         start, steps = prepared.start, prepared.cfg.train.steps
-        records = read_metrics(prepared.cfg.folder / "metrics.jsonl")
-        if start >= steps and any(r.get("finished") == start for r in records):
+        if start >= steps and is_finished(prepared.cfg, start):
             if jax.process_index() == 0:
                 longer = "train.epochs" if cfg.train.epochs else "train.steps"
                 print(f"{cfg.folder} has all its {start} steps; raise {longer} or set name")
@@ -83,6 +87,13 @@ def run(cfg: config.Config, signals: Signals) -> int:
         return status
 
 
+def is_finished(cfg: config.Config, step: int) -> bool:
+    """Whether a run has done all that comes after its last step."""
+    records = read_metrics(cfg.folder / "metrics.jsonl")
+    marked = any(record.get("finished") == step for record in records)
+    return marked and is_measured(cfg.folder, step, cfg.evaluation)
+
+
 class Training:
     """The training of a run in this process: the loop, and the report after the last step."""
 
@@ -96,6 +107,7 @@ class Training:
         self.steps = max(cfg.train.steps, run.start)
         self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
         self.test: tuple[dict[str, float], Sums] = {}, {}
+        self.results: list[Result] = []  # on tasks
         self.complete = True  # nothing that is done at the end has failed
         if jax.process_count() == 1:  # several processes must agree when to stop
             signals.notify(run.dataset.stop)
@@ -141,6 +153,7 @@ class Training:
                     self.finish_saving()
                     if not self.stopped:
                         self.test = self.measure("test") or self.test
+                        self.measure_tasks()
                 except Diverged:
                     raise
                 except Exception as error:
@@ -261,6 +274,36 @@ class Training:
             self.log.log(self.step, found[0])
         return found
 
+    def measure_tasks(self) -> None:
+        """Measures the saved model on the tasks of the config, in one process."""
+        cfg, folder = self.cfg.evaluation, self.cfg.folder
+        if is_measured(folder, self.step, cfg):
+            return
+        if jax.process_count() > 1:  # a checkpoint is read by all of them, or by one alone
+            if jax.process_index() == 0:
+                self.log.warn(
+                    f"{folder} is not measured on {' '.join(cfg.tasks)}, which works in one "
+                    "process; the same command with parallel.processes=1 does it"
+                )
+            return
+        with self.clock("eval"):
+            evaluator = self.attempt(
+                "evaluation on tasks", lambda: Evaluator(load(folder), limit=cfg.limit)
+            )
+            if evaluator is None:
+                return
+            for task in read_tasks(cfg):
+                self.log.say(f"evaluating on {task.name}")
+                measure = partial(evaluator.measure, task)
+                if found := self.attempt(f"evaluation on {task.name}", measure):
+                    self.results.append(found)
+                if self.stopped:
+                    return
+            save = partial(save_results, folder, self.step, cfg, self.results)
+            self.attempt("saving the evaluation", save)
+        if self.results:
+            self.log.log(self.step, as_metrics(self.results))
+
     def was_measured(self, name: str) -> bool:
         """Whether an earlier start logged this step's evaluation on `val` or `test`."""
         if self.step > self.run.start:
@@ -374,7 +417,9 @@ class Training:
         else:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
-    def attempt(self, what: str, work: Callable[[], Result], needed: bool = True) -> Result | None:
+    def attempt(
+        self, what: str, work: Callable[[], Returned], needed: bool = True
+    ) -> Returned | None:
         """What `work` returns; None if it fails, with a warning, or is ended by a signal.
 
         A run in which something has failed that is `needed` is not marked as finished.
@@ -405,6 +450,8 @@ class Training:
             some = [sets.get(name, []) for name in ("train", "test")]
             if said := self.attempt("the baseline", lambda: cfg.objective.compare(*some)):
                 print(f"\n{said}")
+        if self.results:
+            print(f"\non tasks\n{table(self.results)}")
         self.draw_loss()
         print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
         if cfg.train.sample_tokens:
@@ -437,15 +484,19 @@ class Training:
         """Prints and keeps a sample of the saved model; prints the command to use it."""
         cfg, objective = self.cfg, self.cfg.objective
         records = self.run.dataset.records.get("val", [])
-        words = ["python", "-m", "jaxgpt", objective.command, str(cfg.folder)]
-        text = objective.argument(records, cfg.train.prompt)
-        command = shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
-        print(f"\nto use the model:  {command}\n")
+        print(f"\nto use the model:  {usage(cfg, records)}\n")
         trained = load(cfg.folder)
         sampled = objective.sample(trained, records, cfg.train.prompt, cfg.train.sample_tokens)
         print(sampled)
         append_record(cfg.folder / SAMPLES, self.step, {"text": sampled})
         return True
+
+
+def usage(cfg: config.Config, records: Sequence[Record] = ()) -> str:
+    """The command that uses a run's model; held-out records give it a text as an example."""
+    words = ["python", "-m", "jaxgpt", cfg.objective.command, str(cfg.folder)]
+    text = cfg.objective.argument(records, cfg.train.prompt)
+    return shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
 
 
 def due(step: int, every: int) -> bool:

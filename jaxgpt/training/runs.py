@@ -1,7 +1,7 @@
 """Verifies the files of runs, and lists runs with their progress."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +106,7 @@ class RunState:
     """The progress of a run."""
 
     name: str
+    """The run's folder, relative to the folder of runs."""
     step: int
     """The step of the newest checkpoint; 0 if there is none."""
     steps: int
@@ -129,7 +130,7 @@ def list_runs(folder: str | Path, hash_files: bool = True) -> list[RunState]:
     """Lists the runs in a folder with their progress, sorted by name.
 
     Args:
-        folder: A folder of runs.
+        folder: A folder of runs. The stages of a pipeline are in a folder of their own in it.
         hash_files: Whether to verify the files of all checkpoints, which takes about 1 s per GB. If
             not, only checkpoints without a manifest or named STEP.damaged count as damaged.
 
@@ -140,11 +141,18 @@ def list_runs(folder: str | Path, hash_files: bool = True) -> list[RunState]:
     if not root.is_dir():
         raise InputError(f"there is no folder {folder}; use the folder that contains the runs")
     marks = ("checkpoints", "config.json", "metrics.jsonl")
-    runs = [path for path in sorted(root.iterdir()) if any((path / m).exists() for m in marks)]
-    return [_state_of(run, hash_files) for run in runs]
+
+    def find(inside: Path, depth: int) -> Iterator[Path]:
+        for path in sorted(inside.iterdir()):
+            if any((path / mark).exists() for mark in marks):
+                yield path
+            elif depth and path.is_dir():
+                yield from find(path, depth - 1)
+
+    return [_state_of(run, str(run.relative_to(root)), hash_files) for run in find(root, 1)]
 
 
-def _state_of(run: Path, hash_files: bool) -> RunState:
+def _state_of(run: Path, name: str, hash_files: bool) -> RunState:
     checkpoints = run / "checkpoints"
     records = read_metrics(run / "metrics.jsonl")
     steps = checkpoint.steps_in(checkpoints)
@@ -159,7 +167,7 @@ def _state_of(run: Path, hash_files: bool) -> RunState:
     holder = find_holder(run)
     finished = any(record.get("finished") == step for record in records)
     return RunState(
-        name=run.name,
+        name=name,
         step=step,
         steps=_wanted_steps(run),
         loss=losses[-1] if losses else None,

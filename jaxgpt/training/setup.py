@@ -189,14 +189,19 @@ def prepare(cfg: config.Config) -> Run:
     )
 
 
-def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
-    """The model, its parameter tree, and its layout over the devices; no array is made."""
-    mesh = sharding.make_mesh(cfg.parallel)
+def check_processes(cfg: config.Config) -> None:
+    """Raises InputError if there are several processes and the objective needs one."""
     if cfg.objective.uses_rollouts and jax.process_count() > 1:
         raise InputError(
             f"{type(cfg.objective).__name__} samples from the model in one process, and there are "
             f"{jax.process_count()}; set parallel.processes=1"
         )
+
+
+def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
+    """The model, its parameter tree, and its layout over the devices; no array is made."""
+    mesh = sharding.make_mesh(cfg.parallel)
+    check_processes(cfg)
     sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
     masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
     device = mesh.devices.flat[0]

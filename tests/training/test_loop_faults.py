@@ -380,7 +380,8 @@ def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here):
         here = (*options, "--parallel.devices", str(devices))
         if step == 10:
             args = ["tiny.py", "--name", name, *here]
-            prepared = loop.prepare(train.config.from_command_line(args, train.DEFAULT))
+            (cfg,) = train.pipeline.from_command_line(args, train.DEFAULT).stages
+            prepared = loop.prepare(cfg)
             restored = {"params": prepared.state.params, "opt": prepared.state.opt}
             assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices
             prepared.checkpoints.close()

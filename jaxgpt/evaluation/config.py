@@ -1,0 +1,23 @@
+"""The options of the evaluation on tasks that ends a run."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from jaxgpt.bounds import Ge, check_bounds
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """On which tasks a run is measured after its last step."""
+
+    tasks: tuple[str, ...] = ()
+    """Task files (JSON Lines), folders of evaluation bundles in the format of DCLM's CORE, or
+    'python', a suite from the standard library. Empty: the run is not measured on tasks."""
+    shots: Annotated[int, Ge(-1)] = -1
+    """The number of solved examples in each prompt (few-shot); -1: as each task says."""
+    limit: Annotated[int, Ge(0)] = 0
+    """The most examples of each task; 0: all."""
+
+    def check(self) -> None:
+        """Raises InputError if a field is invalid."""
+        check_bounds(self, "evaluation.")
