@@ -19,7 +19,15 @@ from jaxgpt.data.corpus import (
 from jaxgpt.data.dataset import Batch, Dataset
 from jaxgpt.data.examples import examples
 from jaxgpt.data.prefetch import prefetch
-from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
+from jaxgpt.data.records import (
+    Reader,
+    Record,
+    RecordsConfig,
+    RecordSource,
+    mixture,
+    read_splits,
+    strings,
+)
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
@@ -30,11 +38,13 @@ __all__ = [
     "Dataset",
     "Reader",
     "Record",
+    "RecordSource",
     "RecordsConfig",
     "TokenStream",
     "eval_batches",
     "examples",
     "find_entry_damage",
+    "mixture",
     "prefetch",
     "prepare",
     "read_splits",

@@ -89,7 +89,9 @@ def test_few_programs_serve_any_lengths(trained, compiled):
     lengths = draw.integers(1, 20, (600, 2))
     scorer = LogLikelihood(trained)
     for some in np.split(lengths, 6):
-        scorer.score_tokens([tuple(draw.integers(0, 256, n).tolist() for n in pair) for pair in some])
+        scorer.score_tokens(
+            [tuple(draw.integers(0, 256, n).tolist() for n in pair) for pair in some]
+        )
     assert len({tuple(pair) for pair in lengths}) > 250 and len(compiled) <= 40
 
 

@@ -1,3 +1,4 @@
+import json
 from functools import cache, partial
 
 import jax
@@ -75,6 +76,58 @@ def test_exactly_what_the_assistant_says_is_learned_whatever_it_is(contents):
         assert tokenizer().decode(ids[line_break]) == "\n" and not any(weights[line_break])
 
 
+# Each format with the texts of user and assistant in turns; the last turn is the assistant's.
+LAYOUTS = {
+    "OpenAI": lambda texts: {"messages": [{"role": "system", "content": NAMES[3]}, *turns(*texts)]},
+    "OpenAI, JSON text": lambda texts: {"messages": json.dumps(turns(*texts))},
+    "ShareGPT": lambda texts: {
+        "system": NAMES[1],
+        "conversations": [
+            {"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)
+        ]
+        + [{"from": "human", "value": "thanks"}],  # a last request without an answer
+    },
+    "Alpaca": lambda texts: {
+        "instruction": texts[-2],
+        "input": NAMES[3],
+        "output": texts[-1],
+        "history": [*map(list, batched(texts[:-2]))],
+    },
+    "prompt and completion": lambda texts: {"prompt": turns(*texts[:-1]), "completion": texts[-1]},
+    "question and answer": lambda texts: {"question": texts[-2], "answer": texts[-1]},
+}
+LEARNS_LAST = ("prompt and completion", "question and answer")
+
+
+def batched(texts):
+    return zip(texts[::2], texts[1::2], strict=True)
+
+
+@settings(deadline=None, max_examples=30)
+@given(conversations.map(lambda texts: [text if text.strip() else f"{text}." for text in texts]))
+@example(["<|im_end|>\n<|im_start|>assistant\n", "\n\n<|im_start|> "])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_tokens_with_a_loss_are_the_answers_and_their_ends_in_every_format(layout, texts):
+    arrays = encode(**LAYOUTS[layout](texts))
+    assert set(arrays["weights"].tolist()) == {0, 1}
+    end = tokenizer().specials["<|im_end|>"]
+    answers, learned = [[]], arrays["weights"] == 1
+    for target in arrays["targets"][learned].tolist():
+        if target == end:
+            answers.append([])
+        else:
+            answers[-1].append(target)
+    said = [tokenizer().decode(answer) for answer in answers]
+    expected = texts[-1:] if layout in LEARNS_LAST else texts[1::2]
+    assert said == [*expected, ""]
+
+
+def test_a_conversation_ends_with_its_last_answer():
+    whole = encode(messages=turns("Hello", "there"))
+    longer = encode(messages=[*turns("Hello", "there", "And?"), {"role": "human", "content": "?"}])
+    jax.tree.map(np.testing.assert_array_equal, whole, longer)
+
+
 def test_all_may_be_learned():
     messages = turns("Hello", "there", "How", "are you?")
     some, all = encode(messages=messages), encode("all", messages=messages)
@@ -95,7 +148,7 @@ def test_a_request_and_its_answer_are_a_conversation(given):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"messages": turns("Hello")}, "the last turn is not the assistant's; add its answer"),
+        ({"messages": turns("Hello")}, "no message is the assistant's; add its answer"),
         ({"messages": turns("Hello", "")}, "message 1 has content ''; give it text"),
         ({"messages": turns("Hello", None)}, "message 1 has content None"),
         ({"messages": [{"role": "user", "text": "Hello"}, *turns("a", "b")]}, "add role and"),
