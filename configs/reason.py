@@ -1,0 +1,39 @@
+"""Reinforcement learning (GRPO) for reasoning: worked solutions in GSM8K's format.
+
+Two rewards are added up: for the format, a line or more of reasoning and then `#### NUMBER`, and
+for the right number after `####`.
+
+Before:    python train.py configs/word_problems.py
+Command:   python train.py configs/reason.py
+           python train.py configs/reason.py --start MODEL --data.paths gsm8k/train.jsonl ...
+Hardware:  a laptop
+Data:      generated word problems; or records with `question` and `answer`, such as GSM8K's
+Time:      ?
+Expect:    ?
+"""
+
+import re
+
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import RecordsConfig
+from jaxgpt.objectives import GRPO, Reward
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
+
+
+def shows_work(answer: str, correct: str) -> float:
+    """1 for lines of reasoning and then one last line `#### NUMBER`, else 0."""
+    pattern = r"(?:(?!####).)*\w(?:(?!####).)*\n#### -?\$?\d[\d,.]*"
+    return float(re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None)
+
+
+config = Config(
+    start="runs/word_problems",
+    data=RecordsConfig(paths=("word_problems",), val_fraction=0.05, test_fraction=0.05),
+    objective=GRPO(
+        rewards=(Reward.of(shows_work, weight=0.2), Reward("final_answer")), group=8, tokens=40
+    ),
+    optim=OptimConfig(learning_rate=5e-5, warmup=20, beta2=0.99, weight_decay=0.0, final=0.1),
+    train=TrainConfig(steps=100, batch=8, context=112, eval_every=25),
+    checkpoint=CheckpointConfig(every=50),
+)
