@@ -19,10 +19,10 @@ config = Config(
     model=GPTConfig(
         L=3, D=128, N=4, T=128, position="rotary", norm="rmsnorm", mlp="swiglu", F=352, bias=False
     ),
-    tokenizer=TokenizerConfig(kind="bpe", vocab_size=450),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=420),
     data=RecordsConfig(paths=("word_problems",), val_fraction=0.05, test_fraction=0.05),
     objective=Instruct(),
-    optim=OptimConfig(learning_rate=2e-3, warmup=50, final=0.1),
-    train=TrainConfig(steps=500, batch=32, eval_every=100, sample_tokens=40),
+    optim=OptimConfig(learning_rate=3e-3, warmup=50, final=0.1),
+    train=TrainConfig(steps=400, batch=32, eval_every=100, sample_tokens=40),
     checkpoint=CheckpointConfig(every=100),
 )

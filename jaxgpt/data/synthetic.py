@@ -99,10 +99,10 @@ def word_problems() -> Iterator[Values]:
 
 def _word_problem(rng: random.Random) -> tuple[str, str]:
     """Returns a problem and its solution; all numbers in it are positive and whole."""
-    (name, other), thing, value = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(2, 20)
+    (name, other), thing, value = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(2, 12)
     story, solution = [f"{name} has {value} {thing}."], []
     for _ in range(rng.randint(1, 3)):
-        some, few = rng.randint(2, 20), rng.randint(2, 5)
+        some, few = rng.randint(2, 9), rng.randint(2, 3)
         steps = [
             (f"{value} + {some}", value + some, f"{name} finds {some} more."),
             (f"{value} + {some}", value + some, f"{other} gives {name} {some} more."),
@@ -112,7 +112,7 @@ def _word_problem(rng: random.Random) -> tuple[str, str]:
                 (f"{value} - {some}", value - some, f"{name} loses {some} of them."),
                 (f"{value} - {some}", value - some, f"{name} gives {some} of them to {other}."),
             ]
-        if value <= 20:
+        if value <= 12:
             steps.append((f"{value} * {few}", value * few, f"Then {name} has {few} times as many."))
         if value % few == 0:
             sentence = f"{name} puts them into {few} equal boxes and keeps one box."

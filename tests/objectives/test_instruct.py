@@ -14,6 +14,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.tokenizer import TokenizerConfig, build
+from tests.runs import assert_same_run, cut_back, run
 from tests.tiny import PLAIN, random_params
 
 CORPUS = "user assistant system <|im_start|> <|im_end|> Hello there! How are you?\n\n" * 9
@@ -209,3 +210,69 @@ def test_conversations_in_one_row_are_as_if_apart():
     jax.tree.map(close, gradient, gradient_)
     in_order = [x[b["weights"].ravel() > 0] for x, b in ((each, apart), (each_, packed))]
     np.testing.assert_allclose(*in_order, atol=1e-5)
+
+
+RUN = """
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import RecordSource, mixture
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import Instruct
+from jaxgpt.sharding import ParallelConfig
+from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+
+config = Config(
+    model=GPTConfig(L=1, D=16, N=2, T=48),
+    tokenizer=TokenizerConfig(vocab_size=257),
+    data=mixture(
+        RecordSource("openai.jsonl", epochs=2, max_examples=16),
+        RecordSource("sharegpt.json"),
+        RecordSource("alpaca.jsonl", fields=("output=reply",)),
+        val_fraction=0.2,
+    ),
+    objective=Instruct(),
+    train=TrainConfig(steps=4, batch=4, log_every=1, eval_every=2, sample_tokens=0),
+    checkpoint=CheckpointConfig(every=2, keep=9),
+    parallel=ParallelConfig(devices=1),
+)
+"""
+
+
+def test_a_mixture_of_three_formats_trains_and_resumes_bit_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(RUN)
+    pairs = [(f"say {n}", f"it is {n}") for n in range(20)]
+    names = {"user": "human", "assistant": "gpt"}
+    tables = {
+        "openai.jsonl": [{"messages": turns(*pair)} for pair in pairs],
+        "sharegpt.json": [
+            {
+                "conversations": [
+                    {"from": names[t["role"]], "value": t["content"]} for t in turns(*p)
+                ]
+            }
+            for p in pairs
+        ],
+        "alpaca.jsonl": [{"instruction": ask, "input": "", "reply": said} for ask, said in pairs],
+    }
+    for name, table in tables.items():
+        lines = [json.dumps(each) for each in table]
+        text = f"[{','.join(lines)}]" if name.endswith(".json") else "\n".join(lines)
+        (tmp_path / name).write_text(text)
+    assert run() == 0
+    said = capsys.readouterr().err
+    for line in (
+        "openai.jsonl: 20 records, OpenAI messages",
+        "openai.jsonl: kept 16 of 20 records (data.max_examples)",
+        "sharegpt.json: 20 records, ShareGPT conversations",
+        "alpaca.jsonl: 20 records, output from 'reply', instruction, input",
+    ):
+        assert f"data: {line}" in said
+    metrics = [*map(json.loads, (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines())]
+    last = [each for each in metrics if "val_loss" in each][-1]
+    assert {f"val_loss/{name}" for name in tables} <= last.keys()
+    cut_back("a", "b", 2)
+    assert run(name="b") == 0
+    assert_same_run("a", "b", 4)
+    assert run("--data.epochs", "1", "1", "1", "--train.steps", "5") == 2
+    assert "the data differs" in capsys.readouterr().err
