@@ -22,9 +22,10 @@ from jaxgpt.training.optim import OptimConfig
 
 
 def shows_work(answer: str, correct: str) -> float:
-    """1 for lines of reasoning and then one last line `#### NUMBER`, else 0."""
-    pattern = r"(?:(?!####).)*\w(?:(?!####).)*\n#### -?\$?\d[\d,.]*"
-    return float(re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None)
+    """1 for some reasoning and then one last line `#### NUMBER`, else 0."""
+    work, _, last = answer.strip().rpartition("\n")
+    reasons = re.search(r"\w", work) and "####" not in work
+    return float(bool(reasons and re.fullmatch(r"#### -?[\d,.]*\d", last)))
 
 
 config = Config(

@@ -12,6 +12,7 @@ and `source_segments` and `source_positions` if the examples have sources.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -221,9 +222,21 @@ def examples(
         },
         _note(kept, rows),
         rows=epoch,
-        records=dict(kept),
+        records={name: _interleaved(records) for name, records in kept.items()}
+        if cfg.is_mixture
+        else dict(kept),
         shares=shares,
     )
+
+
+def _interleaved(records: list[Record]) -> list[Record]:
+    """Spreads the records of each path evenly, so that the first few are of all paths."""
+    counts, seen = Counter(record.source for record in records), Counter[int]()
+    places = []
+    for record in records:
+        places.append((seen[record.source] + 0.5) / counts[record.source])
+        seen[record.source] += 1
+    return [records[n] for n in sorted(range(len(records)), key=places.__getitem__)]
 
 
 def _longest(record: Record, example: Example) -> int:

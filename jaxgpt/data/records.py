@@ -396,19 +396,24 @@ def _name_fields(
                 f"{path} has no column {column!r}, which data.fields sets for {field}; its "
                 f"columns are {shown}"
             )
-    lists, turns = set(), []
+    known = reader.conversational and all(conversation_format(r.values) for r in records)
+    lists = set()
     if reader.conversational:  # the objective itself finds lists of messages
         lists = {k for r in records for k, v in r.values.items() if isinstance(v, list | dict)}
-        if not lists & {*TURNS, *given}:
-            turns = [k for k in columns if all(has_turns(r.values.get(k)) for r in records)]
     texts = [column for column in columns if column not in lists or column in reader.fields]
     mapping, unclear = match_columns(texts, reader.fields, reader.optional_fields, given)
     if unclear and lists:
-        mapping = {**given, **({TURNS[0]: turns[0]} if len(turns) == 1 else {})}
+        mapping = dict(given)
+        if not known and not {*TURNS, *reader.fields} & {*columns, *given}:
+            found, unclear = match_columns(columns, reader.fields, reader.optional_fields, given)
+            turns = [k for k in columns if all(has_turns(r.values.get(k)) for r in records)]
+            if not unclear:
+                mapping = found
+            elif len(turns) == 1:
+                mapping[TURNS[0]] = turns[0]
     elif unclear:
         rows = [record.values for record in records[:1000]]
         raise InputError(f"{path} {unclear_columns(columns, mapping, unclear, rows)}")
-    known = reader.conversational and all(conversation_format(r.values) for r in records)
     if known:
         kinds = Counter(conversation_format(record.values) for record in records).most_common()
         parts = [kind if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in kinds]
@@ -460,8 +465,7 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
         """The records of which `reader` can make an example, if others are skipped."""
         if cfg.invalid == "error":
             return records
-        reasons = []
-        kept = []
+        kept, reasons = [], []
         for record in records:
             try:
                 reader.example(record)

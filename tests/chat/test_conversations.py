@@ -117,6 +117,15 @@ LAYOUTS = {
         },
         (0, 1),
     ),
+    "preference, OpenAI": (
+        DPO(),
+        {
+            "prompt": {"messages": openai(PROMPT), "tools": []},
+            "chosen": says("x", ANSWER)[1:],
+            "rejected": says("x", WORSE)[1:],
+        },
+        (0, 1),
+    ),
     "preference, alpaca": (
         DPO(),
         {"instruction": QUESTION, "chosen": ANSWER, "rejected": WORSE, **REQUEST},

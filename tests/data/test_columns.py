@@ -283,3 +283,12 @@ def test_labels_are_stripped_and_that_is_said_once(tmp_path, capsys):
     cfg = RecordsConfig((write(tmp_path / "a.csv", rows, ("text", "label")),), val_fraction=0)
     assert Classify().fit(read_splits(cfg, Classify().reader)["train"]).labels == ("ham", "spam")
     assert "white space around 3 labels is removed, such as ' ham'" in capsys.readouterr().err
+
+
+def test_the_fields_of_openai_preferences_are_found(tmp_path):
+    asked = {"messages": [{"role": "user", "content": "a"}]}
+    good, bad = ([{"role": "assistant", "content": text}] for text in "bc")
+    file = tmp_path / "a.jsonl"
+    record = {"input": asked, "preferred_output": good, "non_preferred_output": bad}
+    file.write_text(json.dumps(record))
+    assert read(str(file), DPO()) == [{"prompt": asked, "chosen": good, "rejected": bad}]

@@ -486,6 +486,8 @@ def test_each_path_of_a_mixture_has_its_own_validation_set(capsys):
         name: sum(batch["weights"].sum() for batch in batches())
         for name, batches in data.held_out.items()
     } == {"val/a.jsonl": 5, "val/b.jsonl": 4}
+    data = mixed(val=((2,) * 6, (4,) * 3), weights=(3.0, 1.0))
+    assert [r.source for r in data.records["val"]] == [0, 1, 0, 0, 1, 0, 0, 1, 0]
     data = mixed(val=((2, 3), ()), weights=(3.0, 1.0))
     assert data.shares == {"val/a.jsonl": 1.0} and [*data.held_out] == ["val/a.jsonl"]
     assert "b.jsonl has no validation records" in capsys.readouterr().err
