@@ -34,7 +34,7 @@ config = Config(
     objective=GRPO(
         rewards=(Reward.of(shows_work, weight=0.2), Reward("final_answer")), group=8, tokens=40
     ),
-    optim=OptimConfig(learning_rate=5e-5, warmup=20, beta2=0.99, weight_decay=0.0, final=0.1),
-    train=TrainConfig(steps=100, batch=8, context=112, eval_every=25),
-    checkpoint=CheckpointConfig(every=50),
+    optim=OptimConfig(learning_rate=5e-5, warmup=10, beta2=0.99, weight_decay=0.0, final=0.1),
+    train=TrainConfig(steps=80, batch=16, context=112, eval_every=40),
+    checkpoint=CheckpointConfig(every=40),
 )

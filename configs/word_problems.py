@@ -3,8 +3,9 @@
 Command:   python train.py configs/word_problems.py
 Hardware:  a laptop
 Data:      generated problems of one to three steps, with solutions in GSM8K's format
-Time:      ?
-Expect:    ?
+Time:      16 min on two cores that other programs shared; 4 min of CPU time
+Expect:    a validation loss of 0.11, and the right answer in 57% of greedy solutions of the test
+           set
 """
 
 from jaxgpt.config import Config, TrainConfig
