@@ -8,8 +8,10 @@ Command:   python train.py configs/reason.py
            python train.py configs/reason.py --start MODEL --data.paths gsm8k/train.jsonl ...
 Hardware:  a laptop
 Data:      generated word problems; or records with `question` and `answer`, such as GSM8K's
-Time:      ?
-Expect:    ?
+Time:      13 min on two cores that other programs shared; 5 min of CPU time
+Expect:    right answers in more of the greedy solutions: 57.5% of 1,000 test problems before and
+           61.2% after (standard errors of 1.6 and 1.5 points), and of sampled ones 35% in the first
+           20 steps and 38% in the last 20; a learning rate of 2e-4 with half the batch lowers them
 """
 
 import re

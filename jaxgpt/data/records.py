@@ -155,7 +155,7 @@ class RecordSource:
     path: str
     """The path, as in `RecordsConfig.paths`."""
     weight: float | None = None
-    """Its sampling weight. Either all sources have one, or none."""
+    """The sampling weight of the source. Either every source has a weight, or none has."""
     epochs: float = 1.0
     """Passes over it in one epoch of training, if there are no weights."""
     max_examples: int = 0
