@@ -78,13 +78,14 @@ class Reward:
             weight: The factor of the reward in the sum.
 
         Raises:
-            InputError: The function has no name, or another file has one of the same name.
+            InputError: The function has no name, or another file has a different one of its name.
         """
         name = getattr(function, "__name__", "")
         if not name.isidentifier():
             raise InputError(f"the reward {function!r} has no name; define it with `def`")
         known = _functions.get(name, function)
-        if _origin(known) != _origin(function):
+        codes = (getattr(each, "__code__", each) for each in (known, function))
+        if _origin(known) != _origin(function) and len({*codes}) > 1:
             raise InputError(
                 f"{_origin(function)} and {_origin(known)} both define the reward {name}; rename "
                 "one of them"

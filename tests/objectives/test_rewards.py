@@ -140,6 +140,17 @@ def test_invalid_rewards_are_refused():
             GRPO(rewards=rewards).check()
 
 
+def test_a_copy_of_a_config_file_may_define_the_same_reward(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny.py").write_text(RUN)
+        objective = config.read(tmp_path / name / "tiny.py").objective
+        assert objective.rewards[0]("four", "") == 0.6
+    (tmp_path / "other" / "changed.py").write_text(RUN.replace("/ 10", "/ 20"))
+    with pytest.raises(InputError, match=r"changed.py:brief and .*tiny.py:brief both define"):
+        config.read(tmp_path / "other" / "changed.py")
+
+
 def test_a_correct_answer_without_a_number_is_refused_where_numbers_are_compared():
     with pytest.raises(InputError, match="output is 'two', which has no number"):
         GRPO(rewards=(Reward("number"),)).encode(record("1 + 1", "two"), of_bytes())
