@@ -17,7 +17,16 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
-from jaxgpt.evaluation.measure import Evaluator, spread, table
+from jaxgpt.evaluation.inspect import inspect_prompt
+from jaxgpt.evaluation.judge import (
+    ServerJudge,
+    answer_records,
+    judge_examples,
+    model_judge,
+    summary,
+)
+from jaxgpt.evaluation.measure import Evaluator, mean_centered, spread, table
+from jaxgpt.evaluation.report import write_report
 from jaxgpt.evaluation.suite import read_tasks
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
@@ -30,7 +39,8 @@ from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
 from jaxgpt.signals import Signals, python_handlers
-from jaxgpt.tokenizer import TokenizerConfig, build, report
+from jaxgpt.tokenizer import TokenizerConfig, build
+from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
 
 
@@ -226,7 +236,7 @@ def tokenize(
     """
     cfg = DataConfig(paths=paths, fields=fields, encoding=encoding)
     cfg.check()
-    print(report(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
+    print(report_tokenizer(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
 def export(
@@ -249,6 +259,7 @@ def export(
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
     """
+    expand(folder)  # raises for a URL
     check_exists(path)
     if to == "peft" and dtype != "float32":
         raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
@@ -294,6 +305,7 @@ def evaluate(
     seeds: tuple[int, ...] = (0,),
     json_file: Annotated[str, tyro.conf.arg(name="json")] = "",
     details: str = "",
+    lm_eval: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     adapter: str = "",
     dtype: Dtype = "float32",
 ) -> None:
@@ -310,9 +322,19 @@ def evaluate(
             the standard deviations over seeds.
         json_file: A file to write the results to, as JSON.
         details: A file to write what was measured for each example to, as JSON Lines.
+        lm_eval: Tasks of lm-evaluation-harness instead, by name or as YAML files. It needs
+            `pip install 'jaxgpt[eval]'`, and downloads the data of its tasks.
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         dtype: The format of the weights.
     """
+    for file in (json_file, details):
+        expand(file)  # raises for a URL
+    if lm_eval:
+        given = {"tasks": tasks, "details": details, "seeds": seeds != (0,)}
+        if wrong := [name for name, value in given.items() if value]:
+            raise InputError(f"{wrong[0]} is not for lm_eval's tasks; remove it", field=wrong[0])
+        _evaluate_with_harness(_ready(path, adapter, dtype), lm_eval, shots, limit, json_file)
+        return
     chosen = [task for name in tasks or ("python",) for task in read_tasks(name)]
     if shots is not None:
         chosen = [replace(task, shots=shots if task.type != "text" else 0) for task in chosen]
@@ -327,6 +349,8 @@ def evaluate(
         ]
         results.append(spread(measured) if len(measured) > 1 else measured[0])
     print(table(results))
+    if len(results) > 1 and (score := mean_centered(results)):
+        print(f"\nmean of the centered scores: {score.value:.4f} ± {score.error:.4f}")
     if json_file:
         _write_text(json_file, json.dumps([result.as_json() for result in results], indent=2))
     if details:
@@ -338,11 +362,121 @@ def evaluate(
         _write_text(details, "\n".join(lines))
 
 
+def _evaluate_with_harness(
+    trained: Trained, tasks: tuple[str, ...], shots: int | None, limit: int, json_file: str
+) -> None:
+    try:
+        from jaxgpt.evaluation import harness
+    except ImportError:
+        raise InputError(
+            "lm_eval needs lm-evaluation-harness: pip install 'jaxgpt[eval]'", field="lm_eval"
+        ) from None
+    results = harness.measure(trained, tasks, shots=shots, limit=limit)
+    print(harness.table(results))
+    if json_file:
+        _write_text(json_file, json.dumps(results["results"], indent=2, default=str))
+
+
+def judge(
+    path: tyro.conf.Positional[str],
+    records: str,
+    judge: str,
+    judge_model: str = "",
+    limit: int = 0,
+    tokens: int = 256,
+    parallel: int = 4,
+    timeout: float = 60.0,
+    output: str = "",
+    adapter: str = "",
+    dtype: Dtype = "float32",
+) -> int:
+    """Let another model score a model's answers from 0 to 100, and print the mean score.
+
+    Args:
+        path: The model whose answers are scored: a run (RUN@best for its best checkpoint), a
+            Hugging Face folder, or a Hugging Face name.
+        records: A file of instructions with reference answers, or of conversations.
+        judge: The judge: another model, or the address of an OpenAI-compatible API, such as
+            https://api.openai.com/v1; its key is read from OPENAI_API_KEY.
+        judge_model: The name of the judge's model at that address.
+        limit: The most records; 0: all.
+        tokens: The most tokens of an answer.
+        parallel: How many requests to send to a server at the same time.
+        timeout: The most seconds to wait for a reply of a server.
+        output: A file to write each answer to, with the judge's reply and the score, as JSON Lines.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
+        dtype: The format of the weights.
+    """
+    is_server = judge.startswith(("http://", "https://"))
+    if not is_server:
+        check_exists(judge)
+    server = ServerJudge(judge, judge_model, timeout) if is_server else None
+    with terminal.clock("the model answers"):
+        examples = answer_records(_ready(path, adapter, dtype), records, tokens, limit)
+    ask = server or model_judge(_ready(judge, dtype=dtype))
+    judged = []
+    try:
+        with terminal.clock("the judge scores"):
+            for example in judge_examples(examples, ask, parallel if server else 1):
+                judged.append(example)
+    finally:  # what there is, also if the server ends in the middle
+        if output:
+            _write_text(output, "\n".join(json.dumps(vars(example)) for example in judged))
+    print(summary(judged))
+    return int(all(example.score is None for example in judged))
+
+
 def _write_text(path: str, text: str) -> None:
     try:
         expand(path).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def report(
+    folders: tyro.conf.Positional[tuple[str, ...]],
+    price: float = 0.0,
+    output: str = "",
+) -> None:
+    """Write a report on a run, or one that compares several: report.html and report.md.
+
+    Args:
+        folders: The folders of runs.
+        price: What a device costs per hour, in any currency, for the cost of the runs; 0: no cost.
+        output: The folder to write to; by default that of the run, or of several runs the folder
+            that holds the first one.
+    """
+    if not folders:
+        raise InputError("there is no run; pass the folder of one or more, such as runs/default")
+    paths = [expand(folder) for folder in folders]
+    own = paths[0] if len(paths) == 1 else paths[0].resolve().parent
+    print(write_report(paths, expand(output) if output else own, price))
+
+
+def inspect(
+    path: tyro.conf.Positional[str],
+    prompt: tyro.conf.Positional[str],
+    top: int = 5,
+    output: str = "",
+    adapter: str = "",
+    dtype: Dtype = "float32",
+) -> None:
+    """Look inside a model: its attention weights and its likely next tokens for a prompt.
+
+    Args:
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
+            name.
+        prompt: The prompt.
+        top: How many of the most likely next tokens to show.
+        output: A folder to draw pictures into, attention.png and next_tokens.png; by default there
+            are none.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
+        dtype: The format of the weights.
+    """
+    found = inspect_prompt(_ready(path, adapter, dtype), prompt, top)
+    print(found.table())
+    if output:
+        print(*found.draw(expand(output), expand(path).name), sep="\n")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -353,6 +487,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "translate": translate,
     "tokenize": tokenize,
     "eval": evaluate,
+    "judge": judge,
+    "report": report,
+    "inspect": inspect,
     "export": export,
     "verify": verify,
     "runs": list_runs,

@@ -21,7 +21,7 @@ from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, refuse_url
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
@@ -106,6 +106,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
+        refuse_url(self.name)
         return expand(self.runs) / self.name
 
     @property
@@ -128,6 +129,13 @@ class Config:
             )
         self.tokenizer.check()
         self.data.check()
+        if self.train.epochs and getattr(self.data, "stream", False):
+            raise InputError(
+                f"train.epochs={self.train.epochs:g} needs the number of rows, and with "
+                "data.stream=True it is not known before training; set train.steps, and "
+                "train.epochs to 0",
+                field="train.epochs",
+            )
         self.objective.check()
         wanted = RecordsConfig if self.objective.reads_records else DataConfig
         if type(self.data) is not wanted:
@@ -300,26 +308,32 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
     return values
 
 
-def summary(config: Config) -> str:
-    """The options of a config that differ from their defaults, as a table for a terminal."""
+def differences(config: Config) -> list[tuple[str, str, str]]:
+    """The options that differ from their defaults: name, value and default, as they are typed."""
     of_same_types = dataclasses.replace(
         Config(),
         model=type(config.model)(),
         data=type(config.data)(),
         objective=type(config.objective)(),
     )
-    usual, default = _flat(to_dict(Config())), _flat(to_dict(of_same_types))
+    usual, default = flatten(to_dict(Config())), flatten(to_dict(of_same_types))
     rows = []
-    for name, value in _flat(to_dict(config)).items():
+    for name, value in flatten(to_dict(config)).items():
         then = usual[name] if name.endswith(".type") else default[name]
         if value != then:
-            rows.append((name.removesuffix(".type"), _shown(value), f"(default {_shown(then)})"))
+            rows.append((name.removesuffix(".type"), show_value(value), show_value(then)))
+    return rows
+
+
+def summary(config: Config) -> str:
+    """The options of a config that differ from their defaults, as a table for a terminal."""
+    rows = differences(config)
     left, middle = (max((len(row[at]) for row in rows), default=0) for at in (0, 1))
-    table = (f"  {name:<{left}}  {value:<{middle}}  {then}".rstrip() for name, value, then in rows)
+    table = (f"  {name:<{left}}  {value:<{middle}}  (default {then})" for name, value, then in rows)
     return "\n".join(["options that differ from the defaults", *table])
 
 
-def _shown(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value of an option as it is typed on the command line; its beginning, if it is long."""
     values = value if isinstance(value, list) else [value]
     text = " ".join("''" if each == "" else str(each) for each in values) or "none"
@@ -327,11 +341,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def flatten(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of fields by their whole name: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        inner = flatten(value) if isinstance(value, dict) else {"": value}
         flat |= {f"{name}.{k}".rstrip("."): v for k, v in inner.items()}
     return flat
 

@@ -1,10 +1,20 @@
 """File paths: the cache folder, and checks of paths that come from untrusted folders."""
 
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from jaxgpt.errors import InputError
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raises InputError if a path is a URL, of which Python would make a local folder `gs:`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise InputError(
+            f"{path} is a URL, and only training data is read from URLs: models, runs and results "
+            "are in local folders; use one, on a mounted bucket if you like (gcsfuse, mount-s3)"
+        )
 
 
 def expand(path: str | Path) -> Path:
@@ -13,8 +23,9 @@ def expand(path: str | Path) -> Path:
     Text that is not a path, such as a model's name, is returned unchanged.
 
     Raises:
-        InputError: The path starts with `~`, and the user has no home folder.
+        InputError: The path is a URL, or starts with `~`, and the user has no home folder.
     """
+    refuse_url(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # such as a container's user without an account
@@ -87,9 +98,10 @@ def cache_folder(given: str = "") -> Path:
     """Returns the cache folder: `given` if it is not empty, else $JAXGPT_CACHE, ~/.cache/jaxgpt.
 
     Raises:
-        InputError: The path starts with `~`, and the user has no home folder.
+        InputError: The path is a URL, or starts with `~`, and the user has no home folder.
     """
     root = given or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
+    refuse_url(root)
     try:
         return Path(root).expanduser()
     except RuntimeError as error:  # such as a container's user without an account

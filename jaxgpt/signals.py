@@ -44,6 +44,7 @@ class Signals:
         self._deferred = False
         self._lock = threading.Lock()  # protects `_deferred` and `received`
         self._event = threading.Event()
+        self._events = [self._event]
 
     def __enter__(self) -> "Signals":
         # Signals that are ignored, such as SIGHUP under nohup, stay ignored.
@@ -82,6 +83,10 @@ class Signals:
         """Sleeps for some seconds, or until a signal is received."""
         self._event.wait(seconds)
 
+    def notify(self, event: threading.Event) -> None:
+        """Also sets an event when a signal is received."""
+        self._events.append(event)
+
     def run(self, work: Callable[[], Result]) -> Result:
         """Runs a function in a thread, and returns or raises what it does.
 
@@ -117,7 +122,8 @@ class Signals:
                     if self._ends_process and (self.received or not self._deferred):
                         end_process(byte[0])
                     self.received = byte[0]
-                self._event.set()
+                for event in self._events:
+                    event.set()
 
 
 @contextmanager

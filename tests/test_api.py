@@ -124,7 +124,7 @@ def test_training_in_process_returns_the_model_and_resumes_after_ctrl_c(here, mo
         with pytest.raises(KeyboardInterrupt):
             jaxgpt.train(CONFIG)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "stopped after step" in capsys.readouterr().out and Path("runs/a/loss.png").exists()
+    assert "stopped after step" in capsys.readouterr().out and Path("runs/a/report.html").exists()
     gpt = jaxgpt.train(CONFIG)
     assert gpt.config.train.steps == 4 and "resumed after step" in capsys.readouterr().out
     assert len(gpt("the", 4)) >= 3

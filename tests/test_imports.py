@@ -25,9 +25,11 @@ training
 config
 pretrained
 terminal
+evaluation.charts evaluation.document evaluation.history evaluation.report
+evaluation.inspect
 serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
-evaluation.measure evaluation.suite evaluation.harness
+evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.loop training.runs
 serve
 cli

@@ -5,12 +5,14 @@ batches = Batches(corpus, cfg, context=1024, batch=16, seed=0)
 batches.batch(step)                              # the same rows at every call
 for batch in prefetch(batches.batch, start=step): ...
 for batch in eval_batches(corpus.val, cfg, context=1024, batch=16): ...
+dataset = stream(cfg, tokenizer, context=1024, batch=16)   # downloaded during training
 """
 
 from jaxgpt.data.batches import Batches, eval_batches, streams
 from jaxgpt.data.corpus import (
     Corpus,
     DataConfig,
+    held_out_texts,
     prepare,
     refuse_changed,
     texts,
@@ -28,6 +30,8 @@ from jaxgpt.data.records import (
     read_splits,
     strings,
 )
+from jaxgpt.data.remote import pin
+from jaxgpt.data.streaming import stream
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
 
 __all__ = [
@@ -44,11 +48,14 @@ __all__ = [
     "eval_batches",
     "examples",
     "find_entry_damage",
+    "held_out_texts",
     "mixture",
+    "pin",
     "prefetch",
     "prepare",
     "read_splits",
     "refuse_changed",
+    "stream",
     "streams",
     "strings",
     "texts",

@@ -17,6 +17,7 @@ A batch has these arrays, the last two only with `documents="masked"`:
 import bisect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ import numpy as np
 from jaxgpt.data.corpus import Corpus, DataConfig
 from jaxgpt.data.dataset import Batch, Dataset, Fingerprint
 from jaxgpt.data.records import print_note
-from jaxgpt.data.tokens import TokenStream
+from jaxgpt.data.tokens import TokenStream, join
 from jaxgpt.errors import InputError
 
 # Number of windows from which Grain's shuffle is used. It needs no memory, but permutes at least
@@ -70,12 +71,26 @@ def streams(
         "process_count": process_count,
     }
     batches = Batches(corpus, cfg, seed=seed, **shape)
-    val = corpus.val
+    dataset = Dataset(
+        batches.batch,
+        {},
+        batches.fingerprint,
+        f"{len(corpus.train):,} training tokens, {len(corpus.val):,} validation tokens",
+        rows=batches.windows,
+    )
+    return with_held_out(dataset, corpus.vals, cfg, limit=limit, **shape)
+
+
+def with_held_out(
+    dataset: Dataset, vals: Sequence[TokenStream], cfg: DataConfig, *, limit: int, **shape: int
+) -> Dataset:
+    """Adds the held-out sets to a `Dataset` of text; the arguments are those of `streams`."""
+    val = join(vals)
     sets = {"val": val} if len(val) else {}
     shares: dict[str, float] = {}
-    if cfg.weights and len(corpus.vals) > 1:
+    if cfg.weights and len(vals) > 1:
         names = [f"val/{path}" for path in cfg.val_paths or cfg.paths]
-        parts = {name: part for name, part in zip(names, corpus.vals, strict=True) if len(part) > 1}
+        parts = {name: part for name, part in zip(names, vals, strict=True) if len(part) > 1}
         if len(names) == len(cfg.weights) and parts:
             for name, weight in zip(names, cfg.weights, strict=True):
                 if name in parts:
@@ -88,15 +103,12 @@ def streams(
             shares = {name: weight / total for name, weight in shares.items()}
             sets = {}
         sets |= parts
-    return Dataset(
-        batches.batch,
-        {
+    return replace(
+        dataset,
+        held_out={
             name: partial(eval_batches, part, cfg, limit=limit, **shape)
             for name, part in sets.items()
         },
-        batches.fingerprint,
-        f"{len(corpus.train):,} training tokens, {len(val):,} validation tokens",
-        rows=batches.windows,
         bytes_per_token={
             name: part.bytes / (len(part) - 1) for name, part in sets.items() if len(part) > 1
         },
@@ -141,15 +153,9 @@ class Batches:
             raise InputError(f"seed={seed} is negative; set it to 0 or more")
         self.streams = corpus.parts if cfg.weights else (corpus.train,)
         self.context, self.batch_size = context, batch
-        self.stride = cfg.stride or context
+        self.stride = stride_of(cfg, context)
         self.masked = cfg.documents == "masked"
         self.rows = process_rows(batch, process_index, process_count)
-        if self.stride > context:
-            raise InputError(
-                f"data.stride={self.stride} would skip tokens between rows of {context} tokens; "
-                f"set it to at most {context}",
-                field="data.stride",
-            )
         names = cfg.paths if cfg.weights else [" ".join(cfg.paths)]
         firsts = [0]
         for name, stream in zip(names, self.streams, strict=True):
@@ -158,31 +164,59 @@ class Batches:
                     f"{name} has {len(stream)} training tokens, fewer than one row of {context} + "
                     f"1; use a context of at most {len(stream) - 1}, or add text"
                 )
-            firsts.append(firsts[-1] + 1 + -(-(len(stream) - context - 1) // self.stride))
+            firsts.append(firsts[-1] + count_windows(len(stream), context, self.stride))
         self._firsts, self.windows = firsts, firsts[-1]
         self._order = window_order(firsts, cfg.weights, seed if cfg.shuffle else None)
-        self.fingerprint: Fingerprint = {
-            **corpus.fingerprint,
-            "weights": list(cfg.weights),
-            "context": context,
-            "stride": self.stride,
-            "documents": cfg.documents,
-            "shuffle": cfg.shuffle,
-            "seed": seed,
-            "batch": batch,
-        }
+        self.fingerprint = batch_fingerprint(corpus.fingerprint, cfg, context, batch, seed)
 
     def batch(self, step: int) -> Batch:
         """Returns this process's rows of batch number `step`, counted from 0."""
         first = step * self.batch_size
         windows = [self._window(self._order(first + row)) for row in self.rows]
-        return _stack(windows, self.context, self.streams[0].eot if self.masked else None)
+        return stack_windows(windows, self.context, self.streams[0].eot if self.masked else None)
 
     def _window(self, number: int) -> np.ndarray:
         part = bisect.bisect_right(self._firsts, number) - 1
-        stream = self.streams[part]
-        start = min((number - self._firsts[part]) * self.stride, len(stream) - self.context - 1)
-        return stream[start : start + self.context + 1]
+        return window(self.streams[part], number - self._firsts[part], self.context, self.stride)
+
+
+def stride_of(cfg: DataConfig, context: int) -> int:
+    """Returns the tokens from row to row; raises InputError if some would be skipped."""
+    stride = cfg.stride or context
+    if stride > context:
+        raise InputError(
+            f"data.stride={stride} would skip tokens between rows of {context} tokens; "
+            f"set it to at most {context}",
+            field="data.stride",
+        )
+    return stride
+
+
+def count_windows(length: int, context: int, stride: int) -> int:
+    """Returns the number of windows of a stream of `length` tokens."""
+    return 1 + -(-(length - context - 1) // stride) if length > context else 0
+
+
+def window(stream: TokenStream, number: int, context: int, stride: int) -> np.ndarray:
+    """Returns the T + 1 tokens of a window of a stream, by its number."""
+    start = min(number * stride, len(stream) - context - 1)
+    return stream[start : start + context + 1]
+
+
+def batch_fingerprint(
+    text: Fingerprint, cfg: DataConfig, context: int, batch: int, seed: int
+) -> Fingerprint:
+    """Returns JSON values of everything that determines a batch of the text of a fingerprint."""
+    return {
+        **text,
+        "weights": list(cfg.weights),
+        "context": context,
+        "stride": stride_of(cfg, context),
+        "documents": cfg.documents,
+        "shuffle": cfg.shuffle,
+        "seed": seed,
+        "batch": batch,
+    }
 
 
 def eval_batches(
@@ -239,7 +273,7 @@ def eval_batches(
     def rows_from(first: int) -> Batch:
         begins = [starts[first + row] for row in rows]
         windows = [stream[begin : begin + context + 1] for begin in begins]
-        return _stack(windows, context, eot)
+        return stack_windows(windows, context, eot)
 
     return map(rows_from, range(0, wanted, batch))
 
@@ -300,9 +334,7 @@ def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int]
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
-        bits = np.random.MT19937(np.random.SeedSequence((*seed, number)))
-        # NumPy guarantees that RandomState's streams never change.
-        return first + np.random.RandomState(bits).permutation(end - first)
+        return first + permutation(end - first, (*seed, number))
 
     def kth(k: int) -> int:
         number, place = divmod(k, end - first)
@@ -311,7 +343,14 @@ def _permutations(first: int, end: int, seed: tuple[int, ...]) -> Callable[[int]
     return kth
 
 
-def _stack(windows: Sequence[np.ndarray], context: int, eot: int | None) -> Batch:
+def permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Returns the numbers below `count`, permuted: int64[count]."""
+    bits = np.random.MT19937(np.random.SeedSequence(seed))
+    # NumPy guarantees that RandomState's streams never change.
+    return np.random.RandomState(bits).permutation(count)
+
+
+def stack_windows(windows: Sequence[np.ndarray], context: int, eot: int | None) -> Batch:
     """Stacks windows of up to T + 1 tokens; with `eot`, adds segments and positions."""
     shape = (len(windows), context)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -6,18 +6,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
+from jaxgpt.data.cache import lock_cache
 from jaxgpt.data.columns import parse_fields
 from jaxgpt.data.dataset import Fingerprint
 from jaxgpt.data.formats import Document
 from jaxgpt.data.records import print_note
+from jaxgpt.data.remote import download, fetch, is_remote, list_files
 from jaxgpt.data.sources import TextSource, content_digest, file_states, measure, open_source
 from jaxgpt.data.split import FEW, Split, split
 from jaxgpt.data.textfile import check_encoding, reading
-from jaxgpt.data.tokens import TokenStream, join, lock_cache, read_tokens, write_tokens
+from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens
 from jaxgpt.errors import InputError
 from jaxgpt.paths import cache_folder
 from jaxgpt.tokenizer import Tokenizer
@@ -31,8 +34,10 @@ class DataConfig:
 
     paths: tuple[str, ...] = ("python",)
     """Training text. Each entry is 'python' (the source code of Python's standard library), a file
-    (text, JSON, JSON Lines, Parquet, CSV or TSV, optionally compressed with gzip), a folder, a glob
-    or a TFDS dataset, `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`."""
+    (text, JSON, JSON Lines, Parquet, CSV or TSV, optionally compressed with gzip), a folder, a
+    glob, a TFDS dataset, `tfds:NAME[/CONFIG][:VERSION][#SPLIT][@DATA_DIR]`, a data set on the
+    Hugging Face hub, `hf:OWNER/NAME[/CONFIG][@REVISION][#SPLIT or glob]`, or a URL (https://,
+    s3://, gs://) of a file, a glob or a folder."""
     weights: tuple[Annotated[float, Gt(0)], ...] = ()
     """Sampling weight of each path, relative to the others. Empty: in proportion to the number of
     tokens. The validation loss uses the same weights if there is validation text for each path."""
@@ -58,8 +63,17 @@ class DataConfig:
     """Shuffle the rows, in a new order every epoch. Otherwise they keep the order of the text."""
     workers: Annotated[int, Ge(0)] = 0
     """Number of threads that tokenize text; 0: one per CPU core."""
+    stream: bool = False
+    """Download and tokenize the files of `paths`, which are `hf:` paths or URLs, while training
+    goes on, and delete those that were read, so that the text may be larger than the disk. Files
+    are shuffled, and rows within each file. `val_fraction` of the first file of each path is held
+    out. Otherwise everything is downloaded and tokenized before the first step."""
+    disk_gb: Annotated[float, Gt(0)] = 100.0
+    """The most disk space, in GB of 10^9 bytes, for the files of a path that is downloaded, and,
+    with `stream`, for all downloaded files and their tokens."""
     cache: str = ""
-    """Folder for the tokenized text. Empty: $JAXGPT_CACHE if it is set, else ~/.cache/jaxgpt."""
+    """Folder for the tokenized text and downloads. Empty: $JAXGPT_CACHE if it is set, else
+    ~/.cache/jaxgpt."""
     rebuild: bool = False
     """Tokenize the text again even if the cache already has its tokens, for example because they
     are damaged. Other cache entries are kept."""
@@ -80,6 +94,13 @@ class DataConfig:
             )
         parse_fields(self.fields, ("text",))
         check_encoding(self.encoding)
+        cache_folder(self.cache)
+        if self.stream and (local := [path for path in self.paths if not is_remote(path)]):
+            raise InputError(
+                f"data.stream=True is for 'hf:OWNER/NAME' and URLs, and {local[0]} is not one; set "
+                "it to False, or use a URL such as file:///data/*.jsonl",
+                field="data.stream",
+            )
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
     sources = [
-        open_source(path, cfg.fields, cfg.encoding, print_note)
+        open_source(path, cfg.fields, cfg.encoding, print_note, partial(_fetch, cfg))
         for path in (*cfg.paths, *cfg.val_paths)
     ]
     states = [file_states(source) for source in sources]
@@ -194,6 +215,8 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer) -> Corpus:
 def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
     """Yields the text of the training documents, for example to train a tokenizer.
 
+    With `cfg.stream`, it is that of the first file of each path.
+
     Args:
         cfg: The data config.
         held_out: Whether to include the validation documents.
@@ -202,16 +225,46 @@ def texts(cfg: DataConfig, held_out: bool = False) -> Iterator[str]:
         Text, read lazily. A document larger than a mebibyte is yielded in several parts.
 
     Raises:
-        InputError: A path cannot be read as text.
+        InputError: A path cannot be read as text, or the text is streamed and all of it is needed.
     """
     cfg.check()
+    if cfg.stream and held_out:
+        raise InputError(
+            "the tokenizer must read all text, and data.stream=True reads it during training; use "
+            "tokenizer.kind=bpe or bytes, or data.stream=False",
+            field="data.stream",
+        )
     paths = (*cfg.paths, *cfg.val_paths) if held_out else cfg.paths
-    sources = [open_source(path, cfg.fields, cfg.encoding) for path in paths]
+    sources = [
+        open_source(path, cfg.fields, cfg.encoding, download=partial(_fetch, cfg)) for path in paths
+    ]
     fraction = 0.0 if cfg.val_paths or held_out else cfg.val_fraction
     for source in sources:
         for name, document in split(source, fraction):
             if name == "train":
                 yield from document
+
+
+def held_out_texts(cfg: DataConfig) -> Iterator[str]:
+    """Yields each validation document of the text in `cfg.paths`.
+
+    Raises:
+        InputError: A path cannot be read as text.
+    """
+    cfg.check()
+    for path in cfg.paths:
+        source = open_source(path, cfg.fields, cfg.encoding, download=partial(_fetch, cfg))
+        for name, document in split(source, cfg.val_fraction):
+            if name == "val":
+                yield "".join(document)
+
+
+def _fetch(cfg: DataConfig, path: str) -> tuple[Path, ...]:
+    """Downloads the files at a path; only the first one if they are streamed."""
+    if cfg.stream and path in cfg.paths:
+        first, *_ = list_files(path, cfg.cache)
+        return (download(first, cache_folder(cfg.cache) / "downloads"),)
+    return fetch(path, cfg.cache, cfg.disk_gb)
 
 
 def refuse_changed(saved: Fingerprint, now: Fingerprint, hint: str = "") -> None:

@@ -1,5 +1,6 @@
 """The interface between data and training: a `Dataset`, made from text or from records."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,3 +35,8 @@ class Dataset:
     """Average bytes of text per target token of each held-out set; empty for records."""
     shares: dict[str, float] = field(default_factory=dict)
     """If `val` is a mixture of the parts `val/PART`: the fraction of each; they add up to 1."""
+    state: Callable[[], dict[str, Any]] = dict
+    """JSON values that a checkpoint keeps, so that a resumed run need not read again what earlier
+    batches were made of."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set it to end a wait for data: a batch that must be downloaded then raises TrainingError."""

@@ -34,6 +34,8 @@ def read_json_lines(file: str, options: ReadOptions) -> Iterator[Row]:
 def read_json(file: str, options: ReadOptions) -> Iterator[Row]:
     """Reads a .json file, which has one array or, as some programs write it, JSON Lines.
 
+    Lines of objects are read one by one, however large the file is.
+
     Yields:
         The number of each value, counted from 0 in an array and from 1 in lines, and the value.
 
@@ -41,6 +43,10 @@ def read_json(file: str, options: ReadOptions) -> Iterator[Row]:
         InputError: The file has neither form, or is too large to be parsed as a whole.
     """
     text = TextFile(file, options.encoding)
+    first, _, more = next(iter(text), "").partition("\n")
+    if more.strip() and first.lstrip().startswith("{") and _is_json(first):
+        yield from read_json_lines(file, options)
+        return
     content = text.read(LARGEST_JSON, "split it, or convert it to JSON Lines (.jsonl)")
     try:
         values = strict_json.loads(content)

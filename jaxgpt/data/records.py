@@ -4,6 +4,7 @@ A path of records is one of
 - a folder or a glob of files of the following kinds;
 - a table (`.csv`, `.tsv`, `.parquet`) or JSON objects (`.json`, `.jsonl`);
 - a TFDS dataset (`tfds:NAME`, as for text);
+- such files in a data set on the hub or at a URL (see `jaxgpt.data.remote`);
 - parallel text: `data/train` for the files `data/train.en` and `data/train.de`, where line n of
   one file belongs to line n of the other;
 - a synthetic dataset (see `jaxgpt.data.synthetic`).
@@ -14,7 +15,6 @@ import hashlib
 import json
 import os
 import shlex
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +33,9 @@ from jaxgpt.data.columns import (
     unclear_columns,
 )
 from jaxgpt.data.formats import FORMATS, as_text, format_of, suffix_of
-from jaxgpt.data.rows import VALUE_BYTES, ReadOptions, Row
+from jaxgpt.data.notes import print_note
+from jaxgpt.data.remote import fetch, is_remote
+from jaxgpt.data.rows import VALUE_BYTES, ReadOptions
 from jaxgpt.data.synthetic import SYNTHETIC
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile, check_encoding, reading
@@ -45,11 +47,6 @@ LARGEST_RECORDS = 1 << 32
 """Limit on the memory for the records of one file, in bytes: all of them are in memory at once."""
 
 
-def print_note(line: str) -> None:
-    """Prints a line about the data to stderr."""
-    print(f"data: {line}", file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class RecordsConfig:
     """Options of record data: which examples to train on, and how to batch them."""
@@ -57,9 +54,10 @@ class RecordsConfig:
     paths: tuple[str, ...] = ()
     """Training records. Each entry is a file (.csv, .tsv, .json, .jsonl, .parquet), a folder or a
     glob of such files, the common prefix of parallel text files (data/train for data/train.en and
-    data/train.de), a TFDS dataset ('tfds:NAME'), or a synthetic dataset: 'arithmetic',
-    'word_problems', 'python:packages', 'python:instructions', 'python:preferences' or
-    'python:prefix'."""
+    data/train.de), a TFDS dataset ('tfds:NAME'), a data set on the hub
+    ('hf:OWNER/NAME[/CONFIG][@REVISION][#SPLIT or glob]'), a URL (https://, s3://, gs://), or a
+    synthetic dataset: 'arithmetic', 'word_problems', 'python:packages', 'python:instructions',
+    'python:preferences' or 'python:prefix'."""
     weights: tuple[Annotated[float, Gt(0)], ...] = ()
     """Sampling weight of each path, relative to the others: its fraction of the rows of a batch.
     Empty: in proportion to the number of examples. The validation loss uses the same weights if
@@ -279,7 +277,7 @@ def open_records(
     given = fields_for(cfg.fields, names, path, (*cfg.paths, *cfg.val_paths, *cfg.test_paths))
     place = os.path.expanduser(path)
     with reading(path):
-        if path in SYNTHETIC:
+        if path in SYNTHETIC or is_remote(path):
             files = [path]
         elif os.path.isdir(place):
             files = _files_below(path, place, note)
@@ -324,14 +322,16 @@ def _open_records(
     note: Callable[[str], None],
 ) -> list[Record]:
     place = os.path.expanduser(path)
+    known = tuple(given.values())
+    options = ReadOptions(cfg.encoding, "", cfg.columns, reader.fields, known, True, note)
     if path in SYNTHETIC:
         records = [Record(f"{path} {n}", values) for n, values in enumerate(SYNTHETIC[path]())]
+    elif is_remote(path):
+        records = [each for file in fetch(path) for each in _from_file(str(file), options)]
     elif path.startswith("tfds:"):
         records = [Record(f"{path} {n}", values) for n, values in read_tfds(path)]
-    elif os.path.exists(place) and (format := format_of(place)):
-        known = tuple(given.values())
-        options = ReadOptions(cfg.encoding, "", cfg.columns, reader.fields, known, True, note)
-        records = _from_file(path, format.read(str(regular_file(place)), options))
+    elif os.path.exists(place) and format_of(place):
+        records = _from_file(path, options)
     elif reader.fields and all(os.path.isfile(f"{place}.{name}") for name in reader.fields):
         records = _parallel(path, place, reader.fields, cfg.encoding)
     else:
@@ -358,9 +358,14 @@ def _open_records(
     return _name_fields(path, records, reader, given, note)
 
 
-def _from_file(path: str, rows: Iterator[Row]) -> list[Record]:
+def _from_file(path: str, options: ReadOptions) -> list[Record]:
+    """Reads the records of a file; raises InputError if its suffix is that of no format."""
+    place = regular_file(os.path.expanduser(path))
+    format = format_of(path)
+    if format is None:
+        raise InputError(f"{path} is not a file of records; they are {', '.join(FORMATS)}")
     records, size = [], 0
-    for number, values in rows:
+    for number, values in format.read(str(place), options):
         if not isinstance(values, dict):
             raise InputError(
                 f"{path}:{number} is {type(values).__name__}, not an object with named fields"

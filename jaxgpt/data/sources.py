@@ -7,7 +7,8 @@ A path is one of
   is one document of plain text. Text files may be compressed with gzip (`.txt.gz`);
 - a folder: all files below it with a suffix in `FOLDER_SUFFIXES`; other files are `skipped`;
 - a glob: all files that it matches, whatever their suffix; `**` matches any number of folders;
-- `tfds:...`: a TFDS dataset, see `jaxgpt.data.tfds`.
+- `tfds:...`: a TFDS dataset, see `jaxgpt.data.tfds`;
+- `hf:...` or a URL: files that are downloaded first, see `jaxgpt.data.remote`.
 """
 
 import glob
@@ -19,10 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from jaxgpt.data import formats, textfile
 from jaxgpt.data.columns import fields_option, parse_fields
 from jaxgpt.data.formats import Document, utf8_size
+from jaxgpt.data.remote import fetch, is_remote
 from jaxgpt.data.textfile import reading
 from jaxgpt.data.tfds import open_tfds
 from jaxgpt.errors import InputError
@@ -57,6 +60,7 @@ def open_source(
     fields: Sequence[str] = (),
     encoding: str = "utf-8",
     note: Callable[[str], None] = lambda line: None,
+    download: Callable[[str], Sequence[Path]] = fetch,
 ) -> TextSource:
     """Opens the text at a path and checks it, as far as possible without reading all of it.
 
@@ -65,6 +69,7 @@ def open_source(
         fields: The option `data.fields`: "text=COLUMN", or empty.
         encoding: The encoding of text without a byte order mark.
         note: Called with notes for the user, such as which column was guessed.
+        download: Returns the local copies of the files at an `hf:` path or a URL.
 
     Returns:
         The documents at the path.
@@ -74,17 +79,21 @@ def open_source(
             glob has no text; the column of the text is ambiguous; or TFDS cannot open the dataset.
     """
     with reading(path):
-        return _open_source(path, fields, encoding, note)
+        if path.startswith("tfds:"):
+            return _from_tfds(path, fields, note)
+        files, skipped = _list_files(path, download)
+        return open_files(path, files, fields, encoding, note, skipped)
 
 
-def _open_source(
-    path: str, fields: Sequence[str], encoding: str, note: Callable[[str], None]
-) -> TextSource:
-    if path.startswith("tfds:"):
-        return _from_tfds(path, fields, note)
+def _list_files(
+    path: str, download: Callable[[str], Sequence[Path]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files at a path that are read, and those that are skipped."""
     skipped: tuple[str, ...] = ()
     place = os.path.expanduser(path)
-    if path == "python":
+    if is_remote(path):
+        files = tuple(map(str, download(path)))
+    elif path == "python":
         files = standard_library()[1]
     elif os.path.isdir(place):
         files, skipped = _list_folder(place)
@@ -106,8 +115,21 @@ def _open_source(
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             os.stat(place)  # raises any other error, such as a missing permission
         raise InputError(
-            f"{path} does not exist; use a file, a folder, a glob, 'python' or 'tfds:NAME'"
+            f"{path} does not exist; use a file, a folder, a glob, 'python', 'tfds:NAME', "
+            "'hf:OWNER/NAME' or a URL"
         )
+    return files, skipped
+
+
+def open_files(
+    path: str,
+    files: Sequence[str],
+    fields: Sequence[str] = (),
+    encoding: str = "utf-8",
+    note: Callable[[str], None] = lambda line: None,
+    skipped: tuple[str, ...] = (),
+) -> TextSource:
+    """Opens local files as the text at a path; the arguments are those of `open_source`."""
     opened = [formats.open_documents(file, fields, encoding) for file in files]
     if not fields:
         for column, file in {each.column: each.path for each in reversed(opened)}.items():
@@ -116,7 +138,7 @@ def _open_source(
             note(f"{table} is read as plain text; use --data.fields text=COLUMN to read one column")
     return TextSource(
         path,
-        files,
+        tuple(files),
         lambda: chain.from_iterable(each.documents() for each in opened),
         selection=_selection(opened),
         skipped=skipped,

@@ -19,18 +19,17 @@ import bisect
 import errno
 import json
 import os
-import platform
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import IO, TypedDict, get_args
+from typing import TypedDict, get_args
 
 import numpy as np
 
+from jaxgpt.data.cache import partial_name, sync_folder
 from jaxgpt.data.formats import Document, utf8_size
 from jaxgpt.data.prefetch import map_ahead
 from jaxgpt.data.records import print_note
@@ -44,7 +43,6 @@ INDEX = "index.json"
 VERIFIED = "verified.json"
 SHARD = 1 << 29  # maximum tokens in a file
 PIECE = 1 << 19  # minimum characters that a thread encodes at a time
-ABANDONED = 24 * 3600.0  # seconds without a write after which a partial entry is deleted
 
 
 class Counts(TypedDict):
@@ -204,7 +202,7 @@ def write_tokens(
             a TrainingError, because no step was taken and another data.cache solves it.
     """
     workers = workers or os.cpu_count() or 1
-    partial, old = _partial(entry), _partial(entry)
+    partial, old = partial_name(entry), partial_name(entry)
     splits: dict[Split, Counts] = {
         split: {"shards": [], "documents": 0, "bytes": 0} for split in get_args(Split)
     }
@@ -222,7 +220,7 @@ def write_tokens(
         index = Index(dtype=np.dtype(tokenizer.dtype).name, eot=tokenizer.eot, splits=splits)
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         write_manifest(partial)
-        _sync_folder(partial)
+        sync_folder(partial)
         if replace and entry.exists():
             entry.rename(old)
         try:
@@ -231,7 +229,7 @@ def write_tokens(
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             # Another machine, to which the lock does not extend, has just written the same tokens.
-        _sync_folder(entry.parent)
+        sync_folder(entry.parent)
     except OSError as error:
         raise InputError(
             f"cannot write tokenized text to {error.filename or partial}: "
@@ -240,77 +238,6 @@ def write_tokens(
     finally:
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def lock_cache(cache: Path) -> Iterator[None]:
-    """Holds the lock for writing to the cache, and deletes partial entries of killed processes.
-
-    Raises:
-        InputError: The cache cannot be written.
-    """
-    with ExitStack() as stack:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            # Opened for writing, because NFS does not lock files that are open for reading only.
-            lock = stack.enter_context(open(cache / "lock", "a"))
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {cache} ({error}); set data.cache to another folder"
-            ) from None
-        locked = _lock(lock, cache)
-        for partial in cache.glob("*.partial"):
-            # The lock excludes other writers on this machine, but perhaps not those of another
-            # machine that shares the folder; whether they still write is judged by the age.
-            here = locked and partial.name.endswith(_partial_suffix())
-            if here or _seconds_since_write(partial) > ABANDONED:
-                shutil.rmtree(partial, ignore_errors=True)
-        yield
-
-
-def _lock(lock: IO[str], cache: Path) -> bool:
-    """Waits for the lock; returns False if the file system, such as a network mount, has none."""
-    import fcntl
-
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print_note(
-                f"waiting for another process that is writing to {cache}; Ctrl-C stops waiting"
-            )
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        return False  # so two processes may tokenize the same text, each in its own folder
-    return True
-
-
-def _partial(entry: Path) -> Path:
-    """Returns a new temporary name beside the entry, which contains the name of this machine."""
-    return entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{_partial_suffix()}")
-
-
-def _partial_suffix() -> str:
-    return f".{platform.node()}.partial"
-
-
-def _seconds_since_write(folder: Path) -> float:
-    try:
-        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except OSError:  # its writer has just renamed or removed a file
-        return 0.0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flushes a folder's directory entries to disk, if the file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _open_index(entry: Path) -> tuple[Index, list[str]]:

@@ -1,7 +1,6 @@
 """Reports on a classifier: metrics, the confusion matrix, and a baseline to compare with."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,28 +28,6 @@ def table(confusion: np.ndarray, labels: Sequence[str]) -> str:
     for number, name, row in zip(numbers, labels, confusion, strict=True):
         lines.append(f"  {name:<{width}} {number:3d}" + "".join(f"{n:7d}" for n in row))
     return "\n".join(lines)
-
-
-def draw(confusion: np.ndarray, labels: Sequence[str], folder: Path) -> Path:
-    """Draws a confusion matrix [C, C], rows the true classes, into `confusion.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    C = len(labels)
-    figure = Figure(figsize=(2.5 + 0.6 * C, 2.2 + 0.6 * C), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
-    axes.set(xlabel="predicted label", ylabel="true label", title=folder.name)
-    axes.set_xticks(range(C), labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(C), labels)
-    path = folder / "confusion.png"
-    figure.savefig(path)
-    return path
 
 
 def tf_idf_baseline(

@@ -14,7 +14,7 @@ SLOTS = 8
 
 def generate_texts(
     trained: Trained,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     tokens: int,
     stops: Sequence[str] = (),
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008
@@ -22,17 +22,20 @@ def generate_texts(
     on_truncated: Callable[[int], object] = lambda number: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[str]:
-    """The text that a model writes after each prompt.
+    """Generates a text after each prompt.
 
     Args:
         trained: The model.
-        prompts: The prompts.
+        prompts: The tokens of the prompts, of which each has one at least.
         tokens: The most tokens of a text.
         stops: Strings before which a text ends.
         sampling: How tokens are sampled; by default the most likely ones.
         on_truncated: Called with the number of each prompt that loses its beginning because it
             leaves no room for so many tokens in the context.
         progress: Called with the number of texts that are done.
+
+    Returns:
+        The texts, without special tokens.
 
     Raises:
         InputError: So many tokens do not fit the model's context.
@@ -43,15 +46,15 @@ def generate_texts(
             f"texts of {tokens} tokens do not fit the context of {room + tokens}; generate fewer",
             field="tokens",
         )
+    special = frozenset(tokenizer.specials.values())
     ends = [tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config)]
     requests = []
     for number, prompt in enumerate(prompts):
-        ids = [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.eot]
-        if len(ids) > room:
+        if len(prompt) > room:
             on_truncated(number)
         requests.append(
             Request(
-                tuple(ids[-room:]),
+                tuple(prompt[-room:]),
                 tokens,
                 sampling,
                 tuple(stops),
@@ -65,7 +68,15 @@ def generate_texts(
     try:
         texts = []
         for stream in [engine.submit(request) for request in requests]:
-            texts.append("".join(delta.text for delta in stream))
+            deltas = [*stream]
+            text = "".join(delta.text for delta in deltas)
+            ids = [token.id for delta in deltas for token in delta.tokens]
+            if not special.isdisjoint(ids):
+                text = tokenizer.decode([token for token in ids if token not in special])
+                text = text[
+                    : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+                ]
+            texts.append(text)
             progress(len(texts))
         return texts
     finally:

@@ -3,14 +3,15 @@
     scorer = LogLikelihood(jaxgpt.load("runs/base"))
     scorer.score([("The capital of France is", " Paris"), ("The capital of France is", " Rome")])
 
-Requests with the same context share its prefill: its keys and values are computed once and copied
-for each continuation. Contexts and continuations are padded to a few lengths and batches to a few
-sizes, so that a handful of programs serves any data.
+A request is a context and a continuation. Most are scored by a plain forward pass. Requests with
+the same long context share its prefill: its keys and values are computed once and copied for each
+continuation. Lengths are padded to powers of two and batches to the same number of rows, so that a
+handful of programs serves any data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -21,13 +22,18 @@ from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import extend, read_prompts
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
+from jaxgpt.objectives.chunks import hidden
 from jaxgpt.pretrained.trained import Trained
 
 Tokens = tuple[int, ...]
-Shape = tuple[int, int, int, int]  # G, P, B, C: contexts, their length, continuations, their length
 
+SHARED = 128  # contexts of at least so many tokens share their prefill
+CONTINUATIONS = 4  # continuations for each context in a batch with shared contexts
+SHORTEST = 64  # contexts with their continuations are padded to at least so many tokens
+LENGTHS = (16, 64)  # continuations are padded to one of these, or to the model's context
 CHUNK = 32  # continuation tokens whose logits are in memory at once
-SHORTEST = 16  # contexts are padded to at least so many tokens
+BUDGET = {"cpu": 1024}  # tokens in a batch
+LARGE_BUDGET = 16384  # tokens in a batch on accelerators
 
 
 class Score(NamedTuple):
@@ -41,40 +47,92 @@ class Score(NamedTuple):
     """The number of tokens."""
 
 
-@partial(jax.jit, static_argnames=("model", "S"))
-def _score(
+class _Request(NamedTuple):
+    """A context and a continuation, and the numbers of the requests that ask for them."""
+
+    context: Tokens
+    continuation: Tokens
+    numbers: list[int]
+
+
+_Scored = tuple[Sequence[_Request], tuple[np.ndarray, np.ndarray]]
+"""A batch, and what `_token_scores` gives for it."""
+
+
+@partial(jax.jit, static_argnames=("model", "C"))
+def _score_rows(
+    model: GPT, params: Params, tokens_BT: jax.Array, starts_B: jax.Array, C: int
+) -> tuple[jax.Array, jax.Array]:
+    """Scores continuations by a forward pass over each context with its continuation.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        tokens_BT: Contexts, each followed by its continuation, padded at the right.
+        starts_B: The positions at which the continuations begin.
+        C: The positions from there on that are scored, fewer at the end of a row.
+
+    Returns:
+        See `_token_scores`.
+    """
+    hidden_BTD = hidden(model, params, {"tokens": tokens_BT[:, :-1]}, None)
+    at_BC = starts_B[:, None] + jnp.arange(C)[None]
+    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
+    # Indices past the end of a row give its last token, which is padding there.
+    hidden_BCD = hidden_BTD.at[rows_B1, at_BC - 1].get(mode="clip")
+    tokens_BC = tokens_BT.at[rows_B1, at_BC].get(mode="clip")
+    return _token_scores(model, params, hidden_BCD, tokens_BC)
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _score_shared(
     model: GPT,
     params: Params,
     contexts_GP: jax.Array,
     lengths_G: jax.Array,
     group_B: jax.Array,
     continuations_BC: jax.Array,
-    S: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of each token of the continuations, and whether it is the most likely.
+    """Scores continuations, several of which have the same context.
 
     Args:
         model: The model.
         params: Its parameters.
         contexts_GP: Different contexts, padded at the right.
         lengths_G: Their lengths.
-        group_B: The number of each continuation's context.
+        group_B: The row of each continuation's context.
         continuations_BC: The continuations, padded at the right.
-        S: Positions of the KV cache, P + C at least.
 
     Returns:
-        Float32 [B, C] and bool [B, C]; what padding has is meaningless.
+        See `_token_scores`.
     """
-    C = continuations_BC.shape[1]
+    (G, P), C = contexts_GP.shape, continuations_BC.shape[1]
     cache, hidden_GPD = read_prompts(
-        model, params, contexts_GP, lengths_G, S, None, ahead=max(C - 1, 1)
+        model, params, contexts_GP, lengths_G, P + C, None, ahead=C - 1
     )
-    last_GD = hidden_GPD[jnp.arange(len(lengths_G)), lengths_G - 1]
-    hidden_BCD = last_GD[group_B][:, None]
-    if C > 1:
-        cache = jax.tree.map(lambda x: x[group_B], cache)
-        rest_BCD, _ = extend(model, params, continuations_BC[:, :-1], lengths_G[group_B], cache)
-        hidden_BCD = jnp.concatenate([hidden_BCD, rest_BCD], 1)
+    last_GD = hidden_GPD[jnp.arange(G), lengths_G - 1]
+    cache = jax.tree.map(lambda x: x[group_B], cache)
+    rest_BCD, _ = extend(model, params, continuations_BC[:, :-1], lengths_G[group_B], cache)
+    hidden_BCD = jnp.concatenate([last_GD[group_B][:, None], rest_BCD], 1)
+    return _token_scores(model, params, hidden_BCD, continuations_BC)
+
+
+def _token_scores(
+    model: GPT, params: Params, hidden_BCD: jax.Array, tokens_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each token, and whether it is the most likely one.
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        hidden_BCD: The hidden states from which each token is predicted.
+        tokens_BC: The tokens.
+
+    Returns:
+        Float32 [B, C] and bool [B, C].
+    """
+    C = tokens_BC.shape[1]
+    chunk = min(CHUNK, C)
 
     def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_BcD, tokens_Bc = part
@@ -83,14 +141,12 @@ def _score(
         logprob_Bc = jnp.take_along_axis(logprobs_BcV, tokens_Bc[..., None], -1)[..., 0]
         return logprob_Bc, logits_BcV.argmax(-1) == tokens_Bc
 
-    chunk = min(CHUNK, C)
-
     def split(x_BC: jax.Array) -> jax.Array:
         x_BC = jnp.pad(x_BC, ((0, 0), (0, -C % chunk)) + ((0, 0),) * (x_BC.ndim - 2))
         return x_BC.reshape(len(x_BC), -1, chunk, *x_BC.shape[2:]).swapaxes(0, 1)
 
-    found = jax.lax.map(one, (split(hidden_BCD), split(continuations_BC)))
-    logprob_BC, is_greedy_BC = (x.swapaxes(0, 1).reshape(len(group_B), -1)[:, :C] for x in found)
+    found = jax.lax.map(one, (split(hidden_BCD), split(tokens_BC)))
+    logprob_BC, is_greedy_BC = (x.swapaxes(0, 1).reshape(len(tokens_BC), -1)[:, :C] for x in found)
     return logprob_BC, is_greedy_BC
 
 
@@ -99,34 +155,33 @@ class LogLikelihood:
 
     Args:
         trained: The model.
-        tokens: The most tokens of contexts and continuations, with their padding, that are computed
-            at once.
+        tokens: The tokens of contexts and continuations, with their padding, that are computed at
+            once; None: what suits the device.
     """
 
-    def __init__(self, trained: Trained, tokens: int = 4096) -> None:
-        if tokens < 1:
+    def __init__(self, trained: Trained, tokens: int | None = None) -> None:
+        if tokens is not None and tokens < 1:
             raise InputError(f"tokens={tokens}; set it to 1 or more", field="tokens")
         self._model, self._params = trained.model, trained.params
         self._tokenizer = trained.tokenizer
-        self._budget = tokens
+        self._budget = tokens or BUDGET.get(jax.default_backend(), LARGE_BUDGET)
         self.context = trained.config.model.decode_T
+        """The model's context length."""
         self.truncated = 0
         """The number of requests whose context did not fit the model's, and lost its beginning."""
 
     def encode(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         """The tokens of a context and of the continuation, which are encoded as one text.
 
-        White space at the end of the context counts as the continuation's, where tokenizers put it.
-        An empty context becomes the token that begins a document.
+        A token that has the end of the context and the beginning of the continuation in it, such
+        as the space before a word, is the continuation's. An empty context becomes the token that
+        begins a document.
         """
-        tokenizer, prefix = self._tokenizer, tuple(self._tokenizer.prefix)
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:
-            return prefix or (tokenizer.eot,), tuple(tokenizer.encode(continuation))
-        before = tuple(tokenizer.encode(stripped))
-        whole = tuple(tokenizer.encode(stripped + continuation))
-        return prefix + before, whole[len(before) :]
+        whole = self._tokenizer.encode(context + continuation)
+        pairs = zip(self._tokenizer.encode(context), whole, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        before = [*self._tokenizer.prefix, *whole[:common]] or [self._tokenizer.eot]
+        return tuple(before), tuple(whole[common:])
 
     def score(
         self,
@@ -156,15 +211,27 @@ class LogLikelihood:
         for number, (context, continuation) in enumerate(requests):
             kept = self._fitting(number, tuple(context), tuple(continuation))
             groups.setdefault(kept, {}).setdefault(tuple(continuation), []).append(number)
+        shapes: dict[tuple[int, int, bool], list[_Request]] = {}
+        for context, continuations in groups.items():
+            longest = max(map(len, continuations))
+            C = min([n for n in (*LENGTHS, self.context) if n >= longest])
+            shared = len(continuations) > 1 and len(context) >= SHARED
+            for rest, numbers in continuations.items():
+                length = len(context) if shared else len(context) + len(rest) - 1
+                shape = min(power_of_two(length, SHORTEST), self.context), C, shared
+                shapes.setdefault(shape, []).append(_Request(context, rest, numbers))
         scores: list[Score | None] = [None] * len(requests)
         done = 0
-        for shape, batch in self._batches(groups):
-            found = self._scores(shape, [(context, rest) for context, rest, _ in batch])
-            for (_, _, numbers), score in zip(batch, found, strict=True):
-                for number in numbers:
-                    scores[number] = score
-                    done += 1
-            progress(done)
+        for (length, C, shared), some in sorted(shapes.items()):
+            batches = self._shared_batches if shared else self._batches
+            for batch, (logprob_BC, is_greedy_BC) in batches(some, length, C):
+                for row, (_, continuation, numbers) in enumerate(batch):
+                    n = len(continuation)
+                    logprob = float(logprob_BC[row, :n].sum(dtype=np.float64))
+                    for number in numbers:
+                        scores[number] = Score(logprob, bool(is_greedy_BC[row, :n].all()), n)
+                    done += len(numbers)
+                progress(done)
         return [score for score in scores if score is not None]
 
     def rolling(self, text: Sequence[int]) -> list[tuple[Tokens, Tokens]]:
@@ -205,60 +272,38 @@ class LogLikelihood:
         self.truncated += len(context) > room
         return context[-room:]
 
-    def _batches(
-        self, groups: dict[Tokens, dict[Tokens, list[int]]]
-    ) -> Iterator[tuple[Shape, list[tuple[Tokens, Tokens, list[int]]]]]:
-        """Requests of similar lengths in batches, with their padded lengths and rows.
+    def _batches(self, requests: Sequence[_Request], T: int, C: int) -> Iterator[_Scored]:
+        """Batches of requests that are scored alone, in rows of T tokens."""
+        B = max(1, self._budget // T)
+        for first in range(0, len(requests), B):
+            batch = requests[first : first + B]
+            tokens_BT, starts_B = np.zeros((B, T + 1), np.int32), np.ones(B, np.int32)
+            for row, (context, continuation, _) in enumerate(batch):
+                whole = [*context, *continuation]
+                tokens_BT[row, : len(whole)], starts_B[row] = whole, len(context)
+            found = _score_rows(self._model, self._params, tokens_BT, starts_B, min(C, T))
+            yield batch, jax.device_get(found)
 
-        Requests with the same context stay together.
-        """
-
-        def padded(context: Tokens) -> tuple[int, int]:
-            longest = max(map(len, groups[context]))
-            return _padded(len(context)), min(power_of_two(longest), self.context)
-
-        for (P, C), contexts in groupby(sorted(groups, key=padded), key=padded):
-            requests = [
-                (context, rest, numbers)
-                for context in contexts
-                for rest, numbers in groups[context].items()
-            ]
-            most = power_of_two(max(1, self._budget // (P + C)) + 1) // 2
-            for first in range(0, len(requests), most):
-                batch = requests[first : first + most]
-                G, B = len({context for context, _, _ in batch}), len(batch)
-                yield (_rows(G, most), min(P, self.context), _rows(B, most), C), batch
-
-    def _scores(self, shape: Shape, batch: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
-        contexts = list(dict.fromkeys(context for context, _ in batch))
-        G, P, B, C = shape
-        contexts_GP, lengths_G = np.zeros((G, P), np.int32), np.ones(G, np.int32)
-        for row, context in enumerate(contexts):
-            contexts_GP[row, : len(context)], lengths_G[row] = context, len(context)
-        places = {context: row for row, context in enumerate(contexts)}
-        continuations_BC, group_B = np.zeros((B, C), np.int32), np.zeros(B, np.int32)
-        for row, (context, continuation) in enumerate(batch):
-            continuations_BC[row, : len(continuation)] = continuation
-            group_B[row] = places[context]
-        logprob_BC, is_greedy_BC = jax.device_get(
-            _score(
-                self._model, self._params, contexts_GP, lengths_G, group_B, continuations_BC, P + C
-            )
-        )
-        return [
-            Score(float(logprob[:n].sum(dtype=np.float64)), bool(is_greedy[:n].all()), n)
-            for logprob, is_greedy, n in zip(
-                logprob_BC, is_greedy_BC, [len(rest) for _, rest in batch], strict=False
-            )
-        ]
-
-
-def _padded(length: int) -> int:
-    """The length to which a context is padded: 16, 24, 32, 48, 64, 96 ..."""
-    size = power_of_two(length, SHORTEST)
-    return size * 3 // 4 if size > SHORTEST and length <= size * 3 // 4 else size
-
-
-def _rows(number: int, most: int) -> int:
-    """The rows to which a number of rows is padded: `most`, or an eighth of it, or 1."""
-    return next(rows for rows in (1, max(1, most // 8), most) if rows >= number)
+    def _shared_batches(self, requests: Sequence[_Request], P: int, C: int) -> Iterator[_Scored]:
+        """Batches of requests with shared contexts, padded to P tokens."""
+        G = max(1, self._budget // (P + CONTINUATIONS * C))
+        B = CONTINUATIONS * G
+        batch: list[_Request] = []
+        rows: dict[Tokens, int] = {}
+        for at, request in enumerate(requests):
+            rows.setdefault(request.context, len(rows))
+            batch.append(request)
+            following = requests[at + 1].context if at + 1 < len(requests) else None
+            full = len(batch) == B or (len(rows) == G and following not in rows)
+            if full or following is None:
+                contexts_GP, lengths_G = np.zeros((G, P), np.int32), np.ones(G, np.int32)
+                for context, row in rows.items():
+                    contexts_GP[row, : len(context)], lengths_G[row] = context, len(context)
+                continuations_BC, group_B = np.zeros((B, C), np.int32), np.zeros(B, np.int32)
+                for row, (context, continuation, _) in enumerate(batch):
+                    continuations_BC[row, : len(continuation)] = continuation
+                    group_B[row] = rows[context]
+                inputs = contexts_GP, lengths_G, group_B, continuations_BC
+                found = _score_shared(self._model, self._params, *inputs)
+                yield batch, jax.device_get(found)
+                batch, rows = [], {}

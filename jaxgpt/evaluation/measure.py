@@ -12,17 +12,8 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.generate import generate_texts
 from jaxgpt.evaluation.likelihood import LogLikelihood, Score
-from jaxgpt.evaluation.tasks import Task
+from jaxgpt.evaluation.tasks import METRICS, Task
 from jaxgpt.pretrained.trained import Trained
-
-MAIN = {
-    "multiple_choice": "accuracy",
-    "schema": "accuracy",
-    "cloze": "accuracy",
-    "generate": "exact_match",
-    "text": "bits_per_byte",
-}
-"""The metric of each type of task that tables show first."""
 
 
 class Metric(NamedTuple):
@@ -70,7 +61,15 @@ class Result:
     @property
     def main(self) -> Metric:
         """The metric that tables show first."""
-        return self.metrics[MAIN[self.task.type]]
+        return next(iter(self.metrics.values()))
+
+    @property
+    def centered(self) -> Metric | None:
+        """The main metric, 0 where random choices are and 1 if all is right; None for text."""
+        if self.task.type == "text":
+            return None
+        rest = 1 - self.task.baseline
+        return Metric((self.main.value - self.task.baseline) / rest, self.main.error / rest)
 
     def as_json(self) -> dict[str, Any]:
         """The result as JSON values, without the details."""
@@ -81,6 +80,7 @@ class Result:
             "examples": self.count,
             "truncated": self.truncated,
             "seconds": round(self.seconds, 3),
+            "baseline": self.task.baseline,
             "metrics": {name: metric.value for name, metric in self.metrics.items()},
             "standard_errors": {
                 name: None if math.isnan(metric.error) else metric.error
@@ -131,6 +131,8 @@ class Evaluator:
             "text": self._text,
         }[task.type]
         metrics, details = how(task, numbers)
+        if task.metric:
+            metrics = {task.metric: metrics[task.metric], **metrics}
         return Result(
             task,
             metrics,
@@ -186,8 +188,7 @@ class Evaluator:
                     ),
                 }
             )
-        names = [name for name in details[0] if name.startswith("accuracy")]
-        return _means(details, names), details
+        return _means(details, METRICS[task.type]), details
 
     def _schema(
         self, task: Task, numbers: Sequence[int]
@@ -260,10 +261,11 @@ class Evaluator:
     def _generate(
         self, task: Task, numbers: Sequence[int]
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-        prompts = [
-            task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
-            for number in numbers
-        ]
+        tokenizer = self._trained.tokenizer
+        prompts = []
+        for number in numbers:
+            text = task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
+            prompts.append([*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot])
         details = []
         written = generate_texts(
             self._trained,
@@ -299,6 +301,15 @@ def spread(results: Sequence[Result]) -> Result:
         values = [result.metrics[name].value for result in results]
         metrics[name] = Metric(fmean(values), stdev(values) if len(values) > 1 else math.nan)
     return replace(first, metrics=metrics, seconds=sum(result.seconds for result in results))
+
+
+def mean_centered(results: Sequence[Result]) -> Metric | None:
+    """The mean of the centered scores of tasks, as DCLM's CORE metric; None without such tasks."""
+    scores = [score for result in results if (score := result.centered)]
+    if not scores:
+        return None
+    error = math.sqrt(math.fsum(score.error**2 for score in scores)) / len(scores)
+    return Metric(fmean(score.value for score in scores), error)
 
 
 def table(results: Sequence[Result]) -> str:

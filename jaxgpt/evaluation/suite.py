@@ -1,17 +1,28 @@
-"""A small suite of tasks made from Python's standard library, which needs no download.
+"""Tasks by name: a small suite made from Python's standard library, and published benchmarks.
 
-The tasks are made from the documents that a run on `python` holds out for validation, so that such
-a run has not seen them.
+The suite is made from the documents that a run on `python` with `val_fraction` of `HELD_OUT` or
+more holds out for validation, so that such a run has not seen them.
 """
 
 import ast
 import random
-from collections.abc import Iterator, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from jaxgpt.data import DataConfig, texts
+from jaxgpt.data import DataConfig, Reader, held_out_texts
+from jaxgpt.data.records import open_records
+from jaxgpt.data.remote import fetch
+from jaxgpt.errors import InputError
 from jaxgpt.evaluation.tasks import Example, Task, read_core, read_task
-from jaxgpt.paths import expand
+from jaxgpt.paths import cache_folder, expand
 
+CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # of nanochat
+CORE_FOLDER = "eval_bundle"
+GSM8K = "hf:openai/gsm8k/main#test"
+
+HELD_OUT = 0.05
 SEED = 0
 CHOICES = 4
 LINES = 8  # of code before a line that is to be told
@@ -24,9 +35,8 @@ def python_suite(most: int = MOST) -> list[Task]:
     Args:
         most: The most examples of each task.
     """
-    documents = [
-        text for text in texts(DataConfig(paths=("python",)), held_out=True) if len(text) > 2000
-    ]
+    cfg = DataConfig(paths=("python",), val_fraction=HELD_OUT)
+    documents = [text for text in held_out_texts(cfg) if len(text) > 2000]
     return [
         Task(
             "python_next_line",
@@ -99,7 +109,7 @@ def _repeated(documents: Sequence[str]) -> Iterator[Example]:
     """Code up to a name that it has used before, and that name."""
     for text in documents:
         lines = text.split("\n")
-        for at in range(2 * LINES, len(lines), 2 * LINES):
+        for at in range(2 * LINES, len(lines)):
             head, dot, tail = lines[at].partition("self.")
             name = tail[: next((i for i, c in enumerate(tail) if not (c.isalnum() or c == "_")), 0)]
             before = "\n".join(lines[at - 2 * LINES : at])
@@ -107,8 +117,73 @@ def _repeated(documents: Sequence[str]) -> Iterator[Example]:
                 yield {"context": f"{before}\n{head}self.", "continuation": name}
 
 
+def core() -> list[Task]:
+    """The tasks of DCLM's CORE benchmark (Li et al. 2024), downloaded once to the cache folder.
+
+    Raises:
+        InputError: The download fails, or the bundle is invalid.
+    """
+    folder = cache_folder() / "evaluation"
+    if not (folder / CORE_FOLDER / "core.yaml").is_file():
+        (archive,) = fetch(CORE_URL)
+        with tempfile.TemporaryDirectory(dir=_made(folder)) as partial:
+            try:
+                with zipfile.ZipFile(archive) as bundle:
+                    bundle.extractall(partial)
+                (Path(partial) / CORE_FOLDER).rename(folder / CORE_FOLDER)
+            except (OSError, zipfile.BadZipFile) as error:
+                if not (folder / CORE_FOLDER).is_dir():  # else another process was faster
+                    raise InputError(
+                        f"{archive}, downloaded from {CORE_URL}, cannot be extracted: {error}"
+                    ) from None
+    return read_core(folder / CORE_FOLDER)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); set JAXGPT_CACHE to another folder"
+        ) from None
+    return folder
+
+
+def gsm8k(path: str = GSM8K) -> list[Task]:
+    """Grade school math (Cobbe et al. 2021): the number after #### of a generated solution.
+
+    Args:
+        path: The records, each with `question` and `answer`.
+
+    Raises:
+        InputError: The data set cannot be read.
+    """
+    records = open_records(path, Reader(("question", "answer")))
+    examples = tuple(
+        {"query": f"Question: {record.text('question')}\nAnswer:", "answer": record.text("answer")}
+        for record in records
+    )
+    stop = ("Question:", "\n\n")
+    return [Task("gsm8k", "generate", examples, shots=5, stop=stop, extract=r"#### *(-?[\d.,]*\d)")]
+
+
+NAMED: dict[str, Callable[[], list[Task]]] = {"python": python_suite, "core": core, "gsm8k": gsm8k}
+"""The tasks that `read_tasks` knows by name."""
+
+
 def read_tasks(name: str) -> list[Task]:
-    """The tasks of a JSON Lines file, of the folder of an evaluation bundle, or of "python"."""
-    if name == "python":
-        return python_suite()
-    return read_core(name) if (expand(name) / "core.yaml").is_file() else [read_task(name)]
+    """The tasks of a name in `NAMED`, a JSON Lines file, or the folder of an evaluation bundle.
+
+    Raises:
+        InputError: The tasks cannot be read.
+    """
+    if name in NAMED:
+        return NAMED[name]()
+    path = expand(name)
+    if not path.exists():
+        raise InputError(
+            f"there is no task {name}; use one of {', '.join(NAMED)}, a JSON Lines file, or the "
+            "folder of an evaluation bundle",
+            field="tasks",
+        )
+    return read_core(path) if path.is_dir() else [read_task(path)]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from jaxgpt import strict_json
-from jaxgpt.bounds import Ge, check_bounds
+from jaxgpt.bounds import Ge, Lt, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.paths import expand
 
@@ -38,6 +38,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The fields of an example of each type."""
+METRICS: dict[str, tuple[str, ...]] = {
+    "multiple_choice": (
+        *("accuracy", "accuracy_per_byte", "accuracy_per_token", "accuracy_unconditional"),
+    ),
+    "schema": ("accuracy",),
+    "cloze": ("accuracy", "perplexity"),
+    "generate": ("exact_match",),
+    "text": ("bits_per_byte", "loss", "perplexity"),
+}
+"""What is measured for each type, the main metric first."""
 CORE_TYPES = {"language_modeling": "cloze"}
 
 Example = Mapping[str, Any]
@@ -73,8 +83,10 @@ class Task:
     extract: str = ""
     """generate: a regular expression; its last match in the generated text and in `answer`, or the
     first group of the match, is compared. Empty: the whole texts without white space around."""
-    baseline: Annotated[float, Ge(0)] = 0.0
-    """The accuracy of random choices, for scores that are centered on it."""
+    metric: str = ""
+    """The metric of the task that stands first in tables; empty: the first in `METRICS`."""
+    baseline: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """The accuracy of random choices. The centered score is 0 there, and 1 if all is right."""
 
     def check(self) -> None:
         """Raises InputError if a setting or an example is invalid."""
@@ -82,6 +94,11 @@ class Task:
         if self.type not in get_args(Type):
             kinds = ", ".join(get_args(Type))
             raise InputError(f"task {self.name}: type={self.type!r}; set it to one of {kinds}")
+        if self.metric and self.metric not in METRICS[self.type]:
+            raise InputError(
+                f"task {self.name}: metric={self.metric!r}; set it to one of "
+                f"{', '.join(METRICS[self.type])}"
+            )
         try:
             re.compile(self.extract)
         except re.error as error:
@@ -212,6 +229,7 @@ def read_core(folder: str | Path) -> list[Task]:
             examples=(),
             shots=int(entry.get("num_fewshot", [0])[0]),
             delimiter=str(entry.get("continuation_delimiter", " ")),
+            metric="accuracy_per_token" if kind == "multiple_choice" else "",
             baseline=baselines.get(str(entry["label"]), 0.0),
         )
         if task.type not in FIELDS:

@@ -16,6 +16,8 @@ from jaxgpt.model.quantize import quantize
 
 CacheDtype = Literal["same", "int8"]
 
+UNROLLED = 8  # up to so many tokens are written one by one, which is faster for few
+
 
 class KVCache(NamedTuple):
     """Keys and values of one layer in the compute dtype; each head's are contiguous."""
@@ -166,6 +168,12 @@ def _put(
 ) -> jax.Array:
     """[B, K, S, ...] with [B, K, T, ...] in it, see `KVCache.write`."""
     (B, _, T), S = new.shape[:3], old.shape[2]
+    if lengths_B is None and T > UNROLLED:
+        # What each slot gets in one pass: the last token whose position belongs there, if any.
+        token_BS = T - 1 - (start_B[:, None] + T - 1 - jnp.arange(S)[None]) % S
+        token_BS = token_BS.reshape(B, 1, S, *(1,) * (new.ndim - 3))
+        there = jnp.take_along_axis(new, jnp.maximum(token_BS, 0), 2)
+        return jnp.where(token_BS >= 0, there, old)
     if lengths_B is None:
         put_one = partial(jax.lax.platform_dependent, tpu=_put_by_mask, default=_put_by_update)
         for t in range(T):

@@ -14,7 +14,8 @@ import numpy as np
 from jaxgpt.bounds import Gt
 from jaxgpt.data.records import Record, print_note
 from jaxgpt.errors import InputError
-from jaxgpt.evaluation.classification import draw, scores, table, tf_idf_baseline
+from jaxgpt.evaluation.classification import scores, table, tf_idf_baseline
+from jaxgpt.evaluation.plots import draw_confusion
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, GPTConfig, Leaves, Params
 from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
@@ -217,7 +218,9 @@ class Classify(Objective):
     def show(self, sums: Sums, folder: Path) -> str:
         """Precision, recall and F1 of each class; the confusion matrix as a table and a picture."""
         confusion = np.asarray(sums["confusion"]).astype(int)
-        return f"{table(confusion, self.labels)}\n\n  {draw(confusion, self.labels, folder)}"
+        return (
+            f"{table(confusion, self.labels)}\n\n  {draw_confusion(confusion, self.labels, folder)}"
+        )
 
     def compare(self, train: Sequence[Record], test: Sequence[Record]) -> str:
         """Test accuracy and F1 of logistic regression on TF-IDF; empty without scikit-learn."""

@@ -8,16 +8,16 @@ network. If the hub does not answer, `fetch` raises an error within seconds that
 """
 
 import difflib
-import errno
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt.download import answer_within
+from jaxgpt import download
+from jaxgpt.download import HubRepository, disk_error, looks_like_name, reason
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST
 from jaxgpt.pretrained.foreign import ADAPTER
@@ -52,9 +52,6 @@ SHORT = {
 }
 """Short names of models, with their full names on the hub."""
 
-ANSWER_SECONDS = 10.0
-"""Seconds to wait for the hub's answer, including the DNS look-up."""
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -65,17 +62,6 @@ class Snapshot:
     """The full name, such as openai-community/gpt2."""
     revision: str
     """The commit's hash."""
-
-
-def looks_like_name(text: str) -> bool:
-    """Whether `text` is a valid name of a repository: `name` or `owner/name`."""
-    part = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
-    return (
-        re.fullmatch(f"({part}/)?{part}", text) is not None
-        and len(text.rpartition("/")[2]) <= 96
-        and not any(wrong in text for wrong in ("--", ".."))
-        and not text.endswith(".git")
-    )
 
 
 def fetch(name: str, revision: str = "main", weights: bool = True) -> Snapshot:
@@ -104,56 +90,41 @@ def fetch(name: str, revision: str = "main", weights: bool = True) -> Snapshot:
             f"{name!r} is neither a local folder nor a name on the hub; use the path of a folder "
             "with config.json, or a name such as gpt2 or Qwen/Qwen3-0.6B"
         )
-    if not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision:
-        raise InputError(f"revision={revision!r} is invalid; use a branch, a tag or a commit hash")
     return _Repository(name, SHORT.get(name, name), revision, weights).fetch()
 
 
-class _Repository:
-    """One revision of a repository on the hub, and its files in the cache."""
+class _Repository(HubRepository):
+    """One revision of a model's repository on the hub, and its files in the cache."""
 
     def __init__(self, name: str, full_name: str, revision: str, weights: bool) -> None:
         from huggingface_hub import constants
 
-        # The library reads these variables when it is imported; they may have been set later.
+        super().__init__(full_name, revision)
         environ = os.environ
         cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
         if not cache and environ.get("HF_HOME"):
             cache = os.path.join(environ["HF_HOME"], "hub")
         cache = os.path.expandvars(cache or constants.HF_HUB_CACHE)
         self.cache = Path(cache).expanduser().resolve()
-        self.offline = (
-            constants.HF_HUB_OFFLINE
-            or environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-        )
-        self.endpoint = (environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self.name, self.full_name, self.revision = name, full_name, revision
-        self.needs_weights = weights
-        self.url = f"{self.endpoint}/{full_name}"
+        self.name, self.needs_weights = name, weights
 
     def fetch(self) -> Snapshot:
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi
 
         if self.offline:
             return self.cached("HF_HUB_OFFLINE is set")
-        get_token()  # outside of the time limit, because Colab may ask the user for the token
         api = HfApi(endpoint=self.endpoint)
         try:
-            info = answer_within(
-                ANSWER_SECONDS,
+            info = self.ask(
                 lambda: api.model_info(
-                    self.full_name, revision=self.revision, timeout=ANSWER_SECONDS
-                ),
+                    self.full_name, revision=self.revision, timeout=download.ANSWER_SECONDS
+                )
             )
-        except Exception as error:  # huggingface_hub's versions use different HTTP libraries
-            if explained := self.http_error(error):
-                raise explained from None
-            return self.cached(f"{self.url} {_reason(error)}")
-        commit = str(info.sha)
-        if not re.fullmatch("[0-9a-f]{40}", commit):
-            raise InputError(
-                f"{self.url} returned {commit!r:.80} instead of a commit; check HF_ENDPOINT"
-            )
+        except InputError:
+            raise
+        except Exception as error:
+            return self.cached(f"{self.url} {reason(error)}")
+        commit = self.commit(info.sha)
         try:
             return self.download(commit, {file.rfilename for file in info.siblings or ()})
         except InputError:
@@ -161,8 +132,8 @@ class _Repository:
         except Exception as error:
             raise (
                 self.http_error(error)
-                or self.disk_error(error)
-                or self.unreachable(f"{self.url} {_reason(error)}")
+                or disk_error(error, self.cache, self.full_name, "set HF_HOME to a writable folder")
+                or self.unreachable(f"{self.url} {reason(error)}")
             ) from None
 
     def download(self, commit: str, files: Set[str]) -> Snapshot:
@@ -194,7 +165,7 @@ class _Repository:
                 revision=commit,
                 cache_dir=self.cache,
                 endpoint=self.endpoint,
-                etag_timeout=ANSWER_SECONDS,
+                etag_timeout=download.ANSWER_SECONDS,
                 allow_patterns=sorted(files),
             )
         # If the hub stops answering, some versions of the library return an incomplete folder.
@@ -277,64 +248,20 @@ class _Repository:
             f'load("{folder}")'
         )
 
-    def http_error(self, error: BaseException) -> InputError | None:
-        """Explains an HTTP error that is permanent, such as 404; None for other errors."""
-        response = next(
-            (r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None
+    def unknown(self, status: int) -> InputError:
+        """The error for a model that does not exist or is private, perhaps with a near name."""
+        short = {name.lower().rpartition("/")[2]: name for name in SHORT}
+        near = difflib.get_close_matches(self.name.lower().rpartition("/")[2], short, n=1)
+        if self.name in SHORT:
+            meant = "is HF_ENDPOINT a hub?"
+        elif near:
+            meant = f"did you mean {near[0]}?"
+        else:
+            meant = f"is the name right? Examples are {', '.join(SHORT)}."
+        return InputError(
+            f"{self.name!r} is neither a local folder nor a public model at {self.endpoint} "
+            f"(HTTP {status}); {meant} If it is private, set HF_TOKEN"
         )
-        if response is None:
-            return None
-        code = response.headers.get("X-Error-Code")
-        message = response.headers.get("X-Error-Message") or ""
-        if code == "RevisionNotFound":
-            return InputError(
-                f"{self.url} has no revision {self.revision!r}; use a branch, a tag or a commit "
-                f"hash of {self.url}/commits/main"
-            )
-        if code == "GatedRepo" or response.status_code == 403:
-            return InputError(
-                f"{self.url} is gated or private (HTTP {response.status_code}{message and ': '}"
-                f"{message:.200}); accept its license on that page, and set HF_TOKEN to a token of "
-                f"the account that accepted it, from {self.endpoint}/settings/tokens"
-            )
-        if response.status_code == 401 and "Invalid credentials" in message:
-            return InputError(
-                f"{self.endpoint} rejected the token in HF_TOKEN or of `hf auth login`; set "
-                f"HF_TOKEN to a token from {self.endpoint}/settings/tokens, or unset it"
-            )
-        # The hub answers 401 or 404 both for private repositories and for ones that do not exist.
-        if response.status_code in (401, 404):
-            short = {name.lower().rpartition("/")[2]: name for name in SHORT}
-            near = difflib.get_close_matches(self.name.lower().rpartition("/")[2], short, n=1)
-            if self.name in SHORT:
-                meant = "is HF_ENDPOINT a hub?"
-            elif near:
-                meant = f"did you mean {near[0]}?"
-            else:
-                meant = f"is the name right? Examples are {', '.join(SHORT)}."
-            return InputError(
-                f"{self.name!r} is neither a local folder nor a public model at {self.endpoint} "
-                f"(HTTP {response.status_code}); {meant} "
-                "If it is private, set HF_TOKEN"
-            )
-        return None
-
-    def disk_error(self, error: BaseException) -> InputError | None:
-        """Explains an error of the cache's disk, such as a full one; None for other errors."""
-        for e in _chain(error):
-            number = e.errno if isinstance(e, OSError) else None
-            if isinstance(e, UserWarning) or number in (errno.ENOSPC, errno.EDQUOT):
-                return InputError(
-                    f"the disk of {self.cache} has too little space for {self.full_name} "
-                    f"({_first_line(e)}); free disk space, or set HF_HOME to a folder on another "
-                    "disk"
-                )
-            # Connection errors are OSErrors too, but without a file name.
-            if isinstance(e, OSError) and e.filename and e.strerror:
-                return InputError(
-                    f"cannot write to {e.filename} ({e.strerror}); set HF_HOME to a writable folder"
-                )
-        return None
 
 
 def _shards(folder: Path) -> set[str]:
@@ -360,25 +287,3 @@ def _is_complete(folder: Path, with_weights: bool) -> bool:
     if INDEX in here:
         return here.issuperset(_shards(folder))
     return SINGLE in here
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and its causes."""
-    while error is not None:
-        yield error
-        hidden = error.__suppress_context__
-        error = error.__cause__ or (None if hidden else error.__context__)
-
-
-def _reason(error: BaseException) -> str:
-    """Why the hub cannot be used, to follow its URL in a message."""
-    for e in _chain(error):
-        if (response := getattr(e, "response", None)) is not None:
-            return f"answered with HTTP status {response.status_code}"
-    *_, root = _chain(error)
-    return f"did not answer ({_first_line(root)})"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{text or type(error).__name__:.300}"

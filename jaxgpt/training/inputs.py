@@ -70,11 +70,13 @@ def prepare_data(
     """
     # A missing model is reported before anything about the data.
     origin = source(cfg.start, cfg.adapter) if cfg.start and not saved else None
+    # The files that a run began with, although the branch of a data set may have moved since.
+    pinned, revisions = data.pin(cfg.data, saved.get("data", {}).get("revisions", {}))
     splits = {}
-    if isinstance(cfg.data, data.RecordsConfig):
-        splits = data.read_splits(cfg.data, cfg.objective.reader)
+    if isinstance(pinned, data.RecordsConfig):
+        splits = data.read_splits(pinned, cfg.objective.reader)
         cfg = replace(cfg, objective=cfg.objective.fit(splits["train"]))
-    cfg, text = find_text_tokenizer(cfg, saved, origin, splits)
+    cfg, text = find_text_tokenizer(cfg, saved, origin, splits, pinned)
     if cfg.train.sample_tokens:
         text.encode(cfg.train.prompt)  # raises now, not after training
     text = cfg.objective.extend(text)
@@ -82,9 +84,9 @@ def prepare_data(
     cfg = replace(cfg, model=replace(cfg.model, V=V))
     if saved:
         config.refuse_changed(saved["config"], cfg)
-    if isinstance(cfg.data, data.RecordsConfig):
+    if isinstance(pinned, data.RecordsConfig):
         dataset = data.examples(
-            cfg.data,
+            pinned,
             splits,
             partial(cfg.objective.encode, tokenizer=text),
             cfg.objective.cut,
@@ -93,7 +95,15 @@ def prepare_data(
             **batch_options(cfg),
         )
     else:
-        dataset = data.streams(data.prepare(cfg.data, text), cfg.data, **batch_options(cfg))
+        named = replace(pinned, paths=cfg.data.paths, val_paths=cfg.data.val_paths)
+        if pinned.stream:
+            state = saved.get("data_state", {})
+            dataset = data.stream(pinned, text, state=state, named=named, **batch_options(cfg))
+        else:
+            dataset = data.streams(data.prepare(pinned, text), named, **batch_options(cfg))
+    if revisions:
+        fingerprint = {**dataset.fingerprint, "revisions": revisions}
+        dataset = replace(dataset, fingerprint=fingerprint)
     if saved:
         then, now = saved["versions"].get("python", "another version"), platform.python_version()
         hint = ""
@@ -108,10 +118,12 @@ def find_text_tokenizer(
     saved: checkpoint.Metadata,
     origin: ModelSource | None,
     splits: dict[str, list[data.Record]],
+    pinned: data.DataConfig | data.RecordsConfig,
 ) -> tuple[config.Config, tokenizer.Tokenizer]:
     """The tokenizer: saved, of the model that is started from, of another one, or a new one.
 
-    The config gets the architecture and the tokenizer's options of where it is from.
+    A new one is trained on `pinned`, which is `cfg.data` with commits as revisions. The config gets
+    the architecture and the tokenizer's options of where it is from.
     """
     if saved:
         text = tokenizer.from_json(saved["tokenizer"])
@@ -132,11 +144,11 @@ def find_text_tokenizer(
         teacher = source(path)
         return replace(cfg, tokenizer=teacher.config.tokenizer), teacher.tokenizer
     alphabet = cfg.tokenizer.kind == "characters"  # must contain the held-out text too
-    if isinstance(cfg.data, data.RecordsConfig):
+    if isinstance(pinned, data.RecordsConfig):
         sets = splits.values() if alphabet else [splits["train"]]
         texts = data.strings([record for records in sets for record in records])
     else:
-        texts = data.texts(cfg.data, held_out=alphabet)
+        texts = data.texts(pinned, held_out=alphabet)
     return cfg, tokenizer.build(cfg.tokenizer, texts)
 
 

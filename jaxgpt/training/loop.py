@@ -11,6 +11,7 @@ import jax
 
 from jaxgpt import config, data, sharding
 from jaxgpt.errors import Diverged, InputError, TrainingError
+from jaxgpt.evaluation.report import write_report
 from jaxgpt.objectives import Sums
 from jaxgpt.pretrained.load import load
 from jaxgpt.pretrained.trained import Trained
@@ -20,7 +21,7 @@ from jaxgpt.training import telemetry
 from jaxgpt.training.guard import highest_plausible_loss
 from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
-from jaxgpt.training.metrics import mark_finished, read_metrics
+from jaxgpt.training.metrics import SAMPLES, append_record, mark_finished, read_metrics
 from jaxgpt.training.setup import Run, prepare
 
 Result = TypeVar("Result")
@@ -78,6 +79,7 @@ def run(cfg: config.Config, signals: Signals) -> int:
                 training.finish()
             else:
                 training.draw_loss()
+                training.write_report()
         return status
 
 
@@ -95,6 +97,8 @@ class Training:
         self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
         self.test: tuple[dict[str, float], Sums] = {}, {}
         self.complete = True  # nothing that is done at the end has failed
+        if jax.process_count() == 1:  # several processes must agree when to stop
+            signals.notify(run.dataset.stop)
         self.log = telemetry.Telemetry(
             cfg.folder,
             cfg.telemetry,
@@ -105,6 +109,14 @@ class Training:
             devices=list(run.layout.mesh.devices.flat),
             clock=clock,
             config=config.to_dict(cfg),
+        )
+        self.log.begin(
+            {
+                "processes": jax.process_count(),
+                "compute": run.network.note.partition(": ")[2],
+                "data": run.dataset.note,
+                "model": run.network.tree.note,
+            }
         )
 
     def take_all_steps(self) -> int:
@@ -227,6 +239,17 @@ class Training:
             self.run.checkpoints.record(self.step, values)
         if rest := {name: value for name, value in values.items() if name != "val_loss"}:
             self.log.say("  ".join(f"{name} {value:.4g}" for name, value in rest.items()))
+        if self.step < self.steps and jax.process_count() == 1 and not self.stopped:
+            with self.clock("eval"):
+                self.attempt("the sample", self.keep_sample, needed=False)
+
+    def keep_sample(self) -> None:
+        """Adds a sample of the newest parameters to `samples.jsonl`, for the report."""
+        train, records = self.cfg.train, self.run.dataset.records.get("val", [])
+        if train.sample_tokens:
+            trained = self.run.trained(self.state)
+            text = self.cfg.objective.sample(trained, records, train.prompt, train.sample_tokens)
+            append_record(self.cfg.folder / SAMPLES, self.step, {"text": text})
 
     def measure(self, name: str) -> tuple[dict[str, float], Sums] | None:
         """Metrics, which are logged, and sums of the set "val" or "test"; None if that fails."""
@@ -351,8 +374,11 @@ class Training:
         else:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
-    def attempt(self, what: str, work: Callable[[], Result]) -> Result | None:
-        """What `work` returns; None if it fails, with a warning, or is ended by a signal."""
+    def attempt(self, what: str, work: Callable[[], Result], needed: bool = True) -> Result | None:
+        """What `work` returns; None if it fails, with a warning, or is ended by a signal.
+
+        A run in which something has failed that is `needed` is not marked as finished.
+        """
         try:
             # Evaluation on several processes is collective, so none of them may leave it.
             return work() if jax.process_count() > 1 else self.signals.run(work)
@@ -360,7 +386,7 @@ class Training:
             self.stopped = self.signals.received
         except Exception as error:
             self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
-        self.complete = False
+        self.complete = self.complete and not needed
         return None
 
     def finish(self) -> None:
@@ -383,6 +409,7 @@ class Training:
         print(f"checkpoint   {self.run.checkpoints.folder / str(self.step)}")
         if cfg.train.sample_tokens:
             self.attempt("the sample", self.sample)
+        self.write_report()
         if self.complete:
             mark_finished(folder / "metrics.jsonl", self.step)
 
@@ -396,17 +423,28 @@ class Training:
         else:
             print(f"\nloss curve   {picture}" if picture else "")
 
+    def write_report(self) -> None:
+        """Writes the report of the run as it is now, and prints its path."""
+        try:
+            path = write_report([self.cfg.folder], self.cfg.folder)
+        except Exception as error:  # a run never fails at its report
+            self.log.warn(f"the report is not written: {type(error).__name__}: {error}")
+            self.complete = False
+        else:
+            print(f"\nreport       {path}")
+
     def sample(self) -> bool:
-        """Prints a sample of the saved model, and the command to use it."""
+        """Prints and keeps a sample of the saved model; prints the command to use it."""
         cfg, objective = self.cfg, self.cfg.objective
         records = self.run.dataset.records.get("val", [])
         words = ["python", "-m", "jaxgpt", objective.command, str(cfg.folder)]
         text = objective.argument(records, cfg.train.prompt)
         command = shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
         print(f"\nto use the model:  {command}\n")
-        print(
-            objective.sample(load(cfg.folder), records, cfg.train.prompt, cfg.train.sample_tokens)
-        )
+        trained = load(cfg.folder)
+        sampled = objective.sample(trained, records, cfg.train.prompt, cfg.train.sample_tokens)
+        print(sampled)
+        append_record(cfg.folder / SAMPLES, self.step, {"text": sampled})
         return True
 
 

@@ -17,6 +17,9 @@ from typing import IO
 
 from jaxgpt.errors import TrainingError
 
+SAMPLES = "samples.jsonl"
+"""The file in a run's folder with a sample of the model at every evaluation."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,9 +86,20 @@ class MetricsFile:
 
 def mark_finished(path: Path, step: int) -> None:
     """Adds a record that the run is finished, including the work after its last step."""
+    append_record(path, step, {"finished": step})
+
+
+def append_record(path: Path, step: int, values: Mapping[str, object]) -> None:
+    """Adds a record of a step to a file that is not open; records of later steps are moved away.
+
+    Raises:
+        TrainingError: The file cannot be written.
+    """
     file = MetricsFile(path, step)
-    file.write({"step": step, "finished": step, "time": round(time.time(), 3)})
-    file.close()
+    try:
+        file.write({"step": step, **values, "time": round(time.time(), 3)})
+    finally:
+        file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
@@ -94,19 +108,27 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     The last line is ignored if it is incomplete, as after a kill. Any other line that is not a
     record is skipped with a warning.
     """
-    for message in find_bad_lines(path):
+    records, messages = parse_metrics(path)
+    for message in messages:
         logger.warning("%s: %s; skipped it", path, message)
-    return [record for line in _lines(path) if (record := _parse(line)) is not None]
+    return records
 
 
 def find_bad_lines(path: Path) -> list[str]:
     """Returns a message for each line that is not a record, except an incomplete last line."""
-    lines = _lines(path)
-    return [
-        f"line {number} is not a record"
-        for number, line in enumerate(lines[:-1], 1)
-        if _parse(line) is None
-    ]
+    return parse_metrics(path)[1]
+
+
+def parse_metrics(path: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """Returns the records of a `metrics.jsonl`, and the messages of `find_bad_lines`."""
+    lines, records, messages = _lines(path), [], []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            messages.append(f"line {number} is not a record")
+    return records, messages
 
 
 def _lines(path: Path) -> list[str]:

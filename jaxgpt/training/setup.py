@@ -134,7 +134,9 @@ class Run:
         See `Checkpoints.save` for `recreate` and for what is raised.
         """
         saved = to_saved(state, self.cfg.model.L, self.network.scanned)
-        self.checkpoints.save(step, saved, self.description, metrics, recreate)
+        state_of_data = self.dataset.state()
+        about = {**self.description, **({"data_state": state_of_data} if state_of_data else {})}
+        self.checkpoints.save(step, saved, about, metrics, recreate)
 
 
 def prepare(cfg: config.Config) -> Run:

@@ -8,6 +8,7 @@ turns it off. TensorBoard and Weights & Biases have threads of their own.
 import logging
 import math
 import os
+import platform
 import queue
 import sys
 import threading
@@ -16,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
 
 from jaxgpt.errors import TrainingError
+from jaxgpt.evaluation.plots import draw_loss
 from jaxgpt.training.metrics import MetricsFile, read_metrics
 
 BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
@@ -166,6 +167,7 @@ class Telemetry:
     ) -> None:
         self.folder, self.steps, self.clock = folder, steps, clock
         self._tokens_per_step = tokens_per_step
+        self._devices = devices
         peak = peak_flops(devices[0].device_kind)
         self._peak_tokens = None if peak is None else peak * len(devices) / flops_per_token
         self._step = start
@@ -207,6 +209,17 @@ class Telemetry:
         self._record(values)
         for sink in self._sinks:
             sink.put(step, values)
+
+    def begin(self, facts: Mapping[str, object]) -> None:
+        """Writes a record of what this process trains, and on what, for reports."""
+        devices = self._devices
+        hardware = {
+            "devices": len(devices),
+            "device_kind": devices[0].device_kind,
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+        }
+        self._record({"session": hardware | dict(facts)})
 
     def rate(self, step: int) -> dict[str, float]:
         """Returns training tokens per second since the last call, and the MFU if it is known.
@@ -497,32 +510,16 @@ def plot(folder: Path) -> Path | None:
         The plot's path, or None if there is no loss or the file cannot be written. The latter is a
         warning on stderr, because it must not stop a run.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = read_metrics(folder / "metrics.jsonl")
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     curves = {
-        "loss": partial(axes.plot, label="training loss", color="#7b8794", linewidth=1.0),
-        "val_loss": partial(
-            axes.plot, label="validation loss", color="#c2410c", marker="o", markersize=4
-        ),
+        name: [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        for name in ("loss", "val_loss")
     }
-    for name, draw in curves.items():
-        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        if points:
-            draw(*zip(*points, strict=True))
-    if not axes.lines:
+    if not any(curves.values()):
         return None
-    axes.set(title=folder.name, xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
     try:
-        figure.savefig(path)
+        draw_loss(curves["loss"], curves["val_loss"], folder.name, path)
     except OSError as error:
         print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr)
         return None

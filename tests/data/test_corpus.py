@@ -20,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import data, manifest
+from jaxgpt.data import cache as cache_module
 from jaxgpt.data import corpus as corpus_module
 from jaxgpt.data import textfile, tokens
 from jaxgpt.errors import InputError
@@ -462,7 +463,7 @@ def test_processes_that_rebuild_at_the_same_time_encode_once(entry, path, cache,
     waiting = threading.Thread(
         target=lambda: prepare(path, tokenizer=counting, cache=cache, rebuild=True)
     )
-    with tokens.lock_cache(entry.parent):
+    with cache_module.lock_cache(entry.parent):
         waiting.start()
         deadline = time.monotonic() + 20
         while "waiting for another" not in capsys.readouterr().err:
@@ -571,15 +572,15 @@ def test_a_killed_run_leaves_no_half_entry(path, cache, there):
 WAITING = """
 import signal, sys
 from pathlib import Path
-from jaxgpt.data import tokens
+from jaxgpt.data import cache as cache_module
 signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-with tokens.lock_cache(Path(sys.argv[1])):
+with cache_module.lock_cache(Path(sys.argv[1])):
     pass
 """
 
 
 def test_a_signal_ends_the_wait_for_another_process(tmp_path):
-    with tokens.lock_cache(tmp_path):
+    with cache_module.lock_cache(tmp_path):
         waiting = run(WAITING, str(tmp_path), stderr=subprocess.PIPE)
         try:
             assert "waiting for another process" in waiting.stderr.readline()
@@ -610,7 +611,7 @@ def test_only_partial_entries_without_a_writer_are_removed(tmp_path, monkeypatch
     old = {machine: make(f"e.2.{machine}.partial", 90_000) for machine in (here, elsewhere)}
     if not locks:
         monkeypatch.setattr(fcntl, "flock", refuse)
-    with tokens.lock_cache(tmp_path):
+    with cache_module.lock_cache(tmp_path):
         assert young[elsewhere].exists()
         assert young[here].exists() != locks  # the lock says that its writer is dead
         assert not any(folder.exists() for folder in old.values())

@@ -1,10 +1,12 @@
 """A data format is a function that yields rows and one line of `FORMATS`, for text and records."""
 
 import gzip
+import json
 
 import pytest
 
-from jaxgpt.data.formats import FORMATS, Format
+from jaxgpt.data import json_files
+from jaxgpt.data.formats import FORMATS, Format, open_documents
 from jaxgpt.data.records import Record, RecordsConfig, open_records
 from jaxgpt.data.sources import content_digest, open_source
 from jaxgpt.data.textfile import TextFile
@@ -57,3 +59,11 @@ def test_a_new_format_is_checked_as_the_others_are(tmp_path):
     with pytest.raises(InputError, match=r"suffix is none of .csv, .tsv, .* and .kv; rename it"):
         (tmp_path / "a.odd").write_text("a")
         open_records(str(tmp_path / "a.odd"))
+
+
+def test_lines_of_objects_in_a_json_file_are_read_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "LARGEST_JSON", 100)
+    file = tmp_path / "c4-train.json"
+    file.write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(100)))
+    texts = ["".join(text) for text in open_documents(str(file)).documents()]
+    assert texts == [f"line {n}" for n in range(100)]

@@ -1,7 +1,8 @@
 """Log-likelihoods against plain forward passes, and the windows of long texts."""
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,8 +16,8 @@ from tests import tiny
 
 TOKENIZER = build(TokenizerConfig("bytes"), [])
 CONFIGS = {
-    "GPT-2": GPTConfig(L=2, D=16, N=2, T=40),
-    "modern": tiny.replace(tiny.MODERN, T=40),
+    "GPT-2": GPTConfig(L=2, D=16, N=2, T=180),
+    "modern": tiny.replace(tiny.MODERN, T=180),
 }
 REQUESTS = [
     ("hello", "a"),
@@ -24,10 +25,12 @@ REQUESTS = [
     ("hello", " there"),
     ("hello ", "world"),
     ("", "abc"),
-    ("x" * 30, " yyyyyy"),
-    ("x" * 60, " yyyyyy"),
-    ("q", "z" * 40),
+    ("x" * 170, " yyyyyy"),
+    ("x" * 200, " yyyyyy"),
+    ("q", "z" * 180),
     ("Wo ist", " die Straße?"),
+    *(("long " * 30, "z" * n) for n in range(1, 8)),  # these share a prefill
+    *((f"{n} long " * 19, word) for n in range(3) for word in (" one", " of them, ", "w" * 14)),
 ]
 
 
@@ -36,17 +39,22 @@ def trained(request):
     return tiny.random_model(CONFIGS[request.param], TOKENIZER)
 
 
+@partial(jax.jit, static_argnames="model")
+def all_logprobs(model, params, tokens):
+    return jax.nn.log_softmax(model.apply({"params": params}, tokens))
+
+
 def forward(trained, context, continuation):
     """The log-probabilities of the continuation's tokens, and whether each is the most likely."""
     context = context[-(trained.config.model.T + 1 - len(continuation)) :]
     ids = np.asarray([*context, *continuation], np.int32)
-    logits = trained.model.apply({"params": trained.params}, jnp.asarray(ids[None, :-1]))[0]
-    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    padded = np.pad(ids[:-1], (0, trained.config.model.T + 1 - len(ids)))[None]
+    logprobs = np.asarray(all_logprobs(trained.model, trained.params, padded)[0])
     at = np.arange(len(context) - 1, len(ids) - 1)
     return logprobs[at, ids[at + 1]], logprobs[at].argmax(-1) == ids[at + 1]
 
 
-@pytest.mark.parametrize("budget", [1, 100, 4096])
+@pytest.mark.parametrize("budget", [1, 600], ids=["alone", "in batches"])
 def test_scores_are_those_of_a_forward_pass_however_they_are_batched(trained, budget):
     scorer = LogLikelihood(trained, tokens=budget)
     scores = scorer.score(REQUESTS)
@@ -56,7 +64,7 @@ def test_scores_are_those_of_a_forward_pass_however_they_are_batched(trained, bu
         assert score.logprob == pytest.approx(logprobs.sum(), abs=1e-4)
         assert score.is_greedy == is_greedy.all()
         assert score.tokens == len(continuation)
-    assert scorer.truncated == 2  # 60 characters, and "q" before 40
+    assert scorer.truncated == 2  # 200 characters, and "q" before 180
 
 
 def test_greedy_text_is_greedy(trained):
@@ -69,30 +77,38 @@ def test_greedy_text_is_greedy(trained):
     assert first.is_greedy and not second.is_greedy and first.logprob > second.logprob
 
 
-def test_white_space_before_a_continuation_belongs_to_it():
-    scorer = LogLikelihood(tiny.random_model(CONFIGS["GPT-2"], TOKENIZER))
-    assert scorer.encode("a \n", "b") == scorer.encode("a", " \nb")
+def test_a_token_across_the_boundary_is_the_continuation_s():
+    tokenizer = build(TokenizerConfig("bpe", vocab_size=268), ["Answer: yes. Answer: no. " * 50])
+    scorer = LogLikelihood(tiny.random_model(CONFIGS["GPT-2"], tokenizer))
+    context, continuation = scorer.encode("Answer: ", "yes")
+    assert tokenizer.encode("Answer: ") != list(context)  # its last token is a space
+    assert tokenizer.decode(continuation) == " yes"
+    assert [*context, *continuation] == [tokenizer.eot, *tokenizer.encode("Answer: yes")]
+    assert scorer.encode("", "yes") == ((tokenizer.eot,), tuple(tokenizer.encode("yes")))
 
 
 def test_a_rolling_score_counts_each_token_once_with_as_much_context_as_fits(trained):
     scorer = LogLikelihood(trained)
-    text = list(np.random.default_rng(0).integers(0, 256, 100))
+    text = list(np.random.default_rng(0).integers(0, 256, 500))
     requests = scorer.rolling(text)
     assert [token for _, rest in requests for token in rest] == text
-    assert [len(context) for context, _ in requests] == [1, 1, 21]
-    assert all(len(context) + len(rest) <= 41 for context, rest in requests)
+    assert [len(context) for context, _ in requests] == [1, 1, 41]
+    assert all(len(context) + len(rest) <= 181 for context, rest in requests)
     assert scorer.rolling([]) == []
 
 
-def test_few_programs_serve_any_lengths(trained, compiled):
+def test_few_programs_serve_any_lengths(compiled):
+    trained = tiny.random_model(CONFIGS["GPT-2"], TOKENIZER)
+    compiled.clear()
     draw = np.random.default_rng(0)
-    lengths = draw.integers(1, 20, (600, 2))
+    lengths = draw.integers(1, 90, (600, 2))
     scorer = LogLikelihood(trained)
     for some in np.split(lengths, 6):
         scorer.score_tokens(
             [tuple(draw.integers(0, 256, n).tolist() for n in pair) for pair in some]
         )
-    assert len({tuple(pair) for pair in lengths}) > 250 and len(compiled) <= 40
+    assert len({tuple(pair) for pair in lengths}) > 250
+    assert len(compiled) <= 8  # for 3 lengths of rows and 3 of continuations
 
 
 @pytest.mark.parametrize(
@@ -101,7 +117,7 @@ def test_few_programs_serve_any_lengths(trained, compiled):
         (([], [1]), "request 0 has an empty context"),
         (([1], []), "request 0 has an empty continuation"),
         (([1], [999]), "request 0 has ids outside the vocabulary of 257"),
-        (([1], [1] * 41), "has a continuation of 41 tokens, and the model's context is 40"),
+        (([1], [1] * 181), "has a continuation of 181 tokens, and the model's context is 180"),
     ],
 )
 def test_invalid_requests_are_refused(trained, request_, says):

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import zipfile
 
 import numpy as np
 import pytest
 
-from jaxgpt import cli
+from jaxgpt import cli, data
+from jaxgpt.data import DataConfig
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import measure, suite
 from jaxgpt.evaluation.measure import Evaluator, Metric
@@ -94,13 +96,46 @@ def test_a_bundle_of_core_is_read_as_it_is(tmp_path):
     first, second = read_core(tmp_path)
     assert (first.name, first.shots, first.baseline) == ("capitals", 2, pytest.approx(0.444))
     assert (second.name, second.type) == ("lambada", "cloze")
+    assert first.metric == "accuracy_per_token"
+
+
+def test_the_bundle_of_core_is_downloaded_once(tmp_path, monkeypatch):
+    archive = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr(
+            "eval_bundle/core.yaml",
+            "icl_tasks:\n- {label: capitals, dataset_uri: a.jsonl, num_fewshot: [1],"
+            " icl_task_type: multiple_choice}\n",
+        )
+        bundle.writestr("eval_bundle/eval_data/a.jsonl", "\n".join(map(json.dumps, CAPITALS)))
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(suite, "CORE_URL", archive.as_uri())
+    assert [task.name for task in suite.read_tasks("core")] == ["capitals"]
+    archive.unlink()
+    assert [len(task.examples) for task in suite.read_tasks("core")] == [3]
+
+
+def test_grade_school_math_compares_the_number_after_the_marks(tmp_path):
+    path = tmp_path / "test.jsonl"
+    rows = [{"question": f"{n} + 1?", "answer": f"It is {n} + 1.\n#### 1,00{n}"} for n in range(7)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (task,) = suite.gsm8k(str(path))
+    task.check()
+    assert task.prompt(0).count("Question: ") == 5 and task.prompt(0).endswith("\n\n")
+    assert task.extracted(rows[3]["answer"]) == "1003"
+    assert task.extracted("so #### -7.5.") == "-7.5"
+
+
+def test_an_unknown_task_is_refused_with_the_names():
+    with pytest.raises(InputError, match="there is no task gsm9k; use one of python, core, gsm8k"):
+        suite.read_tasks("gsm9k")
 
 
 def test_multiple_choice_agrees_with_scores_of_whole_texts(trained):
     task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)))
     result = Evaluator(trained).measure(task)
     for example, details in zip(task.examples, result.details, strict=True):
-        sums = [whole(trained, example["query"], f" {choice}") for choice in example["choices"]]
+        sums = [whole(trained, example["query"] + " ", choice) for choice in example["choices"]]
         assert details["logprobs"] == pytest.approx(sums, abs=1e-4)
         assert details["accuracy"] == float(np.argmax(sums) == example["gold"])
         bytes_ = [x / len(choice) for x, choice in zip(sums, example["choices"], strict=True)]
@@ -174,6 +209,26 @@ def test_standard_errors_agree_with_a_bootstrap():
     assert ratio.value == pytest.approx(values.sum() / sizes.sum())
 
 
+def test_scores_are_centered_on_random_choices():
+    task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), baseline=0.25)
+    half = measure.Result(task, {"accuracy": Metric(0.5, 0.03)}, 3, 0, 1.0, [])
+    all_right = measure.Result(task, {"accuracy": Metric(1.0, 0.04)}, 3, 0, 1.0, [])
+    assert half.centered == pytest.approx((1 / 3, 0.04))
+    mean = measure.mean_centered([half, all_right])
+    assert mean.value == pytest.approx((1 / 3 + 1) / 2)
+    assert mean.error == pytest.approx(math.hypot(0.04, 0.04 / 0.75) / 2)
+    text = measure.Result(Task("x", "text", ()), {"bits_per_byte": Metric(1.0, 0.1)}, 1, 0, 1.0, [])
+    assert measure.mean_centered([text]) is None
+
+
+def test_the_main_metric_of_a_task_comes_first(trained):
+    task = Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), metric="accuracy_per_token")
+    result = Evaluator(trained).measure(task)
+    assert next(iter(result.metrics)) == "accuracy_per_token"
+    with pytest.raises(InputError, match="metric='recall'; set it to one of accuracy, accuracy_p"):
+        Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), metric="recall").check()
+
+
 def test_results_of_several_seeds_have_their_spread():
     task = Task("t", "cloze", ({"context": "a", "continuation": "b"},))
     results = [
@@ -182,6 +237,13 @@ def test_results_of_several_seeds_have_their_spread():
     assert measure.spread(results).metrics["accuracy"] == Metric(
         pytest.approx(0.4), pytest.approx(0.2)
     )
+
+
+def test_the_embedded_suite_has_nothing_that_a_run_on_python_trains_on():
+    (text,) = suite.python_suite(10)[-1].examples
+    trained_on = "".join(data.texts(DataConfig(paths=("python",), val_fraction=0.05)))
+    everything = "".join(data.texts(DataConfig(paths=("python",)), held_out=True))
+    assert text["text"] in everything and text["text"] not in trained_on
 
 
 def test_the_embedded_suite_has_valid_tasks():

@@ -15,7 +15,7 @@ from jaxgpt.generation.decode import decode, generate, stops_of
 from jaxgpt.generation.decode import prefill as read_prompts
 from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import EncoderDecoder, GPTConfig
-from jaxgpt.model.cache import _put_by_mask, _put_by_update, empty
+from jaxgpt.model.cache import _put, _put_by_mask, _put_by_update, empty
 from jaxgpt.model.rotary import RopeScaling
 from tests import tiny
 from tests.tiny import PLAIN
@@ -345,6 +345,19 @@ def test_a_slot_is_written_alike_on_every_platform(B, H):
         exact[row, :, slot] = new[row, :, 0]
     for write in (_put_by_mask, _put_by_update):
         np.testing.assert_array_equal(jax.jit(write)(old, new, slots), exact)
+
+
+@pytest.mark.parametrize("H", [(), (8,)], ids=["scales", "vectors"])
+@pytest.mark.parametrize("T", [3, 9, 20])
+def test_many_tokens_are_written_as_one_by_one(T, H):
+    rng = np.random.default_rng(5)
+    old, new = (rng.normal(size=(3, 2, S, *H)).astype(np.float32) for S in (13, T))
+    start = np.array([0, 7, 30])
+    exact = old.copy()
+    for row in range(3):
+        for t in range(T):  # the last of the tokens that belong into a slot stays there
+            exact[row, :, (start[row] + t) % 13] = new[row, :, t]
+    np.testing.assert_array_equal(jax.jit(_put)(old, new, start, None), exact)
 
 
 def test_quantization_rounds_by_half_a_step_at_most():

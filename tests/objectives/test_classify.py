@@ -10,9 +10,10 @@ from jaxgpt.config import Config
 from jaxgpt.data.examples import examples
 from jaxgpt.data.records import Record, RecordsConfig
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.classification import scores
+from jaxgpt.evaluation.plots import draw_confusion
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Classify
-from jaxgpt.objectives.classify import draw, scores
 from jaxgpt.pretrained.trained import Trained
 from jaxgpt.tokenizer import Bytes
 from tests.tiny import PLAIN, random_params
@@ -316,7 +317,7 @@ def test_the_confusion_matrix_is_shown_and_drawn(tmp_path):
         lines = [line.split() for line in shown.splitlines() if line.split()[:1] == [label]]
         assert lines[0][-1] == str(row.sum())
         assert lines[1][2:] == [*map(str, row)]
-    assert draw(np.eye(2, dtype=int), ("yes", "no"), tmp_path) == png
+    assert draw_confusion(np.eye(2, dtype=int), ("yes", "no"), tmp_path) == png
 
 
 def test_a_sample_shows_the_predicted_labels_of_held_out_texts():

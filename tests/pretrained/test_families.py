@@ -17,6 +17,7 @@ from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of
+from jaxgpt.model.introspection import attention_weights
 from jaxgpt.model.rotary import RopeScaling
 from jaxgpt.sharding import Layout, ParallelConfig, make_mesh
 
@@ -151,6 +152,22 @@ def test_logits_equal_transformers_at_every_length(theirs):
         expected = their_logits(model, tokens)
         assert np.abs(our_logits(found, params, tokens) - expected).max() < 1e-4
         assert expected.std() > 0.1  # else it would be no comparison
+
+
+def test_attention_weights_equal_transformers(theirs):
+    import torch
+
+    model, folder = theirs
+    found = pretrained.read_model(folder)
+    tokens = random_tokens(found.cfg.V, 2, 20)
+    model.set_attn_implementation("eager")  # the others do not return weights
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    ours, _ = attention_weights(found.cfg.build(PLAIN), found.params(), jnp.asarray(tokens))
+    expected = np.stack([layer.numpy() for layer in expected])
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert expected.max() > 0.2 and np.abs(ours.sum(-1) - 1).max() < 1e-5
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}

@@ -5,135 +5,26 @@ The hub is a local server that answers like huggingface.co; no test uses the net
 
 import contextlib
 import errno
-import hashlib
-import http.server
 import json
-import re
 import shutil
 import socket
 import threading
 import time
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from jaxgpt import download
 from jaxgpt.errors import InputError
 from jaxgpt.pretrained import hub
+from tests.fake_hub import COMMIT, OLD, running_hub
 
-COMMIT, OLD = "a" * 40, "b" * 40
+server = pytest.fixture(running_hub)
+
 TOKENIZER = {"tokenizer.json": b"{}", "vocab.json": b"{}", "merges.txt": b"", "README.md": b"hi"}
 GPT2 = {"config.json": b'{"model_type": "gpt2"}', **TOKENIZER}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Repositories by name and commit."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.repositories, self.asked, self.ranges = {}, [], []
-        self.cut = {}
-        """The number of bytes of a file after which the connection is cut, once."""
-        self.main, self.gated, self.tokens = COMMIT, set(), set()
-        self.status, self.silent, self.over = None, False, threading.Event()
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def add(self, name, files, commit=COMMIT):
-        self.repositories.setdefault(name, {})[commit] = files
-
-    def asked_for(self, method):
-        return [path.rpartition("/")[2] for m, path in self.asked if m == method]
-
-    def stop(self):
-        if self.thread.is_alive():
-            self.over.set()
-            self.shutdown()
-            self.thread.join()
-            self.server_close()
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def send(self, status, content=b"", cut=None, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[:cut])
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.asked.append((self.command, path))
-        if self.server.status:
-            return self.send(self.server.status)
-        if self.server.silent:
-            self.server.over.wait(20)
-            return None
-        if path.startswith("/api/models/"):
-            name, what, revision = re.split("/(revision|tree)/", path.removeprefix("/api/models/"))
-        else:
-            name, _, rest = path[1:].partition("/resolve/")
-            revision, _, file = rest.partition("/")
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token == "wrong":
-            return self.send(401, X_Error_Message="Invalid credentials in Authorization header")
-        if name not in self.server.repositories:
-            # Like huggingface.co, which answers alike for private and missing repositories.
-            if token:
-                return self.send(404, X_Error_Code="RepoNotFound")
-            return self.send(401, X_Error_Message="Invalid username or password.")
-        commits = self.server.repositories[name]
-        commit = self.server.main if revision == "main" else revision
-        if commit not in commits:
-            return self.send(404, X_Error_Code="RevisionNotFound")
-        files = commits[commit]
-        if path.startswith("/api/") and what == "tree":
-            entries = [
-                {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
-                for file, content in files.items()
-            ]
-            return self.send(200, json.dumps(entries).encode())
-        if path.startswith("/api/"):
-            siblings = [{"rfilename": file} for file in files]
-            return self.send(
-                200, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
-            )
-        if name in self.server.gated and token not in self.server.tokens:
-            return self.send(403 if token else 401, X_Error_Code="GatedRepo")
-        if file not in files:
-            return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        etag = '"' + hashlib.sha1(files[file], usedforsecurity=False).hexdigest() + '"'
-        start, headers = 0, {"ETag": etag, "X_Repo_Commit": commit}
-        if asked := self.headers.get("Range"):
-            self.server.ranges.append(asked)
-            start, size = int(asked.removeprefix("bytes=").rstrip("-")), len(files[file])
-            headers["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
-        cut = self.server.cut.pop(file, None) if self.command == "GET" else None
-        return self.send(206 if asked else 200, files[file][start:], cut, **headers)
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.stop()
 
 
 def contents(snapshot):
@@ -374,7 +265,7 @@ def test_names_are_those_that_huggingface_hub_accepts():
 
 def test_a_hub_that_never_answers_is_an_error_in_time(server, monkeypatch):
     server.silent = True
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
     start = time.monotonic()
     message = refused("gpt2", "v1")
     assert time.monotonic() - start < 10
@@ -385,7 +276,7 @@ def test_a_hub_that_never_answers_is_an_error_in_time(server, monkeypatch):
 
 def test_a_dns_look_up_that_never_ends_is_an_error_in_time(server, monkeypatch):
     done = threading.Event()
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
     start = time.monotonic()
     message = refused("gpt2")

@@ -131,7 +131,7 @@ def test_unrolled_scanned_fsdp_and_pmap_resume_each_others_checkpoints(here):
 
 def test_the_loss_falls_and_everything_is_written(here, capsys):
     longer = ("--train.steps", "60", "--train.eval_every", "20", "--checkpoint.every", "20")
-    assert run(*longer) == 0
+    assert run(*longer, "--train.sample_tokens", "3", "--train.prompt", "the") == 0
     output = capsys.readouterr().out
     assert "where the time went" in output and "step    60/60" in output
     losses = losses_of("a")
@@ -143,6 +143,11 @@ def test_the_loss_falls_and_everything_is_written(here, capsys):
     assert sum(sum(r["goodput"].values()) for r in records if "goodput" in r) > 0
     assert Path("runs/a/loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(Path("runs/a/config.json").read_text())["model"]["V"] == 28
+    samples = list(map(json.loads, Path("runs/a/samples.jsonl").read_text().splitlines()))
+    assert [sample["step"] for sample in samples] == [20, 40, 60]
+    assert all(sample["text"].startswith("the") for sample in samples)
+    page = Path("runs/a/report.html").read_text()
+    assert "step 60 of 60" in page and "1 x cpu" in page and samples[0]["text"] in page
 
 
 def test_bits_per_byte_is_the_loss_per_byte_of_text(trained):

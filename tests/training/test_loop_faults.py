@@ -121,11 +121,13 @@ def test_errors_outside_training_never_end_a_run(here, monkeypatch, capsys):
         patch.setattr(Run, "evaluate", fail_with(RuntimeError("evaluate is broken")))
         patch.setattr(telemetry, "plot", fail_with(RuntimeError("plot is broken")))
         patch.setattr(loop, "load", fail_with(RuntimeError("sample is broken")))
+        patch.setattr(loop, "write_report", fail_with(RuntimeError("report is broken")))
         patch.setattr(telemetry._Lines, "show", fail_with(gone))
         assert run("--train.sample_tokens", "3", "--train.prompt", "the") == 0
     warnings = capsys.readouterr().err
-    for said in ("evaluate is broken", "plot is broken", "sample is broken", "terminal is gone"):
-        assert said in warnings
+    for said in ("evaluate", "plot", "sample", "report"):
+        assert f"{said} is broken" in warnings
+    assert "terminal is gone" in warnings
     assert checkpoint.read_metadata("runs/a")["metrics"]["step"] == 6
 
 
