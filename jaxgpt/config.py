@@ -243,6 +243,8 @@ def _classes(hint: Any) -> dict[str, Any]:
         options = [NextToken, *_subclasses(Objective)]
     elif hint is GPTConfig:
         options = [GPTConfig, *_subclasses(GPTConfig)]
+    elif typing.get_origin(hint) is tuple:  # of values of one class
+        options = []
     else:
         options = [cls for cls in typing.get_args(hint) if dataclasses.is_dataclass(cls)]
     return {cls.__name__: cls for cls in options}

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from jaxgpt import strict_json
 from jaxgpt.errors import InputError
@@ -23,9 +23,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: dict[str, Role] = {
     **{role: role for role in get_args(Role)},
     "developer": "system",
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "model"), "assistant"),
-    **dict.fromkeys(("function", "function_response", "observation"), "tool"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "observation", "ipython"), "tool"),
 }
 """The role for each name of a role in OpenAI's format, ShareGPT's and others."""
 
@@ -256,11 +256,41 @@ def read_conversation(record: Mapping[str, object]) -> Conversation:
         if record.get(request) is None or (answer := _first(record, answers)) is None:
             continue
         asked = read_request(record, request)
-        return Conversation(asked.messages + _answer(record[answer], answer), asked.tools)
+        return Conversation(asked.messages + _answer(record, answer), asked.tools)
     raise InputError(
         f"the record has the fields {', '.join(record)}, but needs messages, or instruction and "
         "output"
     )
+
+
+def has_turns(value: object) -> bool:
+    """Whether a value is a list of messages, as in OpenAI's format or ShareGPT's."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value)
+    )
+
+
+def conversation_format(record: Mapping[str, object]) -> str:
+    """Names the format of a record's conversation; "" if it has none of `read_conversation`'s.
+
+    >>> conversation_format({"conversations": [{"from": "human", "value": "Hello"}]})
+    'ShareGPT conversations, cut after the last answer'
+    """
+    if (name := _first(record, TURNS)) is not None:
+        turns = record[name]
+        if not has_turns(turns):
+            return name
+        *_, last = cast("list[Mapping[str, object]]", turns)
+        kind = f"{'ShareGPT' if 'from' in last else 'OpenAI'} {name}"
+        role = str(last.get("role", last.get("from"))).lower()
+        answered = ROLES.get(role) == "assistant" or role == "function_call"
+        return kind if answered else f"{kind}, cut after the last answer"
+    for request, answers in ANSWERS.items():
+        if record.get(request) is not None and (answer := _first(record, answers)) is not None:
+            return "Alpaca" if answer == "output" else f"{request} and {answer}"
+    return ""
 
 
 def read_request(record: Mapping[str, object], name: str) -> Conversation:
@@ -273,7 +303,11 @@ def read_request(record: Mapping[str, object], name: str) -> Conversation:
     Raises:
         InputError: A field is invalid.
     """
-    if not isinstance(record.get(name), str | None):
+    value = record.get(name)
+    if isinstance(value, Mapping) and TURNS[0] in value:  # OpenAI's format of preferences
+        tools = record.get("tools") or value.get("tools")
+        return read_request({**record, name: value[TURNS[0]], "tools": tools}, name)
+    if not isinstance(value, str | None):
         asked = [replace(message, weight=0.0) for message in _list(record, name)]
         return Conversation(_with_system(record, asked), _tools(record))
     text = _field(record, name)
@@ -307,7 +341,7 @@ def read_preference(
     Raises:
         InputError: A field is missing or invalid, or the answers are equal.
     """
-    chosen, rejected = (_answer(record.get(name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (_answer(record, name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise InputError("chosen and rejected are equal; remove the record")
     common = 0
@@ -372,12 +406,13 @@ def _field(record: Mapping[str, object], name: str) -> str:
     return value
 
 
-def _answer(given: object, name: str) -> list[Message]:
+def _answer(record: Mapping[str, object], name: str) -> list[Message]:
     """Reads an answer: text, a message, or messages that end with one of the assistant."""
+    given = record.get(name)
     if isinstance(given, Mapping):
         given = [given]
     if not isinstance(given, list | tuple):
-        return [Message("assistant", _field({name: given}, name))]
+        return [Message("assistant", _field(record, name))]
     messages = read_messages(given)
     if not messages or messages[-1].role != "assistant":
         raise InputError(f"{name} does not end with a message of the assistant; add its answer")

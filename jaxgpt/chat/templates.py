@@ -1,6 +1,7 @@
 """The published chat formats, and the choice of the format that belongs to a tokenizer."""
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,12 @@ class Llama2(Template):
 
 @dataclass(frozen=True)
 class ChatML(Template):
-    """ChatML, as in Qwen2 and Qwen2.5, which differ in their default system message."""
+    """ChatML, as in Qwen2 and Qwen2.5, which differ in their default system message.
+
+    For a tokenizer without a chat_template it also has tools: the system turn lists them, the
+    assistant calls one with `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, and a result
+    is a turn of the role tool.
+    """
 
     specials = ("<|im_start|>", "<|im_end|>")
     ends = ("<|im_end|>", "<|endoftext|>")
@@ -96,14 +102,41 @@ class ChatML(Template):
     system: str | None = None
     """The system message of a conversation that has none; None: no system turn."""
 
+    def for_conversation(self, messages: Sequence[Message], tools: Tools) -> Template:
+        """Returns this format, or the tokenizer's own for tools, if it has one."""
+        if type(self) is ChatML and self.system is None and self.published is None:
+            return self
+        return super().for_conversation(messages, tools)
+
     def pieces(self, messages: Sequence[Message], open: bool, tools: Tools = ()) -> list[Piece]:
         """Renders one turn per message, each followed by a newline."""
         if self.system and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
+        if tools:
+            has_system = messages[0].role == "system"
+            said = [messages[0].content] if has_system and messages[0].content else []
+            listed = "\n".join(["# Tools", *(_compact(tool) for tool in tools)])
+            system = Message("system", "\n\n".join([*said, listed]))
+            messages = [system, *messages[has_system:]]
         pieces: list[Piece] = []
         for message in messages:
-            pieces += _turn(f"<|im_start|>{message.role}\n", message, "<|im_end|>", "\n")
+            turn = replace(message, content=_with_calls(message)) if message.tool_calls else message
+            pieces += _turn(f"<|im_start|>{turn.role}\n", turn, "<|im_end|>", "\n")
         return [*pieces, Markup("<|im_start|>assistant\n")] if open else pieces
+
+
+def _with_calls(message: Message) -> str:
+    """Returns the text of a message with its tool calls, one a line."""
+    calls = (
+        {name: call["function"][name] for name in ("name", "arguments")}
+        for call in message.tool_calls
+    )
+    said = [message.content] if message.content else []
+    return "\n".join([*said, *(f"<tool_call>{_compact(call)}</tool_call>" for call in calls)])
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 QWEN2 = ChatML("You are a helpful assistant.")

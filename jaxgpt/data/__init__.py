@@ -21,7 +21,15 @@ from jaxgpt.data.corpus import (
 from jaxgpt.data.dataset import Batch, Dataset
 from jaxgpt.data.examples import examples
 from jaxgpt.data.prefetch import prefetch
-from jaxgpt.data.records import Reader, Record, RecordsConfig, read_splits, strings
+from jaxgpt.data.records import (
+    Reader,
+    Record,
+    RecordsConfig,
+    RecordSource,
+    mixture,
+    read_splits,
+    strings,
+)
 from jaxgpt.data.remote import pin
 from jaxgpt.data.streaming import stream
 from jaxgpt.data.tokens import TokenStream, find_entry_damage
@@ -34,12 +42,14 @@ __all__ = [
     "Dataset",
     "Reader",
     "Record",
+    "RecordSource",
     "RecordsConfig",
     "TokenStream",
     "eval_batches",
     "examples",
     "find_entry_damage",
     "held_out_texts",
+    "mixture",
     "pin",
     "prefetch",
     "prepare",

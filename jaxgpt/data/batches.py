@@ -308,7 +308,7 @@ def window_order(
     except ImportError:
         if weights or firsts[-1] >= GRAIN_SHUFFLES:
             raise InputError(
-                "data.weights and large corpora need Grain, which is not installed: "
+                "data.weights, data.epochs and large corpora need Grain, which is not installed: "
                 "pip install grain",
                 field="data.weights",
             ) from None

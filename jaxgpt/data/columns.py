@@ -23,12 +23,17 @@ ALIASES = {
         "labels", "class", "classname", "classlabel", "classindex", "category", "sentiment",
         "target", "tag", "intent", "topic", "emotion",
     ),
-    "instruction": ("instructions", "question", "prompt", "query", "request", "problem"),
+    "instruction": ("instructions", "question", "prompt", "query", "request", "problem", "input"),
     "input": ("context",),
     "output": ("response", "answer", "completion", "solution", "reply", "target"),
     "prompt": ("question", "instruction", "query", "input", "request"),
-    "chosen": ("chosenresponse", "responsechosen", "preferred", "accepted", "better"),
-    "rejected": ("rejectedresponse", "responserejected", "dispreferred", "worse"),
+    "chosen": (
+        *("chosenresponse", "responsechosen", "preferred", "preferredoutput", "accepted"),
+        "better",
+    ),
+    "rejected": (
+        *("rejectedresponse", "responserejected", "dispreferred", "nonpreferredoutput", "worse"),
+    ),
     "source": ("src", "input", "original"),
     "target": ("tgt", "translation", "output"),
 }
@@ -68,6 +73,40 @@ def parse_fields(option: Sequence[str], fields: Sequence[str]) -> dict[str, str]
             )
         given[field] = column
     return given
+
+
+def fields_for(
+    option: Sequence[str], fields: Sequence[str], path: str, paths: Sequence[str]
+) -> dict[str, str]:
+    """Parses the option `data.fields` for one of several paths.
+
+    An entry that begins with the name of a path and a colon is for that path alone, where it has
+    priority over an entry without a path.
+
+    Args:
+        option: Entries of the form "FIELD=COLUMN" or "PATH:FIELD=COLUMN".
+        fields: The fields that are allowed; all if empty.
+        path: The path.
+        paths: All paths that entries may begin with.
+
+    Returns:
+        The column of each field.
+
+    Raises:
+        InputError: As for `parse_fields`.
+
+    >>> fields_for(["text=body", "b.csv:text=mail"], ["text"], "b.csv", ["a.csv", "b.csv"])
+    {'text': 'mail'}
+    """
+    found: dict[str, str] = {}
+    for prefix in ("", path):
+        entries = [
+            entry.removeprefix(f"{prefix}:")
+            for entry in option
+            if prefix == max((p for p in paths if entry.startswith(f"{p}:")), key=len, default="")
+        ]
+        found |= parse_fields(entries, fields)
+    return found
 
 
 def match_columns(
@@ -114,6 +153,18 @@ def match_columns(
             found[field] = candidates[0]
         elif field in required:
             unclear[field] = candidates
+    for field, candidates in list(unclear.items()):
+        # A required field has priority over an optional one that has the only column for it.
+        lent = [
+            other
+            for other in optional
+            if other in found
+            and other not in given
+            and _normalized(found[other]) in _aliases(field)
+        ]
+        if not candidates and len(lent) == 1:
+            found[field] = found.pop(lent[0])
+            del unclear[field]
     return found, unclear
 
 

@@ -12,19 +12,24 @@ and `source_segments` and `source_positions` if the examples have sources.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from jaxgpt.data.batches import process_rows, window_order
 from jaxgpt.data.dataset import Batch, Dataset
-from jaxgpt.data.records import Record, RecordsConfig, print_note
+from jaxgpt.data.records import Record, RecordsConfig, print_note, skipped_note
 from jaxgpt.errors import InputError
 
 Example = dict[str, np.ndarray]
 SIDES = ("", "source_")
+SETTINGS = (
+    *("columns", "val_fraction", "test_fraction", "balance", "truncate", "pack", "shuffle"),
+)
+"""The fields of the records config in the fingerprint."""
 
 
 def examples(
@@ -99,29 +104,85 @@ def examples(
             )
         return example, True
 
-    encoded = {name: [*map(fitted, records)] for name, records in splits.items()}
-    for name, found in encoded.items():
-        if shortened := sum(was_cut for _, was_cut in found):
+    def fitted_all(name: str, records: list[Record]) -> tuple[list[Record], list[Example]]:
+        """Encodes the records of a set, without those that are skipped."""
+        kept, found, shortened, reasons = [], [], 0, []
+        for record in records:
+            try:
+                example, was_cut = fitted(record)
+            except InputError as error:
+                if cfg.invalid == "error":
+                    raise
+                reasons.append(str(error))
+                continue
+            kept.append(record)
+            found.append(example)
+            shortened += was_cut
+        if shortened:
             print_note(f"truncated {shortened} of {len(found)} {name} examples to {context} tokens")
-    rows = {}
-    for name, found in encoded.items():
-        numbers = np.arange(len(found))
-        if name == "train" and cfg.shuffle:
-            numbers = np.random.RandomState(seed).permutation(len(found))
+        if reasons:
+            print_note(skipped_note(f"the {name} set", len(records), reasons))
+        if records and not found:
+            raise InputError(f"all {len(records)} {name} records were skipped: {reasons[0]}")
+        return kept, found
+
+    kept: dict[str, list[Record]] = {}
+    encoded: dict[str, list[Example]] = {}
+    for name, records in splits.items():
+        kept[name], encoded[name] = fitted_all(name, records)
+
+    def grouped(name: str, numbers: Sequence[int]) -> list[list[int]]:
+        """Groups examples of a set into rows, in the order of their numbers."""
         if packs and cfg.pack:
-            rows[name] = _pack([_lengths(example) for example, _ in found], numbers, context)
-        else:
-            rows[name] = [[n] for n in numbers.tolist()]
+            return _pack([_lengths(example) for example in encoded[name]], numbers, context)
+        return [[n] for n in numbers]
+
+    def numbers_of(name: str, source: int) -> list[int]:
+        """The numbers of the examples of a set that were read from one path."""
+        return [n for n, record in enumerate(kept[name]) if record.source == source]
+
+    # The training rows of each path of a mixture, or of all paths together.
+    orders: dict[int | tuple[int, int], list[int]] = {seed: [*range(len(kept["train"]))]}
+    if cfg.is_mixture:
+        orders = {(seed, n): numbers_of("train", n) for n in range(len(cfg.paths))}
+        for path, numbers in zip(cfg.paths, orders.values(), strict=True):
+            if not numbers:
+                raise InputError(f"{path} has no training records; remove it from data.paths")
+    parts: list[list[list[int]]] = []
+    for seeds, numbers in orders.items():
+        if cfg.shuffle:
+            numbers = np.random.RandomState(seeds).permutation(numbers).tolist()
+        parts.append(grouped("train", numbers))
+    firsts = [0, *accumulate(map(len, parts))]
+    rows = {"train": [row for part in parts for row in part]}
+    for name in [name for name in encoded if name != "train"]:
+        rows[name] = grouped(name, range(len(encoded[name])))
+
+    # A path is read `epochs` times in an epoch if its weight is that many times its rows.
+    weights: Sequence[float] = cfg.weights
+    if cfg.epochs:
+        weights = [n * len(part) for n, part in zip(cfg.epochs, parts, strict=True)]
+    epoch = max(1, round(sum(weights))) if cfg.epochs else firsts[-1]
+    shares = {}
+    if cfg.is_mixture and len(cfg.val_paths or cfg.paths) == len(cfg.paths) and kept.get("val"):
+        for source, (path, weight) in enumerate(
+            zip(cfg.val_paths or cfg.paths, weights, strict=True)
+        ):
+            if numbers := numbers_of("val", source):
+                shares[f"val/{path}"] = weight
+                rows[f"val/{path}"] = grouped("val", numbers)
+            else:
+                print_note(f"{path} has no validation records; val_loss covers the other paths")
+        del rows["val"]
+        shares = {name: weight / sum(shares.values()) for name, weight in shares.items()}
 
     def make(name: str, numbers: Sequence[int]) -> Batch:
-        """Makes a batch of rows of a split; a number beyond the last row gives an empty row."""
-        found, groups = encoded[name], rows[name]
+        """Makes a batch of rows of a set; a number beyond the last row gives an empty row."""
+        found, groups = encoded[name.partition("/")[0]], rows[name]
         wanted = [groups[n] if n < len(groups) else [] for n in numbers]
-        return _stack(
-            [[found[n][0] for n in group] for group in wanted], found[0][0], context, packs
-        )
+        return _stack([[found[n] for n in group] for group in wanted], found[0], context, packs)
 
-    kth = window_order([0, len(rows["train"])], (), seed if cfg.shuffle else None)
+    kth = window_order(firsts, weights, seed if cfg.shuffle else None)
 
     def training(step: int) -> Batch:
         return make("train", [kth(step * batch + row) for row in mine])
@@ -134,26 +195,48 @@ def examples(
         for first in range(0, len(numbers), batch):
             yield make(name, [numbers[first + row] for row in mine])
 
+    counts = [len(numbers_of("train", source)) for source in range(len(cfg.paths))]
+    if len(cfg.paths) > 1:
+        tokens = [0] * len(cfg.paths)
+        for record, example in zip(kept["train"], encoded["train"], strict=True):
+            tokens[record.source] += _longest(record, example)
+        whole = weights or tokens
+        for n, path in enumerate(cfg.paths):
+            share = f"{whole[n] / sum(whole):.1%} of the {'rows' if weights else 'tokens'}"
+            if weights:
+                share += f", {whole[n] / sum(whole) * epoch / len(parts[n]):.3g} times in an epoch"
+            print_note(f"{path}: {counts[n]:,} training examples, {tokens[n]:,} tokens, {share}")
+    mixed = {"mixture": {"weights": [*weights], "examples": counts}} if cfg.is_mixture else {}
     return Dataset(
         training,
-        {name: partial(held_out, name) for name in ("val", "test") if splits.get(name)},
+        {name: partial(held_out, name) for name in rows if name != "train" and rows[name]},
         {
-            "records": {name: _digest(records) for name, records in splits.items()},
+            "records": {name: _digest(records) for name, records in kept.items()},
             "tokenizer": tokenizer,
-            # `fields` and `encoding` only affect the records, whose hash is above.
-            "settings": {
-                name: value
-                for name, value in asdict(cfg).items()
-                if not name.endswith("paths") and name not in ("fields", "encoding")
-            },
+            # The other fields only affect which records there are, whose hash is above.
+            "settings": {name: getattr(cfg, name) for name in SETTINGS},
+            **mixed,
             "context": context,
             "batch": batch,
             "seed": seed,
         },
-        _note(splits, rows),
-        rows=len(rows["train"]),
-        records=dict(splits),
+        _note(kept, rows),
+        rows=epoch,
+        records={name: _interleaved(records) for name, records in kept.items()}
+        if cfg.is_mixture
+        else dict(kept),
+        shares=shares,
     )
+
+
+def _interleaved(records: list[Record]) -> list[Record]:
+    """Spreads the records of each path evenly, so that the first few are of all paths."""
+    counts, seen = Counter(record.source for record in records), Counter[int]()
+    places = []
+    for record in records:
+        places.append((seen[record.source] + 0.5) / counts[record.source])
+        seen[record.source] += 1
+    return [records[n] for n in sorted(range(len(records)), key=places.__getitem__)]
 
 
 def _longest(record: Record, example: Example) -> int:
@@ -183,14 +266,14 @@ def _lengths(example: Example) -> tuple[int, int]:
     return lengths[0], lengths[1]
 
 
-def _pack(lengths: list[tuple[int, int]], numbers: np.ndarray, context: int) -> list[list[int]]:
+def _pack(lengths: list[tuple[int, int]], numbers: Sequence[int], context: int) -> list[list[int]]:
     """Packs examples into rows by first fit over the last 64 rows.
 
     First fit over all rows would waste only slightly less space.
     """
     rows: list[list[int]] = []
     left: list[tuple[int, int]] = []  # free space of each row, and of its source row
-    for number in numbers.tolist():
+    for number in numbers:
         length, source = lengths[number]
         for row in range(max(0, len(rows) - 64), len(rows)):
             if left[row][0] >= length and left[row][1] >= source:

@@ -1,6 +1,7 @@
 """Reads records, which are examples with named fields, and splits them into train, val and test.
 
 A path of records is one of
+- a folder or a glob of files of the following kinds;
 - a table (`.csv`, `.tsv`, `.parquet`) or JSON objects (`.json`, `.jsonl`);
 - a TFDS dataset (`tfds:NAME`, as for text);
 - such files in a data set on the hub or at a URL (see `jaxgpt.data.remote`);
@@ -9,26 +10,29 @@ A path of records is one of
 - a synthetic dataset (see `jaxgpt.data.synthetic`).
 """
 
+import glob
 import hashlib
 import json
 import os
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from jaxgpt.bounds import Ge, Lt, check_bounds
+from jaxgpt.bounds import Ge, Gt, Lt, check_bounds
+from jaxgpt.chat.conversations import TURNS, conversation_format, has_turns
 from jaxgpt.data.columns import (
     column_of,
+    fields_for,
     fields_option,
     match_columns,
     parse_fields,
     rename,
     unclear_columns,
 )
-from jaxgpt.data.formats import FORMATS, as_text, format_of
+from jaxgpt.data.formats import FORMATS, as_text, format_of, suffix_of
 from jaxgpt.data.notes import print_note
 from jaxgpt.data.remote import fetch, is_remote
 from jaxgpt.data.rows import VALUE_BYTES, ReadOptions
@@ -48,17 +52,29 @@ class RecordsConfig:
     """Options of record data: which examples to train on, and how to batch them."""
 
     paths: tuple[str, ...] = ()
-    """Training records. Each entry is a file (.csv, .tsv, .json, .jsonl, .parquet), the common
-    prefix of parallel text files (data/train for data/train.en and data/train.de), a TFDS dataset
-    ('tfds:NAME'), a data set on the hub ('hf:OWNER/NAME[/CONFIG][@REVISION][#SPLIT or glob]'), a
-    URL (https://, s3://, gs://), or a synthetic dataset: 'arithmetic', 'python:packages',
-    'python:instructions', 'python:preferences' or 'python:prefix'."""
+    """Training records. Each entry is a file (.csv, .tsv, .json, .jsonl, .parquet), a folder or a
+    glob of such files, the common prefix of parallel text files (data/train for data/train.en and
+    data/train.de), a TFDS dataset ('tfds:NAME'), a data set on the hub
+    ('hf:OWNER/NAME[/CONFIG][@REVISION][#SPLIT or glob]'), a URL (https://, s3://, gs://), or a
+    synthetic dataset: 'arithmetic', 'word_problems', 'python:packages', 'python:instructions',
+    'python:preferences' or 'python:prefix'."""
+    weights: tuple[Annotated[float, Gt(0)], ...] = ()
+    """Sampling weight of each path, relative to the others: its fraction of the rows of a batch.
+    Empty: in proportion to the number of examples. The validation loss uses the same weights if
+    there are validation records for each path."""
+    epochs: tuple[Annotated[float, Gt(0)], ...] = ()
+    """Passes over each path in one epoch of training, in place of `weights`: 3 reads its examples
+    three times as often as 1, and 0.5 half of them in each epoch. Empty: 1 each."""
+    max_examples: tuple[Annotated[int, Ge(0)], ...] = ()
+    """The most records to use of each path; 0: all. They are chosen by a hash of their content, so
+    that they are the same in every run, and a larger number keeps them. Empty: all records."""
     columns: tuple[str, ...] = ()
     """Names of all columns, in order, of CSV and TSV files that have no header."""
     fields: tuple[str, ...] = ()
     """FIELD=COLUMN for each field whose column has another name, such as label=Category or
-    "text=Review Text". Other fields are read from the column of the same name, ignoring case, or
-    from the only column with a common name for the field, such as question for instruction."""
+    "text=Review Text"; PATH:FIELD=COLUMN is for one of several paths only. Other fields are read
+    from the column of the same name, ignoring case, or from the only column with a common name for
+    the field, such as question for instruction."""
     encoding: str = "utf-8"
     """Encoding of text files without a byte order mark, such as latin-1, cp1252 or utf-16-le."""
     val_paths: tuple[str, ...] = ()
@@ -77,6 +93,9 @@ class RecordsConfig:
     truncate: bool = False
     """Truncate examples longer than a row, and print how many there are. Otherwise such an example
     is an error."""
+    invalid: Literal["error", "skip"] = "error"
+    """Whether a record that the objective cannot use, such as one with an empty answer or one that
+    is longer than a row, is an error, or is skipped. What was skipped, and why, is printed."""
     pack: bool = True
     """Pack several examples into one row, masked so that they do not attend to each other, if the
     objective supports it. Otherwise each example is padded to a row of its own."""
@@ -88,6 +107,25 @@ class RecordsConfig:
         check_bounds(self, "data.")
         if not self.paths:
             raise InputError("data.paths is empty; set it to files of records", field="data.paths")
+        for name in ("weights", "epochs", "max_examples"):
+            if (given := getattr(self, name)) and len(given) != len(self.paths):
+                raise InputError(
+                    f"data.{name} has {len(given)} numbers for {len(self.paths)} paths; set one "
+                    "number per path, or none",
+                    field=f"data.{name}",
+                )
+        if self.weights and self.epochs:
+            raise InputError(
+                "data.weights and data.epochs both say how often each path is read; set one of "
+                "them",
+                field="data.epochs",
+            )
+        if self.is_mixture and len(set(self.paths)) < len(self.paths):
+            twice = next(path for path in self.paths if self.paths.count(path) > 1)
+            raise InputError(
+                f"data.paths has {twice} twice; name it once, with a higher weight or more epochs",
+                field="data.paths",
+            )
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"data.val_fraction={self.val_fraction} and test_fraction={self.test_fraction} "
@@ -102,6 +140,59 @@ class RecordsConfig:
         parse_fields(self.fields, ())
         check_encoding(self.encoding)
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether each path has a weight, so that a row has examples of one path only."""
+        return bool(self.weights or self.epochs)
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """One path of a mixture, for `mixture`."""
+
+    path: str
+    """The path, as in `RecordsConfig.paths`."""
+    weight: float | None = None
+    """The sampling weight of the source. Either every source has a weight, or none has."""
+    epochs: float = 1.0
+    """Passes over it in one epoch of training, if there are no weights."""
+    max_examples: int = 0
+    """The most records to use; 0: all."""
+    fields: tuple[str, ...] = ()
+    """FIELD=COLUMN for each field whose column has another name."""
+
+
+def mixture(*sources: RecordSource, **options: Any) -> RecordsConfig:
+    """Makes the config of a mixture of sources, whose options are then one number per path.
+
+    Args:
+        sources: The sources.
+        options: Other fields of `RecordsConfig`.
+
+    Raises:
+        InputError: Some sources have a weight and others do not, or there are also epochs.
+
+    >>> chats, faq = RecordSource("chats.jsonl", epochs=2), RecordSource("faq.csv")
+    >>> mixture(chats, faq).epochs
+    (2.0, 1.0)
+    """
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    epochs = tuple(float(source.epochs) for source in sources)
+    if weights and (len(weights) < len(sources) or set(epochs) != {1.0}):
+        raise InputError(
+            "a mixture has either the weight of every source or their epochs; set one of them",
+            field="data.weights",
+        )
+    fields = tuple(f"{source.path}:{entry}" for source in sources for entry in source.fields)
+    return RecordsConfig(
+        tuple(source.path for source in sources),
+        weights=tuple(map(float, weights)),
+        epochs=() if weights or set(epochs) == {1.0} else epochs,
+        max_examples=tuple(source.max_examples for source in sources),
+        fields=(*options.pop("fields", ()), *fields),
+        **options,
+    )
+
 
 class Record(NamedTuple):
     """One example's raw data: named fields, and where they were read from."""
@@ -110,6 +201,8 @@ class Record(NamedTuple):
     """File and line, for error messages."""
     values: dict[str, object]
     """The value of each field."""
+    source: int = 0
+    """The number of the path that it was read from, among the paths of its set."""
 
     def text(self, field: str) -> str:
         """Returns the text of a field; raises InputError if it is missing, empty or not text."""
@@ -180,15 +273,54 @@ def open_records(
         InputError: The file cannot be read, or has no column for one of the required fields. The
             message names the file and the line.
     """
+    names = (*reader.fields, *reader.optional_fields)
+    given = fields_for(cfg.fields, names, path, (*cfg.paths, *cfg.val_paths, *cfg.test_paths))
+    place = os.path.expanduser(path)
     with reading(path):
-        return _open_records(path, reader, cfg, note)
+        if path in SYNTHETIC or is_remote(path):
+            files = [path]
+        elif os.path.isdir(place):
+            files = _files_below(path, place, note)
+        elif glob.has_magic(place) and not os.path.exists(place):
+            files = sorted(filter(os.path.isfile, glob.glob(place, recursive=True)))
+            if not files:
+                raise InputError(
+                    f"no file matches {path}; check the pattern (** matches any number of folders)"
+                )
+        else:
+            files = [path]
+        return [each for file in files for each in _open_records(file, reader, cfg, given, note)]
+
+
+def _files_below(path: str, place: str, note: Callable[[str], None]) -> list[str]:
+    """Lists the files of records in a folder and its subfolders.
+
+    JSON files, which often have settings, are read only if there are no others.
+    """
+    found = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(place)
+        for name in names
+        if not name.startswith(".") and format_of(name)
+    ]
+    files = [file for file in found if suffix_of(file) != ".json"] or found
+    if not files:
+        raise InputError(
+            f"the folder {path} contains no file of records ({', '.join(FORMATS)}); use one that "
+            "does, or a glob"
+        )
+    if len(files) < len(found):
+        note(f"{path}: left out {len(found) - len(files)} .json files; use a glob to read them")
+    return sorted(files)
 
 
 def _open_records(
-    path: str, reader: Reader, cfg: RecordsConfig, note: Callable[[str], None]
+    path: str,
+    reader: Reader,
+    cfg: RecordsConfig,
+    given: Mapping[str, str],
+    note: Callable[[str], None],
 ) -> list[Record]:
-    names = (*reader.fields, *reader.optional_fields)
-    given = parse_fields(cfg.fields, names)
     place = os.path.expanduser(path)
     known = tuple(given.values())
     options = ReadOptions(cfg.encoding, "", cfg.columns, reader.fields, known, True, note)
@@ -269,6 +401,7 @@ def _name_fields(
                 f"{path} has no column {column!r}, which data.fields sets for {field}; its "
                 f"columns are {shown}"
             )
+    known = reader.conversational and all(conversation_format(r.values) for r in records)
     lists = set()
     if reader.conversational:  # the objective itself finds lists of messages
         lists = {k for r in records for k, v in r.values.items() if isinstance(v, list | dict)}
@@ -276,15 +409,31 @@ def _name_fields(
     mapping, unclear = match_columns(texts, reader.fields, reader.optional_fields, given)
     if unclear and lists:
         mapping = dict(given)
+        if not known and not {*TURNS, *reader.fields} & {*columns, *given}:
+            found, unclear = match_columns(columns, reader.fields, reader.optional_fields, given)
+            turns = [k for k in columns if all(has_turns(r.values.get(k)) for r in records)]
+            if not unclear:
+                mapping = found
+            elif len(turns) == 1:
+                mapping[TURNS[0]] = turns[0]
     elif unclear:
         rows = [record.values for record in records[:1000]]
         raise InputError(f"{path} {unclear_columns(columns, mapping, unclear, rows)}")
+    if known:
+        kinds = Counter(conversation_format(record.values) for record in records).most_common()
+        parts = [kind if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in kinds]
+    else:
+        parts = [f if f == column else f"{f} from {column!r}" for f, column in mapping.items()]
+        parts = parts or [f"with the columns {shown}"]
     guessed = {
-        field: column for field, column in mapping.items() if field != column and field not in given
+        field: column
+        for field, column in mapping.items()
+        if field != column and field not in given and not (known and field in reader.fields)
     }
     if guessed:
-        pairs = ", ".join(f"{field} from {column!r}" for field, column in guessed.items())
-        note(f"reading {pairs}, guessed from the column names; same as {fields_option(guessed)}")
+        parts += [f"{field} from {column!r}" for field, column in guessed.items() if known]
+        parts.append(f"guessed from the column names; same as {fields_option(guessed)}")
+    note(f"{path}: {len(records):,} record{'s' * (len(records) > 1)}, {', '.join(parts)}")
     return [record._replace(values=rename(record.values, mapping)) for record in records]
 
 
@@ -307,11 +456,41 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
     cfg.check()
     notes: list[str] = []
 
-    def read_paths(paths: Iterable[str]) -> list[Record]:
-        return [each for path in paths for each in open_records(path, reader, cfg, notes.append)]
+    def read_path(path: str, source: int, most: int = 0) -> list[Record]:
+        records = open_records(path, reader, cfg, notes.append)
+        if most and most < len(records):
+            notes.append(
+                f"{path}: kept {most:,} of {len(records):,} records (data.max_examples), chosen by "
+                "a hash of their content"
+            )
+            records = _smallest(records, reader, most)
+        return usable([record._replace(source=source) for record in records], path)
 
-    records = read_paths(cfg.paths)
-    splits = {"train": [], "val": read_paths(cfg.val_paths), "test": read_paths(cfg.test_paths)}
+    def usable(records: list[Record], path: str) -> list[Record]:
+        """The records of which `reader` can make an example, if others are skipped."""
+        if cfg.invalid == "error":
+            return records
+        kept, reasons = [], []
+        for record in records:
+            try:
+                reader.example(record)
+                kept.append(record)
+            except InputError as error:
+                reasons.append(str(error))
+        if reasons:
+            notes.append(skipped_note(path, len(records), reasons))
+        return kept
+
+    limits = cfg.max_examples or (0,) * len(cfg.paths)
+    records = [
+        record
+        for source, (path, most) in enumerate(zip(cfg.paths, limits, strict=True))
+        for record in read_path(path, source, most)
+    ]
+    splits: dict[str, list[Record]] = {"train": []} | {
+        name: [record for n, path in enumerate(paths) for record in read_path(path, n)]
+        for name, paths in (("val", cfg.val_paths), ("test", cfg.test_paths))
+    }
     for line in dict.fromkeys(notes):
         print_note(line)
     if cfg.balance:
@@ -352,6 +531,21 @@ def read_splits(cfg: RecordsConfig, reader: Reader = Reader()) -> dict[str, list
         if same := sum(_digest(reader.example(record)) in seen for record in splits[name]):
             print_note(f"{same} of {len(splits[name])} {name} records are also in the training set")
     return splits
+
+
+def skipped_note(what: str, count: int, reasons: Sequence[str]) -> str:
+    """Returns the note about records that were skipped, with the reason for the first one."""
+    return f"{what}: skipped {len(reasons):,} of {count:,} records, the first because {reasons[0]}"
+
+
+def _smallest(records: list[Record], reader: Reader, most: int) -> list[Record]:
+    """Returns the records with the smallest hashes, in their order."""
+
+    def key(number: int) -> str:
+        # Another hash than the one that decides what is held out.
+        return _digest(["max_examples", reader.digest(records[number])])
+
+    return [records[n] for n in sorted(sorted(range(len(records)), key=key)[:most])]
 
 
 def balanced(records: Sequence[Record], field: str) -> list[Record]:

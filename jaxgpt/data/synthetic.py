@@ -2,7 +2,7 @@
 
 Four are made from the source code of Python's standard library: classifying docstrings by package,
 writing docstrings, preferring the right docstring, and translating expressions to prefix notation.
-The fifth is arithmetic with two-digit numbers.
+The others are arithmetic with two-digit numbers, and word problems with worked solutions.
 """
 
 import ast
@@ -78,12 +78,59 @@ def arithmetic() -> Iterator[Values]:
         yield {"instruction": f"{a} {sign} {b} =", "output": str(a + b if sign == "+" else a - b)}
 
 
+WORD_PROBLEMS = 20_000  # number of records of `word_problems`
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "shells", "stamps")
+
+
+def word_problems() -> Iterator[Values]:
+    """Word problems: `question`, and `answer` with the solution in GSM8K's format, "... #### 42".
+
+    A problem has one to three steps, each a sentence of the question and a line of the solution.
+    """
+    rng = random.Random(0)
+    seen: set[str] = set()
+    while len(seen) < WORD_PROBLEMS:
+        question, answer = _word_problem(rng)
+        if question not in seen:
+            seen.add(question)
+            yield {"question": question, "answer": answer}
+
+
+def _word_problem(rng: random.Random) -> tuple[str, str]:
+    """Returns a problem and its solution; all numbers in it are positive and whole."""
+    (name, other), thing, value = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(2, 12)
+    story, solution = [f"{name} has {value} {thing}."], []
+    for _ in range(rng.randint(1, 3)):
+        some, few = rng.randint(2, 9), rng.randint(2, 3)
+        steps = [
+            (f"{value} + {some}", value + some, f"{name} finds {some} more."),
+            (f"{value} + {some}", value + some, f"{other} gives {name} {some} more."),
+        ]
+        if value > some:
+            steps += [
+                (f"{value} - {some}", value - some, f"{name} loses {some} of them."),
+                (f"{value} - {some}", value - some, f"{name} gives {some} of them to {other}."),
+            ]
+        if value <= 12:
+            steps.append((f"{value} * {few}", value * few, f"Then {name} has {few} times as many."))
+        if value % few == 0:
+            sentence = f"{name} puts them into {few} equal boxes and keeps one box."
+            steps.append((f"{value} / {few}", value // few, sentence))
+        term, value, sentence = rng.choice(steps)
+        story.append(sentence)
+        solution.append(f"{term} = {value}")
+    story.append(f"How many {thing} does {name} have now?")
+    return " ".join(story), "\n".join([*solution, f"#### {value}"])
+
+
 SYNTHETIC: dict[str, Callable[[], Iterator[Values]]] = {
     "python:packages": packages,
     "python:instructions": instructions,
     "python:preferences": preferences,
     "python:prefix": prefix,
     "arithmetic": arithmetic,
+    "word_problems": word_problems,
 }
 
 

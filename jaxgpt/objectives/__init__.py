@@ -17,6 +17,7 @@ from jaxgpt.objectives.dpo import DPO
 from jaxgpt.objectives.grpo import GRPO
 from jaxgpt.objectives.instruct import Instruct
 from jaxgpt.objectives.next_token import NextToken
+from jaxgpt.objectives.rewards import Reward
 from jaxgpt.objectives.translate import Translate
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Mean",
     "NextToken",
     "Objective",
+    "Reward",
     "Sums",
     "Translate",
     "UnknownObjective",

@@ -1,9 +1,7 @@
 """Reinforcement learning with verifiable rewards (GRPO)."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -20,6 +18,7 @@ from jaxgpt.model import GPT, Params
 from jaxgpt.objectives.base import Arrays, FrozenModel, Objective, Sums
 from jaxgpt.objectives.chunks import Batch, Mean, log_probs
 from jaxgpt.objectives.instruct import located
+from jaxgpt.objectives.rewards import Reward, exact, last_number, number
 from jaxgpt.objectives.trained import Trained
 from jaxgpt.tokenizer import Tokenizer
 
@@ -49,6 +48,9 @@ class GRPO(Objective):
     reward: Literal["exact", "number"] = "exact"
     """exact: 1 for an answer equal to the correct one, apart from white space around it; number: 1
     if the last numbers of both are equal as numbers (1,000 and 1000.0 are), else 0."""
+    rewards: tuple[Reward, ...] = ()
+    """Several rewards that are added up, each times its weight, in place of `reward`: functions of
+    `jaxgpt.objectives.rewards` or of the config file. Each is also logged by itself."""
     group: Annotated[int, Ge(2)] = 8
     """The number of answers sampled for each problem."""
     tokens: Annotated[int, Ge(1)] = 16
@@ -85,6 +87,18 @@ class GRPO(Objective):
         """The option `updates`."""
         return self.updates
 
+    def check(self) -> None:
+        """Raises InputError if a field is invalid, or a reward is not known."""
+        super().check()
+        names = [reward.name for reward in self.rewards]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise InputError(
+                f"objective.rewards has {twice} twice; name it once, with the sum of the weights",
+                field="objective.rewards",
+            )
+        for reward in self.rewards:
+            reward.check()
+
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
         return chat.equipped(tokenizer)
@@ -99,10 +113,11 @@ class GRPO(Objective):
         """tokens [T] of the problem, up to where an answer begins, and their number `length` [];
         `right` [T], what is right in UTF-8.
         """
-        if self.reward == "number" and last_number(record.text(self.answer)) is None:
+        compared = {reward.name for reward in self.rewards} or {self.reward}
+        if "number" in compared and last_number(record.text(self.answer)) is None:
             raise InputError(
                 f"{record.where}: {self.answer} is {record.text(self.answer)!r}, which has no "
-                "number to compare with; correct it, or set objective.reward=exact"
+                "number to compare with; correct it, or use the reward exact"
             )
         with located(record):
             messages, tools = chat.read_request(record.values, self.prompt)
@@ -116,11 +131,8 @@ class GRPO(Objective):
         }
 
     def score(self, answer: str, right: str) -> float:
-        """The reward of an answer, 0 to 1; what other checkers override."""
-        if self.reward == "number":
-            number = last_number(answer)
-            return float(number is not None and number == last_number(right))
-        return float(answer.strip() == right.strip())
+        """The reward of an answer if there are no `rewards`; subclasses may override it."""
+        return (number if self.reward == "number" else exact)(answer, right)
 
     def cut(self, example: Arrays, length: int) -> Arrays:
         """InputError: half a problem is another problem."""
@@ -129,8 +141,31 @@ class GRPO(Objective):
             "cut; raise train.context, or leave it out"
         )
 
-    def _reward(self, answer: str | None, right: str) -> float:
-        return 0.0 if answer is None else self.score(answer, right)
+    def _score_all(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[str | None],
+        rights: Sequence[str],
+    ) -> Arrays:
+        """reward [N] of N answers, 0 for None, and for each of `rewards` its own, reward_NAME."""
+        functions: dict[str, Callable[[str, str], float]] = {
+            f"reward_{reward.name}": reward for reward in self.rewards
+        }
+        scores = {name: np.zeros(len(answers)) for name in functions or ("reward",)}
+        for row, (prompt, answer, right) in enumerate(zip(prompts, answers, rights, strict=True)):
+            try:
+                for name, found in scores.items():
+                    if answer is not None:
+                        found[row] = functions.get(name, self.score)(answer, right)
+            except InputError as error:
+                raise InputError(f"{error}; the problem is {tokenizer.decode(prompt)!r}") from error
+        if self.rewards:
+            parts = zip(self.rewards, list(scores.values()), strict=True)
+            scores["reward"] = sum(
+                (reward.weight * found for reward, found in parts), np.zeros(len(answers))
+            )
+        return {name: found.astype(np.float32) for name, found in scores.items()}
 
     def rollout(self, trained: Trained, batch: Arrays, key: jax.Array) -> Arrays:
         """Samples and scores `group` answers to each problem, each in a row of its own.
@@ -138,7 +173,7 @@ class GRPO(Objective):
         Returns:
             tokens, targets, weights [B * group, T] as in next-token prediction, with weight 1 on
             answers; drawn [B * group, T], the log-probabilities with which they were sampled;
-            advantage and reward [B * group].
+            advantage, reward and for each of `rewards` reward_NAME [B * group].
         """
         lengths = batch["length"].tolist()
         rights = [bytes(row[row != 0]).decode() for row in batch["right"]]
@@ -149,8 +184,8 @@ class GRPO(Objective):
             [each for each in some for _ in range(self.group)] for some in (prompts, rights)
         )
         answers, ids, log_ps = draw_answers(trained, prompts, self.tokens, key, self.temperature)
-        rewards = np.asarray([*map(self._reward, answers, rights)], np.float32)
-        groups = rewards.reshape(-1, self.group)
+        scores = self._score_all(trained.tokenizer, prompts, answers, rights)
+        groups = scores["reward"].reshape(-1, self.group)
         advantages = groups - groups.mean(1, keepdims=True)
         if self.normalize:
             advantages /= groups.std(1, keepdims=True) + 1e-6
@@ -175,7 +210,7 @@ class GRPO(Objective):
             "weights": weights,
             "drawn": drawn,
             "advantage": advantages.reshape(-1),
-            "reward": rewards,
+            **scores,
         }
 
     def __call__(
@@ -208,21 +243,23 @@ class GRPO(Objective):
             share_BT, count = weights_BT / jnp.maximum(lengths_B, 1)[:, None], answers
         total = (share_BT * loss_BT).sum()
         outside_BT = (ratio_BT != clipped_BT).astype(jnp.float32)
+        scores = ["reward", *(f"reward_{reward.name}" for reward in self.rewards)]
         return total, {
             "loss": Mean(total, count),
-            "reward": Mean((real_B * batch["reward"]).sum(), answers),
+            **{name: Mean((real_B * batch[name]).sum(), answers) for name in scores},
             "kl": Mean((weights_BT * kl_BT).sum(), tokens),
             "clipped": Mean((weights_BT * outside_BT).sum(), tokens),
             "length": Mean(tokens, answers),
         }
 
     def measure(self, trained: Trained, records: Sequence[Record], whole: bool) -> dict[str, float]:
-        """The mean reward of greedy answers, to the first 256 problems or to all if `whole`."""
+        """The mean rewards of greedy answers, to the first 256 problems or to all if `whole`."""
         some = records[: None if whole else 256]
         prompts = [self.encode(record, trained.tokenizer)["tokens"].tolist() for record in some]
         answers, _, _ = draw_answers(trained, prompts, self.tokens, jax.random.key(0), 0.0)
         rights = [record.text(self.answer) for record in some]
-        return {"reward": float(np.mean([*map(self._reward, answers, rights)]))}
+        scores = self._score_all(trained.tokenizer, prompts, answers, rights)
+        return {name: float(found.mean()) for name, found in scores.items()}
 
     def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Greedy answers to the first held-out problems."""
@@ -232,23 +269,6 @@ class GRPO(Objective):
             given = trained.answer(messages, self.tokens, temperature=0)
             lines.append(f"{messages[-1].content} {given}  (correct: {record.text(self.answer)})")
         return "\n".join(lines)
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in a text, None if there is none.
-
-    A comma is part of a number only where it separates thousands: "1,000" is 1000, "3,4" ends with
-    4. A minus sign after a digit or letter is an operator or a hyphen: "10-3" ends with 3.
-    """
-    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-_NUMBER = re.compile(
-    r"(?:(?<!\w)-)?"
-    r"(?:(?<!\d)(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
-    r"(?:[eE][+-]?\d{1,3}(?!\d))?"
-)
 
 
 def draw_answers(

@@ -43,8 +43,7 @@ class Instruct(NextToken):
 
     def example(self, record: Record) -> object:
         """The conversation, in whichever fields it is."""
-        with located(record):
-            return chat.read_conversation(record.values)
+        return self._conversation(record)
 
     def extend(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens of ChatML, if it has those of no chat format."""
@@ -52,12 +51,20 @@ class Instruct(NextToken):
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> Arrays:
         """tokens, targets and weights [T] of a conversation."""
+        conversation = self._conversation(record)
         with located(record):
-            conversation = chat.read_conversation(record.values)
-            last = conversation.messages[-1]
-            if last.role != "assistant":
-                raise InputError("the last turn is not the assistant's; add its answer")
             return rendered(conversation, tokenizer, float(self.learn == "all"))
+
+    @staticmethod
+    def _conversation(record: Record) -> chat.Conversation:
+        """The conversation up to its last answer, after which there is nothing to learn."""
+        with located(record):
+            messages, tools = chat.read_conversation(record.values)
+            while messages and messages[-1].role != "assistant":
+                messages = messages[:-1]
+            if not messages:
+                raise InputError("no message is the assistant's; add its answer")
+            return chat.Conversation(messages, tools)
 
     def sample(self, trained: Trained, records: Sequence[Record], prompt: str, tokens: int) -> str:
         """Answers to the first three held-out requests, with those of the records."""
@@ -65,7 +72,7 @@ class Instruct(NextToken):
             return trained.answer([{"role": "user", "content": prompt}], tokens)
         said = []
         for record in records[:3]:
-            *asked, answer = chat.read_conversation(record.values).messages
+            *asked, answer = self._conversation(record).messages
             given = trained.answer(asked, tokens, temperature=0)
             said.append(f"{asked[-1].content}\n  reference: {answer.content}\n  model:     {given}")
         return "\n\n".join(said)

@@ -31,8 +31,29 @@ PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
 CHAT_TEMPLATES: dict[type[Template], str] = {
     ChatML: """\
-{% for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- set turns = namespace(rest=messages) %}
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0]['role'] == 'system' %}
+{%- set turns.rest = messages[1:] %}
+{%- if messages[0]['content'] %}
+{{- messages[0]['content'] + '\\n\\n' }}
+{%- endif %}
+{%- endif %}
+{{- '# Tools' }}
+{%- for tool in tools %}
+{{- '\\n' + (tool | tojson) }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in turns.rest %}
+{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
+{%- for call in message['tool_calls'] or [] %}
+{%- set function = {'name': call.function.name, 'arguments': call.function.arguments} %}
+{{- '\\n' if message['content'] or not loop.first }}
+{{- '<tool_call>' + (function | tojson) + '</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}

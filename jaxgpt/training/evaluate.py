@@ -53,9 +53,10 @@ def evaluate(
         values |= {f"{name}_{k}{ending}": v for k, v in metrics.items()}
         whole = whole or sums
     if mixture:
-        size = sum(share * dataset.bytes_per_token[part] for part, share in dataset.shares.items())
-        mixture[f"{name}_bits_per_byte"] = mixture[f"{name}_loss"] / math.log(2) / size
         values = mixture | values
+    if mixture and dataset.bytes_per_token:
+        size = sum(share * dataset.bytes_per_token[part] for part, share in dataset.shares.items())
+        values[f"{name}_bits_per_byte"] = values[f"{name}_loss"] / math.log(2) / size
     if records := dataset.records.get(name, [])[:limit]:
         measured = objective.measure(trained(), records, whole=name == "test")
         values |= {f"{name}_{k}": v for k, v in measured.items()}

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from jaxgpt.chat import (
+    ChatML,
     choose,
     read_conversation,
     read_messages,
@@ -17,6 +18,7 @@ from jaxgpt.chat import (
 from jaxgpt.data.records import Record
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Instruct
+from jaxgpt.pretrained.export import CHAT_TEMPLATES
 from jaxgpt.tokenizer import HuggingFace
 from tests.chat.test_templates import (
     CHATML,
@@ -112,6 +114,15 @@ LAYOUTS = {
             "conversations": sharegpt(PROMPT),
             "chosen": {"from": "gpt", "value": ANSWER},
             "rejected": {"from": "gpt", "value": WORSE},
+        },
+        (0, 1),
+    ),
+    "preference, OpenAI": (
+        DPO(),
+        {
+            "prompt": {"messages": openai(PROMPT), "tools": []},
+            "chosen": says("x", ANSWER)[1:],
+            "rejected": says("x", WORSE)[1:],
         },
         (0, 1),
     ),
@@ -348,6 +359,28 @@ def test_tool_calls_are_rendered_by_a_template_that_has_them(tools):
     assert ours.decode(learned) == call + "It is 3.<|im_end|>"
 
 
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_tools_are_rendered_without_a_template_and_as_the_exported_template_does(system):
+    messages = [*([{"role": "system", "content": system}] if system is not None else []), *CALLING]
+    messages += [*says("And 3+4?"), {**CALLING[1], "content": "I add.", "weight": 0.5}]
+    messages[-1]["tool_calls"] = 2 * messages[-1]["tool_calls"]
+    ours, record = made("chatml", None), Record("line 7", {"messages": messages, "tools": TOOLS})
+    arrays = Instruct().encode(record, ours)
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": "\u00e9"}}</tool_call>'
+    said = {1: f"{call}<|im_end|>It is 3.<|im_end|>", 0.5: f"I add.\n{call}\n{call}<|im_end|>"}
+    for weight, text in said.items():
+        assert ours.decode(arrays["targets"][arrays["weights"] == weight]) == text
+    whole = ours.decode([arrays["tokens"][0], *arrays["targets"]])
+    first = f"{system}\n\n" if system else ""
+    assert whole.startswith(f"<|im_start|>system\n{first}# Tools\n{json.dumps(TOOLS[0])}<|im_end|>")
+    assert '<|im_start|>tool\n{"sum": 3}<|im_end|>' in whole
+    published = made("chatml", CHAT_TEMPLATES[ChatML])
+    assert choose(published) == choose(ours)
+    theirs = Instruct().encode(record, published)
+    for name, array in arrays.items():
+        assert array.tolist() == theirs[name].tolist()
+
+
 def test_a_template_that_expects_arguments_as_text_gets_them_so():
     source = WITH_TOOLS.replace("arguments | tojson", "arguments.strip()")
     ours = made("chatml", source)
@@ -376,7 +409,6 @@ def test_function_calls_of_every_layout_are_tool_calls(call):
     [
         (TURNS, "does not render the tool add"),
         ("{{ tools | tojson }}" + TURNS, "omits, repeats or changes the text of message 1"),
-        (None, "message 1 uses tools, which the chat format ChatML does not support"),
         (
             WITH_TOOLS.replace(
                 "{{ '<|im_start|>system\n' ~ tools | tojson ~ '<|im_end|>\n' }}", ""

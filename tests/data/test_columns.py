@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from jaxgpt.data.columns import match_columns, parse_fields, rename
+from jaxgpt.data.columns import fields_for, match_columns, parse_fields, rename
 from jaxgpt.data.records import RecordsConfig, open_records, read_splits
 from jaxgpt.errors import InputError
 from jaxgpt.objectives import DPO, GRPO, Classify, Instruct, Translate
@@ -71,15 +71,27 @@ def test_common_names_are_guessed(objective, header, guess):
     assert {f: c for f, c in found.items() if f != c} == parse_fields(guess.split(), ())
 
 
-def test_a_guess_is_said_once(tmp_path, capsys):
-    paths = tuple(
-        write(tmp_path / name, ROWS, ("Message", "Category")) for name in ("a.csv", "b.csv")
-    )
-    read_splits(RecordsConfig(paths, val_fraction=0.5), Classify().reader)
+def test_a_guess_is_said(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", ROWS, ("Message", "Category"))
+    read_splits(RecordsConfig((path,), val_fraction=0.5), Classify().reader)
     assert capsys.readouterr().err == (
-        "data: reading label from 'Category', text from 'Message', guessed from the column names; "
-        "same as --data.fields label=Category text=Message\n"
+        f"data: {path}: 8 records, label from 'Category', text from 'Message', guessed from the "
+        "column names; same as --data.fields label=Category text=Message\n"
     )
+
+
+def test_a_field_may_be_set_for_one_of_several_paths():
+    option, paths = ["text=body", "b.csv:text=mail", "tfds:x:label=kind"], ["a.csv", "b.csv"]
+    assert fields_for(option, (), "a.csv", [*paths, "tfds:x"]) == {"text": "body"}
+    assert fields_for(option, (), "b.csv", [*paths, "tfds:x"]) == {"text": "mail"}
+    assert fields_for(option, (), "tfds:x", [*paths, "tfds:x"]) == {"text": "body", "label": "kind"}
+    with pytest.raises(InputError, match="data.fields sets 'c.csv:text', but the objective reads"):
+        fields_for(["c.csv:text=mail"], ["text"], "a.csv", paths)
+
+
+def test_a_required_field_has_priority_over_an_optional_one():
+    found, unclear = match_columns(["input", "output"], ["instruction", "output"], ["input"])
+    assert (found, unclear) == ({"output": "output", "instruction": "input"}, {})
 
 
 @pytest.mark.parametrize(
@@ -271,3 +283,12 @@ def test_labels_are_stripped_and_that_is_said_once(tmp_path, capsys):
     cfg = RecordsConfig((write(tmp_path / "a.csv", rows, ("text", "label")),), val_fraction=0)
     assert Classify().fit(read_splits(cfg, Classify().reader)["train"]).labels == ("ham", "spam")
     assert "white space around 3 labels is removed, such as ' ham'" in capsys.readouterr().err
+
+
+def test_the_fields_of_openai_preferences_are_found(tmp_path):
+    asked = {"messages": [{"role": "user", "content": "a"}]}
+    good, bad = ([{"role": "assistant", "content": text}] for text in "bc")
+    file = tmp_path / "a.jsonl"
+    record = {"input": asked, "preferred_output": good, "non_preferred_output": bad}
+    file.write_text(json.dumps(record))
+    assert read(str(file), DPO()) == [{"prompt": asked, "chosen": good, "rejected": bad}]

@@ -402,3 +402,108 @@ def test_a_source_longer_than_a_row_is_refused_too():
 
     with pytest.raises(InputError, match=r"train.tsv:1 has 9 tokens, more than a row of 8"):
         dataset_of(splits_of([3]), long)
+
+
+# Mixtures
+
+
+def mixed(lengths=((3, 5, 2, 8, 1, 4), (6, 7, 8, 8)), seed=0, batch=4, val=(), **options):
+    """A dataset of two paths; the tokens of the second one are above 1000."""
+    splits = {"train": [], "val": []}
+    for name, parts in (("train", lengths), ("val", val)):
+        for source, part in enumerate(parts):
+            first = 1 + 1000 * source
+            for number, length in enumerate(part):
+                values = {"first": first, "length": length}
+                splits[name].append(Record(f"{source}:{number}", values, source))
+                first += length
+    cfg = RecordsConfig(("a.jsonl", "b.jsonl"), val_fraction=0.1 if val else 0.0, **options)
+    return examples(
+        cfg, splits, encode, cut, "tokenizer", context=T, batch=batch, seed=seed, packs=True
+    )
+
+
+def test_a_row_of_a_mixture_is_of_one_path_and_weights_are_fractions_of_the_rows():
+    data = mixed(weights=(3.0, 1.0))
+    rows = epoch(data, 400, batch=4)["tokens"]
+    second = rows[:, 0] > 1000
+    assert ((rows > 1000) == second[:, None])[rows > 0].all()
+    assert abs(second.mean() - 0.25) < 0.01
+    assert abs(second[:40].mean() - 0.25) < 0.05  # throughout
+
+
+@pytest.mark.parametrize("epochs", [(1.0, 1.0), (3.0, 1.0), (0.5, 2.0)])
+def test_each_path_of_a_mixture_is_read_as_often_as_its_epochs_say(epochs):
+    lengths = ((8,) * 20, (8,) * 10)
+    data = mixed(lengths, epochs=epochs, batch=1)
+    assert data.rows == 20 * epochs[0] + 10 * epochs[1]
+    seen = Counter(epoch(data, data.rows)["tokens"][:, 0].tolist())
+    for source, count in ((0, 20), (1, 10)):
+        times = [seen[1 + 1000 * source + 8 * n] for n in range(count)]
+        assert abs(sum(times) - count * epochs[source]) <= 1  # Grain interleaves the paths
+        assert max(times) - min(times) <= 1
+
+
+def test_batches_of_a_mixture_are_a_function_of_the_seed_and_the_step():
+    one, same, other = (mixed(weights=(1.0, 2.0), seed=seed) for seed in (0, 0, 1))
+    for step in (7, 0, 123):
+        assert_equal(one.batch(step), same.batch(step))
+    assert any((one.batch(n)["tokens"] != other.batch(n)["tokens"]).any() for n in range(3))
+
+
+def test_the_fingerprint_covers_the_mixture_and_is_the_old_one_without():
+    plain = mixed().fingerprint
+    assert "mixture" not in plain and plain["settings"].keys() == {
+        *("columns", "val_fraction", "test_fraction", "balance", "truncate", "pack", "shuffle")
+    }
+    found = [mixed(weights=(1.0, 2.0)), mixed(weights=(2.0, 2.0)), mixed(epochs=(1.0, 2.0))]
+    for dataset in found:
+        refuse_changed(json.loads(json.dumps(dataset.fingerprint)), dataset.fingerprint)
+    for one, other in ((found[0], found[1]), (found[0], found[2])):
+        with pytest.raises(InputError, match="mixture was"):
+            refuse_changed(one.fingerprint, other.fingerprint)
+    with pytest.raises(InputError, match="mixture was None"):
+        refuse_changed(plain, found[0].fingerprint)
+
+
+def test_what_each_path_contributes_is_said(capsys):
+    mixed(epochs=(1.0, 2.0))
+    assert capsys.readouterr().err.splitlines() == [
+        "data: a.jsonl: 6 training examples, 23 tokens, 27.3% of the rows, 1 times in an epoch",
+        "data: b.jsonl: 4 training examples, 29 tokens, 72.7% of the rows, 2 times in an epoch",
+    ]
+    mixed()
+    assert capsys.readouterr().err.splitlines() == [
+        "data: a.jsonl: 6 training examples, 23 tokens, 44.2% of the tokens",
+        "data: b.jsonl: 4 training examples, 29 tokens, 55.8% of the tokens",
+    ]
+
+
+def test_each_path_of_a_mixture_has_its_own_validation_set(capsys):
+    data = mixed(val=((2, 3), (4,)), weights=(3.0, 1.0))
+    assert data.shares == {"val/a.jsonl": 0.75, "val/b.jsonl": 0.25}
+    assert {
+        name: sum(batch["weights"].sum() for batch in batches())
+        for name, batches in data.held_out.items()
+    } == {"val/a.jsonl": 5, "val/b.jsonl": 4}
+    data = mixed(val=((2,) * 6, (4,) * 3), weights=(3.0, 1.0))
+    assert [r.source for r in data.records["val"]] == [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    data = mixed(val=((2, 3), ()), weights=(3.0, 1.0))
+    assert data.shares == {"val/a.jsonl": 1.0} and [*data.held_out] == ["val/a.jsonl"]
+    assert "b.jsonl has no validation records" in capsys.readouterr().err
+    assert [*mixed(val=((2, 3), (4,))).held_out] == ["val"]
+
+
+def test_a_path_of_a_mixture_without_training_records_is_refused():
+    with pytest.raises(InputError, match="b.jsonl has no training records"):
+        mixed(((3,), ()), weights=(1.0, 1.0))
+
+
+def test_examples_that_do_not_fit_are_skipped_if_asked(capsys):
+    data = mixed(((3, 9), (20, 4)), invalid="skip", shuffle=False, batch=1)
+    assert [len(records) for records in data.records.values()] == [2, 0]
+    assert data.batch(0)["tokens"].tolist() == [[1, 2, 3, *range(1021, 1025), 0]]
+    said = capsys.readouterr().err
+    assert "the train set: skipped 2 of 4 records, the first because 0:1 has 9 tokens" in said
+    with pytest.raises(InputError, match="all 1 train records were skipped: 0:0 has 9 tokens"):
+        mixed(((9,), ()), invalid="skip")

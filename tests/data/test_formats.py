@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt.data import json_files
 from jaxgpt.data.formats import FORMATS, Format, open_documents
-from jaxgpt.data.records import RecordsConfig, open_records
+from jaxgpt.data.records import Record, RecordsConfig, open_records
 from jaxgpt.data.sources import content_digest, open_source
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
@@ -44,7 +44,7 @@ def test_a_new_format_is_read_as_records(tmp_path):
     file.write_text(NOTES)
     cfg = RecordsConfig(fields=("label=title",))
     first, second = open_records(str(file), cfg=cfg)
-    assert first == (f"{file}:1", {"label": "First", "text": "one = 1"})
+    assert first == Record(f"{file}:1", {"label": "First", "text": "one = 1"})
     assert second.values == {"label": "Second", "text": "two"}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -21,6 +22,8 @@ from jaxgpt.data.records import (
     Reader,
     Record,
     RecordsConfig,
+    RecordSource,
+    mixture,
     open_records,
     read_splits,
     strings,
@@ -396,7 +399,7 @@ def test_paths_of_their_own_are_held_out_whole_and_overlap_is_said(tmp_path, cap
     train, val, test = (numbered(tmp_path, count) for count in (8, 9, 5))
     cfg = RecordsConfig((train,), val_paths=(val,), test_paths=(test,))
     assert [len(records) for records in read_splits(cfg).values()] == [8, 9, 5]
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().err.endswith(
         "data: 8 of 9 val records are also in the training set\n"
         "data: 5 of 5 test records are also in the training set\n"
     )
@@ -436,6 +439,142 @@ def test_invalid_splits_are_refused(tmp_path, count, options, message):
     cfg = RecordsConfig(**{"paths": (numbered(tmp_path, count),), **options})
     with pytest.raises(InputError, match=message):
         read_splits(cfg)
+
+
+# Several paths
+
+
+def test_a_folder_and_a_glob_are_their_files_in_order(tmp_path, capsys):
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "data" / ".hidden.jsonl").write_text("")
+    for name in ("b.jsonl", "more/a.csv", "settings.json"):
+        table = [{"name": name}]
+        WRITERS[f"a{Path(name).suffix}"](tmp_path / "data" / name, table)
+    assert [each["name"] for each in values(tmp_path / "data")] == ["b.jsonl", "more/a.csv"]
+    assert "left out 1 .json file" in capsys.readouterr().err
+    found = values(f"{tmp_path}/data/**/[as]*")
+    assert [each["name"] for each in found] == ["more/a.csv", "settings.json"]
+    (tmp_path / "data" / "b.jsonl").unlink()
+    (tmp_path / "data" / "more" / "a.csv").unlink()
+    assert values(tmp_path / "data") == [{"name": "settings.json"}]
+    with pytest.raises(InputError, match=r"no file matches .*x\*"):
+        values(f"{tmp_path}/x*")
+    (tmp_path / "data" / "settings.json").unlink()
+    with pytest.raises(InputError, match="contains no file of records"):
+        values(tmp_path / "data")
+
+
+def test_the_most_examples_of_a_path_are_chosen_by_their_content(tmp_path, capsys):
+    table = [{"text": f"text {n}", "label": str(n % 2)} for n in range(60)]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "z", "label": "2"}] * 3)
+
+    def kept(table, most):
+        file = write_jsonl(tmp_path / "a.jsonl", table)
+        cfg = RecordsConfig((str(file), str(other)), max_examples=(most, 0), val_fraction=0)
+        records = read_splits(cfg, Classify().reader)["train"]
+        assert [record.source for record in records[-3:]] == [1, 1, 1]
+        return [record.values["text"] for record in records[:-3]]
+
+    few, many = kept(table, 10), kept(table, 25)
+    assert len(few) == 10 and len(many) == 25 and set(few) < set(many)
+    texts = [each["text"] for each in table]
+    assert many == [text for text in texts if text in many] != texts[:25]
+    assert "a.jsonl: kept 10 of 60 records (data.max_examples)" in capsys.readouterr().err
+    shuffled = random.Random(0).sample(table, 60)
+    assert set(kept([{**each, "id": n} for n, each in enumerate(shuffled)], 25)) == set(many)
+    assert kept(table, 60) == kept(table, 0) == texts
+
+
+BROKEN = [
+    {"instruction": "a", "output": "b"},
+    {"instruction": "c", "output": ""},
+    {"messages": []},
+    {"instruction": "d", "output": "e"},
+]
+
+
+def test_invalid_records_are_skipped_if_asked_and_it_is_said(tmp_path, capsys):
+    file = str(write_jsonl(tmp_path / "a.jsonl", BROKEN))
+    with pytest.raises(InputError, match=r"a.jsonl:2: output is ''"):
+        read_splits(RecordsConfig((file,)), Instruct().reader)
+    cfg = RecordsConfig((file,), val_fraction=0, invalid="skip")
+    records = read_splits(cfg, Instruct().reader)["train"]
+    assert [record.values["instruction"] for record in records] == ["a", "d"]
+    said = capsys.readouterr().err
+    assert "a.jsonl: skipped 2 of 4 records, the first because " in said and ":2: output" in said
+
+
+def chat(*contents, names=("role", "content"), roles=("user", "assistant")):
+    role, content = names
+    return [{role: roles[n % 2], content: each} for n, each in enumerate(contents)]
+
+
+def sharegpt(*contents):
+    return chat(*contents, names=("from", "value"), roles=("human", "gpt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "said"),
+    [
+        ("a.jsonl", [{"messages": chat("a", "b"), "id": 1}], "1 record, OpenAI messages"),
+        ("a.json", [{"conversations": sharegpt("a", "b")}], "1 record, ShareGPT conversations"),
+        (
+            "a.json",
+            [{"conversations": sharegpt("a", "b", "c")}, {"conversations": sharegpt("a", "b")}],
+            "2 records, 1 ShareGPT conversations, cut after the last answer, 1 ShareGPT conv",
+        ),
+        ("a.json", [{"instruction": "a", "input": "", "output": "b"}] * 2, "2 records, Alpaca"),
+        ("a.jsonl", [{"prompt": "a", "completion": "b"}], "1 record, prompt and completion"),
+        ("a.jsonl", [{"dialog": chat("a", "b")}], "messages from 'dialog', guessed .* messages=d"),
+        ("a.csv", [{"Question": "a", "Reply": "b"}], "instruction from 'Question', output from"),
+        (
+            "a.jsonl",
+            [{"instruction": "a", "context": "b", "response": "c"}],
+            "instruction and response, input from 'context', guessed",
+        ),
+    ],
+)
+def test_the_format_of_conversations_is_said(tmp_path, capsys, name, table, said):
+    file = str(WRITERS[name](tmp_path / name, table))
+    records = open_records(file, Instruct().reader)
+    assert re.search(f"^data: {file}: .*{said}", capsys.readouterr().err)
+    for record in records:
+        assert [m.content for m in Instruct().example(record).messages][-1] in "bc"
+
+
+def test_a_mixture_has_an_option_per_path():
+    sources = [
+        RecordSource("a.jsonl", epochs=2, max_examples=100),
+        RecordSource("b.csv", fields=("instruction=Q",)),
+    ]
+    assert mixture(*sources, val_fraction=0.2, fields=("output=A",)) == RecordsConfig(
+        ("a.jsonl", "b.csv"),
+        epochs=(2.0, 1.0),
+        max_examples=(100, 0),
+        fields=("output=A", "b.csv:instruction=Q"),
+        val_fraction=0.2,
+    )
+    weighted = [RecordSource("a", weight=1), RecordSource("b", weight=0.5)]
+    assert mixture(*weighted).weights == (1.0, 0.5) and not mixture(*weighted).epochs
+    for wrong in (RecordSource("b"), RecordSource("b", weight=1, epochs=2)):
+        with pytest.raises(InputError, match="either the weight of every source or their epochs"):
+            mixture(weighted[0], wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": (1.0,)}, "data.weights has 1 numbers for 2 paths; set one number per path"),
+        ({"max_examples": (1, 2, 3)}, "data.max_examples has 3 numbers for 2 paths"),
+        ({"epochs": (1.0, 0.0)}, "data.epochs=.*; set each above 0"),
+        ({"weights": (1.0, 1.0), "epochs": (1.0, 1.0)}, "both say how often each path is read"),
+        ({"paths": ("a", "a"), "epochs": (1.0, 2.0)}, "data.paths has a twice; name it once"),
+        ({"max_examples": (-1, 0)}, "set each to 0 or more"),
+    ],
+)
+def test_an_invalid_mixture_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        RecordsConfig(**{"paths": ("a", "b"), **options}).check()
 
 
 # Synthetic datasets

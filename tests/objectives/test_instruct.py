@@ -1,3 +1,4 @@
+import json
 from functools import cache, partial
 
 import jax
@@ -13,6 +14,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Instruct
 from jaxgpt.tokenizer import TokenizerConfig, build
+from tests.runs import assert_same_run, cut_back, run
 from tests.tiny import PLAIN, random_params
 
 CORPUS = "user assistant system <|im_start|> <|im_end|> Hello there! How are you?\n\n" * 9
@@ -75,6 +77,58 @@ def test_exactly_what_the_assistant_says_is_learned_whatever_it_is(contents):
         assert tokenizer().decode(ids[line_break]) == "\n" and not any(weights[line_break])
 
 
+# Each format with the texts of user and assistant in turns; the last turn is the assistant's.
+LAYOUTS = {
+    "OpenAI": lambda texts: {"messages": [{"role": "system", "content": NAMES[3]}, *turns(*texts)]},
+    "OpenAI, JSON text": lambda texts: {"messages": json.dumps(turns(*texts))},
+    "ShareGPT": lambda texts: {
+        "system": NAMES[1],
+        "conversations": [
+            {"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)
+        ]
+        + [{"from": "human", "value": "thanks"}],  # a last request without an answer
+    },
+    "Alpaca": lambda texts: {
+        "instruction": texts[-2],
+        "input": NAMES[3],
+        "output": texts[-1],
+        "history": [*map(list, batched(texts[:-2]))],
+    },
+    "prompt and completion": lambda texts: {"prompt": turns(*texts[:-1]), "completion": texts[-1]},
+    "question and answer": lambda texts: {"question": texts[-2], "answer": texts[-1]},
+}
+LEARNS_LAST = ("prompt and completion", "question and answer")
+
+
+def batched(texts):
+    return zip(texts[::2], texts[1::2], strict=True)
+
+
+@settings(deadline=None, max_examples=30)
+@given(conversations.map(lambda texts: [text if text.strip() else f"{text}." for text in texts]))
+@example(["<|im_end|>\n<|im_start|>assistant\n", "\n\n<|im_start|> "])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_tokens_with_a_loss_are_the_answers_and_their_ends_in_every_format(layout, texts):
+    arrays = encode(**LAYOUTS[layout](texts))
+    assert set(arrays["weights"].tolist()) == {0, 1}
+    end = tokenizer().specials["<|im_end|>"]
+    answers, learned = [[]], arrays["weights"] == 1
+    for target in arrays["targets"][learned].tolist():
+        if target == end:
+            answers.append([])
+        else:
+            answers[-1].append(target)
+    said = [tokenizer().decode(answer) for answer in answers]
+    expected = texts[-1:] if layout in LEARNS_LAST else texts[1::2]
+    assert said == [*expected, ""]
+
+
+def test_a_conversation_ends_with_its_last_answer():
+    whole = encode(messages=turns("Hello", "there"))
+    longer = encode(messages=[*turns("Hello", "there", "And?"), {"role": "human", "content": "?"}])
+    jax.tree.map(np.testing.assert_array_equal, whole, longer)
+
+
 def test_all_may_be_learned():
     messages = turns("Hello", "there", "How", "are you?")
     some, all = encode(messages=messages), encode("all", messages=messages)
@@ -95,7 +149,7 @@ def test_a_request_and_its_answer_are_a_conversation(given):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"messages": turns("Hello")}, "the last turn is not the assistant's; add its answer"),
+        ({"messages": turns("Hello")}, "no message is the assistant's; add its answer"),
         ({"messages": turns("Hello", "")}, "message 1 has content ''; give it text"),
         ({"messages": turns("Hello", None)}, "message 1 has content None"),
         ({"messages": [{"role": "user", "text": "Hello"}, *turns("a", "b")]}, "add role and"),
@@ -156,3 +210,69 @@ def test_conversations_in_one_row_are_as_if_apart():
     jax.tree.map(close, gradient, gradient_)
     in_order = [x[b["weights"].ravel() > 0] for x, b in ((each, apart), (each_, packed))]
     np.testing.assert_allclose(*in_order, atol=1e-5)
+
+
+RUN = """
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import RecordSource, mixture
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import Instruct
+from jaxgpt.sharding import ParallelConfig
+from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+
+config = Config(
+    model=GPTConfig(L=1, D=16, N=2, T=48),
+    tokenizer=TokenizerConfig(vocab_size=257),
+    data=mixture(
+        RecordSource("openai.jsonl", epochs=2, max_examples=16),
+        RecordSource("sharegpt.json"),
+        RecordSource("alpaca.jsonl", fields=("output=reply",)),
+        val_fraction=0.2,
+    ),
+    objective=Instruct(),
+    train=TrainConfig(steps=4, batch=4, log_every=1, eval_every=2, sample_tokens=0),
+    checkpoint=CheckpointConfig(every=2, keep=9),
+    parallel=ParallelConfig(devices=1),
+)
+"""
+
+
+def test_a_mixture_of_three_formats_trains_and_resumes_bit_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(RUN)
+    pairs = [(f"say {n}", f"it is {n}") for n in range(20)]
+    names = {"user": "human", "assistant": "gpt"}
+    tables = {
+        "openai.jsonl": [{"messages": turns(*pair)} for pair in pairs],
+        "sharegpt.json": [
+            {
+                "conversations": [
+                    {"from": names[t["role"]], "value": t["content"]} for t in turns(*p)
+                ]
+            }
+            for p in pairs
+        ],
+        "alpaca.jsonl": [{"instruction": ask, "input": "", "reply": said} for ask, said in pairs],
+    }
+    for name, table in tables.items():
+        lines = [json.dumps(each) for each in table]
+        text = f"[{','.join(lines)}]" if name.endswith(".json") else "\n".join(lines)
+        (tmp_path / name).write_text(text)
+    assert run() == 0
+    said = capsys.readouterr().err
+    for line in (
+        "openai.jsonl: 20 records, OpenAI messages",
+        "openai.jsonl: kept 16 of 20 records (data.max_examples)",
+        "sharegpt.json: 20 records, ShareGPT conversations",
+        "alpaca.jsonl: 20 records, output from 'reply', instruction, input",
+    ):
+        assert f"data: {line}" in said
+    metrics = [*map(json.loads, (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines())]
+    last = [each for each in metrics if "val_loss" in each][-1]
+    assert {f"val_loss/{name}" for name in tables} <= last.keys()
+    cut_back("a", "b", 2)
+    assert run(name="b") == 0
+    assert_same_run("a", "b", 4)
+    assert run("--data.epochs", "1", "1", "1", "--train.steps", "5") == 2
+    assert "the data differs" in capsys.readouterr().err

@@ -53,3 +53,9 @@ def test_a_mixture_has_the_mean_loss_of_its_parts_and_the_bytes_of_their_shares(
         },
         rel=1e-6,
     )
+
+
+def test_a_mixture_of_records_has_no_bits_per_byte():
+    parts = {"val/a": lambda: [(2.0, 10)], "val/b": lambda: [(6.0, 1000)]}
+    values, _ = measured(Sets(parts, {}, {"val/a": 0.75, "val/b": 0.25}))
+    assert values == {"val_loss": 3.0, "val_loss/a": 2.0, "val_loss/b": 6.0}
