@@ -453,7 +453,7 @@ def test_a_beam_wide_enough_finds_the_best_of_all_texts():
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", ["same", "int8"])
+@pytest.mark.parametrize("dtype", ["same", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_beam_of_width_one_writes_on_from_ragged_prompts_as_greedy_does(cfg, dtype):
     gpt, rest = cfg.build(PLAIN), {"stops": (7, 9), "dtype": dtype}
     found = beam_search(gpt, random_params(gpt), PROMPTS, 14, width=1, **rest)

@@ -26,7 +26,9 @@ def like(params, share, seed=9):
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("noise", [0, 0.05, 3])
+@pytest.mark.parametrize(
+    "noise", [0, 0.05, pytest.param(3, marks=pytest.mark.slow)]
+)  # 3: the draft is nearly always wrong
 def test_a_text_is_token_for_token_what_the_large_model_writes_alone(cfg, noise):
     gpt, new, ahead = cfg.build(PLAIN), 30, 3
     params = random_params(gpt, std=0.4)

@@ -238,6 +238,7 @@ config = Config(
 """
 
 
+@pytest.mark.slow
 def test_a_mixture_of_three_formats_trains_and_resumes_bit_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.py").write_text(RUN)

@@ -158,6 +158,7 @@ config = replace(
 """
 
 
+@pytest.mark.slow
 def test_a_run_has_explicit_values_and_resumes_from_them_without_the_dial(here, monkeypatch):
     Path("small.py").write_text(SMALL)
     options = ["--name", "a", "--depth", "1", "--horizon", "0.002", "--train.batch", "4"]

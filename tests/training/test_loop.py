@@ -86,13 +86,15 @@ def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, num
 def test_two_processes_train_as_one_and_resume_each_other(here):
     exact = ("--model.dropout", "0")
     split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
+    split += ("--train.sample_tokens", "4", "--train.prompt", "fox")
     assert run(*exact, "--parallel.devices", "4") == 0
     cut_back("a", "resumed", 3)
     for name in ("together", "resumed"):
         processes = spawn_two(*split, name=name)
         outputs = [process.communicate(timeout=240)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-        assert "loss curve" in outputs[0] and "loss curve" not in outputs[1]
+        for line in ("loss curve", "to use the model", "report"):
+            assert line in outputs[0] and line not in outputs[1]
         np.testing.assert_allclose(
             list(losses_of(name).values()), list(losses_of("a").values()), rtol=1e-5
         )

@@ -177,6 +177,7 @@ def test_a_signal_in_a_stage_ends_the_pipeline_and_loses_nothing(trained, monkey
     assert 6 <= checkpoint.read_metadata("runs/two/instruct")["metrics"]["step"] < 1000
 
 
+@pytest.mark.slow
 def test_a_stage_that_began_from_an_older_step_is_named(trained, capsys):
     assert train.main(["two.py", "--base.train.steps", "5"]) == 0
     said = capsys.readouterr()

@@ -86,6 +86,7 @@ def test_a_sweep_grows_without_training_anything_again(done, counted):
     assert len(results()) == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_resumes_bit_exactly(done, runs, counted, monkeypatch):
     shutil.rmtree(Path("runs") / name_of("0.01"))
     log = loop.telemetry.Telemetry.log

@@ -1,9 +1,10 @@
 """Converts pytrees to the form in which Orbax stores them: arrays by path, with type and shape."""
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,7 +118,9 @@ def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyT
         }
         arrays: dict[str, jax.Array] = {}
         if leaves:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            options = _restore_options([arg.sharding for arg in args.values()])
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+            with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
                 tree = orbax.restore(
                     folder.absolute() / item,
                     args=ocp.args.PyTreeRestore(
@@ -129,6 +132,21 @@ def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyT
             treedef, [_as_key(arrays[path], leaf) for path, leaf in leaves.items()]
         )
     return restored
+
+
+def _restore_options(shardings: Sequence[jax.sharding.Sharding]) -> Any:
+    """Orbax's options with which a process reads alone what is on its own devices only.
+
+    By default it waits for all processes, which hangs if only one of them wants to read.
+    """
+    import orbax.checkpoint as ocp
+
+    if not all(sharding.is_fully_addressable for sharding in shardings):
+        return ocp.options.MultiprocessingOptions()
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
 
 
 def list_some(messages: list[str]) -> str:
