@@ -1,15 +1,22 @@
-"""Texts after many prompts, with the continuous batching of the server's engine."""
+"""Texts after many prompts, in batches of prompts of similar lengths."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.generation.sampling import Sampling
+from jaxgpt.generation.decode import decode_steps, pad_prompts, positions, prefill, stops_of
+from jaxgpt.generation.sampling import SEEDS, Sampling, sampling_params
 from jaxgpt.pretrained.generation import end_ids
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.serve.engine import Engine, Request
 
-SLOTS = 8
-"""The most texts that are generated at the same time."""
+ROWS = 16
+"""Texts that are generated at the same time."""
+STEPS = 32
+"""Tokens after which stop strings are looked for, so that a text that has one is not continued."""
 
 
 def generate_texts(
@@ -29,7 +36,8 @@ def generate_texts(
         prompts: The tokens of the prompts, of which each has one at least.
         tokens: The most tokens of a text.
         stops: Strings before which a text ends.
-        sampling: How tokens are sampled; by default the most likely ones.
+        sampling: How tokens are sampled; by default the most likely ones. Prompt k has the seed
+            `seed + k`.
         on_truncated: Called with the number of each prompt that loses its beginning because it
             leaves no room for so many tokens in the context.
         progress: Called with the number of texts that are done.
@@ -41,43 +49,70 @@ def generate_texts(
         InputError: So many tokens do not fit the model's context.
     """
     tokenizer, room = trained.tokenizer, trained.config.model.decode_T - tokens
-    if room < 1:
+    if room < 1 or tokens < 1:
         raise InputError(
-            f"texts of {tokens} tokens do not fit the context of {room + tokens}; generate fewer",
+            f"texts of {tokens} tokens do not fit the context of {room + tokens}; set another "
+            "number",
             field="tokens",
         )
-    special = frozenset(tokenizer.specials.values())
-    ends = [tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config)]
-    requests = []
+    sampling.check(tokenizer.vocab_size)
+    ends = {tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config)}
+    hidden = ends | set(tokenizer.specials.values())
     for number, prompt in enumerate(prompts):
         if len(prompt) > room:
             on_truncated(number)
-        requests.append(
-            Request(
-                tuple(prompt[-room:]),
-                tokens,
-                sampling,
-                tuple(stops),
-                tuple(dict.fromkeys(ends)),
-            )
+
+    def text_of(ids: Sequence[int]) -> tuple[str, bool]:
+        """The text of some ids up to a stop string, and whether there is one."""
+        text = tokenizer.decode([token for token in ids if token not in hidden])
+        found = [at for stop in stops if (at := text.find(stop)) >= 0]
+        return text[: min(found, default=None)], bool(found)
+
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts, done = [""] * len(prompts), 0
+    for first in range(0, len(order), ROWS):
+        numbers = order[first : first + ROWS]
+        rows = [*numbers, *[numbers[-1]] * (ROWS - len(numbers))]  # always the same shape
+        seeds = [replace(sampling, seed=(sampling.seed + number) % SEEDS) for number in rows]
+        ids = _decode(
+            trained,
+            [prompts[number][-room:] for number in rows],
+            tokens,
+            seeds,
+            sorted(ends),
+            lambda row: text_of(row)[1],
         )
-    if not requests:
-        return []
-    engine = Engine(trained, slots=min(len(requests), SLOTS), queue=len(requests))
-    engine.start()
-    try:
-        texts = []
-        for stream in [engine.submit(request) for request in requests]:
-            deltas = [*stream]
-            text = "".join(delta.text for delta in deltas)
-            ids = [token.id for delta in deltas for token in delta.tokens]
-            if not special.isdisjoint(ids):
-                text = tokenizer.decode([token for token in ids if token not in special])
-                text = text[
-                    : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-                ]
-            texts.append(text)
-            progress(len(texts))
-        return texts
-    finally:
-        engine.stop()
+        for number, row in zip(numbers, ids, strict=False):
+            texts[number] = text_of(row)[0]
+        done += len(numbers)
+        progress(done)
+    return texts
+
+
+def _decode(
+    trained: Trained,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    samplings: Sequence[Sampling],
+    ends: Sequence[int],
+    is_over: Callable[[Sequence[int]], bool],
+) -> list[list[int]]:
+    """The ids after each prompt, in parts of `STEPS`; a row ends early if `is_over` says so."""
+    model, params, cfg = trained.model, trained.params, trained.config.model
+    prompts_BP, lengths_B = pad_prompts(prompts, cfg, tokens)
+    new_B = jnp.full(len(prompts), tokens, jnp.int32)
+    S = positions(prompts_BP.shape[1] + tokens, cfg)
+    state = prefill(model, params, prompts_BP, lengths_B, new_B, S)
+    at = sampling_params(samplings, trained.tokenizer.vocab_size, cfg.sizes["V"], None)
+    stops_BE = stops_of([ends] * len(prompts))
+    ids: list[list[int]] = [[] for _ in prompts]
+    for _ in range(0, tokens, STEPS):
+        state, written = decode_steps(model, params, state, at, stops_BE, min(tokens, STEPS))
+        for row, new in zip(ids, jax.device_get(written.tokens_Bn), strict=True):
+            row += new[new >= 0].tolist()
+        left_B = np.asarray(state.left_B)
+        left_B = np.where([is_over(row) for row in ids], 0, left_B)
+        if not left_B.any():
+            break
+        state = state._replace(left_B=jnp.asarray(left_B))
+    return ids

@@ -5,7 +5,7 @@
 
 A request is a context and a continuation. Most are scored by a plain forward pass. Requests with
 the same long context share its prefill: its keys and values are computed once and copied for each
-continuation. Lengths are padded to powers of two and batches to the same number of rows, so that a
+continuation. Lengths are padded to a few sizes and batches to the same number of rows, so that a
 handful of programs serves any data.
 """
 
@@ -29,7 +29,7 @@ Tokens = tuple[int, ...]
 
 SHARED = 128  # contexts of at least so many tokens share their prefill
 CONTINUATIONS = 4  # continuations for each context in a batch with shared contexts
-SHORTEST = 64  # contexts with their continuations are padded to at least so many tokens
+SHORTEST = 32  # contexts with their continuations are padded to at least so many tokens
 LENGTHS = (16, 64)  # continuations are padded to one of these, or to the model's context
 CHUNK = 32  # continuation tokens whose logits are in memory at once
 BUDGET = {"cpu": 1024}  # tokens in a batch
@@ -150,6 +150,12 @@ def _token_scores(
     return logprob_BC, is_greedy_BC
 
 
+def _padded(length: int) -> int:
+    """The length to which a row is padded: 32, 48, 64, 96, 128 ..."""
+    size = power_of_two(length, SHORTEST)
+    return size * 3 // 4 if size > SHORTEST and length <= size * 3 // 4 else size
+
+
 class LogLikelihood:
     """Scores continuations under a model.
 
@@ -218,7 +224,7 @@ class LogLikelihood:
             shared = len(continuations) > 1 and len(context) >= SHARED
             for rest, numbers in continuations.items():
                 length = len(context) if shared else len(context) + len(rest) - 1
-                shape = min(power_of_two(length, SHORTEST), self.context), C, shared
+                shape = min(_padded(length), self.context), C, shared
                 shapes.setdefault(shape, []).append(_Request(context, rest, numbers))
         scores: list[Score | None] = [None] * len(requests)
         done = 0
