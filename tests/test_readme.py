@@ -23,8 +23,9 @@ from unittest.mock import Mock
 import pytest
 
 import train
-from jaxgpt import cli
+from jaxgpt import cli, config
 from jaxgpt.data import sources, synthetic
+from jaxgpt.evaluation import suite
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.serve import server
 from jaxgpt.sharding import ParallelConfig
@@ -100,6 +101,8 @@ def copy(tmp_path, monkeypatch):
 @pytest.fixture
 def newcomer(copy, monkeypatch):
     """That copy after the first command, with small sizes."""
+    one = config.from_command_line
+    monkeypatch.setattr(config, "from_command_line", lambda *args: smaller(one(*args)))
     monkeypatch.setattr(pipeline, "from_command_line", small)
     root, files = sources.standard_library()
     files = tuple(file for file in files if Path(file).parent.name == "asyncio")
@@ -110,6 +113,9 @@ def newcomer(copy, monkeypatch):
     }
     monkeypatch.setattr(synthetic, "SYNTHETIC", few)
     synthetic._docstrings.cache_clear()
+    # So few files have too little held-out text for the suite of tasks.
+    whole = [file.read_text() for file in map(Path, files[:4])]
+    monkeypatch.setattr(suite, "held_out_texts", lambda _: whole)
     # Nobody types, and nobody calls the server; it is loaded and started.
     monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
     monkeypatch.setattr(server, "_bind", lambda host, _: BOUND(host, 0))

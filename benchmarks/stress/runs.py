@@ -25,7 +25,8 @@ from jaxgpt.training.optim import OptimConfig
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 24
 LIMIT = 600.0  # seconds that any process may take
-UNTIMED = {"time", "tokens_per_second", "mfu", "goodput"}  # metrics that differ between equal runs
+# What differs between equal runs: times, and how many processes have trained.
+UNTIMED = {"time", "tokens_per_second", "mfu", "goodput", "session"}
 
 # With all that a resumed run has to restore: dropout, shuffling, an average of the parameters.
 BASE = Config(
