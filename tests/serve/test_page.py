@@ -103,6 +103,12 @@ def finished(page, count=None):
     return page.text_content("#turns")
 
 
+def reopen(page, question):
+    """Opens the conversation that begins with a question, and waits until it is shown."""
+    page.click(f"#list a:text-is('{question}')")
+    page.wait_for_selector(f".user:text-is('{question}')")
+
+
 def prompt(*contents, system=""):
     """The tokens of a conversation with these messages; the first one is the user's."""
     roles = ["user", "assistant"] * len(contents)
@@ -284,6 +290,7 @@ def test_text_nested_without_end_is_still_shown(page, engine):
     page.evaluate("item => localStorage.setItem(...item)", [KEY + CONVERSATION["id"], text])
     page.reload()
     page.click("#list a")
+    page.wait_for_selector(".answer blockquote")
     for shown in page.locator(".answer").all_text_contents():
         assert shown.endswith("end")
     assert 10 < page.locator(".answer blockquote").count() < 100
@@ -322,7 +329,7 @@ def test_conversations_outlast_a_reload_and_each_has_its_own_turns(page, engine)
     page.wait_for_selector(".turn .actions .quiet")
     assert page.locator(".user").all_text_contents() == ["Two"]
     assert page.locator("#list a").all_text_contents() == ["Two", "One"]
-    page.click("#list a:text-is('One')")
+    reopen(page, "One")
     assert page.locator(".user").all_text_contents() == ["One"]
     assert page.locator(".answer td").all_text_contents() == ["1"]
     page.go_back()
@@ -340,7 +347,7 @@ def test_an_answer_goes_on_while_another_conversation_is_open(page, engine):
     page.click("#new")
     engine.pause = 0
     assert "Second" in ask(page, "Two")
-    page.click("#list a:text-is('One')")
+    reopen(page, "One")
     assert "abcdefghij" * 4 in finished(page)
 
 
