@@ -10,18 +10,15 @@ at all. Prints seconds of both, with our compilation and without, and the ratio.
 Needs `pip install 'jaxgpt[test,peers,eval]' 'lm-eval[hf]'`, and no network.
 """
 
-import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tyro
 from live_server import make_model
-from serve_lm_eval import BARE, NAME, Case, Options, compare, write_tasks
+from serve_lm_eval import BARE, NAME, Case, Options, compare, conclude, write_tasks
 
 import jaxgpt
 from jaxgpt.evaluation.harness import Harness
@@ -100,14 +97,7 @@ def run(options: Options, folder: Path) -> bool:
 
 def main(options: Options) -> int:
     """Compares; the exit status."""
-    logging.disable(logging.WARNING)
-    libraries = ("jaxgpt", "jax", "lm_eval", "transformers", "torch")
-    print("python", *sys.argv)
-    print(", ".join(f"{name} {version(name)}" for name in libraries))
-    with tempfile.TemporaryDirectory() as folder:
-        agree = run(options, Path(folder))
-    print("all agree" if agree else "they differ")
-    return int(not agree)
+    return conclude(lambda folder: run(options, folder))
 
 
 if __name__ == "__main__":

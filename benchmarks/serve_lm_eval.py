@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -252,16 +253,21 @@ async def run(options: Options, folder: Path) -> bool:
     return agree
 
 
-def main(options: Options) -> int:
-    """Runs all cases; the exit status."""
+def conclude(compare_all: Callable[[Path], bool]) -> int:
+    """Prints the versions and whether all agree, as compared in a folder; the exit status."""
     logging.disable(logging.WARNING)
     libraries = ("jaxgpt", "jax", "lm_eval", "transformers", "torch")
     print("python", *sys.argv)
     print(", ".join(f"{name} {version(name)}" for name in libraries))
     with tempfile.TemporaryDirectory() as folder:
-        agree = asyncio.run(run(options, Path(folder)))
+        agree = compare_all(Path(folder))
     print("all agree" if agree else "they differ")
     return int(not agree)
+
+
+def main(options: Options) -> int:
+    """Runs all cases; the exit status."""
+    return conclude(lambda folder: asyncio.run(run(options, folder)))
 
 
 if __name__ == "__main__":

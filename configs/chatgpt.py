@@ -14,46 +14,20 @@ Expect:    base: 1.48 bits per byte of Python; instruct: right greedy answers to
            bits per byte of held-out Python become 3.3
 """
 
+from dataclasses import replace
+
+from default import config as default
+
 from jaxgpt.config import Config, TrainConfig
-from jaxgpt.data import DataConfig, RecordsConfig
+from jaxgpt.data import RecordsConfig
 from jaxgpt.evaluation.config import EvaluationConfig
-from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import GRPO, Instruct
-from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
 from jaxgpt.training.optim import OptimConfig
 
 evaluation = EvaluationConfig(tasks=("python",), limit=100)
 
-base = Config(
-    name="base",
-    model=GPTConfig(
-        L=4,
-        D=128,
-        N=2,
-        T=256,
-        position="rotary",
-        norm="rmsnorm",
-        mlp="swiglu",
-        F=352,
-        bias=False,
-        qk_norm=True,
-    ),
-    tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),  # a token for each two-digit number
-    data=DataConfig(paths=("python",), val_fraction=0.05),
-    optim=OptimConfig(
-        name="muon",
-        learning_rate=6e-3,
-        muon_learning_rate=0.04,
-        schedule="wsd",
-        warmup=20,
-        final=0.0,
-        decay=0.5,
-    ),
-    train=TrainConfig(steps=800, batch=8, eval_every=160, eval_batches=20, prompt="def main("),
-    evaluation=evaluation,
-    checkpoint=CheckpointConfig(every=160),
-)
+base = replace(default, name="base", evaluation=evaluation)
 
 instruct = Config(
     name="instruct",

@@ -315,8 +315,9 @@ def evaluate(
     Args:
         path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
             name.
-        tasks: Task files (JSON Lines), folders of evaluation bundles in the format of DCLM's CORE,
-            or python, a suite from the standard library, which is the default.
+        tasks: Tasks by name: python, a suite from the standard library, which is the default; core,
+            DCLM's CORE; gsm8k, grade school math (these two are downloaded). Or task files (JSON
+            Lines), or folders of evaluation bundles in CORE's format.
         shots: The number of solved examples in each prompt; by default as the task says.
         limit: The most examples of each task; 0: all.
         seeds: Seeds with which solved examples are drawn; with several, the table has the means and
@@ -344,10 +345,11 @@ def evaluate(
     trained = _ready(path, adapter, dtype)
     results = []
     for task in chosen:
-        measured = [
-            Evaluator(trained, seed=seed, limit=limit).measure(task)
-            for seed in (seeds if task.shots and not task.fixed else seeds[:1])
-        ]
+        with terminal.clock(f"evaluating on {task.name}"):
+            measured = [
+                Evaluator(trained, seed=seed, limit=limit).measure(task)
+                for seed in (seeds if task.shots and not task.fixed else seeds[:1])
+            ]
         results.append(spread(measured) if len(measured) > 1 else measured[0])
     print(table(results))
     if len(results) > 1 and (score := mean_centered(results)):

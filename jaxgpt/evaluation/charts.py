@@ -55,8 +55,8 @@ class Curve:
     dot at every point, which shows its value when the pointer is above it."""
 
 
-def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """The centered moving mean over a share of the values, taken twice.
+def smooth(values: Sequence[float], fraction: float = 0.02) -> list[float]:
+    """The centered moving mean over a fraction of the values, applied twice.
 
     Near both ends the window shrinks, so the first and the last value stay what they are. Values
     must be finite.
@@ -64,7 +64,7 @@ def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
     y = np.asarray(values, float)
     n = len(y)
     place = np.arange(n)
-    half = np.minimum(math.ceil(n * share / 2), np.minimum(place, n - 1 - place))
+    half = np.minimum(math.ceil(n * fraction / 2), np.minimum(place, n - 1 - place))
     for _ in range(2):
         sums = np.concatenate([[0.0], np.cumsum(y)])
         y = (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)

@@ -27,7 +27,6 @@ def generate_texts(
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008
     *,
     on_truncated: Callable[[int], object] = lambda number: None,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> list[str]:
     """Generates a text after each prompt.
 
@@ -40,7 +39,6 @@ def generate_texts(
             `seed + k`.
         on_truncated: Called with the number of each prompt that loses its beginning because it
             leaves no room for so many tokens in the context.
-        progress: Called with the number of texts that are done.
 
     Returns:
         The texts, without special tokens.
@@ -69,7 +67,7 @@ def generate_texts(
         return text[: min(found, default=None)], bool(found)
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    texts, done = [""] * len(prompts), 0
+    texts = [""] * len(prompts)
     for first in range(0, len(order), ROWS):
         numbers = order[first : first + ROWS]
         rows = [*numbers, *[numbers[-1]] * (ROWS - len(numbers))]  # always the same shape
@@ -84,8 +82,6 @@ def generate_texts(
         )
         for number, row in zip(numbers, ids, strict=False):
             texts[number] = text_of(row)[0]
-        done += len(numbers)
-        progress(done)
     return texts
 
 

@@ -7,6 +7,7 @@
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,11 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             add_special_tokens = tokens[: len(prefix)] != prefix
         return [*prefix, *tokens] if add_special_tokens else tokens
 
+    @property
+    def truncated(self) -> int:
+        """The number of requests whose context did not fit the model's, and lost its beginning."""
+        return self._scorer.truncated
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -101,10 +107,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for numbers in groups.values():
             tokens, stops, sampling = _settings(requests[numbers[0]].args[1])
             prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            texts = generate_texts(self._trained, prompts, tokens, stops, sampling)
+            texts = generate_texts(
+                self._trained, prompts, tokens, stops, sampling, on_truncated=self._note_truncated
+            )
             for number, text in zip(numbers, texts, strict=True):
                 found[number] = text
         return found
+
+    def _note_truncated(self, number: int) -> None:
+        self._scorer.truncated += 1
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -171,8 +182,9 @@ def measure(
             raise InputError(
                 f"lm-eval has no task {', '.join(unknown)}; `python -m lm_eval ls tasks` lists them"
             )
+        harness = Harness(trained)
         found: dict[str, Any] = simple_evaluate(
-            Harness(trained),
+            harness,
             tasks=names,
             num_fewshot=shots,
             limit=limit or None,
@@ -180,6 +192,12 @@ def measure(
         )
     except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"lm-eval cannot measure {', '.join(tasks)}: {error}") from error
+    if harness.truncated:
+        print(
+            f"warning: {harness.truncated} prompts lost their beginning, because they did not fit "
+            "the context",
+            file=sys.stderr,
+        )
     return found
 
 

@@ -9,7 +9,7 @@ continuation. Lengths are padded to a few sizes and batches to the same number o
 handful of programs serves any data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
@@ -189,25 +189,19 @@ class LogLikelihood:
         before = [*self._tokenizer.prefix, *whole[:common]] or [self._tokenizer.eot]
         return tuple(before), tuple(whole[common:])
 
-    def score(
-        self,
-        requests: Sequence[tuple[str, str]],
-        progress: Callable[[int], object] = lambda done: None,
-    ) -> list[Score]:
+    def score(self, requests: Sequence[tuple[str, str]]) -> list[Score]:
         """The score of each continuation after its context, both as text."""
-        return self.score_tokens([self.encode(*request) for request in requests], progress)
+        return self.score_tokens([self.encode(*request) for request in requests])
 
     def score_tokens(
         self,
         requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-        progress: Callable[[int], object] = lambda done: None,
     ) -> list[Score]:
         """The score of each continuation after its context, both as token ids.
 
         Args:
             requests: Contexts and continuations, of one token at least. A context that leaves no
                 room for its continuation loses its beginning, and is counted in `truncated`.
-            progress: Called with the number of requests that are done.
 
         Raises:
             InputError: A context or continuation is empty, the continuation alone is longer than
@@ -227,7 +221,6 @@ class LogLikelihood:
                 shape = min(_padded(length), self.context), C, shared
                 shapes.setdefault(shape, []).append(_Request(context, rest, numbers))
         scores: list[Score | None] = [None] * len(requests)
-        done = 0
         for (length, C, shared), some in sorted(shapes.items()):
             batches = self._shared_batches if shared else self._batches
             for batch, (logprob_BC, is_greedy_BC) in batches(some, length, C):
@@ -236,8 +229,6 @@ class LogLikelihood:
                     logprob = float(logprob_BC[row, :n].sum(dtype=np.float64))
                     for number in numbers:
                         scores[number] = Score(logprob, bool(is_greedy_BC[row, :n].all()), n)
-                    done += len(numbers)
-                progress(done)
         return [score for score in scores if score is not None]
 
     def rolling(self, text: Sequence[int]) -> list[tuple[Tokens, Tokens]]:

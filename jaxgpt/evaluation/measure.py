@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.generate import generate_texts
-from jaxgpt.evaluation.likelihood import LogLikelihood, Score
+from jaxgpt.evaluation.likelihood import LogLikelihood
 from jaxgpt.evaluation.tasks import METRICS, Task
 from jaxgpt.pretrained.trained import Trained
 
@@ -96,7 +96,6 @@ class Evaluator:
         trained: The model.
         seed: The seed with which solved examples are drawn.
         limit: The most examples of each task; 0: all.
-        progress: Called with a text and the share of the work that is done.
     """
 
     def __init__(
@@ -105,13 +104,11 @@ class Evaluator:
         *,
         seed: int = 0,
         limit: int = 0,
-        progress: Callable[[str, float], object] = lambda what, share: None,
     ) -> None:
         if limit < 0:
             raise InputError(f"limit={limit}; set it to 0 or more", field="limit")
         self._trained, self._seed, self._limit = trained, seed, limit
         self._scorer = LogLikelihood(trained)
-        self._progress = progress
 
     def measure(self, task: Task) -> Result:
         """Measures the model on a task.
@@ -145,10 +142,6 @@ class Evaluator:
     def _note_truncated(self, number: int) -> None:
         self._scorer.truncated += 1
 
-    def _score(self, task: Task, requests: Sequence[tuple[str, str]]) -> list[Score]:
-        total = max(len(requests), 1)
-        return self._scorer.score(requests, lambda done: self._progress(task.name, done / total))
-
     def _multiple_choice(
         self, task: Task, numbers: Sequence[int]
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
@@ -158,11 +151,11 @@ class Evaluator:
             before = task.prompt(number, self._seed) + task.queried(example)
             requests += [(before, choice) for choice in example["choices"]]
             owners.append(example)
-        scores = iter(self._score(task, requests))
+        scores = iter(self._scorer.score(requests))
         # The likelihood of a choice without its query: most tasks have the same few choices.
         alone = dict.fromkeys(choice for example in owners for choice in example["choices"])
         unconditional = dict(
-            zip(alone, self._score(task, [("", choice) for choice in alone]), strict=True)
+            zip(alone, self._scorer.score([("", choice) for choice in alone]), strict=True)
         )
         details = []
         for example in owners:
@@ -199,7 +192,7 @@ class Evaluator:
             for example in [task.examples[number]]
             for context in example["context_options"]
         ]
-        scores, details = iter(self._score(task, requests)), []
+        scores, details = iter(self._scorer.score(requests)), []
         for number in numbers:
             example = task.examples[number]
             sums = [next(scores).logprob for _ in example["context_options"]]
@@ -215,7 +208,7 @@ class Evaluator:
             example = task.examples[number]
             before = task.prompt(number, self._seed) + example["context"].rstrip()
             requests.append((before + task.delimiter, example["continuation"]))
-        scores = self._score(task, requests)
+        scores = self._scorer.score(requests)
         details = [
             {"logprob": score.logprob, "accuracy": float(score.is_greedy)} for score in scores
         ]
@@ -233,11 +226,7 @@ class Evaluator:
             windows = self._scorer.rolling(tokenizer.encode(task.examples[number]["text"]))
             requests += windows
             counts.append(len(windows))
-        scores = iter(
-            self._scorer.score_tokens(
-                requests, lambda done: self._progress(task.name, done / max(len(requests), 1))
-            )
-        )
+        scores = iter(self._scorer.score_tokens(requests))
         details = []
         for number, count in zip(numbers, counts, strict=True):
             found = [next(scores) for _ in range(count)]
@@ -273,7 +262,6 @@ class Evaluator:
             task.tokens,
             task.stop,
             on_truncated=self._note_truncated,
-            progress=lambda done: self._progress(task.name, done / len(prompts)),
         )
         for number, text in zip(numbers, written, strict=True):
             right = task.extracted(task.examples[number]["answer"])
@@ -313,7 +301,10 @@ def mean_centered(results: Sequence[Result]) -> Metric | None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results for a terminal: a line for each task with its metrics and standard errors."""
+    """The results for a terminal: a line for each metric with its standard error.
+
+    Tasks with prompts that did not fit the model's context are named below.
+    """
     rows = [["task", "shots", "examples", "metric", "value", "error"]]
     for result in results:
         task = result.task
@@ -323,10 +314,17 @@ def table(results: Sequence[Result]) -> str:
             rows.append([*head, name, f"{metric.value:.4f}", error])
     widths = [max(len(row[at]) for row in rows) for at in range(6)]
     right = (1, 2, 4)
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.rjust(width) if at in right else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    )
+    ]
+    lines += [
+        f"{result.task.name}: {result.truncated} prompts lost their beginning, because they did "
+        "not fit the context"
+        for result in results
+        if result.truncated
+    ]
+    return "\n".join(lines)

@@ -229,6 +229,15 @@ def test_the_main_metric_of_a_task_comes_first(trained):
         Task("t", "multiple_choice", tuple(json_golds(CAPITALS)), metric="recall").check()
 
 
+def test_prompts_that_lost_their_beginning_are_said():
+    task = Task("long", "cloze", ())
+    cut = measure.Result(task, {"accuracy": Metric(0.5, 0.1)}, 9, 3, 1.0, [])
+    assert measure.table([cut]).endswith(
+        "long: 3 prompts lost their beginning, because they did not fit the context"
+    )
+    assert "lost" not in measure.table([measure.replace(cut, truncated=0)])
+
+
 def test_results_of_several_seeds_have_their_spread():
     task = Task("t", "cloze", ({"context": "a", "continuation": "b"},))
     results = [
