@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -17,6 +17,7 @@ from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.inspect import inspect_prompt
 from jaxgpt.evaluation.judge import (
     ServerJudge,
@@ -27,7 +28,6 @@ from jaxgpt.evaluation.judge import (
 )
 from jaxgpt.evaluation.measure import Evaluator, mean_centered, spread, table
 from jaxgpt.evaluation.report import write_report
-from jaxgpt.evaluation.suite import read_tasks
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.objectives import Classify, Translate
@@ -43,6 +43,7 @@ from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
 from jaxgpt.training.sweep import sweep as run_sweep
+from jaxgpt.training.tasks import read_tasks
 
 
 @dataclass(frozen=True)
@@ -337,11 +338,7 @@ def evaluate(
             raise InputError(f"{wrong[0]} is not for lm_eval's tasks; remove it", field=wrong[0])
         _evaluate_with_harness(_ready(path, adapter, dtype), lm_eval, shots, limit, json_file)
         return
-    chosen = [task for name in tasks or ("python",) for task in read_tasks(name)]
-    if shots is not None:
-        chosen = [replace(task, shots=shots if task.type != "text" else 0) for task in chosen]
-    for task in chosen:
-        task.check()
+    chosen = read_tasks(EvaluationConfig(tasks or ("python",), -1 if shots is None else shots))
     trained = _ready(path, adapter, dtype)
     results = []
     for task in chosen:

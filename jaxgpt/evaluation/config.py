@@ -11,8 +11,9 @@ class EvaluationConfig:
     """On which tasks a run is measured after its last step."""
 
     tasks: tuple[str, ...] = ()
-    """Task files (JSON Lines), folders of evaluation bundles in the format of DCLM's CORE, or
-    'python', a suite from the standard library. Empty: the run is not measured on tasks."""
+    """Tasks by name ('python', a suite from the standard library; 'core'; 'gsm8k'), task files
+    (JSON Lines), or folders of evaluation bundles in the format of DCLM's CORE. Empty: the run is
+    not measured on tasks."""
     shots: Annotated[int, Ge(-1)] = -1
     """The number of solved examples in each prompt (few-shot); -1: as each task says."""
     limit: Annotated[int, Ge(0)] = 0

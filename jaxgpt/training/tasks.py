@@ -13,10 +13,9 @@ from pathlib import Path
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import suite
 from jaxgpt.evaluation.config import EvaluationConfig
+from jaxgpt.evaluation.history import EVALUATION
 from jaxgpt.evaluation.measure import Result
 from jaxgpt.evaluation.tasks import Task
-
-FILE = "evaluation.json"
 
 
 @cache
@@ -47,7 +46,7 @@ def is_measured(folder: Path, step: int, cfg: EvaluationConfig) -> bool:
         return True
     keys = ("task", "shots", "limit", "step")
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
         return [tuple(one[key] for key in keys) for one in found] == wanted
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -56,9 +55,9 @@ def is_measured(folder: Path, step: int, cfg: EvaluationConfig) -> bool:
 def save_results(folder: Path, step: int, cfg: EvaluationConfig, results: Sequence[Result]) -> None:
     """Writes what was measured at a step to `evaluation.json` in a run's folder."""
     content = [{**result.as_json(), "limit": cfg.limit, "step": step} for result in results]
-    new = folder / f"{FILE}.new"
+    new = folder / f"{EVALUATION}.new"
     new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, folder / FILE)
+    os.replace(new, folder / EVALUATION)
 
 
 def as_metrics(results: Sequence[Result]) -> dict[str, float]:
