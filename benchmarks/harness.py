@@ -1,6 +1,7 @@
 """lm-eval on our compiled code against lm-eval's own `hf` backend, on the same weights and tasks.
 
     python benchmarks/harness.py                       # a small model with random weights
+    python benchmarks/harness.py --L 12 --D 768 --N 12 --V 32000    # about the shape of GPT-2
     python benchmarks/harness.py --run runs/default    # exported to a temporary folder first
 
 Multiple choice zero-shot and with five shots, perplexity and generation. Exits with 1 if a
@@ -13,16 +14,33 @@ Needs `pip install 'jaxgpt[test,peers,eval]' 'lm-eval[hf]'`, and no network.
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 from live_server import make_model
-from serve_lm_eval import BARE, NAME, Case, Options, compare, conclude, write_tasks
+from serve_lm_eval import BARE, NAME, Case, compare, conclude, write_tasks
+from serve_lm_eval import Options as Served
 
 import jaxgpt
 from jaxgpt.evaluation.harness import Harness
 from jaxgpt.pretrained.export import to_hf
+
+
+@dataclass(frozen=True)
+class Options(Served):
+    """What is evaluated."""
+
+    L: int = 2
+    """Layers of the model with random weights."""
+    D: int = 64
+    """Its width."""
+    N: int = 4
+    """Its heads."""
+    V: int = 386
+    """Tokens of its vocabulary, learned from Python's library."""
+
 
 SHOTS = (0, 5)
 TASKS = ["made_choice", "made_perplexity", "made_generation"]
@@ -70,7 +88,7 @@ def run(options: Options, folder: Path) -> bool:
     if options.run:
         to_hf(options.run, model)
     else:
-        make_model(model)
+        make_model(model, L=options.L, D=options.D, N=options.N, V=options.V)
     write_tasks(folder, options)
     theirs = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=16)
     ours = Harness(jaxgpt.load(str(model)))

@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -114,18 +115,30 @@ def served_model(run: str) -> Iterator[str]:
         yield run or f"{folder}/tiny"
 
 
-def make_model(folder: Path) -> None:
-    """A model of random weights that takes conversations too, in the layout of Hugging Face."""
+def make_model(folder: Path, *, L: int = 2, D: int = 64, N: int = 4, V: int = 386) -> None:
+    """A model of random weights that takes conversations too, in the layout of Hugging Face.
+
+    Args:
+        folder: Where it is written.
+        L: Layers.
+        D: Width.
+        N: Heads.
+        V: Tokens of its vocabulary, with those of the chat format.
+    """
     import jax
 
     from jaxgpt import chat, pretrained
     from jaxgpt.model import ComputeConfig, GPTConfig, init
     from jaxgpt.tokenizer import TokenizerConfig, build, huggingface
 
-    text = Path(__file__).with_name("serve.py").read_text(encoding="utf-8")
-    tokenizer = chat.equipped(build(TokenizerConfig("bpe", 384), [text]))
+    texts = [Path(__file__).with_name("serve.py").read_text(encoding="utf-8")]
+    if V > 1000:  # more than are worth a token in this file
+        library = Path(sysconfig.get_path("stdlib"))
+        texts = [file.read_text(encoding="utf-8") for file in sorted(library.glob("*.py"))]
+    tokenizer = build(TokenizerConfig("bpe", V - len(chat.ChatML.specials)), texts)
+    tokenizer = tokenizer.extended(chat.ChatML.specials)
     # Weights so large that the likeliest token is far ahead.
-    cfg = GPTConfig(L=2, D=64, N=4, T=256, V=tokenizer.vocab_size, init_std=0.3)
+    cfg = GPTConfig(L=L, D=D, N=N, T=256, V=tokenizer.vocab_size, init_std=2.4 * (2 / D / L) ** 0.5)
     compute, _ = ComputeConfig().resolve(cfg, "cpu")
     huggingface.write_tokenizer(tokenizer, folder, cfg.T)
     pretrained.write_model(folder, cfg, init(cfg.build(compute), jax.random.key(0)))

@@ -222,7 +222,9 @@ def make(folder: Path) -> None:
 
 
 async def run(options: Options, folder: Path) -> bool:
-    """All cases; whether all agree."""
+    """All cases that the model can do; whether all agree."""
+    from transformers import AutoTokenizer
+
     model = folder / NAME
     if options.run:
         from jaxgpt.pretrained.export import to_hf
@@ -234,6 +236,9 @@ async def run(options: Options, folder: Path) -> bool:
     write_tasks(folder, options)
     agree = True
     for case in CASES:
+        if case.chat and not AutoTokenizer.from_pretrained(model).chat_template:
+            print(f"{case.name:<28}left out: the model has no chat template")
+            continue
         hf_args = {"pretrained": str(model), "dtype": "float32", "device": "cpu", **case.hf}
         theirs = await asyncio.to_thread(evaluate, "hf", hf_args, case, folder)
         async with serving(str(model), folder / "stderr", *case.flags) as server:

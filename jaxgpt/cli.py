@@ -305,6 +305,7 @@ def evaluate(
     shots: int | None = None,
     limit: int = 0,
     seeds: tuple[int, ...] = (0,),
+    chat: bool = False,
     json_file: Annotated[str, tyro.conf.arg(name="json")] = "",
     details: str = "",
     lm_eval: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -323,6 +324,8 @@ def evaluate(
         limit: The most examples of each task; 0: all.
         seeds: Seeds with which solved examples are drawn; with several, the table has the means and
             the standard deviations over seeds.
+        chat: Whether queries and answers are messages of a conversation in the model's chat format,
+            as a chat model was trained on them.
         json_file: A file to write the results to, as JSON.
         details: A file to write what was measured for each example to, as JSON Lines.
         lm_eval: Tasks of lm-evaluation-harness instead, by name or as YAML files. It needs
@@ -336,7 +339,8 @@ def evaluate(
         given = {"tasks": tasks, "details": details, "seeds": seeds != (0,)}
         if wrong := [name for name, value in given.items() if value]:
             raise InputError(f"{wrong[0]} is not for lm_eval's tasks; remove it", field=wrong[0])
-        _evaluate_with_harness(_ready(path, adapter, dtype), lm_eval, shots, limit, json_file)
+        trained = _ready(path, adapter, dtype)
+        _evaluate_with_harness(trained, lm_eval, shots, limit, chat, json_file)
         return
     chosen = read_tasks(EvaluationConfig(tasks or ("python",), -1 if shots is None else shots))
     trained = _ready(path, adapter, dtype)
@@ -344,7 +348,7 @@ def evaluate(
     for task in chosen:
         with terminal.clock(f"evaluating on {task.name}"):
             measured = [
-                Evaluator(trained, seed=seed, limit=limit).measure(task)
+                Evaluator(trained, seed=seed, limit=limit, chat=chat).measure(task)
                 for seed in (seeds if task.shots and not task.fixed else seeds[:1])
             ]
         results.append(spread(measured) if len(measured) > 1 else measured[0])
@@ -386,7 +390,12 @@ def sweep(
 
 
 def _evaluate_with_harness(
-    trained: Trained, tasks: tuple[str, ...], shots: int | None, limit: int, json_file: str
+    trained: Trained,
+    tasks: tuple[str, ...],
+    shots: int | None,
+    limit: int,
+    chat: bool,
+    json_file: str,
 ) -> None:
     try:
         from jaxgpt.evaluation import harness
@@ -394,7 +403,7 @@ def _evaluate_with_harness(
         raise InputError(
             "lm_eval needs lm-evaluation-harness: pip install 'jaxgpt[eval]'", field="lm_eval"
         ) from None
-    results = harness.measure(trained, tasks, shots=shots, limit=limit)
+    results = harness.measure(trained, tasks, shots=shots, limit=limit, chat=chat)
     print(harness.table(results))
     if json_file:
         _write_text(json_file, json.dumps(results["results"], indent=2, default=str))
@@ -433,14 +442,14 @@ def judge(
     is_server = judge.startswith(("http://", "https://"))
     if not is_server:
         check_exists(judge)
-    server = ServerJudge(judge, judge_model, timeout) if is_server else None
+    server = ServerJudge(judge, judge_model, timeout, parallel) if is_server else None
     with terminal.clock("the model answers"):
         examples = answer_records(_ready(path, adapter, dtype), records, tokens, limit)
     ask = server or model_judge(_ready(judge, dtype=dtype))
     judged = []
     try:
         with terminal.clock("the judge scores"):
-            for example in judge_examples(examples, ask, parallel if server else 1):
+            for example in judge_examples(examples, ask):
                 judged.append(example)
     finally:  # what there is, also if the server ends in the middle
         if output:

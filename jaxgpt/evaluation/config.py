@@ -16,6 +16,9 @@ class EvaluationConfig:
     not measured on tasks."""
     shots: Annotated[int, Ge(-1)] = -1
     """The number of solved examples in each prompt (few-shot); -1: as each task says."""
+    chat: bool = False
+    """Whether queries and answers of tasks are messages of a conversation in the model's chat
+    format. Tasks that continue a text (schema, cloze, text) stay as they are."""
     limit: Annotated[int, Ge(0)] = 0
     """The most examples of each task; 0: all."""
 

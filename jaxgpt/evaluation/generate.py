@@ -26,6 +26,7 @@ def generate_texts(
     stops: Sequence[str] = (),
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008
     *,
+    ends: Sequence[int] = (),
     on_truncated: Callable[[int], object] = lambda number: None,
 ) -> list[str]:
     """Generates a text after each prompt.
@@ -37,6 +38,7 @@ def generate_texts(
         stops: Strings before which a text ends.
         sampling: How tokens are sampled; by default the most likely ones. Prompt k has the seed
             `seed + k`.
+        ends: Tokens that end a text, besides those that end a document.
         on_truncated: Called with the number of each prompt that loses its beginning because it
             leaves no room for so many tokens in the context.
 
@@ -54,8 +56,8 @@ def generate_texts(
             field="tokens",
         )
     sampling.check(tokenizer.vocab_size)
-    ends = {tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config)}
-    hidden = ends | set(tokenizer.specials.values())
+    all_ends = {tokenizer.eot, tokenizer.eos, *end_ids(trained.generation_config), *ends}
+    hidden = all_ends | set(tokenizer.specials.values())
     for number, prompt in enumerate(prompts):
         if len(prompt) > room:
             on_truncated(number)
@@ -77,7 +79,7 @@ def generate_texts(
             [prompts[number][-room:] for number in rows],
             tokens,
             seeds,
-            sorted(ends),
+            sorted(all_ends),
             lambda row: text_of(row)[1],
         )
         for number, row in zip(numbers, ids, strict=False):

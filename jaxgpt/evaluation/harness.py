@@ -157,7 +157,12 @@ def _settings(options: Mapping[str, Any]) -> tuple[int, tuple[str, ...], Samplin
 
 
 def measure(
-    trained: Trained, tasks: Sequence[str], *, shots: int | None = None, limit: int = 0
+    trained: Trained,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int = 0,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Measures a model on tasks of lm-evaluation-harness.
 
@@ -166,13 +171,17 @@ def measure(
         tasks: Names of lm-eval's tasks, or paths of YAML files with a task.
         shots: The number of solved examples in each prompt; None: as the task says.
         limit: The most examples of each task; 0: all.
+        chat: Whether prompts and solved examples are a conversation in the model's chat format.
 
     Returns:
         lm-eval's results.
 
     Raises:
-        InputError: lm-eval does not know a task, or cannot load its data.
+        InputError: lm-eval does not know a task, or cannot load its data, or `chat` is set and the
+            model has no chat format.
     """
+    if chat:
+        choose(trained.tokenizer)
     files = [expand(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
     try:
@@ -188,6 +197,8 @@ def measure(
             tasks=names,
             num_fewshot=shots,
             limit=limit or None,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
             task_manager=manager,
         )
     except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,10 +18,11 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from jaxgpt.chat import Message, read_conversation
+from jaxgpt.chat import Message, Messages, choose, read_conversation, render
 from jaxgpt.data.records import open_records
 from jaxgpt.download import answer_within
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.generate import ROWS, generate_texts
 from jaxgpt.evaluation.measure import Metric
 from jaxgpt.objectives import Instruct
 from jaxgpt.pretrained.trained import Trained
@@ -53,8 +54,8 @@ BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_PAUSE = 60.0
 """The most seconds to wait before another try, also if the server asks for more."""
 
-Judge = Callable[[str], str]
-"""Takes a prompt, and returns the reply."""
+Judge = Callable[[Sequence[str]], Iterable[str]]
+"""Takes prompts, and gives the reply to each, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,37 @@ def answer_records(trained: Trained, path: str, tokens: int = 256, limit: int = 
         raise InputError(f"tokens={tokens}, limit={limit}; set tokens above 0, limit to 0 or more")
     records = open_records(path, Instruct().reader)
     records = records[:limit] if limit else records
-    examples = []
+    examples, questions = [], []
     for record in records:
         try:
             *asked, reference = read_conversation(record.values).messages
             if reference.role != "assistant" or not asked:
                 raise InputError("the last turn is not the assistant's; add the reference answer")
-            answer = trained.chat(asked, tokens, temperature=0)
+            questions.append(_prompt(trained, asked, tokens))
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None
-        instruction = _instruction(asked)
-        examples.append(Example(record.where, instruction, reference.content, answer))
+        examples.append(Example(record.where, _instruction(asked), reference.content))
     if not examples:
         raise InputError(f"{path} has no records; use a file of instructions with answers")
-    return examples
+    answers = _replies(trained, questions, tokens)
+    return [replace(one, answer=text) for one, text in zip(examples, answers, strict=True)]
+
+
+def _prompt(trained: Trained, messages: Messages, tokens: int) -> list[int]:
+    """The tokens of a conversation, which leave room for an answer in the model's context."""
+    ids = render(choose(trained.tokenizer), trained.tokenizer, messages, open=True).tokens
+    if len(ids) + tokens > trained.config.model.decode_T:
+        raise InputError(
+            f"{len(ids)} tokens and an answer of {tokens} do not fit the model's context of "
+            f"{trained.config.model.decode_T}; shorten the text, or set fewer tokens"
+        )
+    return ids
+
+
+def _replies(trained: Trained, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+    """The greedy answers of a chat model."""
+    ends = choose(trained.tokenizer).stops(trained.tokenizer)
+    return generate_texts(trained, prompts, tokens, ends=ends)
 
 
 def _instruction(asked: Sequence[Message]) -> str:
@@ -125,34 +143,22 @@ def _instruction(asked: Sequence[Message]) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in asked)
 
 
-def judge_examples(
-    examples: Sequence[Example], judge: Judge, parallel: int = 1
-) -> Iterator[Example]:
+def judge_examples(examples: Sequence[Example], judge: Judge) -> Iterator[Example]:
     """Asks a judge about each example.
 
     Args:
         examples: Instructions with answers.
         judge: The judge.
-        parallel: How many requests to send at the same time.
 
     Yields:
-        The examples with the replies and the scores, in the same order, one by one.
+        The examples with the replies and the scores, in the same order, as the judge gives them.
 
     Raises:
-        InputError: `parallel` is less than 1, or the judge does not answer.
+        InputError: The judge does not answer.
     """
-    if parallel < 1:
-        raise InputError(f"parallel={parallel}; set it to 1 or more", field="parallel")
-
-    def judged(example: Example) -> Example:
-        reply = judge(PROMPT.format(**asdict(example)))
-        return replace(example, reply=reply, score=parse_score(reply))
-
-    pool = ThreadPoolExecutor(parallel)
-    try:
-        yield from pool.map(judged, examples)
-    finally:  # after an error, no further request is sent
-        pool.shutdown(wait=False, cancel_futures=True)
+    replies = judge([PROMPT.format(**asdict(example)) for example in examples])
+    for example, reply in zip(examples, replies, strict=True):
+        yield replace(example, reply=reply, score=parse_score(reply))
 
 
 def mean_score(judged: Sequence[Example]) -> Metric | None:
@@ -177,10 +183,19 @@ def summary(judged: Sequence[Example]) -> str:
 
 
 def model_judge(trained: Trained) -> Judge:
-    """A judge that is a model in this process, with a chat format."""
+    """A judge that is a model in this process, with a chat format.
 
-    def ask(prompt: str) -> str:
-        return trained.chat([{"role": "user", "content": prompt}], REPLY_TOKENS, temperature=0)
+    Raises:
+        InputError: When the judge is called, if a prompt does not fit the model's context.
+    """
+
+    def ask(prompts: Sequence[str]) -> Iterator[str]:
+        ids = [
+            _prompt(trained, [{"role": "user", "content": prompt}], REPLY_TOKENS)
+            for prompt in prompts
+        ]
+        for first in range(0, len(ids), ROWS):
+            yield from _replies(trained, ids[first : first + ROWS], REPLY_TOKENS)
 
     return ask
 
@@ -210,12 +225,13 @@ class ServerJudge:
         url: The API's address, such as https://api.openai.com/v1.
         model: The name of the model there.
         timeout: The most seconds to wait for a reply.
+        parallel: How many requests to send at the same time.
         tries: How often to ask.
         sleep: Waits for some seconds.
 
     Raises:
-        InputError: The address or the name is invalid; and when the judge is called, the server
-            refuses the request, or there is no answer after all tries.
+        InputError: The address or the name is invalid, or `parallel` is less than 1; and when the
+            judge is called, the server refuses a request, or there is no answer after all tries.
     """
 
     def __init__(
@@ -223,6 +239,7 @@ class ServerJudge:
         url: str,
         model: str,
         timeout: float = 60.0,
+        parallel: int = 1,
         tries: int = 5,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -230,13 +247,24 @@ class ServerJudge:
             raise InputError(f"judge={url} is no address; it begins with http:// or https://")
         if not model:
             raise InputError(f"judge={url} needs the name of a model there; set judge_model")
+        if parallel < 1:
+            raise InputError(f"parallel={parallel}; set it to 1 or more", field="parallel")
+        self._parallel = parallel
         self._url, self._model = url.rstrip("/"), model
         self._timeout, self._tries, self._sleep = timeout, tries, sleep
         self._options: dict[str, object] = {"temperature": 0, "max_tokens": REPLY_TOKENS}
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._open = build_opener(_NoRedirect).open
 
-    def __call__(self, prompt: str) -> str:
+    def __call__(self, prompts: Sequence[str]) -> Iterator[str]:
+        """The replies to prompts."""
+        pool = ThreadPoolExecutor(self._parallel)
+        try:
+            yield from pool.map(self.ask, prompts)
+        finally:  # after an error, no further request is sent
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, prompt: str) -> str:
         """The reply to a prompt."""
         pause, problem = 1.0, ""
         for attempt in range(self._tries):

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgpt.chat import Message, Template, choose, render
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.generate import generate_texts
-from jaxgpt.evaluation.likelihood import LogLikelihood
+from jaxgpt.evaluation.likelihood import LogLikelihood, Tokens
 from jaxgpt.evaluation.tasks import METRICS, Task
 from jaxgpt.pretrained.trained import Trained
 
@@ -96,6 +97,12 @@ class Evaluator:
         trained: The model.
         seed: The seed with which solved examples are drawn.
         limit: The most examples of each task; 0: all.
+        chat: Whether queries and answers are messages of a conversation in the model's chat format.
+            That is so for tasks with queries (multiple_choice, generate); the others continue texts
+            and stay as they are.
+
+    Raises:
+        InputError: `limit` is negative, or `chat` is set and the model has no chat format.
     """
 
     def __init__(
@@ -104,10 +111,12 @@ class Evaluator:
         *,
         seed: int = 0,
         limit: int = 0,
+        chat: bool = False,
     ) -> None:
         if limit < 0:
             raise InputError(f"limit={limit}; set it to 0 or more", field="limit")
         self._trained, self._seed, self._limit = trained, seed, limit
+        self._template = choose(trained.tokenizer) if chat else None
         self._scorer = LogLikelihood(trained)
 
     def measure(self, task: Task) -> Result:
@@ -142,20 +151,56 @@ class Evaluator:
     def _note_truncated(self, number: int) -> None:
         self._scorer.truncated += 1
 
+    def _conversation(self, template: Template, task: Task, number: int) -> Tokens:
+        """The tokens of a conversation with the solved examples and the query of an example.
+
+        They end where the answer begins. The description begins the first message, because not all
+        chat formats have system messages.
+        """
+        shown = task.shown(number, self._seed)
+        query, _ = task.pair(task.examples[number])
+        messages = [
+            message
+            for one, answer in shown
+            for message in (Message("user", one), Message("assistant", answer))
+        ]
+        messages.append(Message("user", query))
+        messages[0] = replace(messages[0], content=task.description + messages[0].content)
+        return tuple(render(template, self._trained.tokenizer, messages, open=True).tokens)
+
+    def _requests(
+        self, task: Task, number: int, answers: Sequence[str]
+    ) -> list[tuple[Tokens, Tokens]]:
+        """The tokens of an example's prompt, with those of each answer."""
+        if self._template:
+            prompt = self._conversation(self._template, task, number)
+            return [(prompt, tuple(self._trained.tokenizer.encode(one))) for one in answers]
+        query, _ = task.pair(task.examples[number])
+        before = f"{task.prompt(number, self._seed)}{query}{task.delimiter}"
+        return [self._scorer.encode(before, answer) for answer in answers]
+
+    def _alone(self, answer: str) -> tuple[Tokens, Tokens]:
+        """The tokens of an answer without its query."""
+        if not self._template:
+            return self._scorer.encode("", answer)
+        # No message may be empty. "Answer:" is what OLMES (Gu et al. 2025) has for a query.
+        tokenizer, messages = self._trained.tokenizer, [Message("user", "Answer:")]
+        prompt = render(self._template, tokenizer, messages, open=True).tokens
+        return tuple(prompt), tuple(tokenizer.encode(answer))
+
     def _multiple_choice(
         self, task: Task, numbers: Sequence[int]
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
         requests, owners = [], []
         for number in numbers:
             example = task.examples[number]
-            before = task.prompt(number, self._seed) + task.queried(example)
-            requests += [(before, choice) for choice in example["choices"]]
+            requests += self._requests(task, number, example["choices"])
             owners.append(example)
-        scores = iter(self._scorer.score(requests))
+        scores = iter(self._scorer.score_tokens(requests))
         # The likelihood of a choice without its query: most tasks have the same few choices.
         alone = dict.fromkeys(choice for example in owners for choice in example["choices"])
         unconditional = dict(
-            zip(alone, self._scorer.score([("", choice) for choice in alone]), strict=True)
+            zip(alone, self._scorer.score_tokens([self._alone(one) for one in alone]), strict=True)
         )
         details = []
         for example in owners:
@@ -205,9 +250,9 @@ class Evaluator:
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
         requests = []
         for number in numbers:
-            example = task.examples[number]
-            before = task.prompt(number, self._seed) + example["context"].rstrip()
-            requests.append((before + task.delimiter, example["continuation"]))
+            context, continuation = task.pair(task.examples[number])
+            before = task.prompt(number, self._seed) + context + task.delimiter
+            requests.append((before, continuation))
         scores = self._scorer.score(requests)
         details = [
             {"logprob": score.logprob, "accuracy": float(score.is_greedy)} for score in scores
@@ -250,17 +295,22 @@ class Evaluator:
     def _generate(
         self, task: Task, numbers: Sequence[int]
     ) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-        tokenizer = self._trained.tokenizer
-        prompts = []
+        tokenizer, template = self._trained.tokenizer, self._template
+        prompts: list[Sequence[int]] = []
         for number in numbers:
-            text = task.prompt(number, self._seed) + task.queried(task.examples[number]).rstrip()
-            prompts.append([*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot])
+            if template:
+                prompts.append(self._conversation(template, task, number))
+            else:
+                query, _ = task.pair(task.examples[number])
+                text = f"{task.prompt(number, self._seed)}{query}{task.delimiter}".rstrip()
+                prompts.append([*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot])
         details = []
         written = generate_texts(
             self._trained,
             prompts,
             task.tokens,
-            task.stop,
+            stops=() if template else task.stop,
+            ends=template.stops(tokenizer) if template else (),
             on_truncated=self._note_truncated,
         )
         for number, text in zip(numbers, written, strict=True):

@@ -20,7 +20,7 @@ from jaxgpt.paths import cache_folder, expand
 
 CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # of nanochat
 CORE_FOLDER = "eval_bundle"
-GSM8K = "hf:openai/gsm8k/main#test"
+GSM8K = "hf:openai/gsm8k/main"
 
 HELD_OUT = 0.05
 SEED = 0
@@ -149,22 +149,37 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def gsm8k(path: str = GSM8K) -> list[Task]:
+def gsm8k(test: str = f"{GSM8K}#test", train: str = f"{GSM8K}#train") -> list[Task]:
     """Grade school math (Cobbe et al. 2021): the number after #### of a generated solution.
 
     Args:
-        path: The records, each with `question` and `answer`.
+        test: The problems, records with `question` and `answer`.
+        train: Problems that are shown with their solutions.
 
     Raises:
         InputError: The data set cannot be read.
     """
-    records = open_records(path, Reader(("question", "answer")))
-    examples = tuple(
-        {"query": f"Question: {record.text('question')}\nAnswer:", "answer": record.text("answer")}
-        for record in records
-    )
-    stop = ("Question:", "\n\n")
-    return [Task("gsm8k", "generate", examples, shots=5, stop=stop, extract=r"#### *(-?[\d.,]*\d)")]
+
+    def examples(path: str) -> tuple[Example, ...]:
+        return tuple(
+            {
+                "query": f"Question: {record.text('question')}\nAnswer:",
+                "answer": record.text("answer"),
+            }
+            for record in open_records(path, Reader(("question", "answer")))
+        )
+
+    return [
+        Task(
+            "gsm8k",
+            "generate",
+            examples(test),
+            shots=5,
+            solved_examples=examples(train),
+            stop=("Question:", "\n\n"),
+            extract=r"#### *(-?[\d.,]*\d)",
+        )
+    ]
 
 
 NAMED: dict[str, Callable[[], list[Task]]] = {"python": python_suite, "core": core, "gsm8k": gsm8k}

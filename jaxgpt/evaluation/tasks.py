@@ -66,18 +66,21 @@ class Task:
     shots: Annotated[int, Ge(0)] = 0
     """The number of solved examples in each prompt (few-shot); 0: zero-shot."""
     fixed: bool = False
-    """Whether all prompts have the same solved examples, the first ones of the task, which are then
-    not measured. Otherwise they are drawn at random for each example."""
+    """Whether all prompts have the same solved examples, the first ones, which are then not
+    measured. Otherwise they are drawn at random for each example."""
+    solved_examples: tuple[Example, ...] = field(default=(), repr=False)
+    """Examples that are only shown solved, such as those of a training set; empty: the solved ones
+    are other examples of the task."""
     description: str = ""
     """Text at the beginning of each prompt."""
     delimiter: str = " "
-    """Text between a query and its answer."""
+    """Text between a query and its answer, unless they are messages of a conversation."""
     separator: str = "\n\n"
-    """Text between the solved examples."""
+    """Text between the solved examples, unless they are messages of a conversation."""
     choices: tuple[str, ...] = ()
     """multiple_choice: the choices of examples that have none of their own, such as labels."""
     stop: tuple[str, ...] = ("\n",)
-    """generate: strings before which an answer ends."""
+    """generate: strings before which an answer ends, unless it is a message of a conversation."""
     tokens: Annotated[int, Ge(1)] = 256
     """generate: the most tokens of an answer."""
     extract: str = ""
@@ -105,11 +108,13 @@ class Task:
             raise InputError(
                 f"task {self.name}: extract={self.extract!r} is no regular expression: {error}"
             ) from None
-        solved = self.shots if self.fixed else self.shots and self.shots + 1
-        if len(self.examples) < max(solved, 1) or (self.fixed and len(self.examples) <= solved):
+        if not self.examples:
+            raise InputError(f"task {self.name} has no examples; write one on each line")
+        to_show = len(self.solved_examples or self.examples[1:])  # all but the measured one
+        if to_show < self.shots:
             raise InputError(
-                f"task {self.name} has {len(self.examples)} examples, too few for {self.shots} "
-                "shots; set fewer shots"
+                f"task {self.name} has {to_show} examples to show solved, too few for "
+                f"{self.shots} shots; set fewer shots"
             )
         if self.type == "text" and self.shots:
             raise InputError(f"task {self.name}: a text has no shots; set shots to 0")
@@ -117,38 +122,48 @@ class Task:
     @property
     def measured(self) -> range:
         """The numbers of the examples that are measured."""
-        return range(self.shots if self.fixed else 0, len(self.examples))
+        first = self.shots if self.fixed and not self.solved_examples else 0
+        return range(first, len(self.examples))
 
-    def prompt(self, number: int, seed: int = 0) -> str:
-        """The beginning of the prompt of an example: the description and the solved examples.
+    def shown(self, number: int, seed: int = 0) -> list[tuple[str, str]]:
+        """The solved examples before an example, as pairs of a query and its answer.
 
         Args:
             number: The number of the example, which is not one of the solved ones.
             seed: The seed with which solved examples are drawn.
         """
+        others = self.solved_examples or self.examples
         numbers: Sequence[int] = range(self.shots)
         if not self.fixed:
-            others = [other for other in range(len(self.examples)) if other != number]
-            numbers = random.Random(f"{seed} {number}").sample(others, self.shots)
-        solved = [self.solved(self.examples[number]) + self.separator for number in numbers]
+            draw = random.Random(f"{seed} {number}")
+            count = len(others) - (not self.solved_examples)
+            numbers = draw.sample(range(count), self.shots)
+            if not self.solved_examples:  # all but the example itself
+                numbers = [one + (one >= number) for one in numbers]
+        return [self.pair(others[one]) for one in numbers]
+
+    def prompt(self, number: int, seed: int = 0) -> str:
+        """The beginning of an example's prompt: the description and the solved examples, as text.
+
+        Args:
+            number: As for `shown`.
+            seed: As for `shown`.
+        """
+        shown = self.shown(number, seed)
+        solved = [f"{query}{self.delimiter}{answer}{self.separator}" for query, answer in shown]
         return self.description + "".join(solved)
 
-    def solved(self, example: Example) -> str:
-        """An example with its answer, as it stands in a prompt."""
+    def pair(self, example: Example) -> tuple[str, str]:
+        """The query of an example and its right answer."""
         match self.type:
             case "multiple_choice":
-                return f"{self.queried(example)}{example['choices'][example['gold']]}"
+                return str(example["query"]), str(example["choices"][example["gold"]])
             case "schema":
-                context = example["context_options"][example["gold"]]
-                return f"{context}{self.delimiter}{example['continuation']}"
+                return str(example["context_options"][example["gold"]]), example["continuation"]
             case "cloze":
-                return f"{example['context'].rstrip()}{self.delimiter}{example['continuation']}"
+                return example["context"].rstrip(), example["continuation"]
             case _:
-                return f"{self.queried(example)}{example['answer']}"
-
-    def queried(self, example: Example) -> str:
-        """The query of an example, up to where its answer begins."""
-        return str(example["query"]) + self.delimiter
+                return str(example["query"]), str(example["answer"])
 
     def extracted(self, text: str) -> str:
         """The part of a generated text, or of a right answer, that is compared."""
@@ -166,7 +181,8 @@ def read_task(path: str | Path, name: str = "") -> Task:
 
     Args:
         path: The file. Its first line has the settings, the fields of `Task` (with `task` for the
-            name); the others have one example each.
+            name, and for `solved_examples` a file beside it with an example on each line); the
+            others have one example each.
         name: The task's name if the settings have none; empty: the name of the file.
 
     Raises:
@@ -183,6 +199,9 @@ def read_task(path: str | Path, name: str = "") -> Task:
         )
     settings = {"name": settings.pop("task", name or path.stem), **settings}
     known = [f.name for f in fields(Task) if f.name != "examples"]
+    shown = settings.pop("solved_examples", "")
+    if not isinstance(shown, str):
+        raise InputError(f"{path}: line 1: solved_examples={shown!r:.80}; set it to a file's name")
     for key in settings:
         if key not in known:
             raise InputError(f"{path}: line 1: {key} is not a setting; use {', '.join(known)}")
@@ -194,6 +213,9 @@ def read_task(path: str | Path, name: str = "") -> Task:
     task = Task(**settings, examples=())
     if task.type not in FIELDS:
         task.check()
+    if shown:
+        file = path.parent / expand(shown)
+        task = replace(task, solved_examples=_examples(task, file, _json_lines(file)))
     return _with_examples(task, path, lines[1:])
 
 
@@ -239,10 +261,13 @@ def read_core(folder: str | Path) -> list[Task]:
 
 
 def _with_examples(task: Task, path: Path, lines: Sequence[tuple[int, Example]]) -> Task:
-    examples = tuple(_checked(task, f"{path}: line {number}", line) for number, line in lines)
-    task = replace(task, examples=examples)
+    task = replace(task, examples=_examples(task, path, lines))
     task.check()
     return task
+
+
+def _examples(task: Task, path: Path, lines: Sequence[tuple[int, Example]]) -> tuple[Example, ...]:
+    return tuple(_checked(task, f"{path}: line {number}", line) for number, line in lines)
 
 
 def _checked(task: Task, where: str, values: Example) -> Example:

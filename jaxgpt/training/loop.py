@@ -26,7 +26,7 @@ from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import SAMPLES, append_record, mark_finished, read_metrics
 from jaxgpt.training.setup import Run, prepare
-from jaxgpt.training.tasks import as_metrics, is_measured, read_tasks, save_results
+from jaxgpt.training.tasks import as_metrics, check_chat, is_measured, read_tasks, save_results
 
 Returned = TypeVar("Returned")
 STEP_METRICS = ("grad_norm", "learning_rate", "skipped")  # reported by the step, not the objective
@@ -70,6 +70,7 @@ def run(cfg: config.Config, signals: Signals) -> int:
     with sharding.on_first_process(RunLock(cfg.folder)) as lock:
         with clock("init"):
             prepared = prepare(cfg)
+            check_chat(prepared.cfg.evaluation, prepared.tokenizer)
         start, steps = prepared.start, prepared.cfg.train.steps
         if start >= steps and is_finished(prepared.cfg, start):
             if jax.process_index() == 0:
@@ -288,7 +289,8 @@ class Training:
             return
         with self.clock("eval"):
             evaluator = self.attempt(
-                "evaluation on tasks", lambda: Evaluator(load(folder), limit=cfg.limit)
+                "evaluation on tasks",
+                lambda: Evaluator(load(folder), limit=cfg.limit, chat=cfg.chat),
             )
             if evaluator is None:
                 return

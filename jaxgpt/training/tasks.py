@@ -10,12 +10,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import suite
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.history import EVALUATION
 from jaxgpt.evaluation.measure import Result
 from jaxgpt.evaluation.tasks import Task
+from jaxgpt.tokenizer import Tokenizer
 
 
 @cache
@@ -39,22 +41,35 @@ def read_tasks(cfg: EvaluationConfig) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
+def check_chat(cfg: EvaluationConfig, tokenizer: Tokenizer) -> None:
+    """Raises InputError if tasks are to be conversations and the tokenizer has no chat format."""
+    if cfg.chat and cfg.tasks:
+        try:
+            choose(tokenizer)
+        except InputError as error:
+            raise InputError(f"evaluation.chat=True: {error}", field="evaluation.chat") from None
+
+
 def is_measured(folder: Path, step: int, cfg: EvaluationConfig) -> bool:
     """Whether `evaluation.json` in a run's folder has a step's results on all tasks of a config."""
-    wanted = [(task.name, task.shots, cfg.limit, step) for task in read_tasks(cfg)]
+    wanted = [(task.name, task.shots, cfg.limit, step, cfg.chat) for task in read_tasks(cfg)]
     if not wanted:
         return True
     keys = ("task", "shots", "limit", "step")
     try:
         found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-        return [tuple(one[key] for key in keys) for one in found] == wanted
+        # Results of earlier versions do not say whether they are those of a conversation.
+        return [(*(one[key] for key in keys), one.get("chat", False)) for one in found] == wanted
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def save_results(folder: Path, step: int, cfg: EvaluationConfig, results: Sequence[Result]) -> None:
     """Writes what was measured at a step to `evaluation.json` in a run's folder."""
-    content = [{**result.as_json(), "limit": cfg.limit, "step": step} for result in results]
+    content = [
+        {**result.as_json(), "limit": cfg.limit, "chat": cfg.chat, "step": step}
+        for result in results
+    ]
     new = folder / f"{EVALUATION}.new"
     new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(new, folder / EVALUATION)

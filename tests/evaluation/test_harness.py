@@ -16,6 +16,11 @@ pytestmark = [
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytest.importorskip("torch", reason="the Hugging Face backend needs torch")
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
 TEXT = "the quick brown fox jumps over the lazy dog, and what does the fox say? " * 20
 
 
@@ -74,7 +79,8 @@ def test_generated_texts_are_those_of_its_own_backend(pair):
     assert ours == theirs and len(set(ours)) > 1
 
 
-def test_the_command_measures_a_task_of_a_file(pair, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_command_measures_a_task_of_a_file(pair, tmp_path, capsys, monkeypatch, chat):
     data, task, out = (tmp_path / name for name in ("made.jsonl", "made.yaml", "out.json"))
     rows = [{"q": f"the fox {n}", "c": [" says", " jumps"], "label": n % 2} for n in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,13 +98,17 @@ def test_the_command_measures_a_task_of_a_file(pair, tmp_path, capsys, monkeypat
     task.write_text(json.dumps(settings))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cli, "_ready", lambda *_: pair[0]._trained)
-    assert cli.main(["eval", "run", "--lm_eval", str(task), "--json", str(out)]) == 0
+    options = ["--lm_eval", str(task), "--json", str(out), *(["--chat"] if chat else [])]
+    assert cli.main(["eval", "run", *options]) == 0
     assert "made_task" in capsys.readouterr().out
     result = json.loads(out.read_text())["made_task"]
+    monkeypatch.setattr(pair[1].tokenizer, "chat_template", CHATML)
     theirs = lm_eval.simple_evaluate(
         pair[1],
         tasks=["made_task"],
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path)),
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )["results"]["made_task"]
     assert result["acc,none"] == theirs["acc,none"]
     assert result["acc_stderr,none"] == pytest.approx(theirs["acc_stderr,none"])

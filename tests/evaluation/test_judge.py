@@ -7,13 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jaxgpt import chat, cli
+from jaxgpt import chat, cli, load
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.judge import (
     PROMPT,
     REPLY_TOKENS,
     Example,
     ServerJudge,
+    answer_records,
     judge_examples,
     mean_score,
     parse_score,
@@ -41,7 +42,9 @@ def test_only_a_number_from_0_to_100_is_a_score(reply, score):
 def test_answers_without_a_score_are_counted_and_not_guessed():
     replies = {"a": "80", "b": "good", "c": "90", "d": "100"}
     examples = [Example(f"f:{n}", "say", "x", answer) for n, answer in enumerate(replies)]
-    judged = list(judge_examples(examples, lambda prompt: replies[prompt.split("\n")[-3]], 2))
+    judged = list(
+        judge_examples(examples, lambda prompts: [replies[one.split("\n")[-3]] for one in prompts])
+    )
     assert [example.score for example in judged] == [80, None, 90, 100]
     assert mean_score(judged).value == 90
     assert mean_score(judged).error == pytest.approx(10 / 3**0.5)
@@ -57,7 +60,7 @@ def test_the_prompt_is_in_the_documentation():
 
 
 def test_braces_in_an_answer_are_text():
-    (judged,) = judge_examples([Example("f:1", "{answer}", "{0}", "{{x}")], lambda prompt: prompt)
+    (judged,) = judge_examples([Example("f:1", "{answer}", "{0}", "{{x}")], list)
     assert "\n{{x}\n" in judged.reply and "\n{answer}\n" in judged.reply
 
 
@@ -105,7 +108,7 @@ def refused(status, message="no", param=None, **headers):
 def test_a_judge_behind_an_api_gets_the_key_and_replies(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     with scripted(said("75")) as (url, seen):
-        assert ServerJudge(url + "/", "big")("How good?") == "75"
+        assert ServerJudge(url + "/", "big").ask("How good?") == "75"
     path, headers, body = seen[0]
     assert path == "/v1/chat/completions" and headers["authorization"] == "Bearer sk-1"
     assert body == {
@@ -118,11 +121,11 @@ def test_a_busy_judge_is_asked_again_after_the_time_that_it_says():
     pauses = []
     answers = (refused(429, **{"retry-after": "7"}), (503, "<html>", {}), said("1"))
     with scripted(*answers) as (url, seen):
-        assert ServerJudge(url, "big", sleep=pauses.append)("x") == "1"
+        assert ServerJudge(url, "big", sleep=pauses.append).ask("x") == "1"
     assert pauses == [7, 14] and len(seen) == 3
     with scripted(*[refused(429, "slow down", **{"retry-after": "9999"})] * 3) as (url, seen):
         with pytest.raises(InputError, match="asked 3 times: status 429: slow down"):
-            ServerJudge(url, "big", tries=3, sleep=pauses.append)("x")
+            ServerJudge(url, "big", tries=3, sleep=pauses.append).ask("x")
     assert pauses[2:] == [60, 60]
 
 
@@ -140,22 +143,22 @@ def test_a_busy_judge_is_asked_again_after_the_time_that_it_says():
 def test_a_refusal_is_an_error_at_once(answer, error):
     with scripted(answer) as (url, seen):
         with pytest.raises(InputError, match=error):
-            ServerJudge(url, "big", sleep=lambda _: None)("x")
+            ServerJudge(url, "big", sleep=lambda _: None).ask("x")
     assert len(seen) == 1
 
 
 def test_an_option_that_the_model_does_not_have_is_left_out():
     answers = (refused(400, param="max_tokens"), refused(400, param="temperature"), said("3"))
     with scripted(*answers) as (url, seen):
-        assert ServerJudge(url, "big", sleep=lambda _: None)("x") == "3"
+        assert ServerJudge(url, "big", sleep=lambda _: None).ask("x") == "3"
     assert [len(body) for *_, body in seen] == [4, 3, 2]
 
 
 def test_a_judge_that_does_not_answer_in_time_is_asked_again():
     with scripted((None, 0.3, {}), said("5")) as (url, _):
-        assert ServerJudge(url, "big", timeout=0.1, sleep=lambda _: None)("x") == "5"
+        assert ServerJudge(url, "big", timeout=0.1, sleep=lambda _: None).ask("x") == "5"
     with pytest.raises(InputError, match="does not answer, asked 2 times: .*refused"):
-        ServerJudge(url, "big", tries=2, sleep=lambda _: None)("x")  # nobody listens there now
+        ServerJudge(url, "big", tries=2, sleep=lambda _: None).ask("x")  # nobody listens there now
 
 
 def test_a_judge_needs_an_address_and_a_model():
@@ -164,7 +167,14 @@ def test_a_judge_needs_an_address_and_a_model():
     with pytest.raises(InputError, match="set judge_model"):
         ServerJudge("http://127.0.0.1/v1", "")
     with pytest.raises(InputError, match="parallel=0; set it to 1 or more"):
-        list(judge_examples([], str, 0))
+        ServerJudge("http://127.0.0.1/v1", "big", parallel=0)
+
+
+def test_replies_have_the_order_of_the_prompts():
+    with scripted(*[said("7")] * 6) as (url, seen):
+        replies = list(ServerJudge(url, "big", parallel=3)([f"{n}" for n in range(6)]))
+    assert replies == ["7"] * 6
+    assert sorted(body["messages"][0]["content"] for *_, body in seen) == list("012345")
 
 
 def test_our_own_server_is_a_judge():
@@ -209,6 +219,16 @@ def test_the_command_writes_every_score(model, capsys):
         assert cli.main([*options, *server, "--limit", "2"]) == 2
     assert "status 401" in capsys.readouterr().err
     assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == [10]
+
+
+def test_answers_are_those_of_a_chat(model):
+    trained = load(str(model / "model"))
+    examples = answer_records(trained, str(model / "records.jsonl"), tokens=6)
+    for example, record in zip(examples, RECORDS, strict=True):
+        asked = [{"role": "user", "content": record["instruction"]}]
+        assert example.answer == trained.chat(asked, 6, temperature=0)
+    with pytest.raises(InputError, match=r"records.jsonl.*1.* do not fit the model's context of"):
+        answer_records(trained, str(model / "records.jsonl"), tokens=1020)
 
 
 def test_another_model_is_a_judge(model, capsys):

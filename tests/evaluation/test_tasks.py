@@ -3,15 +3,18 @@
 import json
 import math
 import random
+import re
 import zipfile
 
 import numpy as np
 import pytest
 
 from jaxgpt import cli, data
+from jaxgpt.chat import equipped
 from jaxgpt.data import DataConfig
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import measure, suite
+from jaxgpt.evaluation.likelihood import LogLikelihood
 from jaxgpt.evaluation.measure import Evaluator, Metric
 from jaxgpt.evaluation.tasks import Task, read_core, read_task
 from jaxgpt.model import GPTConfig
@@ -55,6 +58,20 @@ def test_solved_examples_are_drawn_by_the_seed_and_never_the_example_itself():
         assert len(set(solved)) == 3 and f"{n} x" not in solved
 
 
+def test_solved_examples_may_be_in_a_file_of_their_own(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in CAPITALS[1:]))
+    settings = {"type": "multiple_choice", "shots": 2, "solved_examples": "train.jsonl"}
+    task = read_task(write(tmp_path / "x.jsonl", settings, CAPITALS[:1]))
+    assert list(task.measured) == [0]
+    assert sorted(task.shown(0)) == [
+        ("The capital of Italy is", "Rome"),
+        ("The capital of Spain is", "Madrid"),
+    ]
+    (tmp_path / "train.jsonl").write_text('{"query": "x"}\n')
+    with pytest.raises(InputError, match="train.jsonl: line 1: choices is missing"):
+        read_task(tmp_path / "x.jsonl")
+
+
 @pytest.mark.parametrize(
     ("line", "settings", "says"),
     [
@@ -64,7 +81,8 @@ def test_solved_examples_are_drawn_by_the_seed_and_never_the_example_itself():
         ({"query": 3, "choices": ["b", "c"], "gold": 0}, {}, "line 2: query=3; set it to a text"),
         (CAPITALS[0], {"shot": 1}, "line 1: shot is not a setting"),
         (CAPITALS[0], {"shots": -1}, "shots=-1; set it to 0 or more"),
-        (CAPITALS[0], {"shots": 1}, "has 1 examples, too few for 1 shots"),
+        (CAPITALS[0], {"shots": 1}, "has 0 examples to show solved, too few for 1 shots"),
+        (CAPITALS[0], {"solved_examples": [1]}, "solved_examples=.*; set it to a file's name"),
         (CAPITALS[0], {"type": "essay"}, "type='essay'; set it to one of multiple_choice"),
         ([1], {}, "line 2 is no JSON object"),
     ],
@@ -116,11 +134,13 @@ def test_the_bundle_of_core_is_downloaded_once(tmp_path, monkeypatch):
 
 
 def test_grade_school_math_compares_the_number_after_the_marks(tmp_path):
-    path = tmp_path / "test.jsonl"
+    path, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
     rows = [{"question": f"{n} + 1?", "answer": f"It is {n} + 1.\n#### 1,00{n}"} for n in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    (task,) = suite.gsm8k(str(path))
+    train.write_text(path.read_text().replace(" + 1?", " + 2?"))
+    (task,) = suite.gsm8k(str(path), str(train))
     task.check()
+    assert task.prompt(0).count(" + 2?") == 5 and " + 1?" not in task.prompt(0)
     assert task.prompt(0).count("Question: ") == 5 and task.prompt(0).endswith("\n\n")
     assert task.extracted(rows[3]["answer"]) == "1003"
     assert task.extracted("so #### -7.5.") == "-7.5"
@@ -190,6 +210,51 @@ def test_generated_answers_are_compared_after_extraction(trained):
     task = Task("t", "generate", examples, tokens=12, stop=("\x00",))
     result = Evaluator(trained).measure(task)
     assert [one["exact_match"] for one in result.details] == [1.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def chatty():
+    """A model with the chat format ChatML, and its prompts written out."""
+    tokenizer = equipped(tiny.bpe())
+    cfg = GPTConfig(L=1, D=16, N=2, T=256, V=tokenizer.vocab_size)
+    return tiny.random_model(cfg, tokenizer)
+
+
+def test_queries_and_answers_are_messages_of_a_conversation(chatty):
+    task = Task(
+        *("t", "multiple_choice", tuple(json_golds(CAPITALS))),
+        shots=1,
+        fixed=True,
+        description="Name a city. ",
+    )
+    result = Evaluator(chatty, chat=True).measure(task)
+    specials = chatty.tokenizer.specials
+    for example, details in zip(task.examples[1:], result.details, strict=True):
+        written = (
+            "<|im_start|>user\nName a city. The capital of France is<|im_end|>\n"
+            "<|im_start|>assistant\nParis<|im_end|>\n"
+            f"<|im_start|>user\n{example['query']}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        prompt = []
+        for part in re.split(r"(<\|im_\w+\|>)", written):
+            prompt += [specials[part]] if part in specials else chatty.tokenizer.encode(part)
+        asked = [(prompt, chatty.tokenizer.encode(choice)) for choice in example["choices"]]
+        sums = [score.logprob for score in LogLikelihood(chatty).score_tokens(asked)]
+        assert details["logprobs"] == pytest.approx(sums, abs=1e-4)
+
+
+def test_a_generated_answer_in_a_conversation_is_that_of_a_chat(chatty):
+    examples = ({"query": "a\nb", "answer": "x"}, {"query": "c", "answer": "y"})
+    task = Task("t", "generate", examples, tokens=12, stop=("e",))
+    result = Evaluator(chatty, chat=True).measure(task)
+    for example, details in zip(examples, result.details, strict=True):
+        asked = [{"role": "user", "content": example["query"]}]
+        assert details["text"] == chatty.chat(asked, 12, temperature=0)
+
+
+def test_a_model_without_a_chat_format_has_no_conversations(trained):
+    with pytest.raises(InputError, match="no chat format fits"):
+        Evaluator(trained, chat=True)
 
 
 def test_the_last_number_is_extracted():

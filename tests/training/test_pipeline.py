@@ -12,14 +12,17 @@ import pytest
 
 import jaxgpt
 import train
+from jaxgpt import chat
 from jaxgpt.cli import main as command
 from jaxgpt.config import Config, read
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.measure import Evaluator
 from jaxgpt.objectives import Distill
-from jaxgpt.training import checkpoint, loop, pipeline
+from jaxgpt.training import checkpoint, loop, pipeline, tasks
 from jaxgpt.training.metrics import read_metrics
 from tests.runs import settle, spawn, spawn_two, state_of
+from tests.tiny import bpe
 
 STAGES = """
 from dataclasses import replace
@@ -383,3 +386,11 @@ def test_two_processes_train_a_pipeline(here):
     assert [process.returncode for process in processes] == [2, 2], outputs
     assert "GRPO samples from the model in one process" in outputs[0]
     assert not Path("runs/three").exists()
+
+
+def test_tasks_as_conversations_need_a_chat_format():
+    cfg = EvaluationConfig(tasks=("python",), chat=True)
+    with pytest.raises(InputError, match="evaluation.chat=True: .*no chat format fits"):
+        tasks.check_chat(cfg, bpe())
+    tasks.check_chat(cfg, chat.equipped(bpe()))
+    tasks.check_chat(replace(cfg, tasks=()), bpe())
