@@ -18,7 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 from pathlib import Path
 
-from jaxgpt import sharding
+from jaxgpt import processes
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.paths import keep_compiled_programs
 from jaxgpt.signals import Signals, end_if_abandoned
@@ -35,8 +35,8 @@ def main(args: list[str]) -> int:
         asked = pipeline.from_command_line(args, DEFAULT)
         asked.check()
         keep_compiled_programs()
-        sharding.connect(asked.parallel)  # before `signals`, because jax takes SIGTERM there
-        with signals:
+        processes.connect(asked.parallel)  # before `signals`, because jax takes SIGTERM there
+        with processes.ending_together(), signals:
             return pipeline.run(asked, signals)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,18 +6,14 @@ changes. `pmap` is the alternative without a mesh: the same step, mapped over th
 """
 
 import math
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -25,14 +21,12 @@ from jax.typing import ArrayLike
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError
 
-Entered = TypeVar("Entered")
 Tree = TypeVar("Tree")
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 PyTree = Any  # nested containers of arrays, or of what stands for arrays, as `jax.tree` takes them
 Letters = Mapping[tuple[str, ...], tuple[tuple[str, ...], tuple[int, ...]]]
 AXES = ("data", "fsdp", "tensor")
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
 # The mesh axes over which a dimension is sharded, by its letter; other letters are never sharded.
 # An axis goes to the first letter of a shape that can use it: in an activation BTD `fsdp` shards
@@ -94,63 +88,6 @@ class ParallelConfig:
                 f"parallel.coordinator={self.coordinator!r}; set it to HOST:PORT of process 0",
                 field="parallel.coordinator",
             )
-
-
-def connect(cfg: ParallelConfig) -> None:
-    """Joins the processes of a run, before any of them looks at its devices.
-
-    Waits until all are there. Raises InputError where the cluster does not say who they are.
-    """
-    if cfg.processes == 1:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        if cfg.processes:
-            jax.distributed.initialize(
-                cfg.coordinator, cfg.processes, cfg.process, heartbeat_timeout_seconds=HEARTBEAT
-            )
-        else:
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the {cfg.processes or ''} processes did not find each other: {error}; set "
-            "parallel.processes, process and coordinator"
-        ) from None
-
-
-def leave(reason: str) -> NoReturn:
-    """Ends this process of several, with status 1, without waiting for the others.
-
-    A clean exit waits until all processes are ready to exit, for minutes if one of them is dead.
-    """
-    print(f"error: process {jax.process_index()}: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def largest(value: int) -> int:
-    """The largest of all processes' values, on each of them; all must ask at the same point."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.process_allgather(np.int32(value)).max())
-
-
-@contextmanager
-def on_first_process(context: AbstractContextManager[Entered]) -> Iterator[Entered | None]:
-    """Enters a context on process 0 alone; the others get None.
-
-    If process 0 cannot enter it and raises InputError, the others raise one too.
-    """
-    with ExitStack() as stack:
-        entered, failed = None, None
-        if jax.process_index() == 0:
-            try:
-                entered = stack.enter_context(context)
-            except InputError as error:
-                failed = error
-        if largest(int(failed is not None)):
-            raise failed or InputError("process 0 cannot start; its message says why")
-        yield entered
 
 
 def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
+before_end: list[Callable[[str], object]] = []
+"""Called with the name of the signal, for some seconds at most, before it ends the process."""
+
 _abandoned = threading.Event()  # set if a thread still runs the work that a signal interrupted
 
 
@@ -158,7 +161,12 @@ def end_if_abandoned(status: int) -> None:
 
 def end_process(number: int) -> None:
     """Ends this process immediately with a signal's exit status, even if other threads are busy."""
-    _flush_and_print(f"ended by {signal.Signals(number).name}\n")
+    name = signal.Signals(number).name
+    _flush_and_print(f"ended by {name}\n")
+    for call in before_end:
+        thread = threading.Thread(target=call, args=(name,), daemon=True)
+        thread.start()
+        thread.join(10.0)
     os._exit(128 + number)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 LAYERS = """
 errors
 bounds
-paths strict_json manifest download signals synonyms sharding
+paths strict_json manifest download signals synonyms sharding processes
 model
 tokenizer
 chat

@@ -1,5 +1,6 @@
 """What a run works on: the checkpoint it resumes from, its tokenizer, its data, its teacher."""
 
+import json
 import platform
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxgpt import config, data, tokenizer
+from jaxgpt import config, data, processes, tokenizer
 from jaxgpt.errors import InputError
 from jaxgpt.paths import expand
 from jaxgpt.pretrained.load import ModelSource, check_exists, find_tokenizer, source
@@ -158,7 +159,9 @@ def find_text_tokenizer(
         texts = data.strings([record for records in sets for record in records])
     else:
         texts = data.texts(pinned, held_out=alphabet)
-    return cfg, tokenizer.build(cfg.tokenizer, texts)
+    built = partial(tokenizer.build, cfg.tokenizer, texts)
+    described = processes.from_first_process(lambda: json.dumps(built().to_json()))
+    return cfg, tokenizer.from_json(json.loads(described))
 
 
 def batch_options(cfg: config.Config) -> dict[str, int]:

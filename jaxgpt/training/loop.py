@@ -10,7 +10,7 @@ from typing import NoReturn, TypeVar
 
 import jax
 
-from jaxgpt import config, data, sharding
+from jaxgpt import config, data, processes, sharding
 from jaxgpt.data import Record
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.evaluation.measure import Evaluator, Result, table
@@ -67,7 +67,8 @@ def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
-    with sharding.on_first_process(RunLock(cfg.folder)) as lock:
+    with processes.on_first_process(RunLock(cfg.folder)) as lock:
+        processes.check_shared(cfg.folder)
         with clock("init"):
             prepared = prepare(cfg)
             check_chat(prepared.cfg.evaluation, prepared.tokenizer)
@@ -184,7 +185,7 @@ class Training:
 
             logs = due(step, train.log_every)
             if logs or jax.process_count() == 1:  # several processes ask each other
-                self.stopped = sharding.largest(self.signals.received)
+                self.stopped = processes.largest(self.signals.received)
             last = step == train.steps or self.stopped > 0
             evals = step == train.steps or due(step, train.eval_every)
             saves = last or due(step, self.cfg.checkpoint.every)
@@ -397,10 +398,10 @@ class Training:
             traceback.print_exception(error)
         steps = self.run.checkpoints.steps()
         left = f"the newest checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
-        sharding.leave(
-            f"step {self.step} failed, maybe because another process has ended: "
-            f"{str(error).partition(chr(10))[0]}; {left}: start all processes again to resume, or "
-            "one without parallel.processes"
+        processes.leave(
+            f"step {self.step} failed: {str(error).partition(chr(10))[0]}; {left}: start all "
+            "processes again to resume, or one without parallel.processes",
+            error=error,
         )
 
     def rescue(self) -> None:
@@ -432,6 +433,8 @@ class Training:
         except Interrupted:
             self.stopped = self.signals.received
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process may have died, and all need each other
             self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
         self.complete = self.complete and not needed
         return None
