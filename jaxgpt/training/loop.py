@@ -4,7 +4,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -25,6 +25,7 @@ from jaxgpt.training.guard import highest_plausible_loss
 from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import SAMPLES, append_record, mark_finished, read_metrics
+from jaxgpt.training.mirror import Mirror
 from jaxgpt.training.setup import Run, prepare
 from jaxgpt.training.tasks import as_metrics, is_measured, read_tasks, save_results
 
@@ -67,16 +68,20 @@ def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
-    with sharding.on_first_process(RunLock(cfg.folder)) as lock:
+    with ExitStack() as stack:
+        lock = stack.enter_context(sharding.on_first_process(RunLock(cfg.folder)))
         with clock("init"):
+            mirror = stack.enter_context(Mirror(cfg)) if cfg.is_copied else None
             prepared = prepare(cfg)
+        if mirror is not None:
+            mirror.begin(prepared.start)
         start, steps = prepared.start, prepared.cfg.train.steps
         if start >= steps and is_finished(prepared.cfg, start):
             if jax.process_index() == 0:
                 longer = "train.epochs" if cfg.train.epochs else "train.steps"
-                print(f"{cfg.folder} has all its {start} steps; raise {longer} or set name")
+                print(f"{cfg.place} has all its {start} steps; raise {longer} or set name")
             return 0
-        training = Training(prepared, lock, clock, signals)
+        training = Training(prepared, lock, clock, signals, mirror)
         status = training.take_all_steps()
         if jax.process_index() == 0:
             if status == 0:
@@ -98,9 +103,15 @@ class Training:
     """The training of a run in this process: the loop, and the report after the last step."""
 
     def __init__(
-        self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
+        self,
+        run: Run,
+        lock: RunLock | None,
+        clock: telemetry.Goodput,
+        signals: Signals,
+        mirror: Mirror | None = None,
     ) -> None:
         self.run, self.lock, self.clock, self.signals = run, lock, clock, signals
+        self.mirror = mirror
         self.cfg = cfg = run.cfg
         self.step, self.state = run.start, run.state
         self.stopped = 0  # the number of the signal that ends the run, the same on all processes
@@ -193,6 +204,8 @@ class Training:
                 with self.clock("step"):
                     self.report(step if newest else step - 1)
                 self.log.log(step, self.log.rate(step))
+            if logs and self.mirror is not None:
+                self.mirror.check()
             if saves or self.must_save_again(logs):
                 self.save()
             if evals and not self.stopped:
@@ -494,7 +507,7 @@ class Training:
 
 def usage(cfg: config.Config, records: Sequence[Record] = ()) -> str:
     """The command that uses a run's model; held-out records give it a text as an example."""
-    words = ["python", "-m", "jaxgpt", cfg.objective.command, str(cfg.folder)]
+    words = ["python", "-m", "jaxgpt", cfg.objective.command, cfg.place]
     text = cfg.objective.argument(records, cfg.train.prompt)
     return shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
 
