@@ -18,7 +18,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import Leaves, Params, letters
 from jaxgpt.model.params import flat, merge, nested, split
-from jaxgpt.paths import expand, is_url, split_step
+from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import foreign
 from jaxgpt.pretrained.trained import PLAIN, Dtype, Trained
 from jaxgpt.sharding import Layout
@@ -276,7 +276,7 @@ def check_exists(path: str | Path) -> None:
     from jaxgpt.pretrained import hub
 
     if is_url(path):
-        checkpoint.find_remote(split_step(path)[0])
+        checkpoint.find_remote(str(path))
         return
     run, at, _ = str(path).rpartition("@")
     name = str(path).partition("@")[0]

@@ -27,7 +27,7 @@ from jaxgpt.manifest import MANIFEST
 from jaxgpt.store import Store
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint.arrays import list_some
-from jaxgpt.training.checkpoint.remote import complete_steps, download_files
+from jaxgpt.training.checkpoint.remote import FOLDER, complete_steps, download_files
 from jaxgpt.training.checkpoint.writer import set_aside
 
 LEASE = "lease.json"
@@ -196,7 +196,7 @@ class Mirror:
         """Copies the files outside of checkpoints that have changed."""
         for file in sorted(self._folder.rglob("*")):
             name = file.relative_to(self._folder).as_posix()
-            if name in NOT_COPIED or name.startswith("checkpoints/") or file.is_symlink():
+            if name in NOT_COPIED or name.startswith(f"{FOLDER}/") or file.is_symlink():
                 continue
             stamp = _stamp(file)
             if file.is_file() and stamp and self._stamps.get(name) != stamp:
@@ -296,37 +296,42 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
     """
     remote, root = checkpoint.Remote(store), cfg.folder / "checkpoints"
     files = store.list()
-    steps = complete_steps(files, remote.under)
-    local = _newest_local(root)
-    messages = {}
+    steps, local = complete_steps(files), _newest_local(root)
+    wrong: dict[int, str] = {}
+    newer = None  # the step that is downloaded
     for step in reversed(steps):
-        rank = (_went_back(_read_json(lambda s=step: store.read(_lineage(s)))), step)
-        if local is not None and local >= rank:
+        lineage = _read_json(lambda s=step: store.read(f"{FOLDER}/{s}/lineage.json"))
+        if local is not None and local >= (_went_back(lineage), step):
             break
-        print(f"downloading step {step} of {cfg.place} to {cfg.folder}", flush=True)
+        here = f", which has step {local[1]}" if local else ""
+        print(f"downloading step {step} of {cfg.place} to {cfg.folder}{here}", flush=True)
         draft = root / f"{step}.saving"
         if found := remote.download(step, draft):
-            damaged.add(step)
-            messages[step] = list_some(found)
-            print(
-                f"warning: checkpoint {cfg.place}/checkpoints/{step} is damaged: {messages[step]}",
-                file=sys.stderr,
-            )
+            wrong[step] = list_some(found)
+            print(f"warning: it is damaged: {wrong[step]}", file=sys.stderr, flush=True)
             continue
         for later in checkpoint.step_folders(root):
             if later >= step:
                 set_aside(root / str(later), "damaged" if later == step else "abandoned")
         draft.rename(root / str(step))
-        names = [n for n in files if n not in NOT_COPIED and not n.startswith(remote.under)]
-        download_files(store, cfg.folder, names)
+        others = [n for n in files if n not in NOT_COPIED and not n.startswith(f"{FOLDER}/")]
+        download_files(store, cfg.folder, others)
+        newer = step
         break
-    else:
-        if messages and local is None:
-            listed = "; ".join(f"step {step}: {found}" for step, found in messages.items())
-            raise InputError(
-                f"no checkpoint in {cfg.place} is intact; nothing was changed there. {listed}. Use "
-                "another run name, or delete that run to train it again"
-            )
+    damaged.update(wrong)
+    if newer is None and local is None and wrong:
+        listed = "; ".join(f"step {step}: {found}" for step, found in wrong.items())
+        raise InputError(
+            f"no checkpoint in {cfg.place} is intact; nothing was changed there. {listed}. Use "
+            "another run name, or delete that run to train it again"
+        )
+    if newer is None and local is not None and local[1] not in steps[-1:]:
+        there = f"step {steps[-1]}" if steps else "none"
+        print(
+            f"{cfg.folder} has step {local[1]}, and {cfg.place} {there}: training resumes from the "
+            "folder, and copies it",
+            flush=True,
+        )
     if cfg.resume in steps and cfg.resume not in checkpoint.steps_in(root):
         if found := remote.download(cfg.resume, draft := root / f"{cfg.resume}.saving"):
             raise InputError(
@@ -334,10 +339,6 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
                 "step"
             )
         draft.rename(root / str(cfg.resume))
-    if local is not None and steps and local[1] != steps[-1]:
-        newer = max(local[1], max(steps))
-        where = "local folder" if newer == local[1] else cfg.place
-        print(f"{cfg.folder} has step {local[1]}, and {cfg.place} step {steps[-1]}: using {where}")
 
 
 def _newest_local(root: Path) -> tuple[int, int] | None:
@@ -349,10 +350,6 @@ def _newest_local(root: Path) -> tuple[int, int] | None:
             if not opened.damage:
                 return _went_back(opened.metadata.get("lineage", {})), step
     return None
-
-
-def _lineage(step: int) -> str:
-    return f"checkpoints/{step}/lineage.json"
 
 
 def _went_back(lineage: Any) -> int:

@@ -24,31 +24,27 @@ from jaxgpt.training.checkpoint.writer import delete_checkpoint
 
 MODEL = ("ema", "params")
 """The items from which a model is loaded: the first of them that a checkpoint has."""
+FOLDER = "checkpoints"
+_STEP = re.compile(rf"{FOLDER}/(\d+)/(.+)")
 KEPT = 2  # checkpoints of a run that stay in the cache
 logger = logging.getLogger(__name__)
 
 
 class Remote:
-    """The checkpoints of a run at a URL.
+    """The checkpoints of the run in a store."""
 
-    Args:
-        store: The folder of checkpoints, or one above it.
-        under: The folder of checkpoints in it.
-    """
-
-    def __init__(self, store: Store, under: str = "checkpoints/") -> None:
-        self.store, self.under = store, under
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
-        return complete_steps(self.store.list(self.under), self.under)
+        return complete_steps(self.store.list(FOLDER))
 
     def partial_steps(self) -> list[int]:
         """Returns the steps of checkpoints whose upload or deletion was cut, ascending."""
-        files = self.store.list(self.under)
-        names = {name.removeprefix(self.under).partition("/")[0] for name in files}
-        found = {int(name) for name in names if name.isdecimal()}
-        return sorted(found - {*complete_steps(files, self.under)})
+        files = self.store.list(FOLDER)
+        found = {int(match[1]) for name in files if (match := _STEP.match(name))}
+        return sorted(found - {*complete_steps(files)})
 
     def manifest(self, step: int, folder: Path = Path()) -> dict[str, str]:
         """Reads a checkpoint's manifest; raises FileNotFoundError if there is no such checkpoint.
@@ -57,14 +53,14 @@ class Remote:
             step: The step.
             folder: Where the files are downloaded to; names that lead out of it are refused.
         """
-        return parse_manifest(self.store.read(f"{self.under}{step}/{MANIFEST}"), folder)
+        return parse_manifest(self.store.read(f"{FOLDER}/{step}/{MANIFEST}"), folder)
 
     def measured(self, step: int) -> Metadata:
         """Reads a checkpoint's step and metrics, see `reader.read_measured`."""
         found: Metadata = {}
         for name in ("metrics.json", EVALUATION):
             with suppress(FileNotFoundError, ValueError):
-                found |= json.loads(self.store.read(f"{self.under}{step}/{name}"))
+                found |= json.loads(self.store.read(f"{FOLDER}/{step}/{name}"))
         return found
 
     def best(self, steps: Collection[int]) -> int | None:
@@ -84,7 +80,7 @@ class Remote:
         try:
             if opened.damage:
                 return  # the run's own folder reports it
-            name = f"{self.under}{folder.name}"
+            name = f"{FOLDER}/{folder.name}"
             content = (folder / MANIFEST).read_bytes()
             here = parse_manifest(content, folder)
             try:
@@ -120,7 +116,7 @@ class Remote:
             FileNotFoundError: The checkpoint does not exist, or was deleted in the meantime.
             InputError: The store cannot be read.
         """
-        name = f"{self.under}{step}"
+        name = f"{FOLDER}/{step}"
         folder.mkdir(parents=True, exist_ok=True)
         content = self.store.read(f"{name}/{MANIFEST}")
         digests = parse_manifest(content, folder)
@@ -155,57 +151,72 @@ class Remote:
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint, its manifest first."""
-        name = f"{self.under}{step}/"
-        self.store.remove([f"{name}{MANIFEST}"])
-        self.store.remove(self.store.list(name.rstrip("/")))
+        name = f"{FOLDER}/{step}"
+        self.store.remove([f"{name}/{MANIFEST}"])
+        self.store.remove(self.store.list(name))
 
     def set_aside(self, step: int, why: str) -> str:
         """Renames a checkpoint to STEP.WHY, or STEP.WHY-2 and so on; returns the new name."""
-        listed = self.store.list(self.under.rstrip("/"))
-        taken = {name.removeprefix(self.under).split("/")[0] for name in listed}
+        listed = self.store.list(FOLDER)
+        taken = {name.split("/")[1] for name in listed}
         name, number = f"{step}.{why}", 1
         while name in taken:
             number += 1
             name = f"{step}.{why}-{number}"
-        old, new = f"{self.under}{step}/", f"{self.under}{name}/"
+        old, new = f"{FOLDER}/{step}/", f"{FOLDER}/{name}/"
         files = [file for file in listed if file.startswith(old)]
         each(lambda file: self.store.copy(file, new + file.removeprefix(old)), files)
         self.delete(step)
         return name
 
 
-def complete_steps(files: Collection[str], under: str) -> list[int]:
-    """Returns the steps of the complete checkpoints among the files of a store, ascending."""
-    pattern = re.compile(rf"{re.escape(under)}(\d+)/{MANIFEST}")
-    return sorted(int(match[1]) for file in files if (match := pattern.fullmatch(file)))
+def complete_steps(files: Collection[str]) -> list[int]:
+    """Returns the steps of the complete checkpoints among a run's files, ascending."""
+    matches = map(_STEP.fullmatch, files)
+    return sorted(int(match[1]) for match in matches if match and match[2] == MANIFEST)
 
 
-def find_remote(url: str) -> tuple[Remote, list[int]]:
-    """Finds the checkpoints of the run, or the single checkpoint, at a URL, and lists their steps.
+def find_remote(address: str) -> tuple[Remote, list[int]]:
+    """Finds the checkpoints at a URL.
+
+    Args:
+        address: The URL of a run, RUN@best, RUN@STEP, or the URL of one checkpoint in a run.
+
+    Returns:
+        The run's checkpoints, and the steps to use of them, the best one last.
 
     Raises:
-        InputError: There are none, or the URL cannot be read.
+        InputError: There is no such checkpoint, or the URL cannot be read.
     """
-    url = url.rstrip("/")
-    store = Store(url)
-    files = store.list()
-    for under in ("checkpoints/", ""):
-        if steps := complete_steps(files, under):
-            return Remote(store, under), steps
-    parent, _, step = url.rpartition("/")
-    if {MANIFEST, "leaves.json"} <= files.keys() and step.isdecimal():
-        return Remote(Store(parent), ""), [int(step)]
-    runs = sorted({m[1] for f in files if (m := re.match(rf"(.+)/checkpoints/\d+/{MANIFEST}", f))})
-    hint = f"; there are runs in it: {list_some(runs)}" if runs else ""
-    raise InputError(f"there is no checkpoint at {url}{hint or '; check the address'}")
+    url, wanted = split_step(address.rstrip("/"))
+    if match := re.fullmatch(rf"(.+)/{FOLDER}(?:/(\d+))?", url):
+        url, wanted = match[1], match[2] or wanted
+    remote = Remote(Store(url))
+    files = remote.store.list()
+    if not (steps := complete_steps(files)):
+        inner = (re.match(rf"(.+)/{FOLDER}/\d+/{MANIFEST}", name) for name in files)
+        runs = sorted({match[1] for match in inner if match})
+        hint = f"there are runs in it: {list_some(runs)}" if runs else "check the address"
+        raise InputError(f"there is no checkpoint at {url}; {hint}")
+    listed = ", ".join(map(str, steps))
+    if wanted == "best":
+        if (best := remote.best(steps)) is None:
+            raise InputError(
+                f"{url}@best: no checkpoint has a validation loss; use one of the steps {listed}"
+            )
+        return remote, [best]
+    if wanted and (not wanted.isdecimal() or int(wanted) not in steps):
+        raise InputError(
+            f"{url}@{wanted}: no such checkpoint; use best or one of the steps {listed}"
+        )
+    return remote, [int(wanted)] if wanted else steps
 
 
 def fetch_model(address: str) -> tuple[Path, str]:
     """Downloads the parameters of a checkpoint to the cache, unless they are there.
 
     Args:
-        address: The URL of a run (its newest intact checkpoint), RUN@best, RUN@STEP, or the URL of
-            one checkpoint.
+        address: See `find_remote`; of a run, the newest intact checkpoint.
 
     Returns:
         The local folder of the checkpoint, and the item that was downloaded.
@@ -213,47 +224,24 @@ def fetch_model(address: str) -> tuple[Path, str]:
     Raises:
         InputError: There is no such checkpoint, it is damaged, or it cannot be read.
     """
-    url, wanted = split_step(address)
     for _ in range(TRIES):
-        remote, steps = find_remote(url)
-        chosen = _choose(remote, url, wanted, steps)
+        remote, steps = find_remote(address)
         try:
-            return _fetch_newest(remote, url, chosen)
+            return _fetch_newest(remote, steps)
         except FileNotFoundError:  # deleted in the meantime, so there is a newer one now
-            if wanted:
-                break
             time.sleep(0.05)
-    raise InputError(f"the checkpoints of {url} are deleted before they can be read; try again")
+    raise InputError(f"the checkpoints of {address} are deleted before they can be read; try again")
 
 
-def _choose(remote: Remote, url: str, wanted: str, steps: list[int]) -> list[int]:
-    """The steps to try, the best last."""
-    if not wanted:
-        return steps
-    if wanted == "best":
-        best = remote.best(steps)
-        if best is None:
-            raise InputError(
-                f"{url}@best: no checkpoint has a validation loss; use one of the steps "
-                f"{', '.join(map(str, steps))}"
-            )
-        return [best]
-    if not wanted.isdecimal() or int(wanted) not in steps:
-        raise InputError(
-            f"{url}@{wanted}: no such checkpoint; use best or one of the steps "
-            f"{', '.join(map(str, steps))}"
-        )
-    return [int(wanted)]
-
-
-def _fetch_newest(remote: Remote, url: str, steps: list[int]) -> tuple[Path, str]:
+def _fetch_newest(remote: Remote, steps: list[int]) -> tuple[Path, str]:
     """Downloads the newest intact one of some checkpoints."""
-    root = cache_folder() / "downloads" / "checkpoints" / url_key(remote.store.url)
+    url = remote.store.url
+    root = cache_folder() / "downloads" / FOLDER / url_key(url)
     damaged = []
     with lock_cache(root):
         for step in reversed(steps):
             items = {name.split("/")[0] for name in remote.manifest(step, root)}
-            item = next((each for each in MODEL if each in items), MODEL[-1])
+            item = next((name for name in MODEL if name in items), MODEL[-1])
             if found := remote.download(step, folder := root / str(step), (item,)):
                 damaged.append(f"{step} is damaged: {list_some(found)}")
                 continue
