@@ -114,6 +114,7 @@ class Training:
         self.mirror = mirror
         self.cfg = cfg = run.cfg
         self.step, self.state = run.start, run.state
+        self.saved_at = 0.0  # when the newest checkpoint was saved
         self.stopped = 0  # the number of the signal that ends the run, the same on all processes
         self.steps = max(cfg.train.steps, run.start)
         self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
@@ -181,6 +182,7 @@ class Training:
     def loop(self, feed: Iterator[sharding.PyTree]) -> None:
         """Takes steps until the last one, or until a signal."""
         train, run = self.cfg.train, self.run
+        self.saved_at = time.monotonic()
         for step in range(run.start + 1, train.steps + 1):
             if self.cfg.objective.uses_rollouts:  # they sample from the newest parameters
                 with self.clock("step"):
@@ -192,12 +194,13 @@ class Training:
             self.step = step
             self.pending.append((step, metrics))
 
-            logs = due(step, train.log_every)
+            logs, overdue = due(step, train.log_every), False
             if logs or jax.process_count() == 1:  # several processes ask each other
                 self.stopped = sharding.largest(self.signals.received)
+                overdue = bool(sharding.largest(self.is_overdue()))
             last = step == train.steps or self.stopped > 0
             evals = step == train.steps or due(step, train.eval_every)
-            saves = last or due(step, self.cfg.checkpoint.every)
+            saves = last or overdue or due(step, self.cfg.checkpoint.every)
             if logs or evals or saves:
                 # The newest step may still run while the log is written, unless it is needed.
                 newest = evals or saves or step == run.start + 1
@@ -216,6 +219,11 @@ class Training:
                 self.log.show(step)
             if last or self.stopped:
                 return
+
+    def is_overdue(self) -> bool:
+        """Whether the last save was `checkpoint.minutes` ago."""
+        minutes = self.cfg.checkpoint.minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
     def report(self, upto: int) -> None:
         """Logs all steps up to `upto`. Only here does the loop wait for the devices."""
@@ -345,6 +353,7 @@ class Training:
                         self.lock.check()
                     self.log.flush()
                     self.run.save(self.step, self.state, metrics)
+                    self.saved_at = time.monotonic()
                     if wait:
                         self.run.checkpoints.wait()
                     return

@@ -59,7 +59,11 @@ class CheckpointConfig:
     """When to save checkpoints and how many to keep."""
 
     every: Annotated[int, Ge(0)] = 500
-    """Steps between checkpoints. The last step is always saved; 0: only that one."""
+    """Steps between checkpoints. The last step is always saved; 0: no others by their number."""
+    minutes: Annotated[float, Ge(0)] = 10.0
+    """Minutes after which a checkpoint is saved, if none was saved since by `every`: the most work
+    that a killed run loses. With several processes the time is looked at when they log. 0: no
+    checkpoints by time."""
     keep: Annotated[int, Ge(1)] = 2
     """The number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
