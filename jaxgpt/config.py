@@ -22,7 +22,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken, Objective, UnknownObjective
-from jaxgpt.paths import expand, refuse_url
+from jaxgpt.paths import cache_folder, expand, is_url, join, refuse_url, url_key
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
@@ -68,7 +68,8 @@ class Config:
     name: str = ""
     """The name of the run, which is its folder under `runs`; empty: the config file's name."""
     runs: str = "runs"
-    """The folder of all runs."""
+    """The folder of all runs, or a URL in a bucket, such as gs://bucket/runs. A run at a URL is
+    trained in a local folder (checkpoint.local), from which a thread copies it to the URL."""
     seed: int = 1337
     """The random seed of initial weights, data order and dropout."""
     resume: Annotated[int, Ge(0)] = 0
@@ -108,9 +109,24 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """The folder that the run is trained in: its `place`, or a local copy of it."""
+        place = self.place
+        if not self.is_copied:
+            return Path(place)
+        local = self.checkpoint.local
+        root = expand(local) if local else cache_folder() / "runs"
+        return root / url_key(place.removesuffix(self.name)) / self.name
+
+    @property
+    def place(self) -> str:
+        """Where the run is kept: a folder or a URL."""
         refuse_url(self.name)
-        return expand(self.runs) / self.name
+        return join(self.runs, self.name)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the run is trained in another folder than the one, or the URL, it is kept at."""
+        return is_url(self.runs) or bool(self.checkpoint.local)
 
     @property
     def context(self) -> int:
@@ -157,6 +173,14 @@ class Config:
                 field="evaluation.tasks",
             )
         self.checkpoint.check()
+        if self.is_copied and self.parallel.processes != 1:
+            given = f"runs={self.runs}" if is_url(self.runs) else "checkpoint.local"
+            raise InputError(
+                f"{given} is for one process, which copies its checkpoints; several processes "
+                "write a checkpoint together: mount the bucket on all of their machines (gcsfuse, "
+                "mount-s3), set runs to a folder on it, and leave checkpoint.local empty",
+                field="runs" if is_url(self.runs) else "checkpoint.local",
+            )
 
 
 # Parts that cannot change when a run resumes, because its parameters or tokens depend on them.

@@ -1,4 +1,4 @@
-"""Asking servers: waiting not for long, and explaining what the Hugging Face hub answers."""
+"""Asking servers: waiting not for long, and explaining what the hub and buckets answer."""
 
 import errno
 import os
@@ -12,6 +12,9 @@ from typing import TypeVar
 from jaxgpt.errors import InputError
 
 Answer = TypeVar("Answer")
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The optional dependencies of the protocols of URLs."""
 
 ANSWER_SECONDS = 10.0
 """Seconds to wait for the hub's answer, including the DNS look-up."""
@@ -176,6 +179,33 @@ def disk_error(error: BaseException, folder: Path, what: str, remedy: str) -> In
         if isinstance(e, OSError) and e.filename and e.strerror:
             return InputError(f"cannot write to {e.filename} ({e.strerror}); {remedy}")
     return None
+
+
+def explain_url(url: str, error: Exception) -> InputError | None:
+    """Explains an error of fsspec that is permanent; None for other errors."""
+    for e in causes(error):
+        status = getattr(e, "status", None) or getattr(e, "code", None)
+        if (
+            isinstance(e, PermissionError)
+            or status in (401, 403)
+            or "Credentials" in type(e).__name__
+            or str(e).startswith("Forbidden")  # gcsfs
+        ):
+            return InputError(
+                f"access to {url} is refused ({first_line(e)}); set the credentials of that store "
+                "in the environment, such as AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS"
+            )
+        if status in (404, 410) or (isinstance(e, FileNotFoundError) and not e.__cause__):
+            return InputError(f"{url} does not exist; check the address")
+    return None
+
+
+def missing_package(url: str, error: ImportError) -> InputError:
+    """The error for a URL whose protocol needs a package that is not installed."""
+    protocol = url.partition("://")[0]
+    extra = EXTRAS.get(protocol)
+    install = f"pip install 'jaxgpt[{extra}]'" if extra else first_line(error)
+    return InputError(f"{protocol}:// needs a package that is not installed: {install}")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

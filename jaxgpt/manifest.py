@@ -71,14 +71,21 @@ def read_manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     if path.exists():
         regular_file(path)
-    text = path.read_bytes().decode(errors="replace")
+    return parse_manifest(path.read_bytes(), folder)
+
+
+def parse_manifest(content: bytes, folder: Path) -> dict[str, str]:
+    """Parses the content of a manifest, see `read_manifest`; `folder` is where its files are."""
+    text = content.decode(errors="replace")
     lines = text.removesuffix("\n").split("\n") if text else []
     digests: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         name = PurePosixPath(match[2]).as_posix() if match else ""  # `sha256sum ./*` adds ./
         if match is None or name in digests:
-            raise InputError(f"{path}:{number} is not a SHA-256 and a file name that is new")
+            raise InputError(
+                f"{folder / MANIFEST}:{number} is not a SHA-256 and a file name that is new"
+            )
         inside(folder, name)
         digests[name] = match[1]
     return digests

@@ -1,5 +1,6 @@
 """File paths: the cache folder, and checks of paths that come from untrusted folders."""
 
+import hashlib
 import os
 import re
 import stat
@@ -8,13 +9,45 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from jaxgpt.errors import InputError
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL, such as gs://bucket/runs."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)) is not None
+
+
 def refuse_url(path: str | Path) -> None:
     """Raises InputError if a path is a URL, of which Python would make a local folder `gs:`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise InputError(
-            f"{path} is a URL, and only training data is read from URLs: models, runs and results "
-            "are in local folders; use one, on a mounted bucket if you like (gcsfuse, mount-s3)"
+            f"{path} is a URL, and this has to be a local path; URLs (with two slashes, gs://...) "
+            "are for training data, for `runs`, and for the runs and models that are loaded"
         )
+
+
+def join(root: str, name: str) -> str:
+    """Joins a folder or a URL with the name of something in it; `~` is expanded in a folder."""
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(expand(root) / name)
+
+
+def split_step(path: str | Path) -> tuple[str, str]:
+    """Splits RUN@STEP into the run, a path or a URL, and the step; empty if there is none.
+
+    >>> split_step("runs/a@best"), split_step("sftp://me@host/runs/a")
+    (('runs/a', 'best'), ('sftp://me@host/runs/a', ''))
+    """
+    run, _, step = str(path).rpartition("@")
+    return (str(path), "") if not run or "/" in step else (run, step)
+
+
+def place_of(path: str) -> str:
+    """Returns the place of the run in a path like RUN or RUN@STEP: a folder or a URL."""
+    run = split_step(path)[0]
+    return run.rstrip("/") if is_url(run) else str(expand(run))
+
+
+def url_key(url: str) -> str:
+    """Returns a name for a local folder that belongs to a URL or a path; no two have the same."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
+    return f"{words}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def expand(path: str | Path) -> Path:

@@ -53,3 +53,23 @@ def compiled():
     yield names
     if hasattr(jax.monitoring, "unregister_event_duration_listener"):  # not in jax 0.7.2
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket of a local S3 server, as a file system."""
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]' s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files.mkdir("books")
+    yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

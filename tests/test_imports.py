@@ -14,6 +14,7 @@ LAYERS = """
 errors
 bounds
 paths strict_json manifest download signals synonyms sharding processes
+store
 model
 tokenizer
 chat
@@ -23,6 +24,7 @@ evaluation
 objectives
 training
 config training.dial
+training.mirror
 pretrained
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report

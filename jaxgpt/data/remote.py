@@ -29,10 +29,11 @@ from jaxgpt.data.notes import print_note
 from jaxgpt.download import (
     HubRepository,
     answer_within,
-    causes,
     disk_error,
+    explain_url,
     first_line,
     looks_like_name,
+    missing_package,
     reason,
 )
 from jaxgpt.errors import InputError
@@ -54,8 +55,6 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Names of splits in the names of files, for a data set whose card does not list its files."""
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""The optional dependencies of protocols."""
 VERSIONS = (
     *("ETag", "etag", "md5Hash", "crc32c", "generation", "Content-MD5", "Last-Modified"),
     *("LastModified", "mtime", "modified", "created"),
@@ -508,19 +507,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _list_url(path: str) -> tuple[RemoteFile, ...]:
-    protocol = path.partition("://")[0]
     try:
         infos, fs = answer_within(LIST_SECONDS, lambda: _fsspec_infos(path))
     except InputError:
         raise
     except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        install = f"pip install 'jaxgpt[{extra}]'" if extra else f"{first_line(error)}"
-        raise InputError(
-            f"{protocol}:// needs a package that is not installed: {install}"
-        ) from None
+        raise missing_package(path, error) from None
     except Exception as error:  # of many libraries
-        raise _explain_url(path, error) or InputError(
+        raise explain_url(path, error) or InputError(
             f"{path} {reason(error)}; check the address and the network"
         ) from None
     files = []
@@ -535,7 +529,7 @@ def _list_url(path: str) -> tuple[RemoteFile, ...]:
                 int(info["size"]),
                 version,
                 partial(_read_url, fs, name),
-                partial(_explain_url, url),
+                partial(explain_url, url),
             )
         )
     return tuple(files)
@@ -578,24 +572,6 @@ def _fsspec_infos(path: str) -> tuple[dict[str, dict[str, Any]], Any]:
 def _read_url(fs: Any, name: str, start: int, end: int) -> bytes:
     found: bytes = fs.cat_file(name, start=start, end=end)  # by name: s3fs has another order
     return found
-
-
-def _explain_url(url: str, error: Exception) -> InputError | None:
-    """Explains an error of fsspec that is permanent; None for other errors."""
-    for e in causes(error):
-        status = getattr(e, "status", None) or getattr(e, "code", None)
-        if (
-            isinstance(e, PermissionError)
-            or status in (401, 403)
-            or "Credentials" in type(e).__name__
-        ):
-            return InputError(
-                f"access to {url} is refused ({first_line(e)}); set the credentials of that store "
-                "in the environment, such as AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS"
-            )
-        if status in (404, 410) or (isinstance(e, FileNotFoundError) and not e.__cause__):
-            return InputError(f"{url} does not exist; check the address")
-    return None
 
 
 # JSON files of the cache

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
 from jaxgpt.model import Leaves, Params, letters
 from jaxgpt.model.params import flat, merge, nested, split
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import foreign
 from jaxgpt.pretrained.trained import PLAIN, Dtype, Trained
 from jaxgpt.sharding import Layout
@@ -113,9 +113,10 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
 
     Args:
         path: One of these: a run's folder (loads the newest checkpoint), RUN@best (the checkpoint
-            with the lowest validation loss), RUN@STEP, the folder of one checkpoint, a folder in
-            the layout of Hugging Face, or a name on the hub (NAME or NAME@REVISION), which is
-            downloaded once.
+            with the lowest validation loss), RUN@STEP, the folder of one checkpoint, the URL of
+            any of these in a bucket (gs://bucket/runs/a), which is downloaded to the cache, a
+            folder in the layout of Hugging Face, or a name on the hub (NAME or NAME@REVISION),
+            which is downloaded once.
         adapter: A folder with a LoRA adapter in PEFT's layout; its factors are added to the
             parameters. New tokens come with the adapter's tokenizer.
         dtype: Other types than "float32" are for inference only, see `Trained.astype`: "bfloat16"
@@ -150,6 +151,9 @@ def find_tokenizer(path: str) -> tuple[Tokenizer, TokenizerConfig]:
     from jaxgpt.pretrained import hub
     from jaxgpt.tokenizer.huggingface import read_tokenizer
 
+    if is_url(path):
+        found = source(path)
+        return found.tokenizer, found.config.tokenizer
     folder = Path(path).expanduser()
     name, _, revision = path.partition("@")
     if not folder.exists() and _is_name(name):
@@ -237,6 +241,9 @@ def _adapter_tokenizer(found: ModelSource, folder: Path, V: int) -> Tokenizer:
 
 def _source(path: str | Path) -> ModelSource:
     """Finds a model without an adapter."""
+    if is_url(path):
+        folder, item = checkpoint.fetch_model(str(path))
+        return _run(folder, str(path), (item,))
     check_exists(path)
     folder = expand(path)
     if folder.is_dir() and pretrained.has_model(folder):
@@ -264,10 +271,13 @@ def _source(path: str | Path) -> ModelSource:
 def check_exists(path: str | Path) -> None:
     """Raises InputError if a path neither exists nor can be a name on the hub.
 
-    The hub itself is not contacted.
+    The hub itself is not contacted, and a bucket is.
     """
     from jaxgpt.pretrained import hub
 
+    if is_url(path):
+        checkpoint.find_remote(str(path))
+        return
     run, at, _ = str(path).rpartition("@")
     name = str(path).partition("@")[0]
     if expand(path).exists() or (at and expand(run).exists()) or _is_name(name):
@@ -328,9 +338,9 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(path: Path, given: str) -> ModelSource:
+def _run(path: Path, given: str, items: Collection[str] = checkpoint.MODEL) -> ModelSource:
     """A model in a checkpoint of a run; `given` is the path as the user wrote it."""
-    opened = checkpoint.open_checkpoint(path, ("ema", "params"))
+    opened = checkpoint.open_checkpoint(path, items)
     about = opened.metadata
     if "leaves" not in about:
         raise InputError(

@@ -5,16 +5,16 @@ import platform
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from jaxgpt import config, data, processes, tokenizer
 from jaxgpt.errors import InputError
-from jaxgpt.paths import expand
+from jaxgpt.paths import place_of
 from jaxgpt.pretrained.load import ModelSource, check_exists, find_tokenizer, source
 from jaxgpt.training import checkpoint
+from jaxgpt.training.mirror import has_begun
 
 
 class Resumed(NamedTuple):
@@ -27,17 +27,18 @@ class Resumed(NamedTuple):
     """Whether `resume` asked for this step, and later ones were abandoned."""
 
 
-def check_models(cfg: config.Config, coming: Collection[Path] = ()) -> None:
+def check_models(cfg: config.Config, coming: Collection[str] = ()) -> None:
     """Raises InputError if a model that a new run needs does not exist; nothing is read.
 
     Args:
         cfg: The run's config.
-        coming: Folders of runs that will be trained before.
+        coming: The places of runs that will be trained before.
     """
-    if not checkpoint.steps_in(cfg.folder / "checkpoints"):
-        for path in sorted({cfg.start, cfg.objective.teacher_path} - {""}):
-            if expand(path.partition("@")[0]) not in coming:
-                check_exists(path)
+    wanted = sorted({cfg.start, cfg.objective.teacher_path} - {""})
+    missing = [path for path in wanted if place_of(path) not in coming]
+    if missing and not has_begun(cfg):
+        for path in missing:
+            check_exists(path)
 
 
 def find_start(checkpoints: checkpoint.Checkpoints, resume: int) -> Resumed:

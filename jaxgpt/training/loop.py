@@ -4,7 +4,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -25,6 +25,7 @@ from jaxgpt.training.guard import highest_plausible_loss
 from jaxgpt.training.inputs import check_models
 from jaxgpt.training.lock import RunLock
 from jaxgpt.training.metrics import SAMPLES, append_record, mark_finished, read_metrics
+from jaxgpt.training.mirror import Mirror
 from jaxgpt.training.setup import Run, prepare
 from jaxgpt.training.tasks import as_metrics, check_chat, is_measured, read_tasks, save_results
 
@@ -67,18 +68,22 @@ def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
-    with processes.on_first_process(RunLock(cfg.folder)) as lock:
+    with ExitStack() as stack:
+        lock = stack.enter_context(processes.on_first_process(RunLock(cfg.folder)))
         processes.check_shared(cfg.folder)
         with clock("init"):
+            mirror = stack.enter_context(Mirror(cfg)) if cfg.is_copied else None
             prepared = prepare(cfg)
             check_chat(prepared.cfg.evaluation, prepared.tokenizer)
+        if mirror is not None:
+            mirror.begin(prepared.start)
         start, steps = prepared.start, prepared.cfg.train.steps
         if start >= steps and is_finished(prepared.cfg, start):
             if jax.process_index() == 0:
                 longer = "train.epochs" if cfg.train.epochs else "train.steps"
-                print(f"{cfg.folder} has all its {start} steps; raise {longer} or set name")
+                print(f"{cfg.place} has all its {start} steps; raise {longer} or set name")
             return 0
-        training = Training(prepared, lock, clock, signals)
+        training = Training(prepared, lock, clock, signals, mirror)
         status = training.take_all_steps()
         if jax.process_index() == 0:
             if status == 0:
@@ -100,11 +105,18 @@ class Training:
     """The training of a run in this process: the loop, and the report after the last step."""
 
     def __init__(
-        self, run: Run, lock: RunLock | None, clock: telemetry.Goodput, signals: Signals
+        self,
+        run: Run,
+        lock: RunLock | None,
+        clock: telemetry.Goodput,
+        signals: Signals,
+        mirror: Mirror | None = None,
     ) -> None:
         self.run, self.lock, self.clock, self.signals = run, lock, clock, signals
+        self.mirror = mirror
         self.cfg = cfg = run.cfg
         self.step, self.state = run.start, run.state
+        self.saved_at = 0.0  # when the newest checkpoint was saved
         self.stopped = 0  # the number of the signal that ends the run, the same on all processes
         self.steps = max(cfg.train.steps, run.start)
         self.pending: list[tuple[int, Sums]] = []  # steps whose metrics are still on the devices
@@ -172,6 +184,7 @@ class Training:
     def loop(self, feed: Iterator[sharding.PyTree]) -> None:
         """Takes steps until the last one, or until a signal."""
         train, run = self.cfg.train, self.run
+        self.saved_at = time.monotonic()
         for step in range(run.start + 1, train.steps + 1):
             if self.cfg.objective.uses_rollouts:  # they sample from the newest parameters
                 with self.clock("step"):
@@ -183,18 +196,21 @@ class Training:
             self.step = step
             self.pending.append((step, metrics))
 
-            logs = due(step, train.log_every)
+            logs, overdue = due(step, train.log_every), False
             if logs or jax.process_count() == 1:  # several processes ask each other
                 self.stopped = processes.largest(self.signals.received)
+                overdue = bool(processes.largest(self.is_overdue()))
             last = step == train.steps or self.stopped > 0
             evals = step == train.steps or due(step, train.eval_every)
-            saves = last or due(step, self.cfg.checkpoint.every)
+            saves = last or overdue or due(step, self.cfg.checkpoint.every)
             if logs or evals or saves:
                 # The newest step may still run while the log is written, unless it is needed.
                 newest = evals or saves or step == run.start + 1
                 with self.clock("step"):
                     self.report(step if newest else step - 1)
                 self.log.log(step, self.log.rate(step))
+            if logs and self.mirror is not None:
+                self.mirror.check()
             if saves or self.must_save_again(logs):
                 self.save()
             if evals and not self.stopped:
@@ -205,6 +221,11 @@ class Training:
                 self.log.show(step)
             if last or self.stopped:
                 return
+
+    def is_overdue(self) -> bool:
+        """Whether the last save was `checkpoint.minutes` ago."""
+        minutes = self.cfg.checkpoint.minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
     def report(self, upto: int) -> None:
         """Logs all steps up to `upto`. Only here does the loop wait for the devices."""
@@ -335,6 +356,7 @@ class Training:
                         self.lock.check()
                     self.log.flush()
                     self.run.save(self.step, self.state, metrics)
+                    self.saved_at = time.monotonic()
                     if wait:
                         self.run.checkpoints.wait()
                     return
@@ -499,7 +521,7 @@ class Training:
 
 def usage(cfg: config.Config, records: Sequence[Record] = ()) -> str:
     """The command that uses a run's model; held-out records give it a text as an example."""
-    words = ["python", "-m", "jaxgpt", cfg.objective.command, str(cfg.folder)]
+    words = ["python", "-m", "jaxgpt", cfg.objective.command, cfg.place]
     text = cfg.objective.argument(records, cfg.train.prompt)
     return shlex.join(words) + (f" {shell_quoted(text)}" if text else "")
 

@@ -26,12 +26,13 @@ from jaxgpt.data.remote import is_remote, list_files
 from jaxgpt.data.sources import open_source
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.report import write_report
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, is_url, join, place_of, split_step
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.signals import Signals
 from jaxgpt.training import checkpoint, loop, runs
 from jaxgpt.training.dial import Device
 from jaxgpt.training.inputs import check_models, find_text_tokenizer
+from jaxgpt.training.mirror import has_begun
 from jaxgpt.training.setup import check_processes
 from jaxgpt.training.tasks import read_tasks
 
@@ -59,15 +60,15 @@ class Pipeline:
 
     def check(self) -> None:
         """Raises InputError if a stage cannot be trained, before any device is used."""
-        coming: list[Path] = []
+        coming: list[str] = []
         for cfg in self.chosen:
             self._check_others(cfg, coming)
             check_models(cfg, coming)
             cfg.check()
-            if self.name and not _has_begun(cfg):
+            if self.name and not has_begun(cfg):
                 _check_data(cfg)
             read_tasks(cfg.evaluation)
-            coming.append(cfg.folder)
+            coming.append(cfg.place)
             if _processes(cfg) != _processes(self.chosen[0]):
                 raise InputError(
                     f"stage {cfg.name} has {_processes(cfg)}, and stage {self.chosen[0].name} "
@@ -75,19 +76,19 @@ class Pipeline:
                     "--parallel.processes N"
                 )
 
-    def _check_others(self, cfg: Config, coming: Sequence[Path]) -> None:
+    def _check_others(self, cfg: Config, coming: Sequence[str]) -> None:
         """Raises InputError if a new stage needs another one that is not and will not be trained.
 
         Args:
             cfg: The stage.
-            coming: The folders of stages that will be trained before.
+            coming: The places of stages that will be trained before.
         """
-        needed = {expand(path.partition("@")[0]) for path in (cfg.start, _teacher(cfg)) if path}
+        needed = {place_of(path) for path in (cfg.start, _teacher(cfg)) if path}
         for other in self.stages:
-            missing = other.folder not in coming and not _has_begun(other)
-            if other.folder in needed and missing and not _has_begun(cfg):
+            missing = other.place in needed and other.place not in coming
+            if missing and not has_begun(other) and not has_begun(cfg):
                 raise InputError(
-                    f"stage {cfg.name} starts from {other.name}, and {other.folder} has no "
+                    f"stage {cfg.name} starts from {other.name}, and {other.place} has no "
                     f"checkpoint; train that too: --stages {other.name} {cfg.name}"
                 )
 
@@ -144,12 +145,15 @@ def locate(stages: Sequence[Config], name: str, runs: str = "") -> tuple[Config,
     A stage's name stands for its run in `start`, `objective.teacher` and `tokenizer.source`,
     alone or as NAME@best or NAME@STEP.
     """
-    folder = str(Path(runs or stages[0].runs) / name)
+    folder = runs or stages[0].runs
+    folder = join(folder, name) if is_url(folder) else str(Path(folder) / name)
     names = {cfg.name for cfg in stages}
 
     def path(given: str) -> str:
         stage, at, step = given.partition("@")
-        return f"{Path(folder) / stage}{at}{step}" if stage in names else given
+        if stage not in names:
+            return given
+        return f"{f'{folder}/{stage}' if is_url(folder) else Path(folder) / stage}{at}{step}"
 
     found = []
     for cfg in stages:
@@ -291,11 +295,6 @@ def _teacher(cfg: Config) -> str:
     return str(getattr(cfg.objective, "teacher", ""))
 
 
-def _has_begun(cfg: Config) -> bool:
-    """Whether a run has a checkpoint."""
-    return bool(checkpoint.steps_in(cfg.folder / "checkpoints"))
-
-
 def _processes(cfg: Config) -> str:
     """The options that say which processes train together."""
     names = ("processes", "process", "coordinator")
@@ -349,7 +348,7 @@ def finished_step(cfg: Config) -> int:
         InputError: The run has options that cannot be changed, and are.
     """
     steps = checkpoint.step_folders(cfg.folder / "checkpoints")
-    if not steps or cfg.resume:
+    if not steps or cfg.resume or cfg.is_copied:  # what is missing at its place is copied
         return 0
     try:
         opened = checkpoint.OpenCheckpoint(cfg.folder / "checkpoints" / str(steps[-1]), None)
@@ -373,9 +372,11 @@ def finished_step(cfg: Config) -> int:
 
 def _find_newer_start(cfg: Config) -> str:
     """A warning if a run started from another step than it would start from today; else empty."""
-    origin, _, at = cfg.start.partition("@")
+    origin, at = split_step(cfg.start)
+    if not origin or is_url(origin) or not checkpoint.steps_in(cfg.folder / "checkpoints"):
+        return ""
     there = expand(origin) / "checkpoints"
-    if not cfg.start or not _has_begun(cfg) or not checkpoint.steps_in(there):
+    if not checkpoint.steps_in(there):
         return ""
     try:
         saved = checkpoint.read_metadata(cfg.folder)
@@ -397,7 +398,9 @@ def conclude(pipeline: Pipeline) -> None:
     last = pipeline.chosen[-1]
     folder = last.folder.parent
     print(f"\n{runs.show_runs(runs.list_runs(folder, hash_files=False))}")
-    trained = [cfg.folder for cfg in pipeline.stages if _has_begun(cfg)]
+    trained = [
+        cfg.folder for cfg in pipeline.stages if checkpoint.steps_in(cfg.folder / "checkpoints")
+    ]
     try:
         print(f"\nreport       {write_report(trained, folder, title=pipeline.name)}")
     except Exception as error:  # the runs are finished: no error changes that

@@ -160,6 +160,12 @@ def plan(
         cfg = config.from_command_line([path, *options, *given], Path(path))
         if cfg.parallel.processes != 1:
             raise InputError("a sweep trains in one process; remove parallel.processes")
+        if cfg.is_copied:
+            raise InputError(
+                f"the runs of a sweep stay in a folder; set runs={cfg.runs} to one, on a mounted "
+                "bucket if you like, and leave checkpoint.local empty",
+                field="runs",
+            )
         chosen = {f: _value(cfg, f, text) for f, text in zip(fields, texts, strict=True)}
         runs = str(expand(cfg.runs) / (name or f"{cfg.name}-sweep"))
         for seed in seeds or (cfg.seed,):

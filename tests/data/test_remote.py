@@ -421,26 +421,6 @@ def test_a_deleted_download_is_fetched_again(server, cache):
 # A store with the S3 protocol
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """A bucket of a local S3 server, as a file system."""
-    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]' s3fs")
-    s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem(skip_instance_cache=True)
-    files.mkdir("books")
-    yield files
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 def test_text_in_a_bucket_is_read_whole_and_streamed(bucket, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 100)
     for n in range(3):

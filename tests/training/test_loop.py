@@ -33,6 +33,12 @@ def test_resume_is_bit_exact(trained):
     assert_same_run("a", "b", 6)
 
 
+def test_checkpoints_are_saved_by_minutes_too_and_change_nothing(trained):
+    assert run("--checkpoint.every", "0", "--checkpoint.minutes", "1e-9", name="b") == 0
+    assert checkpoint.steps_in(Path("runs/b/checkpoints")) == [1, 2, 3, 4, 5, 6]
+    assert_same_run("a", "b", 6)
+
+
 KILLED = """
 import os, signal, sys, train
 from jaxgpt.training import loop
@@ -87,6 +93,7 @@ def test_two_processes_train_as_one_and_resume_each_other(here):
     exact = ("--model.dropout", "0")
     split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
     split += ("--train.sample_tokens", "4", "--train.prompt", "fox")
+    split += ("--checkpoint.minutes", "1e-9")  # the processes save the same steps
     assert run(*exact, "--parallel.devices", "4") == 0
     cut_back("a", "resumed", 3)
     for name in ("together", "resumed"):
@@ -98,6 +105,7 @@ def test_two_processes_train_as_one_and_resume_each_other(here):
         np.testing.assert_allclose(
             list(losses_of(name).values()), list(losses_of("a").values()), rtol=1e-5
         )
+        assert checkpoint.steps_in(Path(f"runs/{name}/checkpoints"))[-3:] == [4, 5, 6]
         first, second = state_of("a", 6), state_of(name, 6)
         for path, leaf in first.items():
             np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-4, err_msg=path)

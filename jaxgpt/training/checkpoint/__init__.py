@@ -31,16 +31,21 @@ from jaxgpt.training.checkpoint.reader import (
     step_folders,
     steps_in,
 )
+from jaxgpt.training.checkpoint.remote import MODEL, Remote, fetch_model, find_remote
 from jaxgpt.training.checkpoint.writer import CheckpointConfig, Checkpoints
 
 __all__ = [
+    "MODEL",
     "CheckpointConfig",
     "Checkpoints",
     "Metadata",
     "OpenCheckpoint",
+    "Remote",
     "as_abstract",
     "best_step",
+    "fetch_model",
     "find_checkpoint",
+    "find_remote",
     "load_params",
     "open_checkpoint",
     "read_measured",

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jaxgpt.bounds import Ge, check_bounds
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.manifest import MANIFEST, add_to_manifest, find_damage, write_manifest
+from jaxgpt.paths import expand
 from jaxgpt.sharding import PyTree
 from jaxgpt.training.checkpoint.arrays import (
     as_numbers,
@@ -58,18 +59,28 @@ class CheckpointConfig:
     """When to save checkpoints and how many to keep."""
 
     every: Annotated[int, Ge(0)] = 500
-    """Steps between checkpoints. The last step is always saved; 0: only that one."""
+    """Steps between checkpoints. The last step is always saved; 0: no others by their number."""
+    minutes: Annotated[float, Ge(0)] = 10.0
+    """Minutes after which a checkpoint is saved, if none was saved since by `every`: the most work
+    that a killed run loses. With several processes the time is looked at when they log. 0: no
+    checkpoints by time."""
     keep: Annotated[int, Ge(1)] = 2
     """The number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
     """Whether to also keep the checkpoint with the lowest validation loss."""
     patience: Annotated[float, Ge(0)] = 10.0
     """Minutes for which training waits and retries if a checkpoint cannot be saved, for example
-    because the disk is full or not mounted. Then the run ends with an error."""
+    because the disk is full or not mounted. Then the run ends with an error. The same holds at the
+    end of a run that is copied to a bucket or a mount."""
+    local: str = ""
+    """A folder on a local disk in which the run is trained, while a thread copies it to `runs`. It
+    is for a `runs` on a slow or unreliable mount, such as Google Drive in Colab. Empty: training
+    writes to `runs` itself, or, if that is a URL, to a folder in the cache."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
         check_bounds(self, "checkpoint.")
+        expand(self.local)  # raises for a URL
 
 
 class Checkpoints:
@@ -179,7 +190,7 @@ class Checkpoints:
                     self._made = _identity(self.folder)
                 self._check_folder()
                 if folder.exists():
-                    _set_aside(folder, "damaged")
+                    set_aside(folder, "damaged")
                 self.sweep()
                 needed = _bytes_on_disk(flat)
                 free = shutil.disk_usage(self.folder).free
@@ -311,7 +322,7 @@ class Checkpoints:
                 continue
             check_format(folder)
             for later in [other for other in step_folders(self.folder) if other > step]:
-                moved = _set_aside(self.folder / str(later), why)
+                moved = set_aside(self.folder / str(later), why)
                 reason = f" ({wrong[later]})" if later in wrong else ""
                 logger.warning(
                     "checkpoint %s/%d is %s%s; renamed it to %s",
@@ -381,12 +392,12 @@ class Checkpoints:
                 folder = self.folder / str(step)
                 # If its metrics are damaged, it may be the best one, so it is not deleted.
                 if step not in keep and (found := verify(folder, ())):
-                    moved, reason = _set_aside(folder, "damaged"), list_some(found)
+                    moved, reason = set_aside(folder, "damaged"), list_some(found)
                     logger.warning(
                         "checkpoint %s is damaged (%s); renamed it to %s", folder, reason, moved
                     )
                 elif step not in keep:
-                    _delete(folder)
+                    delete_checkpoint(folder)
         except (OSError, InputError) as error:
             logger.warning("old checkpoints in %s could not be deleted: %s", self.folder, error)
 
@@ -426,7 +437,7 @@ def _draft(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.saving")
 
 
-def _set_aside(folder: Path, why: str) -> str:
+def set_aside(folder: Path, why: str) -> str:
     """Renames a checkpoint to STEP.WHY, or STEP.WHY-2 and so on; returns the new name."""
     names = (f"{folder.name}.{why}{'' if n == 1 else f'-{n}'}" for n in count(1))
     name = next(name for name in names if not folder.with_name(name).exists())
@@ -434,7 +445,7 @@ def _set_aside(folder: Path, why: str) -> str:
     return name
 
 
-def _delete(folder: Path) -> None:
+def delete_checkpoint(folder: Path) -> None:
     """Deletes a checkpoint, its manifest first, unless another process has it open."""
     fd = os.open(folder, os.O_RDONLY)
     try:

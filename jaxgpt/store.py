@@ -1,0 +1,205 @@
+"""Files in a folder that is elsewhere: in a bucket (gs://, s3://) or on a mount, through fsspec.
+
+Names are relative to the folder, with slashes. An object of a bucket appears whole or not at all;
+on a mount, `write` replaces a file in the same way, and `upload` does not.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxgpt.download import explain_url, first_line, in_background, missing_package, reason
+from jaxgpt.errors import InputError
+
+Answer = TypeVar("Answer")
+
+AT_ONCE = 8  # files that are copied at the same time
+PAUSES = (1.0, 4.0)  # seconds before each repetition of a request that failed
+STALLED_SECONDS = 300.0  # without a byte, after which a request has failed
+
+
+class Store:
+    """A folder at a URL or on a mount.
+
+    A request that fails is repeated; what it raises then is an InputError that says why.
+
+    Args:
+        url: The URL, or the path of a local folder.
+
+    Raises:
+        InputError: The protocol is unknown, or needs a package that is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.progress = time.monotonic()
+        """When bytes were last sent or received."""
+        try:
+            import fsspec
+            from fsspec.implementations.local import LocalFileSystem
+
+            self._fs, root = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise missing_package(url, error) from None
+        except Exception as error:  # of many libraries
+            raise explain_url(url, error) or InputError(
+                f"{url} cannot be used: {first_line(error)}"
+            ) from None
+        self._root = root.rstrip("/")
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def list(self, under: str = "") -> dict[str, int]:
+        """Returns the names of all files below a folder, with their sizes."""
+
+        def find() -> dict[str, Any]:
+            self._fs.invalidate_cache()
+            found: dict[str, Any] = self._fs.find(self._path(under), detail=True)
+            return found
+
+        try:
+            found = self._ask(find)
+        except FileNotFoundError:
+            return {}
+        prefix = f"{self._root}/"
+        return {
+            name.removeprefix(prefix): int(info.get("size") or 0)
+            for name, info in sorted(found.items())
+            if name.startswith(prefix) and not name.endswith("/")
+        }
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of a file; raises FileNotFoundError if there is none."""
+        content: bytes = self._ask(partial(self._fs.cat_file, self._path(name)), name)
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes or replaces a file."""
+        path = self._path(name)
+        if not self._local:
+            self._ask(lambda: self._fs.pipe_file(path, content), name, missing=True)
+            return
+
+        def replace() -> None:
+            file = Path(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_name(f"{file.name}.draft")
+            draft.write_bytes(content)
+            draft.replace(file)
+
+        self._ask(replace, name, missing=True)
+
+    def upload(self, name: str, file: Path) -> None:
+        """Copies a local file to the folder."""
+        path = self._path(name)
+        if self._local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._ask(
+            lambda: self._fs.put_file(str(file), path, callback=self._callback()),
+            name,
+            missing=True,
+        )
+
+    def download(self, name: str, file: Path) -> None:
+        """Copies a file to a local one; raises FileNotFoundError if there is none."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(name)
+        self._ask(lambda: self._fs.get_file(path, str(file), callback=self._callback()), name)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Deletes files; those that do not exist are ignored."""
+
+        def remove(name: str) -> None:
+            try:
+                self._ask(partial(self._fs.rm_file, self._path(name)), name)
+            except FileNotFoundError:
+                return
+
+        folders = {name.rpartition("/")[0] for name in each(remove, names)}
+        if self._local:  # buckets have no folders
+            for folder in sorted(folders, key=len, reverse=True):
+                _remove_empty(Path(self._path(folder)), Path(self._root))
+
+    def copy(self, name: str, to: str) -> None:
+        """Copies a file within the folder."""
+        path, target = self._path(name), self._path(to)
+        if self._local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self._ask(lambda: self._fs.cp_file(path, target), name)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _callback(self) -> Any:
+        from fsspec.callbacks import Callback
+
+        store = self
+
+        class Progress(Callback):
+            def call(self, *_: object, **__: object) -> None:
+                store.progress = time.monotonic()
+
+        return Progress()
+
+    def _ask(self, work: Callable[[], Answer], name: str = "", missing: bool = False) -> Answer:
+        """Returns what `work` does, which is repeated if it fails.
+
+        Args:
+            work: The request.
+            name: The file that it is about.
+            missing: Whether a FileNotFoundError means that the bucket is missing, not the file.
+        """
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                found = self._wait(work)
+            except Exception as error:  # of many libraries
+                if isinstance(error, FileNotFoundError) and not missing:
+                    raise FileNotFoundError(f"{self.url}/{name}") from None
+                failed = self._explain(error)
+                if (pause := next(pauses, None)) is None or failed is not None:
+                    raise failed or InputError(
+                        f"{self.url} {reason(error)}; check the address and the network"
+                    ) from None
+                time.sleep(pause)
+            else:
+                self.progress = time.monotonic()
+                return found
+
+    def _wait(self, work: Callable[[], Answer]) -> Answer:
+        began = time.monotonic()
+        answer = in_background(work)
+        while not wait([answer], 1.0).done:
+            if time.monotonic() - max(began, self.progress) > STALLED_SECONDS:
+                raise TimeoutError(f"no answer within {STALLED_SECONDS:g} seconds")
+        return answer.result()
+
+    def _explain(self, error: Exception) -> InputError | None:
+        """Explains an error that another try does not change; None for other errors."""
+        if isinstance(error, NotImplementedError):
+            return InputError(f"{self.url} can be read and not written; use a bucket or a folder")
+        if self._local and isinstance(error, OSError):
+            return InputError(
+                f"{self.url} cannot be written: {error.strerror or error}; check that it is "
+                "mounted and has space, or use another folder"
+            )
+        return explain_url(self.url, error)
+
+
+def each(work: Callable[[str], object], names: Iterable[str]) -> list[str]:
+    """Calls a function for several files at the same time; returns the names."""
+    names = list(names)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(work, names))
+    return names
+
+
+def _remove_empty(folder: Path, root: Path) -> None:
+    while folder != root and folder.is_relative_to(root):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent

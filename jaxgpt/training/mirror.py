@@ -1,0 +1,377 @@
+"""Keeps a run in a bucket or on a mount, while it is trained in a local folder.
+
+    with Mirror(cfg) as mirror:      # takes the lease, and downloads the run if it is newer there
+        mirror.begin(step)           # after it is known from which step training resumes
+        ...                          # a thread copies what is new: no step waits for it
+                                     # at the end of the block everything is copied
+
+Checkpoints are compared by how often their run went back to an earlier one (--resume), and then by
+their step: the newer one wins. The lease is a file in the bucket that names the process which
+trains the run and is written again and again. A lease that does not change has expired.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import config
+from jaxgpt.errors import InputError, TrainingError
+from jaxgpt.manifest import MANIFEST
+from jaxgpt.store import Store
+from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint.arrays import list_some
+from jaxgpt.training.checkpoint.remote import FOLDER, complete_steps, download_files
+from jaxgpt.training.checkpoint.writer import set_aside
+
+LEASE = "lease.json"
+"""The lease in the bucket; in the local folder, what identifies its owner."""
+NOT_COPIED = {"lock", LEASE}
+POLL_SECONDS = 1.0  # between looks at the local folder for new checkpoints
+FILES_SECONDS = 60.0  # between copies of other files that have changed, such as metrics.jsonl
+RETRY_SECONDS = 10.0  # between tries to copy
+REFRESH_SECONDS = 20.0  # between writes of the lease
+EXPIRES_SECONDS = 70.0  # without a write, after which a lease has expired
+OLD_SECONDS = 900.0  # age at which a lease has expired, even if the two clocks differ
+
+Stamp = tuple[int, int]  # size and time of the last change of a file
+
+
+def has_begun(cfg: config.Config) -> bool:
+    """Whether a run has a checkpoint, in its folder or at its place."""
+    if checkpoint.steps_in(cfg.folder / "checkpoints"):
+        return True
+    return cfg.is_copied and bool(checkpoint.Remote(Store(cfg.place)).steps())
+
+
+class Mirror:
+    """Copies a run's folder to its place; a context manager.
+
+    The caller must hold the lock on the local folder.
+
+    Raises:
+        InputError: On entering it: the place cannot be written or read, another process trains the
+            run there, or none of its checkpoints is intact.
+    """
+
+    def __init__(self, cfg: config.Config) -> None:
+        self._cfg, self._folder = cfg, cfg.folder
+        self._store = Store(cfg.place)
+        self._remote = checkpoint.Remote(self._store)
+        self._damaged: set[int] = set()  # steps that are damaged at the place
+        self._stamps: dict[str, Stamp] = {}  # what has been copied, by name
+        self._files_at = 0.0
+        self._lost = ""  # the process that has taken the lease over
+        self._failing = False
+        self._error: Exception | None = None
+        self._ending, self._ended = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> "Mirror":
+        self._take_lease()
+        try:
+            pull(self._cfg, self._store, self._damaged)
+        except BaseException:
+            self._drop_lease()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Waits until everything is copied.
+
+        Raises TrainingError if that has failed for `checkpoint.patience` minutes, unless the block
+        has raised an error, which is more important.
+        """
+        self._ending.set()
+        try:
+            if self._threads:
+                self._wait()
+        except TrainingError as error:
+            if kind is None:
+                raise
+            self._warn(str(error))
+        finally:
+            self._ended.set()
+            self._drop_lease()
+
+    def begin(self, start: int) -> None:
+        """Starts to copy, after training has found the step from which it resumes.
+
+        Later checkpoints at the place are renamed to STEP.damaged or STEP.abandoned.
+        """
+        for step in self._remote.steps():
+            if step > start:
+                why = "damaged" if step in self._damaged else "abandoned"
+                moved = self._remote.set_aside(step, why)
+                self._warn(f"checkpoint {self._cfg.place}/checkpoints/{step} is {why}: {moved} now")
+        print(f"the run is copied to {self._cfg.place} in the background", flush=True)
+        for work in (self._copy_until_end, self._keep_lease):
+            thread = threading.Thread(target=work, name="mirror", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def check(self) -> None:
+        """Raises TrainingError if another process trains the run at its place now."""
+        if self._lost:
+            raise TrainingError(
+                f"{self._cfg.place} is now trained by {self._lost}, so this process ends and "
+                f"copies nothing more; its own checkpoints are in {self._folder}"
+            )
+
+    def _wait(self) -> None:
+        copying = self._threads[0]
+        copying.join(1.0)
+        if copying.is_alive():
+            print(
+                f"waiting until the run is copied to {self._cfg.place}; Ctrl-C ends that, and the "
+                "same command continues it",
+                flush=True,
+            )
+        while copying.is_alive():
+            copying.join(0.2)
+        self.check()
+        if self._error is not None:
+            raise TrainingError(
+                f"the run is not copied completely to {self._cfg.place}: {self._error}. It is "
+                f"whole in {self._folder}; the same command on this machine copies it"
+            )
+
+    # Copying
+
+    def _copy_until_end(self) -> None:
+        patience = 60 * self._cfg.checkpoint.patience
+        began = 0.0  # when the end of the run was first seen
+        while True:
+            ending = self._ending.is_set()
+            began = began or (time.monotonic() if ending else 0.0)
+            try:
+                if not self._lost:
+                    self._copy(ending)
+            except Exception as error:  # whatever it is, it must not end the thread
+                since = max(began, self._store.progress)
+                if ending and time.monotonic() - since >= patience:
+                    self._error = error
+                    return
+                if not self._failing:
+                    self._warn(f"{error}; training goes on, and the copy is tried again")
+                self._failing = True
+                pause = RETRY_SECONDS
+            else:
+                if self._failing:
+                    self._warn(f"the run is copied to {self._cfg.place} again")
+                self._failing = False
+                if ending:
+                    return
+                pause = POLL_SECONDS
+            if ending:
+                time.sleep(pause)
+            else:
+                self._ending.wait(pause)
+
+    def _copy(self, everything: bool) -> None:
+        """Copies what has changed since the last call."""
+        root = self._folder / "checkpoints"
+        stamps = {
+            str(step): stamp
+            for step in checkpoint.steps_in(root)
+            if (stamp := _stamp(root / str(step) / MANIFEST))
+        }
+        new = [name for name, stamp in stamps.items() if self._stamps.get(name) != stamp]
+        if everything or new or time.monotonic() - self._files_at > FILES_SECONDS:
+            self._copy_files()
+        for name in reversed(new):  # the newest first
+            with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
+                self._remote.upload(root / name)
+                self._stamps[name] = stamps[name]
+        if new:
+            self._prune()
+
+    def _copy_files(self) -> None:
+        """Copies the files outside of checkpoints that have changed."""
+        for file in sorted(self._folder.rglob("*")):
+            name = file.relative_to(self._folder).as_posix()
+            if name in NOT_COPIED or name.startswith(f"{FOLDER}/") or file.is_symlink():
+                continue
+            stamp = _stamp(file)
+            if file.is_file() and stamp and self._stamps.get(name) != stamp:
+                with contextlib.suppress(FileNotFoundError):
+                    self._store.write(name, file.read_bytes())
+                    self._stamps[name] = stamp
+        self._files_at = time.monotonic()
+
+    def _prune(self) -> None:
+        """Deletes old checkpoints at the place, by the same rule as in the local folder."""
+        steps, partial = self._remote.steps(), self._remote.partial_steps()
+        cfg = self._cfg.checkpoint
+        keep = {*steps[-cfg.keep :], self._remote.best(steps) if cfg.keep_best else None}
+        here = checkpoint.steps_in(self._folder / "checkpoints")
+        for step in {*steps} - keep | {*partial} - {*here}:
+            self._remote.delete(step)
+
+    # The lease
+
+    def _take_lease(self) -> None:
+        """Writes the lease, which also shows that the place can be written and read."""
+        own = _read_json((self._folder / LEASE).read_bytes) if _stamp(self._folder / LEASE) else {}
+        host = socket.gethostname()
+        known = own.get("id") if own.get("host") == host else None
+        self._id = str(known or uuid.uuid4().hex)
+        self._refuse_other()
+        mine = {"id": self._id, "host": host, "pid": os.getpid()}
+        self._lease = mine
+        self._write_lease()
+        if self._read_lease().get("id") != self._id:
+            raise InputError(
+                f"what is written to {self._cfg.place} is not what is read from it, or another "
+                "process has begun to train the run; check that, and try again"
+            )
+        (self._folder / LEASE).write_text(json.dumps(mine) + "\n")
+
+    def _refuse_other(self) -> None:
+        """Raises InputError if another process holds the lease and writes it."""
+        found = self._read_lease()
+        age = time.time() - float(found.get("time", 0))
+        if not found or found.get("id") == self._id or abs(age) > OLD_SECONDS:
+            return
+        who = _holder(found)
+        print(
+            f"{self._cfg.place} was trained by {who} {max(age, 0):.0f} s ago; waiting for up to "
+            f"{EXPIRES_SECONDS:g} s to see whether it still is",
+            flush=True,
+        )
+        deadline = time.monotonic() + EXPIRES_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(5.0, EXPIRES_SECONDS / 4))
+            now = self._read_lease()
+            if not now:
+                return
+            if now != found:
+                raise InputError(
+                    f"{self._cfg.place} is being trained by {_holder(now)}; wait for it, stop it, "
+                    "or use another run name"
+                )
+
+    def _keep_lease(self) -> None:
+        while not self._ended.wait(REFRESH_SECONDS):
+            with contextlib.suppress(InputError):  # the copy reports that the place is gone
+                found = self._read_lease()
+                if found and found.get("id") != self._id:
+                    self._lost = _holder(found)
+                    return
+                self._write_lease()
+
+    def _write_lease(self) -> None:
+        content = json.dumps({**self._lease, "time": round(time.time(), 3)})
+        self._store.write(LEASE, content.encode() + b"\n")
+
+    def _read_lease(self) -> dict[str, Any]:
+        return _read_json(lambda: self._store.read(LEASE))
+
+    def _drop_lease(self) -> None:
+        with contextlib.suppress(Exception):  # it expires
+            if self._read_lease().get("id") == self._id:
+                self._store.remove([LEASE])
+
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
+    """Downloads a run from its place if that has a newer checkpoint than the local folder.
+
+    Args:
+        cfg: The run's config.
+        store: The place.
+        damaged: A set to which the steps are added that are damaged at the place.
+
+    Raises:
+        InputError: The place cannot be read, or it has checkpoints and none is intact anywhere.
+    """
+    remote, root = checkpoint.Remote(store), cfg.folder / "checkpoints"
+    files = store.list()
+    steps, local = complete_steps(files), _newest_local(root)
+    wrong: dict[int, str] = {}
+    newer = None  # the step that is downloaded
+    for step in reversed(steps):
+        lineage = _read_json(lambda s=step: store.read(f"{FOLDER}/{s}/lineage.json"))
+        if local is not None and local >= (_went_back(lineage), step):
+            break
+        here = f", which has step {local[1]}" if local else ""
+        print(f"downloading step {step} of {cfg.place} to {cfg.folder}{here}", flush=True)
+        draft = root / f"{step}.saving"
+        if found := remote.download(step, draft):
+            wrong[step] = list_some(found)
+            print(f"warning: it is damaged: {wrong[step]}", file=sys.stderr, flush=True)
+            continue
+        for later in checkpoint.step_folders(root):
+            if later >= step:
+                set_aside(root / str(later), "damaged" if later == step else "abandoned")
+        draft.rename(root / str(step))
+        others = [n for n in files if n not in NOT_COPIED and not n.startswith(f"{FOLDER}/")]
+        download_files(store, cfg.folder, others)
+        newer = step
+        break
+    damaged.update(wrong)
+    if newer is None and local is None and wrong:
+        listed = "; ".join(f"step {step}: {found}" for step, found in wrong.items())
+        raise InputError(
+            f"no checkpoint in {cfg.place} is intact; nothing was changed there. {listed}. Use "
+            "another run name, or delete that run to train it again"
+        )
+    if newer is None and local is not None and local[1] not in steps[-1:]:
+        there = f"step {steps[-1]}" if steps else "none"
+        print(
+            f"{cfg.folder} has step {local[1]}, and {cfg.place} {there}: training resumes from the "
+            "folder, and copies it",
+            flush=True,
+        )
+    if cfg.resume in steps and cfg.resume not in checkpoint.steps_in(root):
+        if found := remote.download(cfg.resume, draft := root / f"{cfg.resume}.saving"):
+            raise InputError(
+                f"resume={cfg.resume}: {cfg.place} has it damaged: {list_some(found)}; use another "
+                "step"
+            )
+        draft.rename(root / str(cfg.resume))
+
+
+def _newest_local(root: Path) -> tuple[int, int] | None:
+    """How often the newest intact checkpoint in a folder went back, and its step."""
+    for step in reversed(checkpoint.steps_in(root)):
+        with contextlib.suppress(FileNotFoundError):
+            opened = checkpoint.OpenCheckpoint(root / str(step), None)
+            opened.close()
+            if not opened.damage:
+                return _went_back(opened.metadata.get("lineage", {})), step
+    return None
+
+
+def _went_back(lineage: Any) -> int:
+    return len(lineage.get("went_back_to", []))
+
+
+def _stamp(file: Path) -> Stamp | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_json(read: Any) -> dict[str, Any]:
+    """A JSON object; empty if there is none or it is damaged."""
+    try:
+        found = json.loads(read())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holder(lease: dict[str, Any]) -> str:
+    return f"process {lease.get('pid', '?')} on host {lease.get('host', '?')}"
