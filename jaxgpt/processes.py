@@ -160,6 +160,16 @@ def from_first_process(make: Callable[[], str]) -> str:
     return answer["value"]
 
 
+def on_first(work: Callable[[], None]) -> None:
+    """Does some work in process 0, while the others wait."""
+
+    def answer() -> str:
+        work()
+        return ""
+
+    from_first_process(answer)
+
+
 @contextmanager
 def on_first_process(context: AbstractContextManager[Entered]) -> Iterator[Entered | None]:
     """Enters a context on process 0 alone; the others get None.

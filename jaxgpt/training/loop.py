@@ -167,7 +167,8 @@ class Training:
                     self.finish_saving()
                     if not self.stopped:
                         self.test = self.measure("test") or self.test
-                        self.measure_tasks()
+                        with clock("eval"):
+                            processes.on_first(self.measure_tasks)
                 except Diverged:
                     raise
                 except Exception as error:
@@ -298,33 +299,26 @@ class Training:
         return found
 
     def measure_tasks(self) -> None:
-        """Measures the saved model on the tasks of the config, in one process."""
+        """Measures the saved model on the tasks of the config, on a device of process 0."""
         cfg, folder = self.cfg.evaluation, self.cfg.folder
         if is_measured(folder, self.step, cfg):
             return
-        if jax.process_count() > 1:  # a checkpoint is read by all of them, or by one alone
-            if jax.process_index() == 0:
-                self.log.warn(
-                    f"{folder} is not measured on {' '.join(cfg.tasks)}, which works in one "
-                    "process; the same command with parallel.processes=1 does it"
-                )
+        evaluator = self.attempt(
+            "evaluation on tasks",
+            lambda: Evaluator(load(folder), limit=cfg.limit, chat=cfg.chat),
+            alone=True,
+        )
+        if evaluator is None:
             return
-        with self.clock("eval"):
-            evaluator = self.attempt(
-                "evaluation on tasks",
-                lambda: Evaluator(load(folder), limit=cfg.limit, chat=cfg.chat),
-            )
-            if evaluator is None:
+        for task in read_tasks(cfg):
+            self.log.say(f"evaluating on {task.name}")
+            measure = partial(evaluator.measure, task)
+            if found := self.attempt(f"evaluation on {task.name}", measure, alone=True):
+                self.results.append(found)
+            if self.stopped:
                 return
-            for task in read_tasks(cfg):
-                self.log.say(f"evaluating on {task.name}")
-                measure = partial(evaluator.measure, task)
-                if found := self.attempt(f"evaluation on {task.name}", measure):
-                    self.results.append(found)
-                if self.stopped:
-                    return
-            save = partial(save_results, folder, self.step, cfg, self.results)
-            self.attempt("saving the evaluation", save)
+        save = partial(save_results, folder, self.step, cfg, self.results)
+        self.attempt("saving the evaluation", save, alone=True)
         if self.results:
             self.log.log(self.step, as_metrics(self.results))
 
@@ -443,19 +437,24 @@ class Training:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
     def attempt(
-        self, what: str, work: Callable[[], Returned], needed: bool = True
+        self, what: str, work: Callable[[], Returned], needed: bool = True, alone: bool = False
     ) -> Returned | None:
         """What `work` returns; None if it fails, with a warning, or is ended by a signal.
 
-        A run in which something has failed that is `needed` is not marked as finished.
+        Args:
+            what: A name for messages.
+            work: The work.
+            needed: Whether a run in which it has failed is not finished.
+            alone: Whether this process does it alone. Otherwise all processes work together, and
+                none of them may leave the others.
         """
+        together = jax.process_count() > 1 and not alone
         try:
-            # Evaluation on several processes is collective, so none of them may leave it.
-            return work() if jax.process_count() > 1 else self.signals.run(work)
+            return work() if together else self.signals.run(work)
         except Interrupted:
             self.stopped = self.signals.received
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            if together and isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # another process may have died, and all need each other
             self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
         self.complete = self.complete and not needed
