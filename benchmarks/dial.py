@@ -56,6 +56,8 @@ class Measured:
     loss: float
     bits: float
     """Bits per byte."""
+    seconds: float
+    """Of all steps, without compilation and evaluation."""
 
 
 def measure(run: Path, loss: float) -> Measured:
@@ -65,7 +67,9 @@ def measure(run: Path, loss: float) -> Measured:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     bits = [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1]
     flops = cfg.model.flops_per_token(cfg.context) * tokens
-    return Measured(cfg.model.L, cfg.model.D, cfg.model.matmul_weights, tokens, flops, loss, bits)
+    seconds = sum(r["goodput"]["step"] for r in records if "goodput" in r)
+    size = cfg.model.L, cfg.model.D, cfg.model.matmul_weights
+    return Measured(*size, tokens, flops, loss, bits, seconds)
 
 
 def fit(found: list[Measured]) -> tuple[float, float, np.ndarray]:
@@ -122,11 +126,11 @@ def main() -> None:
     if len(found) < 2:
         sys.exit("a line needs two depths or more")
     slope, intercept, residuals = fit(found)
-    print("\ndepth  width    weights      tokens      FLOPs    loss  bits/byte    line  residual")
+    print("\ndepth  width    weights      tokens      FLOPs  seconds    loss  bits/byte    line  residual")
     for each, residual in zip(found, residuals, strict=True):
         print(
             f"{each.depth:>5}  {each.width:>5}  {each.weights:>9,}  {each.tokens:>10,}  "
-            f"{each.flops:>9.2e}  {each.loss:.4f}     {each.bits:.4f}  "
+            f"{each.flops:>9.2e}  {each.seconds:>7.1f}  {each.loss:.4f}     {each.bits:.4f}  "
             f"{each.loss / np.exp(residual):.4f}  {residual:>+8.4f}"
         )
     path = Path(options.plot or folder / "fit.png")
