@@ -26,6 +26,7 @@ from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.generation.stream import TextStream
 from jaxgpt.pretrained.trained import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
+from jaxgpt.streams import is_live
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -131,7 +132,7 @@ def clock(what: str) -> Iterator[None]:
             return Text(f"{what} {elapsed:.0f} s" if elapsed > MOMENT else "")
 
     console = Console(stderr=True)
-    console.quiet = not console.is_interactive  # a pipe would get an empty line
+    console.quiet = not is_live(sys.stderr)  # a pipe would get an empty line
     with Progress(Clock(), console=console, transient=True) as progress:
         progress.add_task("")
         yield

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import jax
 
 from jaxgpt import config, data, sharding
+from jaxgpt.accelerators import check_device
 from jaxgpt.data import Record
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.evaluation.measure import Evaluator, Result, table
@@ -65,6 +66,7 @@ def train(cfg: config.Config) -> Trained:
 
 def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
+    check_device(cfg.require)
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
     with sharding.on_first_process(RunLock(cfg.folder)) as lock:
