@@ -1,14 +1,20 @@
 """Whether output is seen on a terminal, where a progress bar can be redrawn, or in a notebook."""
 
 import os
+import sys
 from typing import IO
 
 
 def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook, or was started by one, as by `!python`."""
-    env = os.environ
     names = ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID")
-    return any(name in env for name in names) or "inline" in env.get("MPLBACKEND", "")
+    by_backend = "inline" in os.environ.get("MPLBACKEND", "")
+    return in_kernel() or by_backend or any(name in os.environ for name in names)
+
+
+def in_kernel() -> bool:
+    """Whether this process runs the cells of a notebook, so that ending it loses their state."""
+    return "ipykernel" in sys.modules
 
 
 def is_live(stream: IO[str] | None) -> bool:

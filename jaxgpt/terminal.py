@@ -105,11 +105,14 @@ def open_missing_streams() -> None:
 def survive_closed_output() -> None:
     """Lets this process go on if its output cannot be written, such as after `| head`.
 
-    From then on, what it prints is lost. Training must not end because a terminal did.
+    From then on, what it prints is lost. Training must not end because a terminal did. The streams
+    of a notebook's kernel stay as they are.
     """
     open_missing_streams()
     for name in ("stdout", "stderr"):
-        stream: io.TextIOWrapper = getattr(sys, name)
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
         raw = _Lossy(stream.fileno(), "w", closefd=False)
         buffer = raw if stream.write_through else io.BufferedWriter(raw)
         survivor = io.TextIOWrapper(
