@@ -1,14 +1,18 @@
 """The versions that jaxgpt is tested with, and the oldest ones that it works with.
 
-A lane is a set of versions that the tests run with. `.ci/run` installs them with
+A lane is a set of versions that the tests run with. `.ci/run` uses
 
-    python -m jaxgpt.lanes colab          # prints the versions of a lane, as pip takes them
-    python -m jaxgpt.lanes check newest   # compares a lane with what is installed
+    python -m jaxgpt.lanes pins colab          # the versions of a lane, as pip takes them
+    python -m jaxgpt.lanes check newest        # compares a lane with what is installed
+    python -m jaxgpt.lanes moved report.json   # names what an installation would replace
 """
 
+import json
+import platform
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 LANES = {
     "colab": {  # what Google Colab has, on CPU, GPU and TPU
@@ -91,19 +95,36 @@ def closest(python: str, jax: str) -> str:
     return older[-1] if older else lanes[0][0]
 
 
-def main(args: list[str]) -> int:
-    """Prints a lane's versions, or what differs from them; returns the exit status."""
-    if args[:1] == ["check"]:
-        lane = LANES[args[1]]
-        found = {name: installed(name) for name in lane if name != "python"}
-        print(f"lane {args[1]}:", *(f"{name} {one}" for name, one in found.items()))
-        for name, one in found.items():
-            if one != lane[name]:
-                print(f"jaxgpt/lanes.py has {name} {lane[name]} for it: change that to {one}")
+def differences(name: str) -> list[str]:
+    """What is installed here in other versions than in a lane, as sentences."""
+    found = {one: installed(one) for one in LANES[name]}
+    found["python"] = ".".join(platform.python_version_tuple()[:2])
+    return [
+        f"{one} is {found[one] or 'missing'}, and lane {name} of jaxgpt/lanes.py has {wanted}"
+        for one, wanted in LANES[name].items()
+        if found[one] != wanted
+    ]
+
+
+def moved(report: Path) -> list[str]:
+    """The packages of the lanes, and numpy, that an installation would install or replace.
+
+    Args:
+        report: What `pip install --dry-run --report FILE` has written.
+    """
+    names = [each["metadata"]["name"].lower() for each in json.loads(report.read_text())["install"]]
+    return [name for name in names if name in FLOORS or name == "numpy"]
+
+
+def main(action: str, argument: str) -> int:
+    """Prints the versions of a lane, or what differs; the exit status is 1 if something does."""
+    if action == "pins":
+        print(*pins(LANES[argument]))
         return 0
-    print(*pins(LANES[args[0]]))
-    return 0
+    found = differences(argument) if action == "check" else moved(Path(argument))
+    print(*found, sep="\n", end="\n" if found else "")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

@@ -70,25 +70,3 @@ def test_a_device_that_cannot_start_is_one_line(tpu_machine, monkeypatch):
     nothing = Machine(tpu_machine.root / "dev", {})
     with pytest.raises(InputError, match="this machine has no TPU; to mend it: unset JAX_PLATF"):
         check_device(machine=nothing)
-
-
-def test_the_table_of_lanes_holds_the_floors_of_the_requirements():
-    requirements = (train.DEFAULT.parent.parent / "requirements.txt").read_text().splitlines()
-    for name, floor in lanes.FLOORS.items():
-        assert name in ("python", "jaxlib") or f"{name}>={floor}" in requirements
-        oldest = min(lane[name] for lane in lanes.LANES.values())
-        assert lanes.release(floor) <= lanes.release(oldest)
-
-
-@pytest.mark.parametrize(
-    ("python", "jax", "lane"),
-    [
-        ("3.13.0", "0.7.2", "colab"),
-        ("3.13.2", "0.13.0", "newest"),
-        ("3.13.2", "0.6.0", "colab"),
-        ("3.11.7", "0.6.0", "python311"),
-        ("3.12.1", "0.11.2", "python311"),
-    ],
-)
-def test_the_closest_lane_fits_the_python(python, jax, lane):
-    assert lanes.closest(python, jax) == lane
