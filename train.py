@@ -12,7 +12,11 @@ is in `jaxgpt/training/loop.py`.
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+if (
+    __name__ == "__main__"
+    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    and "ipykernel" not in sys.modules  # under %run, where this would end the notebook's kernel
+):
     # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

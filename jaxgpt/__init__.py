@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgpt import config
     from jaxgpt.config import Config
+    from jaxgpt.diagnosis import doctor
     from jaxgpt.errors import InputError, TrainingError
     from jaxgpt.generation.decode import generate
     from jaxgpt.pretrained.load import load
@@ -26,6 +27,7 @@ __all__ = [
     "Trained",
     "TrainingError",
     "config",
+    "doctor",
     "generate",
     "load",
     "train",
@@ -36,6 +38,7 @@ _MODULES = {
     "InputError": "errors",
     "Trained": "pretrained.trained",
     "TrainingError": "errors",
+    "doctor": "diagnosis",
     "generate": "generation.decode",
     "load": "pretrained.load",
     "train": "training.loop",

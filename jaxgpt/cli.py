@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt import strict_json, synonyms, terminal
+from jaxgpt import diagnosis, strict_json, synonyms, terminal
+from jaxgpt.accelerators import check_device
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
@@ -135,15 +136,21 @@ def serve(
         options: The address, and the limits.
     """
     check_exists(path)
-    keep_compiled_programs()
+    _start_devices()
     with python_handlers():  # the server handles signals itself
         run_server(path, options)
 
 
 def _ready(path: str, adapter: str = "", dtype: Dtype = "float32") -> Trained:
     """The model; and compiled programs are cached from now on."""
-    keep_compiled_programs()
+    _start_devices()
     return load(path, adapter, dtype=dtype)
+
+
+def _start_devices() -> None:
+    """Starts JAX, and warns if it does not use the accelerators of this machine."""
+    keep_compiled_programs()
+    check_device()
 
 
 def _json(path: str) -> dict[str, Any]:
@@ -526,6 +533,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "verify": verify,
     "runs": list_runs,
+    "doctor": diagnosis.run,
 }
 
 

@@ -76,6 +76,9 @@ class Config:
     """The step of an earlier checkpoint of this run to go back to; later checkpoints are renamed to
     STEP.abandoned. Repeating the command resumes, and does not go back again. 0: resume from the
     newest checkpoint."""
+    require: Literal["", "tpu", "gpu"] = ""
+    """The kind of device that there must be: training on another, such as the CPU that JAX falls
+    back to, is then an error. Empty: the best device that JAX can use."""
     start: str = ""
     """The model to start from, with its architecture and tokenizer: a run (its newest checkpoint),
     RUN@best, RUN@STEP, a checkpoint, a Hugging Face folder, or a Hugging Face name (gpt2,

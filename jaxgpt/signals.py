@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from jaxgpt.streams import in_kernel
+
 Result = TypeVar("Result")
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -36,12 +38,12 @@ class Signals:
     In threads other than the main thread, in which Python does not handle signals, it does nothing.
 
     Args:
-        ends_process: Whether signals end the process. With False, for notebooks, only Ctrl-C is
-            handled, and it is only recorded.
+        ends_process: Whether signals end the process. With False, and always in the kernel of a
+            notebook, only Ctrl-C is handled, and it is only recorded.
     """
 
     def __init__(self, ends_process: bool = True) -> None:
-        self._ends_process = ends_process
+        self._ends_process = ends_process and not in_kernel()
         self.received = 0
         """The number of the signal that was received; 0: none."""
         self._deferred = False
@@ -154,7 +156,7 @@ def python_handlers() -> Iterator[None]:
 
 def end_if_abandoned(status: int) -> None:
     """Ends the process if `Signals.run` has abandoned a thread, which could block a normal exit."""
-    if _abandoned.is_set():
+    if _abandoned.is_set() and not in_kernel():
         _flush_and_print("")
         os._exit(status)
 

@@ -26,6 +26,7 @@ from jaxgpt.generation.sampling import SEEDS, Sampling
 from jaxgpt.generation.stream import TextStream
 from jaxgpt.pretrained.trained import Trained
 from jaxgpt.signals import Interrupted, Signals, end_process
+from jaxgpt.streams import is_live
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -104,11 +105,14 @@ def open_missing_streams() -> None:
 def survive_closed_output() -> None:
     """Lets this process go on if its output cannot be written, such as after `| head`.
 
-    From then on, what it prints is lost. Training must not end because a terminal did.
+    From then on, what it prints is lost. Training must not end because a terminal did. The streams
+    of a notebook's kernel stay as they are.
     """
     open_missing_streams()
     for name in ("stdout", "stderr"):
-        stream: io.TextIOWrapper = getattr(sys, name)
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
         raw = _Lossy(stream.fileno(), "w", closefd=False)
         buffer = raw if stream.write_through else io.BufferedWriter(raw)
         survivor = io.TextIOWrapper(
@@ -131,7 +135,7 @@ def clock(what: str) -> Iterator[None]:
             return Text(f"{what} {elapsed:.0f} s" if elapsed > MOMENT else "")
 
     console = Console(stderr=True)
-    console.quiet = not console.is_interactive  # a pipe would get an empty line
+    console.quiet = not is_live(sys.stderr)  # a pipe would get an empty line
     with Progress(Clock(), console=console, transient=True) as progress:
         progress.add_task("")
         yield

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 
 # A module may import from its own line and from the lines above it. The most specific name counts.
 LAYERS = """
-errors
+errors lanes
 bounds
-paths strict_json manifest download signals synonyms sharding processes
+streams accelerators paths strict_json manifest download signals synonyms sharding processes
 store
 model
 tokenizer
@@ -34,7 +34,7 @@ evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs
 training.pipeline training.sweep
-serve
+serve diagnosis
 cli
 __main__
 """.splitlines()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from jaxgpt.data.textfile import check_encoding, reading
 from jaxgpt.data.tokens import TokenStream, join, read_tokens, write_tokens
 from jaxgpt.errors import InputError
 from jaxgpt.paths import cache_folder
+from jaxgpt.streams import is_live
 from jaxgpt.tokenizer import Tokenizer
 
 FORMAT = 2  # version of the cache's file format: increasing it invalidates all older entries
@@ -354,7 +356,7 @@ def _progress(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    quiet = not console.is_terminal
+    quiet = not is_live(sys.stderr)
     with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=size)
         yield lambda bytes: bar.advance(task, bytes)

@@ -29,8 +29,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
-import jax
-
+from jaxgpt.accelerators import backend
 from jaxgpt.bounds import check_bounds
 from jaxgpt.config import Config
 from jaxgpt.data import DataConfig
@@ -184,7 +183,7 @@ def this_device(config: Config) -> Device:
     """
     if config.parallel.processes != 1:
         raise InputError("a run of several processes needs --device beside --depth: tpu or gpu")
-    return cast(Device, jax.default_backend())
+    return cast(Device, backend())
 
 
 def _refuse_unfit(config: Config, keep: Collection[str]) -> None:

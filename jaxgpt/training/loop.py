@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import jax
 
 from jaxgpt import config, data, processes, sharding
+from jaxgpt.accelerators import check_device
 from jaxgpt.data import Record
 from jaxgpt.errors import Diverged, InputError, TrainingError
 from jaxgpt.evaluation.measure import Evaluator, Result, table
@@ -66,6 +67,7 @@ def train(cfg: config.Config) -> Trained:
 
 def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
+    check_device(cfg.require)
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
     with ExitStack() as stack:

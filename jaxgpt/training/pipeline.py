@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import jax
 
 from jaxgpt import config, data, synonyms
+from jaxgpt.accelerators import check_device
 from jaxgpt.config import Config
 from jaxgpt.data.remote import is_remote, list_files
 from jaxgpt.data.sources import open_source
@@ -36,7 +37,7 @@ from jaxgpt.training.mirror import has_begun
 from jaxgpt.training.setup import check_processes
 from jaxgpt.training.tasks import read_tasks
 
-SHARED = ("seed", "compute", "parallel", "telemetry")
+SHARED = ("seed", "require", "compute", "parallel", "telemetry")
 """Fields of a config that an option without a stage's name sets in all stages."""
 OWN = ("stages", "name", "runs", "depth", "horizon", "device", "help")
 """Options of a pipeline itself."""
@@ -318,9 +319,10 @@ def run(pipeline: Pipeline, signals: Signals) -> int:
     """Trains the chosen stages to their last steps or to a signal; returns the exit status."""
     if not pipeline.name:
         return loop.run(pipeline.stages[0], signals)
-    first = jax.process_index() == 0
     for cfg in pipeline.chosen:
+        check_device(cfg.require)
         check_processes(cfg)
+    first = jax.process_index() == 0
     for number, cfg in enumerate(pipeline.chosen, 1):
         if first and (warning := _find_newer_start(cfg)):
             print(f"warning: {warning}", file=sys.stderr)

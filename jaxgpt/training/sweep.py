@@ -19,6 +19,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt import config
+from jaxgpt.accelerators import check_device
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.paths import expand
@@ -35,7 +36,7 @@ PLANNED = "planned.json"
 """The file with the options of a point, before the data has decided any of them."""
 MEASURED = ("loss", "best", "seconds", "tokens_per_second")
 """The numbers of an outcome."""
-FREE = ("name", "runs", "checkpoint", "telemetry")
+FREE = ("name", "runs", "require", "checkpoint", "telemetry")
 """Parts of a config that may differ when a point resumes."""
 
 
@@ -113,6 +114,8 @@ def sweep(
         InputError: A field, a value or a seed is invalid. Nothing has been trained then.
     """
     points = plan(path, values, seeds, options, name)
+    for point in points:
+        check_device(point.cfg.require)
     folder = points[0].cfg.folder.parent
     outcomes = []
     with Signals() as signals:

@@ -24,6 +24,7 @@ import jax
 
 from jaxgpt.errors import TrainingError
 from jaxgpt.evaluation.plots import draw_loss
+from jaxgpt.streams import is_live
 from jaxgpt.training.metrics import MetricsFile, read_metrics
 
 BUCKETS = ("init", "compile", "data", "step", "save", "eval", "other")
@@ -70,8 +71,8 @@ class TelemetryConfig:
     """Where to show metrics in addition to `metrics.jsonl`."""
 
     progress: Literal["auto", "lines", "none"] = "auto"
-    """The progress display. auto: a progress bar on a terminal, else lines; lines: always lines;
-    none: no display."""
+    """The progress display. auto: a progress bar on a terminal, lines elsewhere and in notebooks;
+    lines: always lines; none: no display."""
     tensorboard: bool = False
     """Whether to write event files for TensorBoard to the run's folder (needs tensorboardX)."""
     wandb: bool = False
@@ -472,7 +473,7 @@ def _display(progress: str, start: int, steps: int) -> _Silent:
     """The progress display for `TelemetryConfig.progress`."""
     if progress == "none":
         return _Silent()
-    if progress == "auto" and sys.stdout.isatty():
+    if progress == "auto" and is_live(sys.stdout):
         return _Live(start, steps)
     return _Lines(steps)
 

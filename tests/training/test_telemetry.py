@@ -9,12 +9,14 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt.errors import TrainingError
+from jaxgpt.streams import is_live
 from jaxgpt.training import telemetry
 from jaxgpt.training.telemetry import Goodput, Telemetry, TelemetryConfig
 
@@ -297,23 +299,30 @@ def test_progress_none_shows_nothing(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_on_a_terminal_the_display_is_live(folder):
+def on_a_terminal(folder, **env):
+    """What displays write to a terminal, with some environment variables."""
     pty = pytest.importorskip("pty")
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         from pathlib import Path
+        from jaxgpt.terminal import clock
         from tests.training.test_telemetry import open_telemetry
         with open_telemetry(Path({str(folder)!r}), progress="auto", steps=7) as log:
             log.log(3, {{"loss": 1.2345}})
             log.show(3)
             log.say("above")
+        with clock("waiting"):
+            pass
     """
     parent, child = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    env = {k: v for k, v in env.items() if k != "NO_COLOR"}
+    notebook = ("NO_COLOR", "JPY_PARENT_PID", "MPLBACKEND", "COLAB_RELEASE_TAG")
+    usual = {k: v for k, v in os.environ.items() if k not in notebook}
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=child, stderr=child, env=env
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=child,
+        stderr=child,
+        env={**usual, "TERM": "xterm", "COLUMNS": "80", **env},
     )
     os.close(child)
     shown = b""
@@ -325,8 +334,31 @@ def test_on_a_terminal_the_display_is_live(folder):
     os.close(parent)
     assert process.wait() == 0, shown
     text = shown.decode()
-    assert "3/7" in text and "loss 1.2345" in text and "above" in text
-    assert "\x1b[?25l" in text and text.count("\x1b[?25h") == 1  # the cursor is hidden and returned
+    assert "3/7" in text.replace(" ", "") and "loss 1.2345" in text and "above" in text
+    return text
+
+
+def test_on_a_terminal_the_display_is_live(folder):
+    text = on_a_terminal(folder)
+    assert "\x1b[?25l" in text  # the cursor is hidden, and returned
+    assert text.count("\x1b[?25h") == text.count("\x1b[?25l")
+
+
+def test_a_notebook_gets_plain_lines(folder):
+    # What ipykernel sets for a command after "!"; rich then takes any output for a terminal.
+    env = {"JPY_PARENT_PID": "1", "TERM": "xterm-color", "FORCE_COLOR": "1"}
+    assert "\x1b" not in on_a_terminal(folder, **env)
+
+
+@pytest.mark.parametrize("name", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "MPLBACKEND"])
+def test_a_pseudo_terminal_of_a_notebook_is_not_live(monkeypatch, name):
+    for other in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID", "MPLBACKEND"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Mock(isatty=lambda: True)
+    assert is_live(terminal)
+    monkeypatch.setenv(name, "module://matplotlib_inline.backend_inline")
+    assert not is_live(terminal)
 
 
 def events(folder):
