@@ -11,11 +11,12 @@ A checkpoint is a folder named by its step:
         leaves.json      the path, dtype and shape of every array
         SHA256SUMS       the manifest: the hash of every file above
 
-A checkpoint is written to `500.saving` and renamed to `500` when its manifest is complete, so a
-killed process leaves no partial checkpoint. Files are hashed before they are read, and files that
-are not in the manifest are ignored. A damaged checkpoint is never deleted: it is renamed to
-`500.damaged`, and training resumes from the newest intact one. `500.abandoned` is a checkpoint that
-is later than the step to which a run was reset with --resume.
+A checkpoint is written to `500.saving`, renamed to `500`, and then gets its manifest, so a killed
+process leaves no partial checkpoint that counts, also where renaming a folder is not atomic. Files
+are hashed before they are read, and files that are not in the manifest are ignored. A damaged
+checkpoint is never deleted: it is renamed to `500.damaged`, and training resumes from the newest
+intact one. `500.abandoned` is a checkpoint that is later than the step to which a run was reset
+with --resume.
 """
 
 from jaxgpt.training.checkpoint.arrays import as_abstract
