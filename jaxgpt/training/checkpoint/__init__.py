@@ -32,7 +32,7 @@ from jaxgpt.training.checkpoint.reader import (
     step_folders,
     steps_in,
 )
-from jaxgpt.training.checkpoint.remote import MODEL, Remote, fetch_model, find_remote
+from jaxgpt.training.checkpoint.remote import MODEL, Remote, fetch_model, fetch_records, find_remote
 from jaxgpt.training.checkpoint.writer import CheckpointConfig, Checkpoints
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "as_abstract",
     "best_step",
     "fetch_model",
+    "fetch_records",
     "find_checkpoint",
     "find_remote",
     "load_params",
