@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -32,7 +33,7 @@ from jaxgpt.evaluation.report import write_report
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.objectives import Classify, Translate
-from jaxgpt.paths import expand, keep_compiled_programs, regular_file
+from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
 from jaxgpt.pretrained.load import check_exists, load
@@ -43,6 +44,7 @@ from jaxgpt.signals import Signals, python_handlers
 from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
+from jaxgpt.training.checkpoint import fetch_records
 from jaxgpt.training.sweep import sweep as run_sweep
 from jaxgpt.training.tasks import read_tasks
 
@@ -480,14 +482,18 @@ def report(
     """Write a report on a run, or one that compares several: report.html and report.md.
 
     Args:
-        folders: The folders of runs.
+        folders: The folders or the URLs of runs.
         price: What a device costs per hour, in any currency, for the cost of the runs; 0: no cost.
         output: The folder to write to; by default that of the run, or of several runs the folder
-            that holds the first one.
+            that holds the first one. Of runs at URLs it has to be given.
     """
     if not folders:
         raise InputError("there is no run; pass the folder of one or more, such as runs/default")
-    paths = [expand(folder) for folder in folders]
+    if not output and (urls := [folder for folder in folders if is_url(folder)]):
+        raise InputError(f"{urls[0]} is read only; set --output to a folder for the report")
+    if output:
+        expand(output)  # raises for a URL
+    paths = [fetch_records(each) if is_url(each) else expand(each) for each in folders]
     own = paths[0] if len(paths) == 1 else paths[0].resolve().parent
     print(write_report(paths, expand(output) if output else own, price))
 
@@ -515,7 +521,7 @@ def inspect(
     found = inspect_prompt(_ready(path, adapter, dtype), prompt, top)
     print(found.table())
     if output:
-        print(*found.draw(expand(output), expand(path).name), sep="\n")
+        print(*found.draw(expand(output), Path(path).name), sep="\n")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -20,7 +20,7 @@ from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, Params, count, letters
 from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
-from jaxgpt.paths import expand
+from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import ModelSource, source, versions
 from jaxgpt.strict_json import JsonObject
@@ -241,10 +241,10 @@ def _base(found: ModelSource, given: str) -> tuple[str, str | None, pretrained.P
             f"which PEFT cannot load; merge them (`python -m jaxgpt export {name} BASE --adapter "
             f"{began['adapter']}`) and use --base BASE"
         )
-    folder = expand(name)
+    folder = Path(name) if is_url(name) else expand(name)
     if folder.is_dir() and pretrained.has_model(folder):
         return str(folder.resolve()), None, pretrained.read_model(folder)
-    if folder.exists() or ("step" in began and not given):
+    if folder.exists() or is_url(name) or ("step" in began and not given):
         raise InputError(
             f"{name} is a run, which PEFT cannot load; export it "
             f"(`python -m jaxgpt export {name} BASE`) and use --base BASE"

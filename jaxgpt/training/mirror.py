@@ -50,6 +50,13 @@ def has_begun(cfg: config.Config) -> bool:
     return cfg.is_copied and bool(checkpoint.Remote(Store(cfg.place)).steps())
 
 
+def copy_report(cfg: config.Config) -> None:
+    """Copies the report beside a run's folder to where its runs are kept; raises InputError."""
+    folder, store = cfg.folder.parent, Store(cfg.runs)
+    for file in (*folder.glob("report.*"), *folder.glob("report/*")):
+        store.write(file.relative_to(folder).as_posix(), file.read_bytes())
+
+
 class Mirror:
     """Copies a run's folder to its place; a context manager.
 

@@ -33,7 +33,7 @@ from jaxgpt.signals import Signals
 from jaxgpt.training import checkpoint, loop, runs
 from jaxgpt.training.dial import Device
 from jaxgpt.training.inputs import check_models, find_text_tokenizer
-from jaxgpt.training.mirror import has_begun
+from jaxgpt.training.mirror import copy_report, has_begun
 from jaxgpt.training.setup import check_processes
 from jaxgpt.training.tasks import read_tasks
 
@@ -405,6 +405,8 @@ def conclude(pipeline: Pipeline) -> None:
     ]
     try:
         print(f"\nreport       {write_report(trained, folder, title=pipeline.name)}")
+        if last.is_copied:
+            copy_report(last)
     except Exception as error:  # the runs are finished: no error changes that
         print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"\nto use the model:  {loop.usage(last)}")

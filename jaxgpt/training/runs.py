@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxgpt import config, data
 from jaxgpt.errors import InputError
 from jaxgpt.manifest import MANIFEST, find_damage
+from jaxgpt.paths import expand
 from jaxgpt.tokenizer import from_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.lock import find_holder
@@ -40,7 +41,7 @@ def verify(path: str | Path) -> list[Verified]:
     Raises:
         InputError: The path is not such a folder.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if (folder / MANIFEST).is_file():
         return [_verify_folder(folder)]
     if not (folder / "checkpoints").is_dir():
@@ -137,7 +138,7 @@ def list_runs(folder: str | Path, hash_files: bool = True) -> list[RunState]:
     Raises:
         InputError: The folder does not exist.
     """
-    root = Path(folder).expanduser()
+    root = expand(folder)
     if not root.is_dir():
         raise InputError(f"there is no folder {folder}; use the folder that contains the runs")
     marks = ("checkpoints", "config.json", "metrics.jsonl")

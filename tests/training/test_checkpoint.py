@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -590,6 +592,28 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_good(folder):
         reached = Checkpoints(folder).latest()
         assert reached in (started - 1, started, started + 1)
         expect_step(folder, reached)
+
+
+def test_a_cut_rename_of_a_folder_leaves_no_complete_checkpoint(folder, monkeypatch):
+    """As on a mounted bucket, which copies a folder file by file."""
+    save(folder, 1)
+    rename = Path.rename
+
+    def cut(self, target):
+        if self.name != "2.saving":
+            return rename(self, target)
+        target.mkdir()
+        for file in sorted(self.iterdir())[:5]:  # the manifest is the first
+            shutil.move(file, target / file.name)
+        raise OSError(errno.EIO, "cut")
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(TrainingError, match="step 2 was not saved: cut"):
+        save(folder, 2)
+    monkeypatch.undo()
+    assert (folder / "2").is_dir()
+    assert checkpoint.steps_in(folder) == [1]
+    assert Checkpoints(folder).latest() == 1
 
 
 def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(folder):

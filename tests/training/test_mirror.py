@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
+import train
 from jaxgpt import cli, config
 from jaxgpt import store as stores
 from jaxgpt.errors import InputError, TrainingError
@@ -191,6 +192,49 @@ def test_a_run_starts_from_one_at_a_url(stored):
     lineage = checkpoint.read_metadata("runs/next")["lineage"]["started_from"]
     assert lineage["path"] == f"{PLACE}@3" and lineage["step"] == 3
     assert losses_of("next").keys() == {1}
+
+
+STAGES = """
+from dataclasses import replace
+from tiny import config as tiny
+from jaxgpt.model import GPTConfig
+from jaxgpt.tokenizer import TokenizerConfig
+
+short = replace(tiny, train=replace(tiny.train, steps=1))
+base = replace(short, name="base")
+then = replace(short, name="then", start="base", model=GPTConfig(), tokenizer=TokenizerConfig())
+config = [base, then]
+"""
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_pipeline_are_at_a_url(here, memory, machine, capsys):
+    Path("two.py").write_text(STAGES)
+    assert train.main(["two.py", "--runs", RUNS]) == 0
+    assert memory.exists("/bucket/runs/two/report.html")
+    machine("two")
+    assert train.main(["two.py", "--runs", RUNS, "--stages", "then"]) == 0
+    output = capsys.readouterr().out
+    assert f"{RUNS}/two/then has all its 1 steps" in output
+    (then,) = Path("two/runs").glob("*/then")
+    lineage = checkpoint.read_metadata(then)["lineage"]["started_from"]
+    assert lineage["path"] == f"{RUNS}/two/base"
+
+
+def test_a_report_is_written_on_a_run_at_a_url(stored, capsys):
+    assert cli.main(["report", PLACE]) == 2
+    assert "set --output to a folder" in capsys.readouterr().err
+    assert cli.main(["report", PLACE, "--output", "here"]) == 0
+    (here_, there) = (Path(folder, "report.md").read_text() for folder in ("here", "runs/a"))
+    assert cli.main(["report", "memory://bucket/none", "--output", "here"]) == 2
+    assert "there is no run at memory://bucket/none" in capsys.readouterr().err
+    assert here_ == there
+
+
+@pytest.mark.parametrize("command", ["runs", "verify"])
+def test_commands_on_folders_refuse_a_url(command, capsys):
+    assert cli.main([command, RUNS]) == 2
+    assert f"{RUNS} is a URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ A checkpoint is a folder named by its step:
         leaves.json      the path, dtype and shape of every array
         SHA256SUMS       the manifest: the hash of every file above
 
-A checkpoint is written to `500.saving` and renamed to `500` when its manifest is complete, so a
-killed process leaves no partial checkpoint. Files are hashed before they are read, and files that
-are not in the manifest are ignored. A damaged checkpoint is never deleted: it is renamed to
-`500.damaged`, and training resumes from the newest intact one. `500.abandoned` is a checkpoint that
-is later than the step to which a run was reset with --resume.
+A checkpoint is written to `500.saving`, renamed to `500`, and then gets its manifest, so a killed
+process leaves no partial checkpoint that counts, also where renaming a folder is not atomic. Files
+are hashed before they are read, and files that are not in the manifest are ignored. A damaged
+checkpoint is never deleted: it is renamed to `500.damaged`, and training resumes from the newest
+intact one. `500.abandoned` is a checkpoint that is later than the step to which a run was reset
+with --resume.
 """
 
 from jaxgpt.training.checkpoint.arrays import as_abstract
@@ -31,7 +32,7 @@ from jaxgpt.training.checkpoint.reader import (
     step_folders,
     steps_in,
 )
-from jaxgpt.training.checkpoint.remote import MODEL, Remote, fetch_model, find_remote
+from jaxgpt.training.checkpoint.remote import MODEL, Remote, fetch_model, fetch_records, find_remote
 from jaxgpt.training.checkpoint.writer import CheckpointConfig, Checkpoints
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "as_abstract",
     "best_step",
     "fetch_model",
+    "fetch_records",
     "find_checkpoint",
     "find_remote",
     "load_params",

@@ -153,6 +153,8 @@ def _open_newest(folder: Path, items: Collection[str]) -> OpenCheckpoint | None:
             for message in damaged:
                 logger.warning("checkpoint %s/%s; using an older one", folder, message)
             return found
+        if not is_complete(found.folder) and (found.folder / f"{MANIFEST}.draft").exists():
+            continue  # it is being saved
         damaged.append(f"{step} is damaged: {list_some(found.damage)}")
     if damaged:
         raise InputError(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -259,6 +260,33 @@ def _forget_others(root: Path, used: Path) -> None:
     folders.sort(key=lambda path: path.stat().st_mtime)
     for folder in folders[: -(KEPT - 1)]:
         delete_checkpoint(folder)
+
+
+def fetch_records(url: str) -> Path:
+    """Downloads what reports need of a run: its config and metrics, but no arrays.
+
+    Args:
+        url: The URL of a run.
+
+    Returns:
+        A folder in the cache, like that of the run.
+
+    Raises:
+        InputError: There is no run, or it cannot be read.
+    """
+    store = Store(url.rstrip("/"))
+    folder = cache_folder() / "downloads" / "runs" / url_key(store.url) / Path(store.url).name
+    files = store.list()
+    steps = complete_steps(files)
+    if not steps and not {"config.json", "metrics.jsonl"} & files.keys():
+        raise InputError(f"there is no run at {url}; check the address")
+    with lock_cache(folder.parent):
+        shutil.rmtree(folder, ignore_errors=True)
+        download_files(store, folder, [n for n in files if re.fullmatch(r"[^/]+\.jsonl?", n)])
+        for step in steps[-1:]:
+            with suppress(FileNotFoundError):  # deleted in the meantime
+                Remote(store).download(step, folder / FOLDER / str(step), ())
+    return folder
 
 
 def download_files(store: Store, folder: Path, names: Collection[str]) -> None:

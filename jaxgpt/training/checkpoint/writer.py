@@ -353,7 +353,10 @@ class Checkpoints:
                 (draft / name).write_text(text)
             write_manifest(draft)
             self._check_folder()  # Orbax creates the folder again if it has disappeared
+            # A mounted bucket (gcsfuse) renames a folder file by file, so the manifest comes last.
+            unlisted = (draft / MANIFEST).rename(draft / f"{MANIFEST}.draft").name
             draft.rename(folder)
+            (folder / unlisted).rename(folder / MANIFEST)
         except Exception as error:
             raise self._failure(step, error) from error
         self._prune()
