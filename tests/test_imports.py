@@ -24,6 +24,7 @@ objectives
 training
 config training.dial
 pretrained
+data.beam
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
 evaluation.inspect
