@@ -9,7 +9,7 @@ or an editor's backup, are ignored.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -50,6 +50,11 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(sync_and_hash, listed))
     _replace(folder, dict(zip(listed, digests, strict=True)))
+
+
+def format_manifest(digests: Mapping[str, str]) -> str:
+    """Returns the text of a manifest of hashes by file name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
 def add_to_manifest(folder: Path, name: str) -> None:
@@ -157,7 +162,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 def _replace(folder: Path, digests: dict[str, str]) -> None:
     draft = folder / f"{MANIFEST}.draft"
     with draft.open("w") as stream:
-        stream.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        stream.write(format_manifest(digests))
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(folder / MANIFEST)

@@ -47,6 +47,7 @@ class Signals:
         self.received = 0
         """The number of the signal that was received; 0: none."""
         self._deferred = False
+        self._limit = 0.0
         self._lock = threading.Lock()  # protects `_deferred` and `received`
         self._event = threading.Event()
         self._events = [self._event]
@@ -75,9 +76,14 @@ class Signals:
         os.close(self._writer)  # ends the thread
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Defers the end of the process, so that the block can check `received` and react."""
-        self._deferred = True
+    def deferred(self, limit: float = 0.0) -> Iterator[None]:
+        """Defers the end of the process, so that the block can check `received` and react.
+
+        Args:
+            limit: Seconds after a signal in which the block must end; else the process ends, as if
+                the block hangs. 0: no limit.
+        """
+        self._deferred, self._limit = True, limit
         try:
             yield
         finally:
@@ -118,6 +124,11 @@ class Signals:
             raise Interrupted
         return results[0]
 
+    def _end_if_deferred(self, number: int) -> None:
+        with self._lock:
+            if self._deferred:
+                end_process(number)
+
     def _watch(self) -> None:
         with open(self._reader, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
@@ -127,6 +138,10 @@ class Signals:
                     if self._ends_process and (self.received or not self._deferred):
                         end_process(byte[0])
                     self.received = byte[0]
+                    if self._limit:
+                        late = threading.Timer(self._limit, self._end_if_deferred, (byte[0],))
+                        late.daemon = True
+                        late.start()
                 for event in self._events:
                     event.set()
 

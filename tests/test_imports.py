@@ -26,6 +26,7 @@ training
 config training.dial
 training.mirror
 pretrained
+data.beam
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
 evaluation.inspect

@@ -64,6 +64,27 @@ def test_a_deferred_signal_is_noted_and_the_second_ends_the_process():
     assert (done.stdout, done.returncode) == ("15\n", 130)
 
 
+def test_a_deferred_signal_ends_a_process_that_hangs_longer_than_the_limit():
+    done = run(
+        """
+        with signals.deferred(limit=0.3):
+            send(signal.SIGTERM)
+            print("noted")
+            block()
+        """
+    )
+    assert (done.returncode, done.stdout) == (143, "noted\n")
+    done = run(
+        """
+        with signals.deferred(limit=0.3):
+            send(signal.SIGTERM)
+        time.sleep(0.5)
+        print("handled")
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n")
+
+
 def test_an_ignored_signal_stays_ignored():
     body = """
     send(signal.SIGHUP)

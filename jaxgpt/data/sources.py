@@ -15,7 +15,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,11 +81,11 @@ def open_source(
     with reading(path):
         if path.startswith("tfds:"):
             return _from_tfds(path, fields, note)
-        files, skipped = _list_files(path, download)
+        files, skipped = list_local(path, download)
         return open_files(path, files, fields, encoding, note, skipped)
 
 
-def _list_files(
+def list_local(
     path: str, download: Callable[[str], Sequence[Path]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files at a path that are read, and those that are skipped."""
@@ -140,7 +140,7 @@ def open_files(
         path,
         tuple(files),
         lambda: chain.from_iterable(each.documents() for each in opened),
-        selection=_selection(opened),
+        selection=selection_of(opened),
         skipped=skipped,
     )
 
@@ -151,7 +151,7 @@ def _note_guess(column: str, path: str, note: Callable[[str], None]) -> None:
         note(f"{path}: reading text from {column!r}, guessed from its name; same as {option}")
 
 
-def _selection(files: Sequence[formats.DocumentFile]) -> str:
+def selection_of(files: Sequence[formats.DocumentFile]) -> str:
     """Returns `TextSource.selection` for some files; empty if all are plain text in UTF-8."""
     columns = {file.column for file in files} - {""}
     kinds = [file.format.name if file.format else "text" for file in files]
@@ -196,18 +196,24 @@ def content_digest(
     Raises:
         InputError: A file cannot be read.
     """
-
-    def file_digest(file: str) -> str:
-        digest = hashlib.sha256()
-        with reading(file), open(regular_file(file), "rb") as opened:
-            while block := opened.read(textfile.BLOCK):
-                digest.update(block)
-                progress(len(block))
-        return digest.hexdigest()
-
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, source.files))
-    return hashlib.sha256("\n".join([source.selection, *digests]).encode()).hexdigest()
+        digests = list(pool.map(lambda file: file_digest(file, progress), source.files))
+    return combine_digests(source.selection, digests)
+
+
+def file_digest(file: str, progress: Callable[[int], object] = lambda bytes: None) -> str:
+    """Returns the SHA-256 of the bytes of a file; raises InputError if it cannot be read."""
+    digest = hashlib.sha256()
+    with reading(file), open(regular_file(file), "rb") as opened:
+        while block := opened.read(textfile.BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def combine_digests(selection: str, digests: Iterable[str]) -> str:
+    """Returns `content_digest` of files with these digests, which are read as `selection` says."""
+    return hashlib.sha256("\n".join([selection, *digests]).encode()).hexdigest()
 
 
 def file_states(source: TextSource) -> dict[str, tuple[int, int]]:

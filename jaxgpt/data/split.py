@@ -1,7 +1,7 @@
 """Splits documents into training and validation sets by their content, the same in every run."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Literal
 
@@ -29,7 +29,14 @@ def split(source: TextSource, val_fraction: float) -> Iterator[tuple[Split, Docu
         The split and the document, in order. Each document can be iterated once.
     """
     few = sum(1 for _ in islice(source.documents(), FEW)) < FEW
-    for document in source.documents():
+    yield from split_documents(source.documents(), val_fraction, few)
+
+
+def split_documents(
+    documents: Iterable[Document], val_fraction: float, few: bool
+) -> Iterator[tuple[Split, Document]]:
+    """As `split`, for documents of a source of which it is known whether it has fewer than 100."""
+    for document in documents:
         if not val_fraction:
             yield "train", document
         elif few:

@@ -130,7 +130,7 @@ def read_tokens(entry: Path, vocab_size: int) -> dict[Split, TokenStream]:
             )
         streams: dict[Split, TokenStream] = {}
         for split, counts in index["splits"].items():
-            files = [entry / _shard(split, number) for number in range(len(counts["shards"]))]
+            files = [entry / shard_name(split, number) for number in range(len(counts["shards"]))]
             shards = [np.memmap(f, index["dtype"], mode="r").view(np.ndarray) for f in files]
             streams[split] = TokenStream(shards, index["eot"], counts["documents"], counts["bytes"])
     return streams
@@ -206,8 +206,8 @@ def write_tokens(
     splits: dict[Split, Counts] = {
         split: {"shards": [], "documents": 0, "bytes": 0} for split in get_args(Split)
     }
-    groups = _groups(documents, tokenizer.safe_cut)
-    ahead = map_ahead(lambda g: _encode(tokenizer, g), groups, workers, 2 * workers)
+    groups = group_pieces(documents, tokenizer.safe_cut)
+    ahead = map_ahead(lambda g: encode_group(tokenizer, g), groups, workers, 2 * workers)
     try:
         partial.mkdir()
         with closing(ahead):
@@ -217,8 +217,7 @@ def write_tokens(
                     splits[split]["documents"] += count
                     splits[split]["bytes"] += bytes
                     progress(bytes)
-        index = Index(dtype=np.dtype(tokenizer.dtype).name, eot=tokenizer.eot, splits=splits)
-        (partial / INDEX).write_text(json.dumps(index, indent=1))
+        (partial / INDEX).write_text(format_index(tokenizer, splits))
         write_manifest(partial)
         sync_folder(partial)
         if replace and entry.exists():
@@ -238,6 +237,12 @@ def write_tokens(
     finally:
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def format_index(tokenizer: Tokenizer, splits: dict[Split, Counts]) -> str:
+    """Returns the text of the index of a cache entry."""
+    index = Index(dtype=np.dtype(tokenizer.dtype).name, eot=tokenizer.eot, splits=splits)
+    return json.dumps(index, indent=1)
 
 
 def _open_index(entry: Path) -> tuple[Index, list[str]]:
@@ -269,7 +274,7 @@ def _open_index(entry: Path) -> tuple[Index, list[str]]:
 def _shard_lengths(index: Index) -> dict[str, int]:
     """Returns the number of tokens of each shard, by file name."""
     return {
-        _shard(split, number): length
+        shard_name(split, number): length
         for split, counts in index["splits"].items()
         for number, length in enumerate(counts["shards"])
     }
@@ -320,7 +325,7 @@ def _pieces(document: Document, safe_cut: Callable[[str], int]) -> Iterator[str]
     yield text
 
 
-def _groups(
+def group_pieces(
     documents: Iterable[tuple[Split, Document]], safe_cut: Callable[[str], int]
 ) -> Iterator[list[tuple[Split, bool, str]]]:
     """Yields lists of (split, whether it starts a document, text) with PIECE characters or more."""
@@ -339,7 +344,7 @@ def _groups(
         yield group
 
 
-def _encode(
+def encode_group(
     tokenizer: Tokenizer, group: list[tuple[Split, bool, str]]
 ) -> dict[Split, tuple[np.ndarray, int, int]]:
     """Encodes a group; returns the tokens, number of documents and bytes of each split in it."""
@@ -364,7 +369,7 @@ def _append(entry: Path, split: Split, shards: list[int], tokens: np.ndarray) ->
         if not shards or shards[-1] == SHARD:
             shards.append(0)
         part = tokens[: SHARD - shards[-1]]
-        file = entry / _shard(split, len(shards) - 1)
+        file = entry / shard_name(split, len(shards) - 1)
         try:
             with file.open("ab") as stream:
                 stream.write(part.data)  # unlike tofile, it reports why it fails
@@ -374,5 +379,6 @@ def _append(entry: Path, split: Split, shards: list[int], tokens: np.ndarray) ->
         tokens = tokens[len(part) :]
 
 
-def _shard(split: Split, number: int) -> str:
+def shard_name(split: Split, number: int) -> str:
+    """Returns the file name of a shard."""
     return f"{split}-{number:05}.bin"

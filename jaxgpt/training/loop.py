@@ -159,7 +159,9 @@ class Training:
                 self.batch = run.rollout(self.state, run.batch(run.start))
                 self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
                 self.evaluate = run.compile_evaluate(self.state, self.batch)
-            with self.signals.deferred():
+            alone = jax.process_count() == 1
+            limit = 0 if alone else 60 * self.cfg.checkpoint.patience  # others may never answer
+            with self.signals.deferred(limit):
                 try:
                     if self.lacks_validation():
                         self.validate()

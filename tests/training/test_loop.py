@@ -21,9 +21,7 @@ from tests.runs import (
     losses_of,
     run,
     spawn,
-    spawn_two,
     state_of,
-    wait_for_step,
 )
 
 
@@ -86,41 +84,6 @@ def test_a_signal_saves_and_exits_with_its_status(here, capsys, monkeypatch, num
     (saved,) = Path("runs/a/checkpoints").iterdir()
     assert max(losses_of("a")) == int(saved.name) < 1000000
     assert f"stopped after step {saved.name}" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_each_other(here):
-    exact = ("--model.dropout", "0")
-    split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
-    split += ("--train.sample_tokens", "4", "--train.prompt", "fox")
-    split += ("--checkpoint.minutes", "1e-9")  # the processes save the same steps
-    assert run(*exact, "--parallel.devices", "4") == 0
-    cut_back("a", "resumed", 3)
-    for name in ("together", "resumed"):
-        processes = spawn_two(*split, name=name)
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
-        for line in ("loss curve", "to use the model", "report"):
-            assert line in outputs[0] and line not in outputs[1]
-        np.testing.assert_allclose(
-            list(losses_of(name).values()), list(losses_of("a").values()), rtol=1e-5
-        )
-        assert checkpoint.steps_in(Path(f"runs/{name}/checkpoints"))[-3:] == [4, 5, 6]
-        first, second = state_of("a", 6), state_of(name, 6)
-        for path, leaf in first.items():
-            np.testing.assert_allclose(leaf, second[path], rtol=0, atol=1e-4, err_msg=path)
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_process_of_two_ends_both_with_a_checkpoint(here):
-    options = ("--train.steps", "100000", "--checkpoint.every", "0", "--train.eval_every", "0")
-    processes = spawn_two(*options, name="a")
-    wait_for_step("a", 3)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], outputs
-    (saved,) = Path("runs/a/checkpoints").iterdir()
-    assert max(losses_of("a")) == int(saved.name)
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from tests.runs import (
     losses_of,
     run,
     spawn,
-    spawn_two,
     state_of,
     wait_for_step,
 )
@@ -346,26 +345,6 @@ def test_loading_names_the_step_whose_parameters_it_gives(trained, caplog):
     started = loop.load("runs/a").params["wte"]
     np.testing.assert_array_equal(started, state_of("a", 3)["ema/['wte']"])
     assert command(["generate", "runs/a", "the", "--tokens", "1"]) == 0
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_other_and_one_process_resumes(here):
-    options = ("--train.steps", "100000", "--checkpoint.every", "20", "--train.eval_every", "0")
-    soon = SLOW.replace("sys.exit", "train.sharding.HEARTBEAT = 5\nsys.exit")
-    survivor, killed = spawn_two(*options, name="a", program=("-c", soon))
-    wait_for_step("a", 30)  # step 20 is saved by now
-    killed.kill()
-    killed.communicate()
-    output, _ = survivor.communicate(timeout=60)
-    # It finds out by a failed collective, or jax does by the missing heartbeat.
-    assert survivor.returncode not in (0, None), output
-    assert "maybe because another process has ended" in output or "another task died" in output
-    step = checkpoint.read_metadata("runs/a")["metrics"]["step"]
-    assert step == 20
-    again = (*options, "--train.steps", str(step + 2))
-    assert run(*again) == 0
-    assert checkpoint.read_metadata("runs/a")["lineage"]["resumed_after"] == [step]
-    assert sorted(losses_of("a")) == list(range(1, step + 3))
 
 
 @pytest.mark.slow
