@@ -11,6 +11,7 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,6 +132,20 @@ class Config:
         """Whether the run is trained in another folder than the one, or the URL, it is kept at."""
         return is_url(self.runs) or bool(self.checkpoint.local)
 
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with other values; a dict changes some fields of a part and keeps the others.
+
+            config.replace(name="short", train={"steps": 100, "batch": 8})
+
+        Args:
+            changes: New values by the names of fields.
+
+        Raises:
+            InputError: There is no such field, or a value has another type.
+        """
+        checked: Config = from_dict(Config, to_dict(_replaced(self, changes)))
+        return checked
+
     @property
     def context(self) -> int:
         """Tokens in a row."""
@@ -184,6 +199,26 @@ class Config:
                 "mount-s3), set runs to a folder on it, and leave checkpoint.local empty",
                 field="runs" if is_url(self.runs) else "checkpoint.local",
             )
+
+
+def _replaced(part: Any, changes: dict[str, Any], path: str = "") -> Any:
+    known = [each.name for each in dataclasses.fields(part)]
+    for name in changes:
+        if name not in known:
+            raise _unknown_option(path + name, name, known)
+    values = {
+        name: _replaced(getattr(part, name), value, f"{path}{name}.")
+        if isinstance(value, dict)
+        else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(part, **values)
+
+
+def _unknown_option(whole: str, name: str, known: Collection[str]) -> InputError:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return InputError(f"{whole} is not an option; {hint}", field=whole)
 
 
 # Parts that cannot change when a run resumes, because its parameters or tokens depend on them.
@@ -317,9 +352,7 @@ def from_dict(cls: Any, values: Any, path: str = "") -> Any:
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise InputError(f"{path}{name} is not an option; {hint}", field=path + name)
+                raise _unknown_option(path + name, name, names)
         make: Any = cls
         return make(
             **{

@@ -72,6 +72,33 @@ def test_every_field_survives_json(tmp_path):
     assert from_dict(Config, to_dict(cfg)) == cfg
 
 
+def test_replace_changes_fields_of_parts_and_keeps_the_others():
+    base = read(DEFAULT)
+    changed = base.replace(name="b", train={"steps": 3}, data={"paths": ["a", "b"]})
+    assert changed == replace(
+        base,
+        name="b",
+        train=replace(base.train, steps=3),
+        data=replace(base.data, paths=("a", "b")),
+    )
+    assert base.replace(objective=Classify(), data=RecordsConfig()).objective == Classify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trian": {}}, "trian is not an option; did you mean train?"),
+        ({"train": {"stepz": 3}}, "train.stepz is not an option; did you mean steps?"),
+        ({"model": {"rope_scaling": {"kid": 1}}}, "model.rope_scaling.kid is not an option"),
+        ({"train": {"steps": "3"}}, "train.steps='3' is not a value of type int"),
+        ({"train": 3}, "train=3 is not a table of fields"),
+    ],
+)
+def test_replace_refuses_what_is_no_option(changes, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        Config().replace(**changes)
+
+
 @pytest.mark.parametrize(("saved", "fields"), [("text", ()), ("body", ("text=body",))])
 def test_a_saved_config_with_a_text_field_is_read(saved, fields):
     values = {"data": {"type": "DataConfig", "text_field": saved}}

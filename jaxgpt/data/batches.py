@@ -15,11 +15,13 @@ A batch has these arrays, the last two only with `documents="masked"`:
 """
 
 import bisect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 
@@ -278,6 +280,20 @@ def eval_batches(
     return map(rows_from, range(0, wanted, batch))
 
 
+def import_grain() -> ModuleType:
+    """Imports Grain without its warning that profiling in worker processes needs a newer jaxlib.
+
+    No worker processes of Grain are used here.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import grain
+    finally:
+        logging.disable(before)
+    return grain
+
+
 def process_rows(batch: int, process_index: int, process_count: int) -> range:
     """Returns the indices of the rows of a global batch that one process makes."""
     if batch < 1 or batch % process_count:
@@ -304,7 +320,7 @@ def window_order(
             which some CUDA machines lack, fewer windows have the same order as with it.)
     """
     try:
-        import grain
+        grain = import_grain()
     except ImportError:
         if weights or firsts[-1] >= GRAIN_SHUFFLES:
             raise InputError(

@@ -32,6 +32,7 @@ import numpy as np
 from jaxgpt.data.batches import (
     batch_fingerprint,
     count_windows,
+    import_grain,
     permutation,
     process_rows,
     stack_windows,
@@ -458,7 +459,7 @@ def _mixture(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
     if not weights:
         return lambda row: (0, row)
     try:
-        import grain
+        grain = import_grain()
     except ImportError:
         raise InputError(
             "data.weights needs Grain, which is not installed: pip install grain",

@@ -1,4 +1,4 @@
-"""What happens inside of a model: the attention weights of every layer.
+"""What happens inside of a model: the attention weights and the hidden states of every layer.
 
 The kernels that compute attention never hold all weights in memory, so these are computed a second
 time from the queries and keys, which are caught where the model makes them.
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.gpt import GPT, Attention
+from jaxgpt.model.gpt import GPT, Attention, Block
 from jaxgpt.model.params import Params
 from jaxgpt.model.rotary import rotate
 
@@ -51,6 +51,59 @@ def attention_weights(
     with nn.intercept_methods(record):
         logits_BTV: Any = model.apply({"params": params}, tokens_BT)
     return jnp.stack(layers), logits_BTV
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden_states(model: GPT, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """The residual stream before the first layer and after each layer.
+
+    Args:
+        model: A decoder-only model with unrolled layers.
+        params: Its parameters.
+        tokens_BT: Token ids.
+
+    Returns:
+        The hidden states [L + 1, B, T, D], before the final norm.
+    """
+    states: list[jax.Array] = []
+
+    def record(
+        method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: nn.module.InterceptorContext
+    ) -> Any:
+        out = method(*args, **kwargs)
+        if isinstance(at.module, Block) and at.method_name == "__call__":
+            states.extend([out[0]] if states else [args[0], out[0]])
+        return out
+
+    with nn.intercept_methods(record):
+        model.apply({"params": params}, tokens_BT, method="hidden")
+    return jnp.stack(states)
+
+
+@partial(jax.jit, static_argnums=0)
+def logit_lens(model: GPT, params: Params, hidden_LBTD: jax.Array) -> jax.Array:
+    """The final norm and the output layer, applied to hidden states of any layer.
+
+    They show which next token each layer would predict if it were the last one (the logit lens,
+    nostalgebraist 2020).
+
+    Args:
+        model: A decoder-only model.
+        params: Its parameters.
+        hidden_LBTD: Hidden states, as `hidden_states` returns them.
+
+    Returns:
+        The logits [L + 1, B, T, V padded], those of padding -inf.
+    """
+    *lead, D = hidden_LBTD.shape
+
+    def output(model: GPT, hidden_BTD: jax.Array) -> jax.Array:
+        return model.to_logits(model.norm(hidden_BTD))
+
+    logits: Any = model.apply(
+        {"params": params}, hidden_LBTD.reshape(-1, lead[-1], D), method=output
+    )
+    return jnp.reshape(logits, (*lead, -1))
 
 
 def _weights(q_BTNH: jax.Array, k_BSKH: jax.Array, window: int) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import ComputeConfig, GPTConfig, count, init
 from jaxgpt.model import letters as letters_of
-from jaxgpt.model.introspection import attention_weights
+from jaxgpt.model.introspection import attention_weights, hidden_states, logit_lens
 from jaxgpt.model.rotary import RopeScaling
 from jaxgpt.sharding import Layout, ParallelConfig, make_mesh
 
@@ -168,6 +168,23 @@ def test_attention_weights_equal_transformers(theirs):
     expected = np.stack([layer.numpy() for layer in expected])
     np.testing.assert_allclose(ours, expected, atol=1e-5)
     assert expected.max() > 0.2 and np.abs(ours.sum(-1) - 1).max() < 1e-5
+
+
+def test_hidden_states_equal_transformers_and_the_last_gives_the_logits(theirs):
+    import torch
+
+    model, folder = theirs
+    found = pretrained.read_model(folder)
+    network, params = found.cfg.build(PLAIN), found.params()
+    tokens = random_tokens(found.cfg.V, 2, 20)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens), output_hidden_states=True)
+    hidden_LBTD = hidden_states(network, params, jnp.asarray(tokens))
+    before_norm = np.stack([layer.numpy() for layer in expected.hidden_states[:-1]])
+    np.testing.assert_allclose(hidden_LBTD[:-1], before_norm, atol=1e-4)
+    logits = np.asarray(logit_lens(network, params, hidden_LBTD))[..., : found.cfg.V]
+    np.testing.assert_allclose(logits[-1], expected.logits.numpy(), atol=1e-4)
+    assert np.abs(logits[0] - logits[-1]).max() > 1
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}
