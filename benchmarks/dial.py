@@ -126,7 +126,9 @@ def main() -> None:
     if len(found) < 2:
         sys.exit("a line needs two depths or more")
     slope, intercept, residuals = fit(found)
-    print("\ndepth  width    weights      tokens      FLOPs  seconds    loss  bits/byte    line  residual")
+    print(
+        "\ndepth  width    weights      tokens      FLOPs  seconds    loss  bits/byte    line  residual"
+    )
     for each, residual in zip(found, residuals, strict=True):
         print(
             f"{each.depth:>5}  {each.width:>5}  {each.weights:>9,}  {each.tokens:>10,}  "

@@ -45,6 +45,9 @@ from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
 from jaxgpt.training.checkpoint import fetch_records
+from jaxgpt.training.estimate import from_command_line as predict
+from jaxgpt.training.estimate import own_options_first
+from jaxgpt.training.estimate import report as prediction
 from jaxgpt.training.sweep import sweep as run_sweep
 from jaxgpt.training.tasks import read_tasks
 
@@ -398,6 +401,32 @@ def sweep(
     return run_sweep(path, values, seeds, options, name)
 
 
+def estimate(
+    path: tyro.conf.Positional[str],
+    options: tyro.conf.Positional[tuple[str, ...]] = (),
+    device: str = "here",
+    price: float = 0.0,
+    format: Literal["text", "json"] = "text",
+) -> int:
+    """Predict memory, speed, time and cost of a run before it starts, on any machine.
+
+    It compiles the real training step for the device and prints what it needs, whether it fits and
+    which options make it fit. Options of train.py follow the config: --train.micro 4.
+
+    Args:
+        path: A config file.
+        options: Options of train.py.
+        device: v5e-1, v5e-8, v5e-256, v6e-1, v5p-8 (4 chips), h100, h200, a100, l4, rtx4090, or
+            several, such as h100-8; cpu; here: the devices of this machine. TPUs need `pip install
+            libtpu` at the version that an error names, and no TPU.
+        price: What a device costs per hour, in any currency, for the cost of the run; 0: no cost.
+        format: text for people, or json.
+    """
+    found = predict(path, options, device, price)
+    print(json.dumps(found.as_json(), indent=2) if format == "json" else prediction(found))
+    return int(not found.memory.fits)
+
+
 def _evaluate_with_harness(
     trained: Trained,
     tasks: tuple[str, ...],
@@ -533,6 +562,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenize": tokenize,
     "eval": evaluate,
     "sweep": sweep,
+    "estimate": estimate,
     "judge": judge,
     "report": report,
     "inspect": inspect,
@@ -545,6 +575,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(args: list[str]) -> int:
     """Runs a command; returns the exit status."""
+    args = own_options_first(args) if args[:1] == ["estimate"] else args
     try:
         try:
             suggest = synonyms.suggest(args, synonyms.GENERATION)

@@ -151,6 +151,11 @@ class Config:
         """Tokens in a row."""
         return self.train.context or self.model.T
 
+    @property
+    def tokens_per_update(self) -> float:
+        """Tokens of each update of the parameters."""
+        return self.train.batch * self.context / self.objective.updates_per_batch
+
     def check(self) -> None:
         """Raises InputError if a field is invalid, before any data or device is used."""
         check_bounds(self)

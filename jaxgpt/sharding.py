@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -90,6 +90,32 @@ class ParallelConfig:
             )
 
 
+def mesh_shape(cfg: ParallelConfig, count: int) -> tuple[int, ...]:
+    """The sizes of the axes `data`, `fsdp` and `tensor` over a number of devices.
+
+    Raises InputError if the axes do not multiply to that number.
+    """
+    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if sum(size == -1 for size in sizes.values()) > 1 or any(
+        size < 1 and size != -1 for size in sizes.values()
+    ):
+        raise InputError(f"parallel {given}: sizes are 1 or more, and at most one is -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != count:
+        raise InputError(
+            f"parallel {given} does not make up {count} devices; "
+            f"set sizes whose product is {count}, or one of them to -1"
+        )
+    if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
+        raise InputError(
+            f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit",
+            field="parallel.mode",
+        )
+    return shape
+
+
 def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh of a config: axes `data`, `fsdp`, `tensor`, over all devices by default.
 
@@ -101,19 +127,7 @@ def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) 
             f"parallel.devices={cfg.devices}, and there are {len(devices)}; set it to at most that"
         )
     devices = devices[: cfg.devices or None]
-    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
-    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if sum(size == -1 for size in sizes.values()) > 1 or any(
-        size < 1 and size != -1 for size in sizes.values()
-    ):
-        raise InputError(f"parallel {given}: sizes are 1 or more, and at most one is -1")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    if math.prod(shape) != len(devices):
-        raise InputError(
-            f"parallel {given} does not make up {len(devices)} devices; "
-            f"set sizes whose product is {len(devices)}, or one of them to -1"
-        )
+    shape = mesh_shape(cfg, len(devices))
     here = jax.local_device_count()
     if jax.process_count() > 1 and here % shape[-1]:
         raise InputError(
@@ -121,12 +135,12 @@ def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) 
             f"of the batch are its own; set it to a divisor of {here}",
             field="parallel.tensor",
         )
-    if cfg.mode == "pmap" and (cfg.fsdp != 1 or cfg.tensor != 1):
-        raise InputError(
-            f"parallel.mode=pmap is data parallel only, but got {given}; use mode=jit",
-            field="parallel.mode",
-        )
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(cfg: ParallelConfig, count: int) -> AbstractMesh:
+    """The mesh of a config over devices that need not be here, to compute shapes with."""
+    return AbstractMesh(mesh_shape(cfg, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(letters: str | tuple[str, ...]) -> P:
@@ -154,7 +168,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(letters))
 
 
-def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh) -> None:
+def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises InputError where the batch or a size of the model does not divide over the mesh."""
 
     def ways(letter: str) -> int:
@@ -174,7 +188,7 @@ def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh) -> N
             )
 
 
-def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh) -> PyTree:
+def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh | AbstractMesh) -> PyTree:
     """A NamedSharding for every leaf of a train state (arrays or ShapeDtypeStructs).
 
     `letters` maps a parameter's path to its (letters, shape). A leaf whose path ends in that path
@@ -204,7 +218,8 @@ class Layout:
     """
 
     mode: str
-    mesh: Mesh
+    mesh: Any
+    """A Mesh; an AbstractMesh is enough for what needs no devices."""
     letters: Letters
 
     def shardings(self, tree: PyTree) -> PyTree:

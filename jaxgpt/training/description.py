@@ -49,9 +49,10 @@ def print_summary(
     """Prints what will be trained, on what, and where."""
     print(config.summary(cfg))
     updates = cfg.train.steps * cfg.objective.updates_per_batch
-    if (warmup := cfg.optim.warmup_within(updates)) != cfg.optim.warmup:
+    own = cfg.optim.in_steps(cfg.tokens_per_update)
+    if (warmup := own.warmup_within(updates)) != own.warmup:
         print(
-            f"\nwarm-up      shortened from {cfg.optim.warmup} steps to {warmup}, a tenth of "
+            f"\nwarm-up      shortened from {own.warmup} steps to {warmup}, a tenth of "
             f"the run's {updates}"
         )
     print(f"\ndata         {dataset.note}")

@@ -4,7 +4,8 @@ Weight decay applies to matrices and embeddings, not to norms and biases. Muon t
 of the blocks; embeddings, output layer, norms and biases are left to AdamW.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -31,6 +32,9 @@ class OptimConfig:
     decay (wsd: warmup, stable, decay), or constant."""
     warmup: Annotated[int, Ge(0)] = 100
     """Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."""
+    warmup_tokens: Annotated[int, Ge(0)] = 0
+    """Tokens of linear warm-up, whose steps follow from the batch: it stays the same for another
+    batch size. 0: `warmup` counts."""
     final: Annotated[float, Ge(0), Le(1)] = 0.1
     """The learning rate at the last step, as a fraction of the peak."""
     decay: Annotated[float, Ge(0), Le(1)] = 0.2
@@ -61,6 +65,12 @@ class OptimConfig:
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
         check_bounds(self, "optim.")
+
+    def in_steps(self, tokens: float) -> "OptimConfig":
+        """These options with the warm-up in steps of so many tokens."""
+        if not self.warmup_tokens:
+            return self
+        return replace(self, warmup=math.ceil(self.warmup_tokens / tokens), warmup_tokens=0)
 
     def warmup_within(self, steps: int) -> int:
         """The warm-up steps of a run of `steps` steps: `warmup`, or a tenth if that is too long."""

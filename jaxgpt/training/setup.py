@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from optax import GradientTransformation
 
 from jaxgpt import config, data, model, sharding, tokenizer
@@ -153,8 +154,7 @@ def prepare(cfg: config.Config) -> Run:
     teacher = find_teacher(cfg, text, resumed.metadata)
     network = build_network(cfg, teacher)
     diff = origin.compare(network.saved_tree.leaves) if origin else None
-    updates = cfg.train.steps * cfg.objective.updates_per_batch
-    tx = optim.build(cfg.optim, network.tree.trained_leaves, updates)
+    tx = build_optimizer(cfg, network)
     if resumed.step is not None:
         state = restore_state(cfg, network, tx, checkpoints, resumed.step, resumed.metadata)
     else:
@@ -166,15 +166,6 @@ def prepare(cfg: config.Config) -> Run:
     if jax.process_index() == 0:
         print_summary(cfg, dataset, network.tree.note, network.note, origin, diff, resumed.step)
     loss_fn = build_loss(cfg, network)
-    step = partial(
-        train_step,
-        loss_fn=loss_fn,
-        tx=tx,
-        micro=cfg.train.micro,
-        ema=cfg.optim.ema,
-        spike=cfg.optim.spike,
-        rate=optim.schedule(cfg.optim, cfg.optim.learning_rate, updates),
-    )
     return Run(
         cfg,
         text,
@@ -183,7 +174,7 @@ def prepare(cfg: config.Config) -> Run:
         dataset,
         network,
         loss_fn,
-        repeated(step, cfg.objective.updates_per_batch),
+        build_step(cfg, loss_fn, tx),
         resumed.step or 0,
         state,
     )
@@ -198,16 +189,31 @@ def check_processes(cfg: config.Config) -> None:
         )
 
 
-def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
-    """The model, its parameter tree, and its layout over the devices; no array is made."""
-    mesh = sharding.make_mesh(cfg.parallel)
+def build_network(
+    cfg: config.Config,
+    teacher: ModelSource | None,
+    mesh: Mesh | AbstractMesh | None = None,
+    platform: str = "",
+) -> Network:
+    """The model, its parameter tree, and its layout over the devices; no array is made.
+
+    Args:
+        cfg: The config.
+        teacher: The model that the objective learns from.
+        mesh: The mesh of devices; None: that of the config over all devices of this machine.
+        platform: The platform of an abstract mesh, as jax names it.
+    """
+    mesh = sharding.make_mesh(cfg.parallel) if mesh is None else mesh
     check_processes(cfg)
     sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
-    masked = cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
-    device = mesh.devices.flat[0]
+    masked = masks_documents(cfg)
+    kind = platform
+    if isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+        platform, kind = device.platform, device.device_kind
 
     def resolve(compute: ComputeConfig, of: GPTConfig) -> tuple[ComputeConfig, str]:
-        return compute.resolve(of, device.platform, masked, cfg.context)
+        return compute.resolve(of, platform, masked, cfg.context)
 
     compute, chosen = resolve(cfg.compute, cfg.model)
     network = cfg.objective.build(cfg.model, compute)
@@ -229,8 +235,39 @@ def build_network(cfg: config.Config, teacher: ModelSource | None) -> Network:
         found,
         layout,
         replace(layout, letters=saved_tree.leaves | leaves),
-        f"{mesh.devices.size} x {device.device_kind}: {chosen}",
+        f"{mesh.size} x {kind}: {chosen}",
     )
+
+
+def masks_documents(cfg: config.Config) -> bool:
+    """Whether the documents or examples in a row are masked from each other."""
+    return cfg.objective.packs or getattr(cfg.data, "documents", "") == "masked"
+
+
+def build_optimizer(cfg: config.Config, network: Network) -> GradientTransformation:
+    """The optimizer of the trained parameters."""
+    own = cfg.optim.in_steps(cfg.tokens_per_update)
+    return optim.build(own, network.tree.trained_leaves, updates(cfg))
+
+
+def build_step(cfg: config.Config, loss_fn: LossFn, tx: GradientTransformation) -> StepFn:
+    """The training step of a config."""
+    own = cfg.optim.in_steps(cfg.tokens_per_update)
+    step = partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        micro=cfg.train.micro,
+        ema=own.ema,
+        spike=own.spike,
+        rate=optim.schedule(own, own.learning_rate, updates(cfg)),
+    )
+    return repeated(step, cfg.objective.updates_per_batch)
+
+
+def updates(cfg: config.Config) -> int:
+    """The number of updates of a run."""
+    return cfg.train.steps * cfg.objective.updates_per_batch
 
 
 def new_state(

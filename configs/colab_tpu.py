@@ -1,0 +1,40 @@
+"""A GPT of 155M parameters for one TPU v5e chip of 16 GB, and one session of 1.5 hours."""
+
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import DataConfig
+from jaxgpt.model import GPTConfig
+from jaxgpt.objectives import NextToken
+from jaxgpt.tokenizer import TokenizerConfig
+from jaxgpt.training.checkpoint import CheckpointConfig
+from jaxgpt.training.optim import OptimConfig
+
+config = Config(
+    model=GPTConfig(
+        L=8,
+        D=1024,
+        N=4,
+        K=1,
+        H=256,
+        T=2048,
+        position="rotary",
+        norm="rmsnorm",
+        mlp="relu2",
+        bias=False,
+        tied=False,
+        qk_norm=True,
+        logit_softcap=15.0,
+    ),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=32768),
+    data=DataConfig(paths=("python",), val_fraction=0.01),
+    objective=NextToken(z_loss=1e-4, chunk=512),
+    optim=OptimConfig(
+        name="muon",
+        learning_rate=3e-3,
+        muon_learning_rate=0.02,
+        schedule="wsd",
+        warmup_tokens=20_000_000,
+        final=0.0,
+    ),
+    train=TrainConfig(steps=2500, batch=128, micro=32, eval_every=250, eval_batches=2),
+    checkpoint=CheckpointConfig(every=250, keep=2),
+)
