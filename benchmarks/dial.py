@@ -127,7 +127,8 @@ def main() -> None:
         sys.exit("a line needs two depths or more")
     slope, intercept, residuals = fit(found)
     print(
-        "\ndepth  width    weights      tokens      FLOPs  seconds    loss  bits/byte    line  residual"
+        "\ndepth  width    weights      tokens      FLOPs  seconds    loss  bits/byte    line"
+        "  residual"
     )
     for each, residual in zip(found, residuals, strict=True):
         print(
