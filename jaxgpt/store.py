@@ -4,6 +4,8 @@ Names are relative to the folder, with slashes. An object of a bucket appears wh
 on a mount, `write` replaces a file in the same way, and `upload` does not.
 """
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -35,8 +37,9 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.progress = time.monotonic()
-        """When bytes were last sent or received."""
+        self.sent_at = time.monotonic()
+        """When bytes of a file were last sent, on the clock of `time.monotonic`."""
+        self._moved_at = self.sent_at
         try:
             import fsspec
             from fsspec.implementations.local import LocalFileSystem
@@ -49,6 +52,7 @@ class Store:
                 f"{url} cannot be used: {first_line(error)}"
             ) from None
         self._root = root.rstrip("/")
+        self._made = False  # whether the folder exists, or did
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def list(self, under: str = "") -> dict[str, int]:
@@ -67,7 +71,7 @@ class Store:
         return {
             name.removeprefix(prefix): int(info.get("size") or 0)
             for name, info in sorted(found.items())
-            if name.startswith(prefix) and not name.endswith("/")
+            if name.startswith(prefix) and not name.endswith(("/", ".draft"))
         }
 
     def read(self, name: str) -> bytes:
@@ -78,35 +82,32 @@ class Store:
     def write(self, name: str, content: bytes) -> None:
         """Writes or replaces a file."""
         path = self._path(name)
-        if not self._local:
-            self._ask(lambda: self._fs.pipe_file(path, content), name, missing=True)
-            return
 
         def replace() -> None:
-            file = Path(path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_name(f"{file.name}.draft")
+            draft = Path(f"{path}.draft")
+            self._make_folder(path)
             draft.write_bytes(content)
-            draft.replace(file)
+            draft.replace(path)
 
-        self._ask(replace, name, missing=True)
+        pipe = partial(self._fs.pipe_file, path, content)
+        self._ask(replace if self._local else pipe, name, missing=True)
 
     def upload(self, name: str, file: Path) -> None:
         """Copies a local file to the folder."""
         path = self._path(name)
-        if self._local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._ask(
-            lambda: self._fs.put_file(str(file), path, callback=self._callback()),
-            name,
-            missing=True,
-        )
+
+        def put() -> None:
+            self._make_folder(path)
+            self._fs.put_file(str(file), path, callback=self._callback(True))
+
+        self._ask(put, name, missing=True)
+        self.sent_at = time.monotonic()
 
     def download(self, name: str, file: Path) -> None:
         """Copies a file to a local one; raises FileNotFoundError if there is none."""
         file.parent.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
-        self._ask(lambda: self._fs.get_file(path, str(file), callback=self._callback()), name)
+        self._ask(lambda: self._fs.get_file(path, str(file), callback=self._callback(False)), name)
 
     def remove(self, names: Iterable[str]) -> None:
         """Deletes files; those that do not exist are ignored."""
@@ -125,21 +126,37 @@ class Store:
     def copy(self, name: str, to: str) -> None:
         """Copies a file within the folder."""
         path, target = self._path(name), self._path(to)
+
+        def copy() -> None:
+            self._make_folder(target)
+            self._fs.cp_file(path, target)
+
+        self._ask(copy, name)
+
+    def _make_folder(self, path: str) -> None:
+        """Makes the folder of a file, which buckets do not need.
+
+        Raises FileNotFoundError if the store has disappeared: a folder that is made where something
+        was mounted would hide that.
+        """
         if self._local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self._ask(lambda: self._fs.cp_file(path, target), name)
+            if self._made and not os.path.isdir(self._root):
+                raise FileNotFoundError(errno.ENOENT, "it has disappeared")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._made = True
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")
 
-    def _callback(self) -> Any:
+    def _callback(self, sends: bool) -> Any:
         from fsspec.callbacks import Callback
 
         store = self
 
         class Progress(Callback):
             def call(self, *_: object, **__: object) -> None:
-                store.progress = time.monotonic()
+                store._moved_at = time.monotonic()
+                store.sent_at = store._moved_at if sends else store.sent_at
 
         return Progress()
 
@@ -165,19 +182,23 @@ class Store:
                     ) from None
                 time.sleep(pause)
             else:
-                self.progress = time.monotonic()
                 return found
 
     def _wait(self, work: Callable[[], Answer]) -> Answer:
         began = time.monotonic()
         answer = in_background(work)
         while not wait([answer], 1.0).done:
-            if time.monotonic() - max(began, self.progress) > STALLED_SECONDS:
+            if time.monotonic() - max(began, self._moved_at) > STALLED_SECONDS:
                 raise TimeoutError(f"no answer within {STALLED_SECONDS:g} seconds")
         return answer.result()
 
     def _explain(self, error: Exception) -> InputError | None:
         """Explains an error that another try does not change; None for other errors."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(
+                f"there is no space left to copy {self.url} ({error}); free disk space, or set "
+                "checkpoint.local or JAXGPT_CACHE to a folder on another disk"
+            )
         if isinstance(error, NotImplementedError):
             return InputError(f"{self.url} can be read and not written; use a bucket or a folder")
         if self._local and isinstance(error, OSError):

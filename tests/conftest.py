@@ -71,5 +71,6 @@ def bucket(monkeypatch):
     files = s3fs.S3FileSystem(skip_instance_cache=True)
     files.mkdir("books")
     yield files
+    files.rm("books", recursive=True)  # servers of one process share what they store
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()

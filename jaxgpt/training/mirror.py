@@ -26,6 +26,7 @@ from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.manifest import MANIFEST
 from jaxgpt.store import Store
 from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint import steps_in
 from jaxgpt.training.checkpoint.arrays import list_some
 from jaxgpt.training.checkpoint.remote import FOLDER, complete_steps, download_files
 from jaxgpt.training.checkpoint.writer import set_aside
@@ -45,7 +46,7 @@ Stamp = tuple[int, int]  # size and time of the last change of a file
 
 def has_begun(cfg: config.Config) -> bool:
     """Whether a run has a checkpoint, in its folder or at its place."""
-    if checkpoint.steps_in(cfg.folder / "checkpoints"):
+    if steps_in(cfg.folder / FOLDER):
         return True
     return cfg.is_copied and bool(checkpoint.Remote(Store(cfg.place)).steps())
 
@@ -72,7 +73,7 @@ class Mirror:
         self._store = Store(cfg.place)
         self._remote = checkpoint.Remote(self._store)
         self._damaged: set[int] = set()  # steps that are damaged at the place
-        self._stamps: dict[str, Stamp] = {}  # what has been copied, by name
+        self._stamps: dict[str, Stamp | None] = {}  # what has been copied, by name
         self._files_at = 0.0
         self._lost = ""  # the process that has taken the lease over
         self._failing = False
@@ -161,7 +162,7 @@ class Mirror:
                 if not self._lost:
                     self._copy(ending)
             except Exception as error:  # whatever it is, it must not end the thread
-                since = max(began, self._store.progress)
+                since = max(began, self._store.sent_at)
                 if ending and time.monotonic() - since >= patience:
                     self._error = error
                     return
@@ -183,30 +184,33 @@ class Mirror:
 
     def _copy(self, everything: bool) -> None:
         """Copies what has changed since the last call."""
-        root = self._folder / "checkpoints"
-        stamps = {
-            str(step): stamp
-            for step in checkpoint.steps_in(root)
-            if (stamp := _stamp(root / str(step) / MANIFEST))
-        }
-        new = [name for name, stamp in stamps.items() if self._stamps.get(name) != stamp]
-        if everything or new or time.monotonic() - self._files_at > FILES_SECONDS:
+        if everything or time.monotonic() - self._files_at > FILES_SECONDS:
             self._copy_files()
-        for name in reversed(new):  # the newest first
+        tried: set[str] = set()
+        while (new := self._changed_steps()).keys() - tried and not self._lost:
+            name = max(new.keys() - tried, key=int)  # the newest one counts most
+            tried.add(name)
+            self._copy_files()  # a checkpoint never comes before the metrics up to its step
             with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
-                self._remote.upload(root / name)
-                self._stamps[name] = stamps[name]
-        if new:
+                self._remote.upload(self._folder / FOLDER / name)
+                self._stamps[name] = new[name]
             self._prune()
+
+    def _changed_steps(self) -> dict[str, Stamp]:
+        """The checkpoints that are new or got an evaluation since they were copied."""
+        root = self._folder / FOLDER
+        stamps = {name: _stamp(root / name / MANIFEST) for name in map(str, steps_in(root))}
+        return {name: at for name, at in stamps.items() if at and at != self._stamps.get(name)}
 
     def _copy_files(self) -> None:
         """Copies the files outside of checkpoints that have changed."""
-        for file in sorted(self._folder.rglob("*")):
-            name = file.relative_to(self._folder).as_posix()
-            if name in NOT_COPIED or name.startswith(f"{FOLDER}/") or file.is_symlink():
-                continue
-            stamp = _stamp(file)
-            if file.is_file() and stamp and self._stamps.get(name) != stamp:
+        for top, folders, files in os.walk(self._folder):
+            if Path(top) == self._folder and FOLDER in folders:
+                folders.remove(FOLDER)
+            for file in (Path(top) / name for name in files):
+                name, stamp = file.relative_to(self._folder).as_posix(), _stamp(file)
+                if name in NOT_COPIED or stamp == self._stamps.get(name) or not file.is_file():
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     self._store.write(name, file.read_bytes())
                     self._stamps[name] = stamp
@@ -216,8 +220,10 @@ class Mirror:
         """Deletes old checkpoints at the place, by the same rule as in the local folder."""
         steps, partial = self._remote.steps(), self._remote.partial_steps()
         cfg = self._cfg.checkpoint
-        keep = {*steps[-cfg.keep :], self._remote.best(steps) if cfg.keep_best else None}
-        here = checkpoint.steps_in(self._folder / "checkpoints")
+        keep: set[int | None] = {*steps[-cfg.keep :]}
+        if cfg.keep_best and len(steps) > cfg.keep:
+            keep.add(self._remote.best(steps))
+        here = steps_in(self._folder / FOLDER)
         for step in {*steps} - keep | {*partial} - {*here}:
             self._remote.delete(step)
 
@@ -243,7 +249,8 @@ class Mirror:
     def _refuse_other(self) -> None:
         """Raises InputError if another process holds the lease and writes it."""
         found = self._read_lease()
-        age = time.time() - float(found.get("time", 0))
+        written = found.get("time")
+        age = time.time() - written if isinstance(written, int | float) else 0.0
         if not found or found.get("id") == self._id or abs(age) > OLD_SECONDS:
             return
         who = _holder(found)
@@ -301,7 +308,7 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
     Raises:
         InputError: The place cannot be read, or it has checkpoints and none is intact anywhere.
     """
-    remote, root = checkpoint.Remote(store), cfg.folder / "checkpoints"
+    remote, root = checkpoint.Remote(store), cfg.folder / FOLDER
     files = store.list()
     steps, local = complete_steps(files), _newest_local(root)
     wrong: dict[int, str] = {}
@@ -339,7 +346,7 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
             "folder, and copies it",
             flush=True,
         )
-    if cfg.resume in steps and cfg.resume not in checkpoint.steps_in(root):
+    if cfg.resume in steps and cfg.resume not in steps_in(root):
         if found := remote.download(cfg.resume, draft := root / f"{cfg.resume}.saving"):
             raise InputError(
                 f"resume={cfg.resume}: {cfg.place} has it damaged: {list_some(found)}; use another "
@@ -350,7 +357,7 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
 
 def _newest_local(root: Path) -> tuple[int, int] | None:
     """How often the newest intact checkpoint in a folder went back, and its step."""
-    for step in reversed(checkpoint.steps_in(root)):
+    for step in reversed(steps_in(root)):
         with contextlib.suppress(FileNotFoundError):
             opened = checkpoint.OpenCheckpoint(root / str(step), None)
             opened.close()

@@ -36,6 +36,7 @@ class Remote:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._sent: dict[str, str] = {}  # the hashes of what is uploaded, by name
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
@@ -60,7 +61,7 @@ class Remote:
         """Reads a checkpoint's step and metrics, see `reader.read_measured`."""
         found: Metadata = {}
         for name in ("metrics.json", EVALUATION):
-            with suppress(FileNotFoundError, ValueError):
+            with suppress(FileNotFoundError, ValueError, TypeError):
                 found |= json.loads(self.store.read(f"{FOLDER}/{step}/{name}"))
         return found
 
@@ -92,8 +93,13 @@ class Remote:
                 return
             if any(here.get(file) != digest for file, digest in there.items()):
                 self.store.remove([f"{name}/{MANIFEST}"])
-            changed = [file for file in here if there.get(file) != here[file]]
-            each(lambda file: self.store.upload(f"{name}/{file}", folder / file), changed)
+
+            def send(file: str) -> None:
+                if self._sent.get(f"{name}/{file}") != here[file]:
+                    self.store.upload(f"{name}/{file}", folder / file)
+                    self._sent[f"{name}/{file}"] = here[file]
+
+            each(send, [file for file in here if there.get(file) != here[file]])
             self.store.write(f"{name}/{MANIFEST}", content)
         finally:
             opened.close()
@@ -153,6 +159,7 @@ class Remote:
     def delete(self, step: int) -> None:
         """Deletes a checkpoint, its manifest first."""
         name = f"{FOLDER}/{step}"
+        self._sent = {n: d for n, d in self._sent.items() if not n.startswith(f"{name}/")}
         self.store.remove([f"{name}/{MANIFEST}"])
         self.store.remove(self.store.list(name))
 
