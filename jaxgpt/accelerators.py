@@ -118,7 +118,7 @@ class Machine:
     def holders(self, kind: Kind) -> list[Process]:
         """The other processes that have an accelerator open, as far as this user may see them."""
         tpu = re.compile(rf"/dev/accel\d|/dev/vfio/\d|{LOCK}$")
-        device = tpu if kind == "tpu" else re.compile(r"/dev/nvidia\d")
+        device = tpu if kind == "tpu" else re.compile(r"/dev/nvidia-uvm$")  # by CUDA, not displays
         found = []
         for process in sorted(self.root.glob("proc/[0-9]*"), key=lambda path: int(path.name)):
             if process.name != str(os.getpid()) and any(map(device.match, _open_files(process))):
@@ -132,7 +132,7 @@ class Machine:
         return int(found[1]) * 1024 if found else 0
 
     def has(self, path: str) -> bool:
-        """Whether a file exists, by its absolute path."""
+        """Whether a file exists, by its absolute path or a pattern of it."""
         return bool(self._nodes(path.lstrip("/")))
 
     def _nodes(self, pattern: str) -> list[str]:
@@ -193,15 +193,29 @@ def libtpu_fits() -> bool:
     return not wanted or there == wanted or there.startswith(f"{wanted}.")
 
 
+def shell(command: str) -> str:
+    """A command as it is typed here: in a notebook with `!` before it."""
+    return f"!{command}" if in_notebook() else command
+
+
+def set_variable(name: str, value: str) -> str:
+    """The command that sets an environment variable."""
+    return f"%env {name}={value}" if in_notebook() else f"export {name}={value}"
+
+
+def unset_variable(name: str) -> str:
+    """The command that removes an environment variable; in a notebook, before jax is imported."""
+    return f"import os; del os.environ['{name}']" if in_notebook() else f"unset {name}"
+
+
 def pip(*commands: str) -> str:
-    """The shell command that runs pip, once or several times, in this environment.
+    """The command that runs pip, once or several times, in this environment.
 
     >>> pip("install jax").endswith(" -m pip install jax")
     True
     """
     program = f"{shlex.quote(sys.executable)} -m pip"
-    line = " && ".join(f"{program} {command}" for command in commands)
-    return f"!{line}" if in_notebook() else line
+    return shell(" && ".join(f"{program} {command}" for command in commands))
 
 
 def _for_device(extra: str) -> str:
@@ -233,7 +247,7 @@ def why_unused(kind: Kind, machine: Machine, error: str = "") -> Cause:
         error: What JAX said about it, if that is known.
     """
     if chosen := hidden_by_choice(kind, machine):
-        return Cause(f"{chosen} hides it", f"unset {chosen.partition('=')[0]}")
+        return Cause(f"{chosen} hides it", unset_variable(chosen.partition("=")[0]))
     return _why_no_tpu(machine, error) if kind == "tpu" else _why_no_gpu(machine, error)
 
 
@@ -253,7 +267,7 @@ def _why_no_tpu(machine: Machine, error: str) -> Cause:
                 "! is another process",
                 "restart the kernel, or train in it: %run train.py",
             )
-        return Cause(f"{holders[0]} holds it{one}", f"kill {holders[0].pid}")
+        return Cause(f"{holders[0]} holds it{one}", shell(f"kill {holders[0].pid}"))
     if not library and not libtpu_fits():
         return Cause(
             f"libtpu is {there}, and jax {lanes.installed('jax')} needs {wanted}",
@@ -268,7 +282,7 @@ def _why_no_tpu(machine: Machine, error: str) -> Cause:
     if machine.has(LOCK):
         return Cause(
             f"a process that has ended, or of another user, has left {LOCK}",
-            f"sudo rm -f {LOCK}",
+            shell(f"sudo rm -f {LOCK}"),
         )
     return _unknown("tpu", error)
 
@@ -320,13 +334,13 @@ def _why_no_gpu(machine: Machine, error: str) -> Cause:
         who = ", ".join(map(str, holders)) or "another process"
         return Cause(
             f"its memory is full: {who}",
-            f"kill {holders[0].pid}" if holders else "nvidia-smi",
+            shell(f"kill {holders[0].pid}" if holders else "nvidia-smi"),
         )
-    if machine.env.get("LD_LIBRARY_PATH"):
+    folders = machine.env.get("LD_LIBRARY_PATH", "").split(":")
+    if others := [one for one in folders if one and machine.has(f"{one}/libcu[bd][ln]*.so*")]:
         return Cause(
-            f"LD_LIBRARY_PATH={machine.env['LD_LIBRARY_PATH']} may replace the CUDA libraries of "
-            "jax by others",
-            "unset LD_LIBRARY_PATH",
+            f"LD_LIBRARY_PATH puts the CUDA libraries in {others[0]} before those of jax",
+            unset_variable("LD_LIBRARY_PATH"),
         )
     return _unknown("cuda", error)
 
@@ -336,8 +350,7 @@ def _unknown(platform: str, error: str) -> Cause:
     said = reason_in(error) or "the reason is not known, and the next command shows it"
     start = "import jax; jax.devices()"
     python = shlex.quote(sys.executable)
-    mark = "!" if in_notebook() else ""
-    return Cause(said, f'{mark}JAX_PLATFORMS={platform} {python} -c "{start}"')
+    return Cause(said, shell(f'JAX_PLATFORMS={platform} {python} -c "{start}"'))
 
 
 def reason_in(log: str) -> str:
@@ -367,10 +380,10 @@ def backend(machine: Machine | None = None) -> str:
                     reason, remedy = f"{place}: {cause.reason}", cause.remedy
                 else:
                     reason = f"this machine has no {NAMES[kind]}"
-                    remedy = "unset JAX_PLATFORMS"
+                    remedy = unset_variable("JAX_PLATFORMS")
                 break
         else:
-            reason, remedy = reason_in(str(error)), "unset JAX_PLATFORMS"
+            reason, remedy = reason_in(str(error)), unset_variable("JAX_PLATFORMS")
         raise InputError(f"JAX cannot start: {reason}; to mend it: {remedy}") from None
 
 
@@ -401,11 +414,11 @@ def check_device(require: str = "", machine: Machine | None = None) -> None:
         if place and not hidden_by_choice(kind, machine):
             cause = why_unused(kind, machine)
             _warn(
-                f"this machine has a{'n' if name[0] == 'N' else ''} {name} ({place}), and JAX uses "
-                f"the CPU: {cause.reason}\n"
+                f"the {name} of this machine ({place}) is not used, and JAX computes on the CPU: "
+                f"{cause.reason}\n"
                 f"         to mend it: {cause.remedy}\n"
-                "         to stop instead of training on the CPU: --require "
-                f"{kind}; to stay on it without this warning: export JAX_PLATFORMS=cpu"
+                f"         to stop instead of training on the CPU: --require {kind}\n"
+                f"         to stay on the CPU: {set_variable('JAX_PLATFORMS', 'cpu')}"
             )
 
 

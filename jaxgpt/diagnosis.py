@@ -32,6 +32,8 @@ from jaxgpt.accelerators import (
     pip,
     plugins,
     reason_in,
+    set_variable,
+    unset_variable,
     wanted_libtpu,
     why_unused,
 )
@@ -111,12 +113,13 @@ def examine(runs: Path, timeout: float, machine: Machine | None = None) -> Itera
     yield from check_libraries(machine)
     yield from check_other_frameworks(machine)
     yield check_disk("disk: runs", runs, "--runs FOLDER")
+    elsewhere = set_variable("JAXGPT_CACHE", "/tmp/jaxgpt")
     try:
         cache = cache_folder()
     except InputError as wrong:
-        yield Finding("disk: cache", "problem", str(wrong), "export JAXGPT_CACHE=/tmp/jaxgpt")
+        yield Finding("disk: cache", "problem", str(wrong), elsewhere)
     else:
-        yield check_disk("disk: cache", cache, "export JAXGPT_CACHE=/tmp/jaxgpt")
+        yield check_disk("disk: cache", cache, elsewhere)
         yield check_compile_cache(cache, machine)
     began = _started_here()
     probed, error = (list(probe()), "") if began else probe_in_child(timeout)
@@ -254,7 +257,7 @@ def check_compile_cache(cache: Path, machine: Machine) -> Finding:
             "compile cache",
             "warning",
             f"{folder} is not writable ({error.strerror}), so each process compiles anew",
-            f"export {'JAX_COMPILATION_CACHE_DIR' if given else 'JAXGPT_CACHE'}=/tmp/jaxgpt",
+            set_variable("JAX_COMPILATION_CACHE_DIR" if given else "JAXGPT_CACHE", "/tmp/jaxgpt"),
         )
     return Finding("compile cache", "ok", f"{folder}, {size / GIB:.2f} GiB")
 
@@ -279,7 +282,7 @@ def check_devices(
     else:
         causes = [why_unused(kind, machine, error) for kind in NAMES if found[kind]]
         reason = f"{causes[0].reason} ({error})" if causes else error
-        remedy = causes[0].remedy if causes else "unset JAX_PLATFORMS"
+        remedy = causes[0].remedy if causes else unset_variable("JAX_PLATFORMS")
         yield Finding("devices", "problem", reason, remedy)
     for kind, name in NAMES.items():
         if chosen := found[kind] and hidden_by_choice(kind, machine):
@@ -289,7 +292,8 @@ def check_devices(
             text = f"{found[kind]} is not used, and training would be on the CPU: {cause.reason}"
             if began:
                 text += "; this process has started on the CPU, and must be restarted too"
-            yield Finding(name, "problem", text, cause.remedy)
+            status: Status = "problem" if machine.find(kind) else "warning"
+            yield Finding(name, status, text, cause.remedy)
     if not any(found.values()):
         menu = {"colab": "; see Runtime > Change runtime type", "kaggle": "; see Settings"}
         text = f"this machine has no TPU and no NVIDIA GPU{menu.get(machine.place, '')}"
@@ -347,7 +351,7 @@ def probe() -> Iterator[dict[str, Any]]:
     from jaxgpt.training import optim, setup
     from jaxgpt.training.step import train_step
 
-    size = GPTConfig(L=2, D=128, N=2, T=128, V=256)
+    size = GPTConfig(L=1, D=128, N=2, T=128, V=256)
     cfg = Config(model=size, train=TrainConfig(batch=len(devices), steps=2))
     network = setup.build_network(cfg, None)
     tx = optim.build(cfg.optim, network.tree.trained_leaves, cfg.train.steps)

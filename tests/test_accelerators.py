@@ -23,7 +23,7 @@ def test_an_unused_accelerator_is_a_warning_once(tpu_machine, capsys):
     check_device(machine=tpu_machine)
     check_device(machine=tpu_machine)
     said = capsys.readouterr().err
-    assert said.count("warning: this machine has a TPU (/dev/accel0), and JAX uses the CPU") == 1
+    assert said.count("warning: the TPU of this machine (/dev/accel0) is not used") == 1
     assert '-m pip install "jax[tpu]==0.7.2"' in said and "--require tpu" in said
 
 

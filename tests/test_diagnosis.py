@@ -110,11 +110,12 @@ BROKEN = {
         {k: v for k, v in nvidia().items() if not k.startswith("dev/")} | {".dockerenv": ""},
         CUDA12,
         name="NVIDIA GPU",
+        status="warning",
         text="this container has no access",
         remedy="docker run --gpus all IMAGE",
     ),
     "a GPU whose memory another process has filled": Broken(
-        nvidia() | process(77, "python -c import tensorflow", "/dev/nvidiactl", "/dev/nvidia0"),
+        nvidia() | process(77, "python -c import tensorflow", "/dev/nvidia0", "/dev/nvidia-uvm"),
         CUDA12,
         probed=[],
         error="Unable to initialize backend 'cuda': CUDA_ERROR_OUT_OF_MEMORY: out of memory",
@@ -123,11 +124,11 @@ BROKEN = {
         remedy="kill 77",
     ),
     "other CUDA libraries first": Broken(
-        nvidia(),
+        nvidia() | {"usr/local/cuda-11/lib64/libcudnn.so.8": ""},
         CUDA12,
-        {"LD_LIBRARY_PATH": "/usr/local/cuda-11/lib64"},
+        {"LD_LIBRARY_PATH": "/usr/lib64-nvidia:/usr/local/cuda-11/lib64"},
         name="NVIDIA GPU",
-        text="LD_LIBRARY_PATH=/usr/local/cuda-11/lib64 may replace",
+        text="LD_LIBRARY_PATH puts the CUDA libraries in /usr/local/cuda-11/lib64 before",
         remedy="unset LD_LIBRARY_PATH",
     ),
     "a TPU without libtpu": Broken(
