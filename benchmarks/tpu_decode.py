@@ -12,6 +12,7 @@ and is not a measurement.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,11 +20,10 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
-from tpu_compile import BYTES  # isort: skip  # before jax, for it keeps that from looking for TPUs
+os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU of this machine is left alone
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxgpt import model
@@ -31,6 +31,8 @@ from jaxgpt.generation.decode import decode_steps, prefill
 from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model.quantize import quantize_params
+from jaxgpt.training.devices import find_device
+from jaxgpt.training.estimate import tpu_devices
 
 HERTZ = 1.5e9  # 197 TFLOP/s over four units of 128 x 128 multiplications and additions a cycle
 
@@ -71,9 +73,8 @@ class Program:
 
 def compiled(dtype: str, B: int, options: Options) -> Program:
     """`decode_steps` for B rows on a v5e chip."""
-    chip = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
-    ).devices[0]
+    device = find_device("v5e-1")
+    chip = tpu_devices(device)[0]
     cfg = GPTConfig(
         L=options.layers, D=options.width, N=options.heads, T=1024, V=options.vocabulary
     )
@@ -106,7 +107,7 @@ def compiled(dtype: str, B: int, options: Options) -> Program:
         loops=len(loops) - 1,  # the one over the steps
         products=text.count(" convolution("),
         temporaries=program.memory_analysis().temp_size_in_bytes,
-        limit=read / BYTES,
+        limit=read / device.bandwidth,
         expected=sum(cycles(text)) / HERTZ,
     )
 

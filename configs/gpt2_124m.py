@@ -22,6 +22,6 @@ config = Config(
     data=DataConfig(paths=("fineweb/*.parquet",), val_fraction=0.001),
     objective=NextToken(chunk=128),
     optim=OptimConfig(learning_rate=6e-4, warmup=2000, final=0.1),
-    train=TrainConfig(steps=600_000, batch=480, micro=30, eval_every=1000, eval_batches=20),
+    train=TrainConfig(steps=600_000, batch=512, micro=32, eval_every=1000, eval_batches=20),
     checkpoint=CheckpointConfig(every=1000),
 )

@@ -1,6 +1,6 @@
 """Without a TPU: what TPU's own compiler makes of the training step and of a step of writing.
 
-The compiler lives in processes of its own (benchmarks/tpu_compile.py for a slice of four v5e chips,
+The compiler lives in processes of its own (benchmarks/estimates.py for a slice of four v5e chips,
 benchmarks/tpu_decode.py for one), so that it never becomes the backend of the other tests. Layers
 repeat, so one is compiled, with few rows and little effort.
 """
@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-CONFIGS, LAYOUTS = ("default", "gpt2_124m", "modern"), ("data", "fsdp")
+CONFIGS, LAYOUTS = ("default", "gpt2_124m", "colab_tpu"), ("data", "fsdp")
+ROWS, CHIPS = 2, 4
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -28,39 +29,66 @@ every_program = pytest.mark.parametrize(
 )
 
 
-def compiled(benchmark: str, *options: str) -> list[dict]:
-    command = [sys.executable, f"benchmarks/{benchmark}.py", *options, "--layers", "1"]
+def compiled(benchmark: str, *options: str) -> tuple[list[dict], str]:
+    """The lines of JSON that a benchmark prints, and what the compiler writes to standard error."""
+    command = [sys.executable, f"benchmarks/{benchmark}.py", *options]
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
         "TPU_LOG_DIR": "disabled",
     }
     command += ["--format", "json"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [*map(json.loads, done.stdout.splitlines())]
+    return [*map(json.loads, done.stdout.splitlines())], done.stderr
 
 
 @cache
-def programs() -> dict[tuple[str, str], dict]:
-    files = [f"configs/{name}.py" for name in CONFIGS]
-    lines = compiled("tpu_compile", "--layouts", *LAYOUTS, "--configs", *files, "--rows", "2")
-    return {(Path(line["config"]).stem, line["layout"]): line for line in lines}
+def programs() -> tuple[dict[tuple[str, str], dict], str]:
+    small = f"--model.L 1 --train.micro 1 --train.batch {ROWS * CHIPS}"
+    lines, errors = compiled(
+        *("estimates", "--devices", f"v5e-{CHIPS}", "--layouts", *LAYOUTS, "--configs", *CONFIGS),
+        *("--search", "False", "--options", small),
+    )
+    return {(line["config"], line["layout"]): line for line in lines}, errors
 
 
 @every_program
 def test_attention_is_the_splash_kernel_forward_and_backward(name, layout):
+    found = programs()[0][name, layout]["program"]
+    assert all(kernel.startswith("splash") for kernel in found["kernels"])
     # One call forward; backward one for the queries, and one for the keys and values.
-    assert programs()[name, layout]["splash_calls"] == 3
+    assert found["kernel_calls"] == 3
 
 
 @every_program
 def test_the_whole_state_is_updated_in_place(name, layout):
-    program = programs()[name, layout]
-    assert program["leaves_in_place"] == program["leaves"]
+    found = programs()[0][name, layout]["program"]
+    assert found["state_leaves_in_place"] == found["state_leaves"]
+
+
+@every_program
+def test_no_array_has_the_logits_of_all_tokens(name, layout):
+    found = programs()[0][name, layout]
+    assert found["program"]["largest_array"] < found["logits"] / CHIPS
+
+
+@every_program
+def test_the_prediction_agrees_with_the_compiler(name, layout):
+    found = programs()[0][name, layout]
+    # What is read of the program is without what stays on the chip, which the compiler counts too.
+    assert found["program"]["moved_with_loops_counted_once"] > 0
+    assert found["program"]["moved_with_loops_counted_once"] < found["program"]["moved_by_compiler"]
+    # Kernels have FLOPs that the compiler does not see, and it counts more than products.
+    assert found["step"]["flops"] == pytest.approx(found["program"]["flops_in_products"], rel=0.3)
+
+
+def test_nothing_is_rematerialized_involuntarily():
+    assert "nvoluntary full rematerialization" not in programs()[1]
 
 
 def test_a_step_of_writing_has_no_loops_and_multiplies_matrices():
-    for program in compiled("tpu_decode", "--batches", "1", "4", "--vocabulary", "1024"):
+    small = ("--batches", "1", "4", "--vocabulary", "1024", "--layers", "1")
+    for program in compiled("tpu_decode", *small)[0]:
         assert program["loops"] == 0, "rows are written into the cache one after another"
         assert program["products"] == 7, "q, k, v, o, up, down and the output layer"

@@ -12,6 +12,7 @@ and exchanging bytes over the interconnect. No run is faster; what a run reaches
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,8 @@ REMAT = ("none", "dots", "full")
 SCALES = (8, 64, 256)
 MOST_TRIED = 4
 """The most options that are compiled to find some that fit."""
+WORTHWHILE = 1.05
+"""Options that make a step so many times as fast are mentioned."""
 HOPELESS = 1.5
 """A step that is traced to need so many times the memory is not compiled."""
 TPU_ENVIRONMENT = {
@@ -99,6 +103,8 @@ class Step:
     """Seconds."""
     memory: float
     exchange: float
+    one_by_one: float = 0.0
+    """Seconds if each operation of the compiled program waits for the one before; 0: not known."""
 
     @property
     def seconds(self) -> float:
@@ -218,7 +224,11 @@ class OutOfMemory(NamedTuple):
 
 
 def estimate(
-    cfg: config.Config, device: str = "here", price: float = 0.0, search: bool = True
+    cfg: config.Config,
+    device: str = "here",
+    price: float = 0.0,
+    search: bool = True,
+    compile: bool = True,
 ) -> Estimate:
     """Predicts a run on a kind of device.
 
@@ -227,6 +237,8 @@ def estimate(
         device: A name such as v5e-8 (`devices.DEVICES`); cpu; or here, for this machine's devices.
         price: What one device costs in an hour, in any currency; 0: not known.
         search: Whether to look for options with which the step fits, if it does not.
+        compile: Whether to compile the step where there is a compiler for the device; if not, it is
+            only traced, which takes seconds, and memory is less exact.
 
     Raises:
         InputError: The device is unknown, the compiler for it is not installed, or the config
@@ -237,35 +249,39 @@ def estimate(
     cfg.check()
     check_supported(cfg)
     cfg, notes = complete(cfg)
-    target, chips = find_target(device, cfg)
+    target, chips = find_target(device, cfg, compile)
+    given, failed, found, correction = "", None, None, 1.0
     options: tuple[str, ...] = ()
-    found, correction = None, 1.0
+    fitting = cfg
     try:
         found = attempt(cfg, target, chips, hopeless=not search)
         given = "" if found.memory.fits else f"it needs {_gib(found.memory.total)} GiB"
         correction = found.memory.temporaries / analyze(cfg, target).memory.temporaries
     except InputError as error:  # the batch does not split, for example
-        if not search:
-            raise
         given, failed = str(error), error
-    if given and search:
-        for tried, (options, other) in enumerate(search_fitting(cfg, target, correction)):
+    faster = search_fitting(cfg, target, correction) if search else iter(())
+    if given:
+        for options, other in itertools.islice(filter(itemgetter(0), faster), MOST_TRIED):
             candidate = attempt(other, target, chips)
             if candidate.memory.fits:
-                cfg, found = other, candidate
+                fitting, found = other, candidate
                 break
             options = ()
-            if tried == MOST_TRIED:
-                break
     if found is None:
-        raise failed
+        raise failed or InputError(f"{cfg.name} cannot be estimated for {device}")
+    speed = analyze(fitting, target).tokens_per_second
     if not found.memory.fits:
         notes = (*notes, "no micro-batch, rematerialization or FSDP makes it fit here")
+    elif not given and speed and (best := next(faster, None)) and best[0]:
+        gain = analyze(best[1], target).tokens_per_second / speed
+        if gain > WORTHWHILE:
+            notes = (*notes, f"{gain:.2f} times as fast, as traced, with {' '.join(best[0])}")
     found = replace(found, price=price, given=given, options=options, notes=(*found.notes, *notes))
-    return replace(found, scales=tuple(scale(cfg, found)))
+    scales = tuple(scale(cfg, found, speed)) if search else ()
+    return replace(found, scales=scales)
 
 
-OWN = ("--device", "--price", "--format", "--help", "-h")
+OWN = ("--device", "--price", "--compile", "--no-compile", "--format", "--help", "-h")
 """Options of the command `estimate` itself; all others are those of train.py."""
 
 
@@ -287,7 +303,7 @@ def own_options_first(args: list[str]) -> list[str]:
 
 
 def from_command_line(
-    path: str, options: Sequence[str], device: str, price: float = 0.0
+    path: str, options: Sequence[str], device: str, price: float = 0.0, compile: bool = True
 ) -> Estimate:
     """The prediction for a config file with options of `train.py`.
 
@@ -296,6 +312,7 @@ def from_command_line(
         options: The options. Those of --depth are for the kind of this device.
         device: See `estimate`.
         price: See `estimate`.
+        compile: See `estimate`.
 
     Raises:
         InputError: See `estimate`, or the file or an option is invalid.
@@ -307,7 +324,7 @@ def from_command_line(
         platform = "cpu" if device == "cpu" else find_device(device).platform
         given += ["--device", platform]
     cfg = config.from_command_line([path, *given], Path(path))
-    return estimate(cfg, device, price)
+    return estimate(cfg, device, price, compile=compile)
 
 
 def check_supported(cfg: config.Config) -> None:
@@ -355,11 +372,13 @@ def complete(cfg: config.Config) -> tuple[config.Config, tuple[str, ...]]:
     return cfg, notes
 
 
-def find_target(name: str, cfg: config.Config) -> tuple[Device, list[jax.Device] | None]:
+def find_target(
+    name: str, cfg: config.Config, compile: bool = True
+) -> tuple[Device, list[jax.Device] | None]:
     """The device of a name, and the devices to compile for; None: there is no compiler here."""
     if name not in ("here", "cpu"):
         device = find_device(name)
-        return device, tpu_devices(device) if device.platform == "tpu" else None
+        return device, tpu_devices(device) if compile and device.platform == "tpu" else None
     chips = jax.devices() if name == "here" else jax.devices("cpu")
     chips = list(chips)[: cfg.parallel.devices or None]
     first = chips[0]
@@ -367,12 +386,12 @@ def find_target(name: str, cfg: config.Config) -> tuple[Device, list[jax.Device]
     limit = (first.memory_stats() or {}).get("bytes_limit", 0.0) if first.platform != "cpu" else 0.0
     if known:
         known = known.of(len(chips))
-        return replace(known, memory=limit or known.memory), chips
+        return replace(known, memory=limit or known.memory), chips if compile else None
     if first.platform == "cpu":
         limit = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     platform: Any = first.platform
     unknown = Device(name, platform, 0.0, 0.0, limit, 0.0, "this machine", (first.device_kind,))
-    return replace(unknown, count=len(chips)), chips
+    return replace(unknown, count=len(chips)), chips if compile else None
 
 
 def tpu_devices(device: Device) -> list[jax.Device]:
@@ -478,6 +497,21 @@ def compiled(plan: Plan) -> Any:
         return OutOfMemory(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1) if used else 0.0)
 
 
+def _one_by_one(device: Device, flops: float, read: hlo.Found) -> float:
+    """Seconds of all operations, each bound by its own FLOPs or bytes.
+
+    The FLOPs of kernels are those that were traced and are in no other operation.
+    """
+    if not device.flops:
+        return 0.0
+    seconds = sum(
+        one.times * max(one.flops / device.flops, one.moved / device.bandwidth)
+        for one in read.costs
+    )
+    others = flops - sum(one.times * one.flops for one in read.costs)
+    return seconds + max(others, 0.0) / device.flops + read.sent / device.link
+
+
 class Traced(NamedTuple):
     """What does not depend on the number of devices and of micro-batches."""
 
@@ -496,6 +530,20 @@ def _traced(cfg: config.Config, platform: str) -> Traced:
     return Traced(
         network, state, work.of_function(tx.update, state.params, state.opt, state.params)
     )
+
+
+@cache
+def _local(
+    cfg: config.Config, platform: str, parallel: sharding.ParallelConfig, count: int
+) -> tuple[float, float, float]:
+    """Bytes of one device's part of the parameters, the moments and the whole state."""
+    network, state, _ = _traced(cfg, platform)
+    mesh = sharding.abstract_mesh(parallel, count)
+
+    def local(tree: PyTree) -> float:
+        return local_bytes(tree, sharding.tree_shardings(tree, network.layout.letters, mesh))
+
+    return local(state.params), local(state.opt), local(state)
 
 
 @cache
@@ -532,13 +580,11 @@ def analyze(cfg: config.Config, device: Device) -> Estimate:
     sharding.check_splits(cfg.model.sizes, cfg.train.batch, cfg.train.micro, mesh)
     data, fsdp, tensor = mesh.shape.values()
     micro = cfg.train.micro
-    network, state, update = _traced(_alone(cfg, remat="none"), device.platform)
+    alone = _alone(cfg, remat="none")
+    network, state, update = _traced(alone, device.platform)
     compute = replace(network.model.compute, remat=cfg.compute.remat)
-
-    def local(tree: PyTree) -> float:
-        return local_bytes(tree, sharding.tree_shardings(tree, network.layout.letters, mesh))
-
-    parameters, moments = local(state.params), local(state.opt)
+    local = _local(alone, device.platform, cfg.parallel, device.count)
+    parameters, moments, everything = local
     rows = cfg.train.batch / (data * fsdp * micro)
     each = gradient_work(cfg, device.platform)
     gradient = each.of(rows)
@@ -559,7 +605,7 @@ def analyze(cfg: config.Config, device: Device) -> Estimate:
     memory = Memory(
         parameters=parameters,
         moments=moments,
-        other_state=local(state) - parameters - moments + batch,
+        other_state=everything - parameters - moments + batch,
         temporaries=sums * parameters + gathered + activations + working,
         code=0.0,
         limit=device.memory,
@@ -587,7 +633,7 @@ def analyze(cfg: config.Config, device: Device) -> Estimate:
     return Estimate(
         config=cfg.name,
         device=device,
-        method="traced, without a compiler for this device",
+        method="traced, not compiled",
         implementation=f"{compute.dtype}, layers {compute.layers}, attention {compute.attention}, "
         f"remat {compute.remat}",
         parameters=sum(math.prod(shape) for _, shape in network.tree.leaves.values()),
@@ -634,15 +680,19 @@ def _with_program(found: Estimate, plan: Plan, program: Any) -> Estimate:
         found,
         method=f"compiled by {compiler}, jax {jax.__version__}",
         memory=memory,
-        step=_step(plan.device, found.step.flops, read.moved, read.sent),
+        step=replace(
+            _step(plan.device, found.step.flops, read.moved, read.sent),
+            one_by_one=_one_by_one(plan.device, found.step.flops, read),
+        ),
         program={
             "moved_with_loops_counted_once": read.moved_once,
-            "moved_by_the_compiler": cost.get("bytes accessed", 0.0),
-            "flops_by_the_compiler": cost.get("flops", 0.0),
+            "moved_by_compiler": cost.get("bytes accessed", 0.0),
+            "flops_in_products": sum(each.times * each.flops for each in read.costs),
             "loops": read.loops,
             "kernels": sorted(set(read.kernels)),
             "kernel_calls": len(read.kernels),
-            "largest_array": read.largest,
+            "largest_array": read.largest,  # elements
+            "logits": found.tokens * plan.cfg.model.sizes["V"] / plan.device.count,
             "state_leaves": leaves,
             "state_leaves_in_place": read.in_place,
             "sent": exchanged,
@@ -658,7 +708,7 @@ def search_fitting(
     """Options with which the step is traced to fit, and the config with them; the fastest first.
 
     They are a number of micro-batches, rematerialization and FSDP. The batch, the model and so the
-    gradient stay the same.
+    gradient stay the same. There are none for the config as it is.
 
     Args:
         cfg: The config.
@@ -693,8 +743,7 @@ def search_fitting(
                     speed = round(math.log(step.seconds, 1.03)) if step.seconds else 0
                     found.append((speed, len(options), times, micro, options, other))
     for *_, options, other in sorted(found, key=lambda each: each[:4]):
-        if options:
-            yield options, other
+        yield options, other
 
 
 def _parallels(cfg: config.Config, device: Device) -> Iterator[sharding.ParallelConfig]:
@@ -711,31 +760,28 @@ def options_of(before: config.Config, after: config.Config) -> tuple[str, ...]:
     return tuple(f"--{name} {new[name]}" for name in new if new[name] != old[name])
 
 
-def scale(cfg: config.Config, found: Estimate) -> Iterator[Scale]:
-    """The same run on other numbers of devices, traced."""
-    if not found.step.seconds or found.device.count > max(SCALES):
+def scale(cfg: config.Config, found: Estimate, speed: float) -> Iterator[Scale]:
+    """The same run on other numbers of devices, with the options that are traced to be the fastest.
+
+    Args:
+        cfg: The config as it was given.
+        found: The prediction for it.
+        speed: The tokens/s that were traced for the device of the prediction.
+    """
+    if not found.step.seconds:
         return
-    here = analyze(cfg, found.device)
     for count in SCALES:
         device = found.device.of(count)
         if device.slices and count not in dict(device.slices):
             continue
-        best: tuple[tuple[str, ...], config.Config] | None = (), cfg
-        try:
-            fits = analyze(cfg, device).memory.fits
-        except InputError:
-            fits = False
-        if not fits:
-            best = next(search_fitting(cfg, device), None)
+        best = next(search_fitting(cfg, device), None)
         if best is None:
             ways = f"train.batch={cfg.train.batch} does not split over {count}"
             yield Scale(count, note=ways if cfg.train.batch % count else "it does not fit")
             continue
         options, other = best
-        made = analyze(other, device)
-        speed = made.tokens_per_second
-        of_one = here.tokens_per_second / here.device.count
-        yield Scale(count, options, speed, speed / count / of_one)
+        there = analyze(other, device).tokens_per_second
+        yield Scale(count, options, there, there / count / (speed / found.device.count))
 
 
 def local_bytes(tree: PyTree, shardings: PyTree) -> float:
@@ -786,7 +832,12 @@ def report(found: Estimate) -> str:
             f"  {'computing':<22}{1e3 * step.compute:>12.2f} ms",
             f"  {'memory':<22}{1e3 * step.memory:>12.2f} ms",
             f"  {'interconnect':<22}{1e3 * step.exchange:>12.2f} ms",
-            f"  {'roofline':<22}{1e3 * step.seconds:>12.2f} ms, bound by {step.bound}",
+            f"  {'roofline':<22}{1e3 * step.seconds:>12.2f} ms, bound by {step.bound}"
+            + (
+                f"; {1e3 * step.one_by_one:.2f} ms if no operation overlaps with another"
+                if step.one_by_one
+                else ""
+            ),
             "",
             f"{'MFU':<14}at most {found.mfu():.0%} (attention counted causal), "
             f"{found.mfu(full=True):.0%} (full)",

@@ -93,6 +93,15 @@ class Collective:
     """Whether it runs beside other operations."""
 
 
+class Cost(NamedTuple):
+    """What one operation takes each time that it runs."""
+
+    flops: float
+    """Of the matrix products in it; those of kernels are not known."""
+    moved: float
+    times: float
+
+
 @dataclass(frozen=True)
 class Found:
     """What `read` found in a program, per device."""
@@ -110,6 +119,8 @@ class Found:
     """The names of the Pallas kernels, one for each call."""
     in_place: int
     """Results that take over the memory of an argument."""
+    costs: tuple[Cost, ...]
+    """Of every operation that others wait for: not of copies that run beside them."""
 
     @property
     def sent(self) -> float:
@@ -122,13 +133,16 @@ def read(text: str) -> Found:
     program = _Program(text)
     moved = once = 0.0
     collectives: list[Collective] = []
-    loops, kernels = [], []
+    loops, kernels, costs = [], [], []
     for computation, times in program.runs():
         for one in program.computations[computation]:
             bytes_moved = program.moved(one, computation)
             moved += times * bytes_moved
             once += bytes_moved
             collectives += program.exchanged(one, times)
+            flops = program.flops(one, computation)
+            if (bytes_moved or flops) and not one.operation.endswith("-start"):
+                costs.append(Cost(flops, bytes_moved, times))
             if one.operation == "while":
                 loops.append(program.iterations(one))
             if 'custom_call_target="tpu_custom_call"' in one.attributes:
@@ -147,6 +161,7 @@ def read(text: str) -> Found:
         ),
         kernels=tuple(kernels),
         in_place=len(re.findall(r"(?:may|must)-alias\)", header)),
+        costs=tuple(costs),
     )
 
 
@@ -243,6 +258,18 @@ class _Program:
             size = sum(shape.bytes for shape in operands[1])
             return read[1] + min(size, written)
         return sum(read) + written
+
+    def flops(self, one: Instruction, computation: str) -> float:
+        """FLOPs of the matrix products of an operation, and of those fused into it."""
+        if one.operation == "fusion" and one.called in self.computations:
+            return sum(self.flops(each, one.called) for each in self.computations[one.called])
+        if one.operation not in ("dot", "convolution") or len(one.operands) != 2:
+            return 0.0
+        around = self.by_name[computation]
+        factors = [around[name].shapes[0] for name in one.operands if name in around]
+        sizes = [math.prod(shape.dimensions) for shape in (*factors, one.shapes[0])]
+        # m k, k n and m n numbers make 2 m k n operations.
+        return 2 * math.sqrt(math.prod(sizes)) if len(sizes) == 3 else 0.0
 
     def read_inside(self, name: str, parameter: str) -> float:
         """Bytes that a fused computation reads of one of its parameters."""
