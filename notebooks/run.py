@@ -78,6 +78,10 @@ def execute(notebook: nbformat.NotebookNode, code: str = "") -> None:
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if "text" in output:  # no paths of this machine
+                output["text"] = output["text"].replace(f"{FOLDER.parent}/", "")
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
