@@ -17,6 +17,7 @@ Workers need `jaxgpt` without JAX: the tokenizer's packages, numpy, and pyarrow 
 
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -153,6 +154,8 @@ def main(args: list[str]) -> int:
             description=__doc__,
             return_unknown_args=True,
         )
+        if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
+            raise InputError(f"there is no option {wrong[0]}; --help lists the options")
         for path, entry in zip(
             (*options.data.paths, *options.data.val_paths),
             tokenize(options.data, find_tokenizer(options), options.output, others),
@@ -235,23 +238,31 @@ def tokenize(
 def _import_beam() -> Any:
     try:
         import apache_beam
+        import apache_beam.options.pipeline_options
     except ImportError as error:
         raise InputError(
             f"Apache Beam cannot be imported ({error}); install it: pip install 'jaxgpt[beam]'"
         ) from None
+    logging.getLogger("apache_beam.runners.common").addFilter(_is_not_input_error)
     return apache_beam
 
 
 def _explain(error: Exception, output: str) -> str:
     """The message of a pipeline's error, which has the traceback of a worker in its text."""
-    text = str(error)
-    if found := re.findall(r"InputError: (.*?)(?: \[while running .*)?$", text, re.MULTILINE):
-        return found[-1]
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "InputError: " in line][-1:] or lines[-1:]
+    message = re.sub(r"^[\w.]*InputError: | \[while running .*", "", *said or [repr(error)])
+    if isinstance(error, InputError) or "InputError: " in str(error):
+        return message
     return (
-        f"the Beam pipeline failed: {lines[-1] if lines else type(error).__name__}; check that all "
-        f"workers have jaxgpt and can read the text and write to {output}"
+        f"the Beam pipeline failed: {message}; check Beam's options, and that all workers have "
+        f"jaxgpt, can read the text and can write to {output}"
     )
+
+
+def _is_not_input_error(record: logging.LogRecord) -> bool:
+    """A log filter that drops tracebacks of InputErrors, which are printed as one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError))
 
 
 def _list_files(path: str, cfg: DataConfig) -> list[Text]:
