@@ -10,14 +10,12 @@ Expect:    a validation loss of 4.21 on `jaxgpt tests`, from 4.69 before the fir
 
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
-from jaxgpt.objectives import NextToken
 from jaxgpt.training.checkpoint import CheckpointConfig
 from jaxgpt.training.optim import OptimConfig
 
 config = Config(
     start="runs/default",
     data=DataConfig(paths=("python",), val_fraction=0.05),
-    objective=NextToken(chunk=64),
     optim=OptimConfig(learning_rate=1e-4, warmup=10, final=0.1),
     train=TrainConfig(steps=200, batch=8, eval_every=50, eval_batches=20),
     checkpoint=CheckpointConfig(every=100),

@@ -11,7 +11,6 @@ Expect:    not run; nanoGPT reports a validation loss of about 2.85 on OpenWebTe
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
-from jaxgpt.objectives import NextToken
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training.checkpoint import CheckpointConfig
 from jaxgpt.training.optim import OptimConfig
@@ -20,7 +19,6 @@ config = Config(
     model=GPTConfig(L=12, N=12, D=768, T=1024),
     tokenizer=TokenizerConfig(kind="gpt2"),
     data=DataConfig(paths=("fineweb/*.parquet",), val_fraction=0.001),
-    objective=NextToken(chunk=128),
     optim=OptimConfig(learning_rate=6e-4, warmup=2000, final=0.1),
     train=TrainConfig(steps=600_000, batch=512, micro=32, eval_every=1000, eval_batches=20),
     checkpoint=CheckpointConfig(every=1000),

@@ -33,7 +33,7 @@ config = replace(
         qk_norm=True,
         logit_softcap=15.0,
     ),
-    objective=NextToken(z_loss=1e-4, chunk=128),
+    objective=NextToken(z_loss=1e-4),
     optim=OptimConfig(
         name="muon",
         learning_rate=3e-3,

@@ -160,12 +160,61 @@ def spec(letters: str | tuple[str, ...]) -> P:
     return P(*entries)
 
 
+def under_mesh() -> bool:
+    """Whether arrays are global here, and the compiler splits them over the axes of a mesh.
+
+    It is not so on one device without a mesh, under `pmap` and in a `shard_map`, where arrays are
+    those of a device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return "fsdp" in mesh.axis_names and AxisType.Manual not in mesh.axis_types
+
+
+def parts(letter: str) -> int:
+    """Over how many devices a dimension is split here: 1 where arrays are those of a device."""
+    if not under_mesh():
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in TABLE.get(letter, ()))
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Lays out an activation by its letters, under a mesh; elsewhere (one device, pmap) nothing."""
+    return jax.lax.with_sharding_constraint(x, spec(letters)) if under_mesh() else x
+
+
+def sum_over_devices(
+    f: Callable[..., Tree], axis: str | None, batch: PyTree, key: jax.Array, *args: PyTree
+) -> Tree:
+    """`f(batch, key, *args)`, added up over the devices that split only the rows of the batch.
+
+    Each device computes f on its own rows, with a key of its own, and everything is added up once
+    at the end. Left to the compiler, the gradient of a parameter that is used twice, as a tied
+    embedding is, would be added up over the devices twice. Where the mesh splits parameters too,
+    f is computed on the whole batch, and the compiler splits the work.
+
+    Args:
+        f: Returns a tree of sums over rows.
+        axis: The mapped axis under `pmap`, where the batch is already this device's.
+        batch: Arrays with the rows first.
+        key: A random key.
+        args: What all devices have in common.
+    """
+
+    def local(batch: PyTree, key: jax.Array, *args: PyTree) -> Tree:
+        name = axis or "data"
+        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+        return jax.lax.psum(f(batch, key, *args), name)
+
+    if axis is not None:
+        return local(batch, key, *args)
     mesh = jax.sharding.get_abstract_mesh()
-    if "fsdp" not in mesh.axis_names:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(letters))
+    if not under_mesh() or mesh.size == 1 or mesh.shape["data"] < mesh.size:
+        return f(batch, key, *args)
+    in_specs = (P("data"), P(), *(P() for _ in args))
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(
+        batch, key, *args
+    )
 
 
 def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh | AbstractMesh) -> None:

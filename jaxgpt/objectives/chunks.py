@@ -3,6 +3,10 @@
 The gradient of a sum of token losses is computed in the forward pass, chunk by chunk, while the
 logits of the chunk are in memory. So neither pass holds a [B, T, V] array, and the output layer is
 computed once.
+
+Large chunks are fast on a TPU or GPU: each chunk reads the output layer's weights and adds to their
+gradient, which takes as long as the products themselves if a chunk has only 512 tokens. On a CPU
+small ones are, whose logits stay in its cache. `positions_per_chunk` chooses.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +20,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgpt.model import GPT, Params, logits, output_weights
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import constrain, parts
+
+LOGITS = 512 << 20
+"""The largest float32 logits of a chunk on a TPU or GPU, in bytes per device: 2,668 tokens of a
+vocabulary of 50,304."""
+LOGITS_ON_CPU = 1 << 20
+FEWEST_TOKENS = 256
+"""A chunk has at least so many tokens, whatever its logits take."""
 
 Batch = dict[str, jax.Array]
 Report = TypeVar("Report")
@@ -51,7 +62,7 @@ def chunked_sum(
 
     Args:
         loss: The loss of a chunk.
-        size: Positions of each row in a chunk.
+        size: Positions of each row in a chunk; 0: as many as `positions_per_chunk` says.
         hidden_BTD: Hidden states; the sum is differentiable with respect to them.
         w_DV: The weights of the output layer; the sum is differentiable with respect to them.
         batch: Arrays [B, T, ...] that the loss reads, without a gradient.
@@ -63,7 +74,7 @@ def chunked_sum(
     def part(hidden_BtD: jax.Array, chunk: Batch) -> tuple[tuple[jax.Array, Report], None]:
         return loss(hidden_BtD, w_DV, chunk), None
 
-    return _sweep(part, size, hidden_BTD, batch)[0]
+    return _sweep(part, size, w_DV.shape[1], hidden_BTD, batch)[0]
 
 
 def _forward(
@@ -80,7 +91,7 @@ def _forward(
         dhidden_BtD, dw_DV = gradient(jnp.ones_like(total))
         return (total, report, dw_DV), dhidden_BtD
 
-    (total, report, dw_DV), dhidden_BTD = _sweep(part, size, hidden_BTD, batch)
+    (total, report, dw_DV), dhidden_BTD = _sweep(part, size, w_DV.shape[1], hidden_BTD, batch)
     # Replicated until the loop ends, so that devices add up once and not once per chunk.
     dw_DV = constrain(constrain(dw_DV, "-V"), "DV")
     return (total, report), (dhidden_BTD, dw_DV, batch)
@@ -135,7 +146,8 @@ def log_probs(
         model: The model.
         params: Its parameters.
         batch: tokens and targets [B, T]; may have positions and segments.
-        size: Positions of each row whose logits are in memory at once.
+        size: Positions of each row whose logits are in memory at once; 0: as many as
+            `positions_per_chunk` says.
         key: For dropout; None: no dropout.
         temperature: Divides the logits.
 
@@ -145,7 +157,7 @@ def log_probs(
     hidden_BTD = hidden(model, params, batch, key)
     w_DV = constrain(output_weights(model.cfg, params), "-V")
     B, T, _ = hidden_BTD.shape
-    size = min(size, T)
+    size = min(size or positions_per_chunk(B, T, w_DV.shape[1], LOGITS), T)
     chunks = -(-T // size)
 
     @jax.checkpoint
@@ -171,9 +183,25 @@ def _no_gradient(x: jax.Array) -> ArrayLike:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
+def positions_per_chunk(B: int, T: int, V: int, most: int) -> int:
+    """The positions of each row whose logits should be in memory at once.
+
+    Args:
+        B: The rows of the batch.
+        T: The tokens of a row.
+        V: The size of the vocabulary.
+        most: The bytes that a device may use for float32 logits, such as `LOGITS`.
+    """
+    tokens = max(FEWEST_TOKENS, most * parts("V") // (4 * V))
+    positions = min(max(1, tokens * parts("B") // B), T)
+    even = max(size for size in range(1, positions + 1) if T % size == 0)
+    return even if 2 * even > positions else positions  # uneven chunks are compiled twice
+
+
 def _sweep(
     part: Callable[[jax.Array, Batch], tuple[Added, Joined]],
     size: int,
+    V: int,
     hidden_BTD: jax.Array,
     batch: Batch,
 ) -> tuple[Added, Joined]:
@@ -182,7 +210,27 @@ def _sweep(
     Returns the added sums, and the arrays concatenated along T.
     """
     B, T, _ = hidden_BTD.shape
-    size = min(size, T)
+    if size:
+        return _in_chunks(part, min(size, T), hidden_BTD, batch)
+    cpu, other = (positions_per_chunk(B, T, V, most) for most in (LOGITS_ON_CPU, LOGITS))
+    if cpu == other:
+        return _in_chunks(part, cpu, hidden_BTD, batch)
+    found: tuple[Added, Joined] = jax.lax.platform_dependent(
+        hidden_BTD,
+        batch,
+        cpu=partial(_in_chunks, part, cpu),
+        default=partial(_in_chunks, part, other),
+    )
+    return found
+
+
+def _in_chunks(
+    part: Callable[[jax.Array, Batch], tuple[Added, Joined]],
+    size: int,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+) -> tuple[Added, Joined]:
+    B, T, _ = hidden_BTD.shape
     whole, left = divmod(T, size)
 
     def at(start: ArrayLike, length: int) -> tuple[Added, Joined]:

@@ -42,8 +42,10 @@ class DPO(Objective):
     """Train without a reference: its log-probabilities are taken as 0."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo: the fraction of pairs assumed to be labeled the wrong way round (Mitchell 2023)."""
-    chunk: Annotated[int, Ge(1)] = 64
-    """Positions of each row whose logits are in memory at once."""
+    chunk: Annotated[int, Ge(0)] = 0
+    """Positions of each row whose logits are in memory at once; fewer save memory, and more may be
+    faster. 0: chosen from the rows, the vocabulary and the platform, so that the logits on a TPU or
+    GPU take at most 512 MiB."""
 
     @property
     def fields(self) -> tuple[str, ...]:

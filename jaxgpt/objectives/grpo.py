@@ -69,8 +69,10 @@ class GRPO(Objective):
     per: Literal["answer", "token"] = "answer"
     """Whether the loss is averaged over answers, or over the tokens of all answers (Yu et al.
     2025)."""
-    chunk: Annotated[int, Ge(1)] = 64
-    """Positions of each row whose logits are in memory at once."""
+    chunk: Annotated[int, Ge(0)] = 0
+    """Positions of each row whose logits are in memory at once; fewer save memory, and more may be
+    faster. 0: chosen from the rows, the vocabulary and the platform, so that the logits on a TPU or
+    GPU take at most 512 MiB."""
 
     @property
     def fields(self) -> tuple[str, ...]:

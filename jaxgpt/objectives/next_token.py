@@ -22,8 +22,10 @@ class NextToken(Objective):
     z_loss: Annotated[float, Ge(0)] = 0.0
     """The weight of the loss log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022,
     section 5); 0: none."""
-    chunk: Annotated[int, Ge(1)] = 64
-    """Positions of each row whose logits are in memory at once; more may be faster."""
+    chunk: Annotated[int, Ge(0)] = 0
+    """Positions of each row whose logits are in memory at once; fewer save memory, and more may be
+    faster. 0: chosen from the rows, the vocabulary and the platform, so that the logits on a TPU or
+    GPU take at most 512 MiB."""
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """The train state, and the training step that all objectives share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jaxgpt.model import Params, stack, unstack
 from jaxgpt.model.params import Path, merge, split
 from jaxgpt.objectives import Batch, Sums
-from jaxgpt.sharding import PyTree
+from jaxgpt.sharding import PyTree, sum_over_devices
 from jaxgpt.training.guard import Guard, init_guard, is_spike, update_guard
 
 
@@ -145,34 +146,33 @@ def train_step(
         The new state; and the objective's sums with `grad_norm`, `learning_rate`, `finite`, and
         how many steps were `skipped` in total and `in_a_row`.
     """
-    key = jax.random.fold_in(state.key, state.step)
-    if axis is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
-    def part(rows: Batch, key: jax.Array) -> PartSums:
-        frozen = () if state.frozen.empty else (state.frozen,)
+    def part(rows: Batch, key: jax.Array, params: Params, frozen: Frozen) -> PartSums:
+        given = () if frozen.empty else (frozen,)
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = value_and_grad(state.params, rows, key, *frozen)
+        (loss, metrics), grads = value_and_grad(params, rows, key, *given)
         return loss, metrics, grads
 
-    if micro == 1:
-        sums = part(batch, key)
-    else:
+    def accumulated(batch: Batch, key: jax.Array, params: Params, frozen: Frozen) -> PartSums:
         # Row r goes to part r % micro: each device's rows stay on it.
         parts = jax.tree.map(
             lambda rows: rows.reshape(-1, micro, *rows.shape[1:]).swapaxes(0, 1), batch
         )
-        first = jax.eval_shape(part, jax.tree.map(lambda rows: rows[0], parts), key)
+        one = partial(part, params=params, frozen=frozen)
+        first = jax.eval_shape(one, jax.tree.map(lambda rows: rows[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def add(sums: PartSums, numbered: tuple[jax.Array, Batch]) -> tuple[PartSums, None]:
             number, rows = numbered
-            more = part(rows, jax.random.fold_in(key, number))
+            more = one(rows, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, sums, more), None
 
-        sums, _ = jax.lax.scan(add, zeros, (jnp.arange(micro), parts))
+        sums: PartSums = jax.lax.scan(add, zeros, (jnp.arange(micro), parts))[0]
+        return sums
 
-    loss, metrics, grads = sums if axis is None else jax.lax.psum(sums, axis)
+    key = jax.random.fold_in(state.key, state.step)
+    whole = part if micro == 1 else accumulated
+    loss, metrics, grads = sum_over_devices(whole, axis, batch, key, state.params, state.frozen)
     grads = jax.tree.map(lambda g: g / metrics["loss"].count, grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

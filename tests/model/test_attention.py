@@ -11,6 +11,7 @@ from jaxgpt.model.attention import (
     CHUNK,
     _attend_dequantized,
     _attend_int8,
+    _splash,
     attend,
     attend_int8,
     attention,
@@ -190,7 +191,16 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(platform, facts, picke
     assert name == picked
     best = {"cpu": "chunked", "tpu": "splash"}.get(platform, "cudnn")
     reason = obstacle(best, platform, **FACTS | facts)
-    assert why == (f"fastest on {platform}" if picked == best else f"{best} cannot: {reason}")
+    if picked == best:
+        assert why == f"fastest on {platform}"
+    elif reason:
+        assert why == f"{best} cannot: {reason}"
+    else:
+        assert "set compute.attention=cudnn" in why
+
+
+def test_cudnn_masks_documents_if_asked_to():
+    assert choose("cudnn", "gpu", **FACTS | {"segments": True}) == ("cudnn", "as asked")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +209,6 @@ def test_auto_takes_the_fastest_that_can_run_and_says_why(platform, facts, picke
         ("cudnn", "cpu", {}, "NVIDIA GPU, and this is cpu"),
         ("cudnn", "gpu", {"dtype": "float32"}, "bfloat16, not float32 (compute.dtype)"),
         ("cudnn", "gpu", {"H": 60}, "multiple of 8 up to 128, not 60"),
-        ("cudnn", "gpu", {"segments": True}, "data.documents=masked"),
         ("cudnn", "gpu", {"dropout": 0.1}, "model.dropout > 0"),
         ("splash", "gpu", {}, "TPU, and this is gpu"),
         ("splash", "tpu", {"T": 100}, "H=64, T=100"),
@@ -229,22 +238,99 @@ def test_nothing_is_auto_in_resolved_compute(platform, dtype, name):
     assert name in line
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
-@pytest.mark.parametrize("window", [0, 100])
-def test_cudnn_equals_plain(window):
-    facts = FACTS | {"T": 512}
-    assert choose("auto", "gpu", **facts)[0] == "cudnn"
-    q, k, v = (jax.numpy.asarray(x, "bfloat16") for x in inputs(512, N=8, K=4, H=64))
+# Rows of 3 x 3 blocks. The small window has separate backward passes, the others a fused one.
+SPLASH = {
+    "causal, 4 heads share a key": {"N": 4, "K": 1},
+    "documents, 2 heads share a key": {"N": 4, "K": 2, "masked": True},
+    "large head": {"N": 1, "K": 1, "H": 256},
+    "window": {"window": 200},
+    "small window and documents": {"window": 90, "masked": True},
+    "encoder": {"causal": False, "masked": True},
+}
+
+
+@pytest.mark.parametrize("case", SPLASH.values(), ids=SPLASH)
+def test_splash_and_its_gradients_equal_plain(case):
+    T, window, causal = 384, case.get("window", 0), case.get("causal", True)
+    arrays = inputs(T, case.get("N", 2), case.get("K", 2), case.get("H", 64))
+    segments = documents(T) if case.get("masked") else None
+
+    def plain(q, k, v):
+        return attention(q, k, v, causal=causal, window=window, segments_BT=segments)
+
+    def splash(q, k, v):
+        return _splash(q, k, v, causal, window, segments, interpret=True)
+
+    def results(f):
+        def loss(*arrays):
+            out = f(*arrays)
+            return (out * np.sin(np.arange(out.size)).reshape(out.shape)).sum(), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), results(splash), results(plain))
+
+
+def test_an_encoder_with_rows_that_splash_cannot_take_uses_plain():
+    q, k, v = inputs(CHUNK + 3)
+    segments = documents(CHUNK + 3)
+    ours, plain = (
+        attention(q, k, v, implementation=name, causal=False, segments_BT=segments)
+        for name in ("splash", "plain")
+    )
+    np.testing.assert_array_equal(ours, plain)
+
+
+CUDNN = {
+    "causal": {},
+    "window": {"window": 100},
+    "documents": {"masked": True},
+    "documents and window": {"masked": True, "window": 100},
+    "encoder": {"masked": True, "causal": False},
+}
+
+
+def cudnn_case(case):
+    """The function, and its arguments, with cuDNN or another implementation."""
+    arrays = [jax.numpy.asarray(x, "bfloat16") for x in inputs(512, N=8, K=4, H=64)]
+    segments = documents(512) if case.get("masked") else None
 
     def loss(q, k, v, implementation):
-        out = attention(q, k, v, implementation=implementation, window=window)
+        out = attention(
+            q,
+            k,
+            v,
+            implementation=implementation,
+            causal=case.get("causal", True),
+            window=case.get("window", 0),
+            segments_BT=segments,
+        )
         return out.astype("float32").sum(), out
 
-    results = [
-        jax.jit(jax.grad(partial(loss, implementation=name), (0, 1, 2), has_aux=True))(q, k, v)
-        for name in ("plain", "cudnn")
-    ]
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3), arrays
+
+
+@pytest.mark.parametrize("case", CUDNN.values(), ids=CUDNN)
+def test_cudnn_is_called_forward_and_backward(case, monkeypatch):
+    # jax asks for the version of the library, which is not on a machine without a GPU.
+    library = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(library, lambda: 91000)
+    f, arrays = cudnn_case(case)
+    text = f.trace(*arrays, "cudnn").lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert ["Backward" in call for call in calls] == [False, True]
+    bias = "tensor<2x1x512x512xbf16>"  # the mask of documents, one for all heads
+    assert all((bias in call) == case.get("masked", False) for call in calls)
+    causal = "CAUSAL" if case.get("causal", True) else "NO_MASK"
+    assert all(f"mask_type\\22: \\22{causal}" in call for call in calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("case", CUDNN.values(), ids=CUDNN)
+def test_cudnn_equals_plain(case):
+    f, arrays = cudnn_case(case)
+    results = [f(*arrays, name) for name in ("plain", "cudnn")]
     for plain, cudnn in zip(*map(jax.tree.leaves, results), strict=True):
         plain, cudnn = (np.asarray(x, np.float32) for x in (plain, cudnn))
         np.testing.assert_allclose(cudnn, plain, atol=2e-2 * max(1, np.abs(plain).max()))

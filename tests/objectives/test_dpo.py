@@ -153,8 +153,11 @@ def test_any_chunk_gives_the_same():
     def with_gradient(chunk, params):
         return jax.value_and_grad(lambda p: loss_of(DPO(chunk=chunk), p)[0])(params)
 
-    ragged, whole = jax.jit(lambda p: (with_gradient(2, p), with_gradient(64, p)))(POLICY)
+    ragged, whole, automatic = jax.jit(lambda p: [with_gradient(size, p) for size in (2, 64, 0)])(
+        POLICY
+    )
     assert_trees_close(ragged, whole)
+    assert_trees_close(automatic, whole)
 
 
 @pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (4, 0.7), (64, 2.0)])
@@ -245,7 +248,7 @@ def test_a_record_that_cannot_be_is_named(values, says):
         (DPO(beta=0), "beta=0; set it above 0"),
         (DPO(label_smoothing=0.5), "label_smoothing=0.5; set it from 0 to below 0.5"),
         (DPO("ipo", label_smoothing=0.1), "label_smoothing is of loss=dpo"),
-        (DPO(chunk=0), "chunk=0; set it to 1 or more"),
+        (DPO(chunk=-1), "chunk=-1; set it to 0 or more"),
     ],
 )
 def test_impossible_settings_are_refused_with_what_to_set(objective, says):

@@ -333,7 +333,7 @@ def test_reward_rises():
         (GRPO(group=1), "group=1; set it to 2 or more"),
         (GRPO(tokens=0), "tokens=0; set it to 1 or more"),
         (GRPO(updates=0), "updates=0; set it to 1 or more"),
-        (GRPO(chunk=0), "chunk=0; set it to 1 or more"),
+        (GRPO(chunk=-1), "chunk=-1; set it to 0 or more"),
         (GRPO(temperature=0), "temperature=0; set it above 0"),
         (GRPO(epsilon=-0.1), "epsilon=-0.1; set it above 0"),
         (GRPO(beta=-1), "beta=-1; set it to 0 or more"),

@@ -12,8 +12,9 @@ import pytest
 from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPTConfig
-from jaxgpt.objectives import NextToken
-from jaxgpt.objectives.chunks import chunked_sum
+from jaxgpt.objectives import NextToken, chunks
+from jaxgpt.objectives.chunks import LOGITS, LOGITS_ON_CPU, chunked_sum, positions_per_chunk
+from jaxgpt.sharding import ParallelConfig, make_mesh
 from tests.tiny import PLAIN, random_params
 
 CFG = GPTConfig(L=1, D=8, N=2, T=7, V=50)
@@ -50,7 +51,7 @@ def numpy_loss(objective, V, hidden, w, targets, weights):
     return (weights * total).sum(), (weights * cross_entropy).sum(), dlogits @ w.T, dw
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100, 0])
 @pytest.mark.parametrize(
     "objective",
     [NextToken(), NextToken(label_smoothing=0.2), NextToken(z_loss=0.3, label_smoothing=0.1)],
@@ -140,15 +141,18 @@ def largest_array(function, *args):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_training_never_holds_the_logits_of_a_batch():
+@pytest.mark.parametrize("chunk", [8, 0])
+def test_training_never_holds_the_logits_of_a_batch(chunk, monkeypatch):
     B, T, V = 8, 32, 512
+    monkeypatch.setattr(chunks, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(chunks, "LOGITS_ON_CPU", 64 * V * 4)
     gpt = GPTConfig(L=1, D=16, N=2, T=T, V=V).build(PLAIN)
     params = random_params(gpt)
     tokens = np.zeros((B, T), np.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((B, T), np.float32)}
 
     def ours(params, batch):
-        return NextToken(chunk=8)(gpt, params, batch, None)[0]
+        return NextToken(chunk=chunk)(gpt, params, batch, None)[0]
 
     def full(params, batch):
         logits = gpt.apply({"params": params}, batch["tokens"])
@@ -160,12 +164,34 @@ def test_training_never_holds_the_logits_of_a_batch():
 
 
 @pytest.mark.parametrize(
+    ("shape", "most", "positions"),
+    [
+        ((4, 2048, 50304), LOGITS, 512),  # 2,048 tokens, of at most 2,668
+        ((16, 1024, 50304), LOGITS, 128),
+        ((1, 1024, 50304), LOGITS, 1024),  # all of them
+        ((8, 256, 1024), LOGITS, 256),
+        ((4096, 1024, 50304), LOGITS, 1),
+        ((1, 2053, 200064), LOGITS, 670),  # a prime number of tokens, in 4 chunks
+        ((8, 256, 1024), LOGITS_ON_CPU, 32),
+        ((4, 1024, 50304), LOGITS_ON_CPU, 64),  # the fewest tokens
+    ],
+)
+def test_automatic_chunks_are_chosen_in_tokens_by_memory(shape, most, positions):
+    assert positions_per_chunk(*shape, most) == positions
+
+
+def test_automatic_chunks_count_the_rows_and_the_vocabulary_of_a_device():
+    with jax.set_mesh(make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2))):
+        assert positions_per_chunk(16, 1024, 50304, LOGITS) == 1024  # 4 rows, half of the tokens
+
+
+@pytest.mark.parametrize(
     ("field", "value", "says"),
     [
         ("label_smoothing", -0.1, "from 0 to below 1"),
         ("label_smoothing", 1.0, "below 1"),
         ("z_loss", -1.0, "0 or more"),
-        ("chunk", 0, "1 or more"),
+        ("chunk", -1, "0 or more"),
     ],
 )
 def test_impossible_objectives_are_refused_with_what_to_set(field, value, says):
