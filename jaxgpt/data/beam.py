@@ -250,8 +250,8 @@ def _import_beam() -> Any:
 def _explain(error: Exception, output: str) -> str:
     """The message of a pipeline's error, which has the traceback of a worker in its text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "InputError: " in line][-1:] or lines[-1:]
-    message = re.sub(r"^[\w.]*InputError: | \[while running .*", "", *said or [repr(error)])
+    said = [line for line in lines if "InputError: " in line] or lines or [repr(error)]
+    message = re.sub(r"^[\w.]*InputError: | \[while running .*", "", said[-1])
     if isinstance(error, InputError) or "InputError: " in str(error):
         return message
     return (
