@@ -55,7 +55,7 @@ class Store:
         self._made = False  # whether the folder exists, or did
         self._local = isinstance(self._fs, LocalFileSystem)
 
-    def list(self, under: str = "") -> dict[str, int]:
+    def files(self, under: str = "") -> dict[str, int]:
         """Returns the names of all files below a folder, with their sizes."""
 
         def find() -> dict[str, Any]:
@@ -67,12 +67,26 @@ class Store:
             found = self._ask(find)
         except FileNotFoundError:
             return {}
-        prefix = f"{self._root}/"
+        prefix = f"{self._path(under.rstrip('/'))}/"  # a store may also list what begins like it
         return {
-            name.removeprefix(prefix): int(info.get("size") or 0)
+            name.removeprefix(f"{self._root}/"): int(info.get("size") or 0)
             for name, info in sorted(found.items())
             if name.startswith(prefix) and not name.endswith(("/", ".draft"))
         }
+
+    def names(self) -> list[str]:
+        """Returns the names of the files and folders in this folder, without those below."""
+
+        def find() -> list[str]:
+            self._fs.invalidate_cache()
+            found: list[str] = self._fs.ls(self._root, detail=False)
+            return found
+
+        try:
+            found = self._ask(find)
+        except FileNotFoundError:
+            return []
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
 
     def read(self, name: str) -> bytes:
         """Returns the content of a file; raises FileNotFoundError if there is none."""
