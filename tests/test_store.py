@@ -67,10 +67,10 @@ def test_a_request_is_repeated(store, monkeypatch):
 
 def test_a_request_without_an_answer_ends(monkeypatch):
     monkeypatch.setattr(stores, "PAUSES", ())
-    monkeypatch.setattr(stores, "STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 0.1)
     store = Store("memory://bucket/a")
     monkeypatch.setattr(type(store._fs), "cat_file", lambda *_: time.sleep(3))
-    with pytest.raises(InputError, match="did not answer \\(no answer within 0.1 seconds"):
+    with pytest.raises(InputError, match="did not answer \\(no answer for 1 seconds"):
         store.read("a")
 
 
