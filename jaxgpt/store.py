@@ -5,6 +5,8 @@ on a mount, `write` replaces a file in the same way, and `upload` does not.
 """
 
 import errno
+import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +22,9 @@ Answer = TypeVar("Answer")
 
 AT_ONCE = 8  # files that are copied at the same time
 PAUSES = (1.0, 4.0)  # seconds before each repetition of a request that failed
-STALLED_SECONDS = 300.0  # without a byte, after which a request has failed
+ANSWER_SECONDS = 30.0  # the longest time for small requests, with their repetitions
+SLOWEST = 50_000.0  # bytes a second, at which a file has to be written at least
+STALLED_SECONDS = 300.0  # without a byte, after which a large file has failed
 
 
 class Store:
@@ -44,6 +48,8 @@ class Store:
             import fsspec
             from fsspec.implementations.local import LocalFileSystem
 
+            # It logs a traceback for each of its own repetitions; what is raised here explains it.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
             self._fs, root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
             raise missing_package(url, error) from None
@@ -55,7 +61,7 @@ class Store:
         self._made = False  # whether the folder exists, or did
         self._local = isinstance(self._fs, LocalFileSystem)
 
-    def list(self, under: str = "") -> dict[str, int]:
+    def files(self, under: str = "") -> dict[str, int]:
         """Returns the names of all files below a folder, with their sizes."""
 
         def find() -> dict[str, Any]:
@@ -64,15 +70,29 @@ class Store:
             return found
 
         try:
-            found = self._ask(find)
+            found = self._ask(find, seconds=4 * ANSWER_SECONDS)
         except FileNotFoundError:
             return {}
-        prefix = f"{self._root}/"
+        prefix = f"{self._path(under.rstrip('/'))}/"  # a store may also list what begins like it
         return {
-            name.removeprefix(prefix): int(info.get("size") or 0)
+            name.removeprefix(f"{self._root}/"): int(info.get("size") or 0)
             for name, info in sorted(found.items())
             if name.startswith(prefix) and not name.endswith(("/", ".draft"))
         }
+
+    def names(self) -> list[str]:
+        """Returns the names of the files and folders in this folder, without those below."""
+
+        def find() -> list[str]:
+            self._fs.invalidate_cache()
+            found: list[str] = self._fs.ls(self._root, detail=False)
+            return found
+
+        try:
+            found = self._ask(find)
+        except FileNotFoundError:
+            return []
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
 
     def read(self, name: str) -> bytes:
         """Returns the content of a file; raises FileNotFoundError if there is none."""
@@ -90,7 +110,8 @@ class Store:
             draft.replace(path)
 
         pipe = partial(self._fs.pipe_file, path, content)
-        self._ask(replace if self._local else pipe, name, missing=True)
+        work = replace if self._local else pipe
+        self._ask(work, name, missing=True, seconds=ANSWER_SECONDS + len(content) / SLOWEST)
 
     def upload(self, name: str, file: Path) -> None:
         """Copies a local file to the folder."""
@@ -100,14 +121,18 @@ class Store:
             self._make_folder(path)
             self._fs.put_file(str(file), path, callback=self._callback(True))
 
-        self._ask(put, name, missing=True)
+        self._ask(put, name, missing=True, seconds=0.0)
         self.sent_at = time.monotonic()
 
     def download(self, name: str, file: Path) -> None:
         """Copies a file to a local one; raises FileNotFoundError if there is none."""
         file.parent.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
-        self._ask(lambda: self._fs.get_file(path, str(file), callback=self._callback(False)), name)
+
+        def get() -> None:
+            self._fs.get_file(path, str(file), callback=self._callback(False))
+
+        self._ask(get, name, seconds=0.0)
 
     def remove(self, names: Iterable[str]) -> None:
         """Deletes files; those that do not exist are ignored."""
@@ -160,23 +185,34 @@ class Store:
 
         return Progress()
 
-    def _ask(self, work: Callable[[], Answer], name: str = "", missing: bool = False) -> Answer:
+    def _ask(
+        self,
+        work: Callable[[], Answer],
+        name: str = "",
+        missing: bool = False,
+        seconds: float | None = None,
+    ) -> Answer:
         """Returns what `work` does, which is repeated if it fails.
 
         Args:
             work: The request.
             name: The file that it is about.
             missing: Whether a FileNotFoundError means that the bucket is missing, not the file.
+            seconds: The longest time for it; None: `ANSWER_SECONDS`; 0: any time, as long as bytes
+                are sent or received.
         """
         pauses = iter(PAUSES)
+        seconds = ANSWER_SECONDS if seconds is None else seconds
+        deadline = time.monotonic() + (seconds or math.inf)
         while True:
             try:
-                found = self._wait(work)
+                found = self._wait(work, deadline)
             except Exception as error:  # of many libraries
                 if isinstance(error, FileNotFoundError) and not missing:
                     raise FileNotFoundError(f"{self.url}/{name}") from None
                 failed = self._explain(error)
-                if (pause := next(pauses, None)) is None or failed is not None:
+                pause = next(pauses, math.inf)
+                if failed is not None or time.monotonic() + pause >= deadline or pause == math.inf:
                     raise failed or InputError(
                         f"{self.url} {reason(error)}; check the address and the network"
                     ) from None
@@ -184,12 +220,13 @@ class Store:
             else:
                 return found
 
-    def _wait(self, work: Callable[[], Answer]) -> Answer:
+    def _wait(self, work: Callable[[], Answer], deadline: float) -> Answer:
         began = time.monotonic()
         answer = in_background(work)
         while not wait([answer], 1.0).done:
-            if time.monotonic() - max(began, self._moved_at) > STALLED_SECONDS:
-                raise TimeoutError(f"no answer within {STALLED_SECONDS:g} seconds")
+            now, moved = time.monotonic(), max(began, self._moved_at)
+            if now > min(deadline, moved + STALLED_SECONDS):
+                raise TimeoutError(f"no answer for {now - moved:.0f} seconds")
         return answer.result()
 
     def _explain(self, error: Exception) -> InputError | None:

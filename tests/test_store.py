@@ -29,19 +29,23 @@ def store(request, tmp_path, monkeypatch):
 
 def test_files_are_written_read_listed_copied_and_deleted(store, tmp_path):
     file = tmp_path / "file"
-    assert store.list() == {}
+    assert store.files() == {}
     store.write("a.txt", b"12")
     store.write("a.txt", b"123")
     file.write_bytes(b"7" * 3_000_000)
     store.upload("deep/er/b.bin", file)
     store.copy("deep/er/b.bin", "other/b.bin")
-    assert store.list() == {"a.txt": 3, "deep/er/b.bin": 3_000_000, "other/b.bin": 3_000_000}
-    assert store.list("deep") == store.list("deep/er/") == {"deep/er/b.bin": 3_000_000}
+    assert store.files() == {"a.txt": 3, "deep/er/b.bin": 3_000_000, "other/b.bin": 3_000_000}
+    assert store.files("deep") == store.files("deep/er/") == {"deep/er/b.bin": 3_000_000}
+    store.write("deep2/c", b"")
+    assert store.files("deep") == {"deep/er/b.bin": 3_000_000}
+    assert store.names() == ["a.txt", "deep", "deep2", "other"]
+    store.remove(["deep2/c"])
     assert store.read("a.txt") == b"123"
     store.download("other/b.bin", tmp_path / "new" / "b")
     assert (tmp_path / "new" / "b").read_bytes() == file.read_bytes()
     store.remove(["deep/er/b.bin", "none", "a.txt"])
-    assert store.list() == {"other/b.bin": 3_000_000}
+    assert store.files() == {"other/b.bin": 3_000_000}
     for ask in (store.read, lambda name: store.download(name, file)):
         with pytest.raises(FileNotFoundError):
             ask("none")
@@ -63,10 +67,10 @@ def test_a_request_is_repeated(store, monkeypatch):
 
 def test_a_request_without_an_answer_ends(monkeypatch):
     monkeypatch.setattr(stores, "PAUSES", ())
-    monkeypatch.setattr(stores, "STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 0.1)
     store = Store("memory://bucket/a")
     monkeypatch.setattr(type(store._fs), "cat_file", lambda *_: time.sleep(3))
-    with pytest.raises(InputError, match="did not answer \\(no answer within 0.1 seconds"):
+    with pytest.raises(InputError, match="did not answer \\(no answer for 1 seconds"):
         store.read("a")
 
 
@@ -95,4 +99,4 @@ def test_a_file_on_a_mount_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no space left to copy"):
         store.write("a.txt", b"new")
     assert store.read("a.txt") == b"old"
-    assert store.list() == {"a.txt": 3}
+    assert store.files() == {"a.txt": 3}

@@ -28,7 +28,7 @@ from jaxgpt.store import Store
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import steps_in
 from jaxgpt.training.checkpoint.arrays import list_some
-from jaxgpt.training.checkpoint.remote import FOLDER, complete_steps, download_files
+from jaxgpt.training.checkpoint.remote import FOLDER, complete_steps, download_files, partial_steps
 from jaxgpt.training.checkpoint.writer import set_aside
 
 LEASE = "lease.json"
@@ -218,7 +218,8 @@ class Mirror:
 
     def _prune(self) -> None:
         """Deletes old checkpoints at the place, by the same rule as in the local folder."""
-        steps, partial = self._remote.steps(), self._remote.partial_steps()
+        files = self._store.files(FOLDER)
+        steps, partial = complete_steps(files), partial_steps(files)
         cfg = self._cfg.checkpoint
         keep: set[int | None] = {*steps[-cfg.keep :]}
         if cfg.keep_best and len(steps) > cfg.keep:
@@ -309,7 +310,7 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
         InputError: The place cannot be read, or it has checkpoints and none is intact anywhere.
     """
     remote, root = checkpoint.Remote(store), cfg.folder / FOLDER
-    files = store.list()
+    files = store.files()
     steps, local = complete_steps(files), _newest_local(root)
     wrong: dict[int, str] = {}
     newer = None  # the step that is downloaded

@@ -40,13 +40,7 @@ class Remote:
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
-        return complete_steps(self.store.list(FOLDER))
-
-    def partial_steps(self) -> list[int]:
-        """Returns the steps of checkpoints whose upload or deletion was cut, ascending."""
-        files = self.store.list(FOLDER)
-        found = {int(match[1]) for name in files if (match := _STEP.match(name))}
-        return sorted(found - {*complete_steps(files)})
+        return complete_steps(self.store.files(FOLDER))
 
     def manifest(self, step: int, folder: Path = Path()) -> dict[str, str]:
         """Reads a checkpoint's manifest; raises FileNotFoundError if there is no such checkpoint.
@@ -126,7 +120,10 @@ class Remote:
         name = f"{FOLDER}/{step}"
         folder.mkdir(parents=True, exist_ok=True)
         content = self.store.read(f"{name}/{MANIFEST}")
-        digests = parse_manifest(content, folder)
+        try:
+            digests = parse_manifest(content, folder)
+        except InputError:
+            return [f"{MANIFEST}: changed"]
         if (folder / MANIFEST).exists() and (folder / MANIFEST).read_bytes() != content:
             (folder / MANIFEST).unlink()
         wanted = [
@@ -161,11 +158,11 @@ class Remote:
         name = f"{FOLDER}/{step}"
         self._sent = {n: d for n, d in self._sent.items() if not n.startswith(f"{name}/")}
         self.store.remove([f"{name}/{MANIFEST}"])
-        self.store.remove(self.store.list(name))
+        self.store.remove(self.store.files(name))
 
     def set_aside(self, step: int, why: str) -> str:
         """Renames a checkpoint to STEP.WHY, or STEP.WHY-2 and so on; returns the new name."""
-        listed = self.store.list(FOLDER)
+        listed = self.store.files(FOLDER)
         taken = {name.split("/")[1] for name in listed}
         name, number = f"{step}.{why}", 1
         while name in taken:
@@ -184,6 +181,12 @@ def complete_steps(files: Collection[str]) -> list[int]:
     return sorted(int(match[1]) for match in matches if match and match[2] == MANIFEST)
 
 
+def partial_steps(files: Collection[str]) -> list[int]:
+    """Returns the steps of checkpoints whose upload or deletion was cut, ascending."""
+    found = {int(match[1]) for name in files if (match := _STEP.match(name))}
+    return sorted(found - {*complete_steps(files)})
+
+
 def find_remote(address: str) -> tuple[Remote, list[int]]:
     """Finds the checkpoints at a URL.
 
@@ -200,11 +203,9 @@ def find_remote(address: str) -> tuple[Remote, list[int]]:
     if match := re.fullmatch(rf"(.+)/{FOLDER}(?:/(\d+))?", url):
         url, wanted = match[1], match[2] or wanted
     remote = Remote(Store(url))
-    files = remote.store.list()
-    if not (steps := complete_steps(files)):
-        inner = (re.match(rf"(.+)/{FOLDER}/\d+/{MANIFEST}", name) for name in files)
-        runs = sorted({match[1] for match in inner if match})
-        hint = f"there are runs in it: {list_some(runs)}" if runs else "check the address"
+    if not (steps := remote.steps()):
+        names = list_some(remote.store.names())
+        hint = f"there are {names}" if names else "check the address"
         raise InputError(f"there is no checkpoint at {url}; {hint}")
     listed = ", ".join(map(str, steps))
     if wanted == "best":
@@ -245,10 +246,11 @@ def _fetch_newest(remote: Remote, steps: list[int]) -> tuple[Path, str]:
     """Downloads the newest intact one of some checkpoints."""
     url = remote.store.url
     root = cache_folder() / "downloads" / FOLDER / url_key(url)
-    damaged = []
+    damaged, items = [], set[str]()
     with lock_cache(root):
         for step in reversed(steps):
-            items = {name.split("/")[0] for name in remote.manifest(step, root)}
+            with suppress(InputError):  # it is damaged, as `download` finds
+                items = {name.split("/")[0] for name in remote.manifest(step, root)}
             item = next((name for name in MODEL if name in items), MODEL[-1])
             if found := remote.download(step, folder := root / str(step), (item,)):
                 damaged.append(f"{step} is damaged: {list_some(found)}")
@@ -283,7 +285,7 @@ def fetch_records(url: str) -> Path:
     """
     store = Store(url.rstrip("/"))
     folder = cache_folder() / "downloads" / "runs" / url_key(store.url) / Path(store.url).name
-    files = store.list()
+    files = store.files()
     steps = complete_steps(files)
     if not steps and not {"config.json", "metrics.jsonl"} & files.keys():
         raise InputError(f"there is no run at {url}; check the address")
