@@ -43,7 +43,7 @@ class Options:
     layouts: tuple[Literal["config", "data", "fsdp"], ...] = ("config",)
     """How devices share the work: as the config says, data parallel, or FSDP over all."""
     options: str = ""
-    """Options of train.py for all configs, such as "--model.L 1"."""
+    """Options of train.py for all configs, as in --options="--model.L 1"."""
     compile: bool = True
     """Whether to compile; see `python -m jaxgpt estimate --help`."""
     search: bool = True

@@ -8,5 +8,5 @@ config = replace(
     base,
     name="",
     model=replace(base.model, L=16, D=1280, N=5),
-    train=replace(base.train, steps=12_000, batch=256, micro=8, eval_every=1000, eval_batches=4),
+    train=replace(base.train, steps=12_000, batch=256, micro=16, eval_every=1000, eval_batches=4),
 )

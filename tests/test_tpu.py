@@ -48,7 +48,7 @@ def programs() -> tuple[dict[tuple[str, str], dict], str]:
     small = f"--model.L 1 --train.micro 1 --train.batch {ROWS * CHIPS}"
     lines, errors = compiled(
         *("estimates", "--devices", f"v5e-{CHIPS}", "--layouts", *LAYOUTS, "--configs", *CONFIGS),
-        *("--search", "False", "--options", small),
+        *("--search", "False", f"--options={small}"),
     )
     return {(line["config"], line["layout"]): line for line in lines}, errors
 
@@ -69,8 +69,8 @@ def test_the_whole_state_is_updated_in_place(name, layout):
 
 @every_program
 def test_no_array_has_the_logits_of_all_tokens(name, layout):
-    found = programs()[0][name, layout]
-    assert found["program"]["largest_array"] < found["logits"] / CHIPS
+    found = programs()[0][name, layout]["program"]
+    assert found["largest_array"] < found["logits"] / 2
 
 
 @every_program

@@ -11,6 +11,7 @@ those of a roofline: the longest of computing at the peak rate, moving bytes at 
 and exchanging bytes over the interconnect. No run is faster; what a run reaches is measured.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -254,7 +255,7 @@ def estimate(
     options: tuple[str, ...] = ()
     fitting = cfg
     try:
-        found = attempt(cfg, target, chips, hopeless=not search)
+        found = attempt(cfg, target, chips, always=not search)
         given = "" if found.memory.fits else f"it needs {_gib(found.memory.total)} GiB"
         correction = found.memory.temporaries / analyze(cfg, target).memory.temporaries
     except InputError as error:  # the batch does not split, for example
@@ -416,11 +417,19 @@ def tpu_devices(device: Device) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=device.topology, **one)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(
-            f"libtpu {version('libtpu')} does not compile for {device.name}: {error}; jax "
+            f"{_libtpu_here()} does not compile for {device.name}: {error}; jax "
             f"{jax.__version__} is made for {_libtpu()}",
             field="device",
         ) from None
     return list(found.devices)
+
+
+def _libtpu_here() -> str:
+    """The installed version of libtpu."""
+    for name in ("libtpu", "libtpu-nightly"):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"libtpu {version(name)}"
+    return "libtpu"
 
 
 def _libtpu() -> str:
@@ -433,7 +442,7 @@ def _libtpu() -> str:
 
 
 def attempt(
-    cfg: config.Config, device: Device, chips: list[jax.Device] | None, hopeless: bool = True
+    cfg: config.Config, device: Device, chips: list[jax.Device] | None, always: bool = True
 ) -> Estimate:
     """The prediction for a config as it is.
 
@@ -441,11 +450,11 @@ def attempt(
         cfg: The config, complete.
         device: The device.
         chips: Devices to compile for; None: nothing is compiled.
-        hopeless: Whether to compile a step that is traced to need far more memory than there is.
+        always: Whether to compile even a step that is traced to need far more memory than there is.
     """
     found = analyze(cfg, device)
     limit = found.memory.limit
-    if chips is None or (not hopeless and limit and found.memory.total > HOPELESS * limit):
+    if chips is None or (not always and limit and found.memory.total > HOPELESS * limit):
         return found
     plan = make_plan(cfg, device, chips)
     program = compiled(plan)
@@ -675,7 +684,7 @@ def _with_program(found: Estimate, plan: Plan, program: Any) -> Estimate:
     for each in read.collectives:
         exchanged[each.kind] = exchanged.get(each.kind, 0.0) + each.sent
     alone = sum(each.sent for each in read.collectives if each.asynchronous)
-    compiler = "libtpu " + version("libtpu") if plan.device.platform == "tpu" else "XLA"
+    compiler = _libtpu_here() if plan.device.platform == "tpu" else "XLA"
     return replace(
         found,
         method=f"compiled by {compiler}, jax {jax.__version__}",
