@@ -60,12 +60,12 @@ def smallest(cfg: config.Config, device: str, options: Options) -> Estimate:
         name = find_device(device).of(count).name
         try:
             # Traced first: it takes seconds to see that a slice is too small.
-            traced = estimate(cfg, name, search=options.search, compile=False)
+            traced = estimate(cfg, name, search=options.search, compile=False, counts=())
             if options.search and not traced.memory.fits:
                 continue
             if not options.compile:
                 return traced
-            found = estimate(cfg, name, search=options.search)
+            found = estimate(cfg, name, search=options.search, counts=())
         except InputError as error:
             failed = error
             continue

@@ -230,6 +230,7 @@ def estimate(
     price: float = 0.0,
     search: bool = True,
     compile: bool = True,
+    counts: Sequence[int] = SCALES,
 ) -> Estimate:
     """Predicts a run on a kind of device.
 
@@ -240,6 +241,7 @@ def estimate(
         search: Whether to look for options with which the step fits, if it does not.
         compile: Whether to compile the step where there is a compiler for the device; if not, it is
             only traced, which takes seconds, and memory is less exact.
+        counts: Other numbers of devices for which the same batch is traced.
 
     Raises:
         InputError: The device is unknown, the compiler for it is not installed, or the config
@@ -278,8 +280,7 @@ def estimate(
         if gain > WORTHWHILE:
             notes = (*notes, f"{gain:.2f} times as fast, as traced, with {' '.join(best[0])}")
     found = replace(found, price=price, given=given, options=options, notes=(*found.notes, *notes))
-    scales = tuple(scale(cfg, found, speed)) if search else ()
-    return replace(found, scales=scales)
+    return replace(found, scales=tuple(scale(cfg, found, speed, counts)))
 
 
 OWN = ("--device", "--price", "--compile", "--no-compile", "--format", "--help", "-h")
@@ -769,17 +770,20 @@ def options_of(before: config.Config, after: config.Config) -> tuple[str, ...]:
     return tuple(f"--{name} {new[name]}" for name in new if new[name] != old[name])
 
 
-def scale(cfg: config.Config, found: Estimate, speed: float) -> Iterator[Scale]:
+def scale(
+    cfg: config.Config, found: Estimate, speed: float, counts: Sequence[int]
+) -> Iterator[Scale]:
     """The same run on other numbers of devices, with the options that are traced to be the fastest.
 
     Args:
         cfg: The config as it was given.
         found: The prediction for it.
         speed: The tokens/s that were traced for the device of the prediction.
+        counts: The numbers of devices.
     """
     if not found.step.seconds:
         return
-    for count in SCALES:
+    for count in counts:
         device = found.device.of(count)
         if device.slices and count not in dict(device.slices):
             continue
