@@ -43,7 +43,7 @@ class Options:
     layouts: tuple[Literal["config", "data", "fsdp"], ...] = ("config",)
     """How devices share the work: as the config says, data parallel, or FSDP over all."""
     options: str = ""
-    """Options of train.py for all configs, such as "--model.L 1"."""
+    """Options of train.py for all configs, as in --options="--model.L 1"."""
     compile: bool = True
     """Whether to compile; see `python -m jaxgpt estimate --help`."""
     search: bool = True
@@ -60,12 +60,12 @@ def smallest(cfg: config.Config, device: str, options: Options) -> Estimate:
         name = find_device(device).of(count).name
         try:
             # Traced first: it takes seconds to see that a slice is too small.
-            traced = estimate(cfg, name, search=options.search, compile=False)
+            traced = estimate(cfg, name, search=options.search, compile=False, counts=())
             if options.search and not traced.memory.fits:
                 continue
             if not options.compile:
                 return traced
-            found = estimate(cfg, name, search=options.search)
+            found = estimate(cfg, name, search=options.search, counts=())
         except InputError as error:
             failed = error
             continue

@@ -48,7 +48,7 @@ class TrainConfig:
     """Tokens in a row; 0: the model's context length, model.T."""
     micro: Annotated[int, Ge(1)] = 1
     """Gradient accumulation: the number of parts in which a batch is computed, to save memory. The
-    gradient is the same."""
+    gradient is the same. The batch must be a multiple of it times the devices that split rows."""
     log_every: Annotated[int, Ge(1)] = 10
     """Steps between log lines; only then does the host wait for the devices."""
     eval_every: Annotated[int, Ge(0)] = 250

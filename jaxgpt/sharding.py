@@ -224,9 +224,11 @@ def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh | Abs
         return math.prod(mesh.shape[axis] for axis in TABLE.get(letter, ()))
 
     if batch % (ways("B") * micro):
+        hint = f"use a multiple of {ways('B') * micro}"
+        if not batch % ways("B"):
+            hint += f", or set train.micro to a divisor of {batch // ways('B')}"
         raise InputError(
-            f"batch={batch} does not split over {ways('B')} devices x micro={micro}; "
-            f"use a multiple of {ways('B') * micro}"
+            f"batch={batch} does not split over {ways('B')} devices x micro={micro}; {hint}"
         )
     for letter, size in sizes.items():
         if size % ways(letter):

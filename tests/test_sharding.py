@@ -308,7 +308,8 @@ def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(InputError) as error:
         check_splits(SIZES.sizes, 24, 2, mesh)
     assert str(error.value) == (
-        "batch=24 does not split over 8 devices x micro=2; use a multiple of 16"
+        "batch=24 does not split over 8 devices x micro=2; use a multiple of 16, or set "
+        "train.micro to a divisor of 3"
     )
     check_splits(SIZES.sizes, 32, 2, mesh)
 

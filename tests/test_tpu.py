@@ -48,7 +48,7 @@ def programs() -> tuple[dict[tuple[str, str], dict], str]:
     small = f"--model.L 1 --train.micro 1 --train.batch {ROWS * CHIPS}"
     lines, errors = compiled(
         *("estimates", "--devices", f"v5e-{CHIPS}", "--layouts", *LAYOUTS, "--configs", *CONFIGS),
-        *("--search", "False", "--options", small),
+        *("--search", "False", f"--options={small}"),
     )
     return {(line["config"], line["layout"]): line for line in lines}, errors
 
@@ -68,18 +68,19 @@ def test_the_whole_state_is_updated_in_place(name, layout):
 
 @every_program
 def test_no_array_has_the_logits_of_all_tokens(name, layout):
-    found = programs()[0][name, layout]
-    assert found["program"]["largest_array"] < found["logits"] / CHIPS
+    found = programs()[0][name, layout]["program"]
+    assert found["largest_array"] < found["logits"] / 2
 
 
 @every_program
 def test_the_prediction_agrees_with_the_compiler(name, layout):
     found = programs()[0][name, layout]
-    # What is read of the program is without what stays on the chip, which the compiler counts too.
-    assert found["program"]["moved_with_loops_counted_once"] > 0
-    assert found["program"]["moved_with_loops_counted_once"] < found["program"]["moved_by_compiler"]
-    # Kernels have FLOPs that the compiler does not see, and it counts more than products.
-    assert found["step"]["flops"] == pytest.approx(found["program"]["flops_in_products"], rel=0.3)
+    program = found["program"]
+    # With little effort nearly nothing stays on the chip, where the compiler counts it too.
+    moved = program["moved_with_loops_counted_once"]
+    assert moved == pytest.approx(program["moved_by_compiler"], rel=0.1)
+    # The compiler knows no FLOPs of kernels, and FSDP may split what was traced as replicated.
+    assert 0.7 < program["flops_in_products"] / found["step"]["flops"] < 1
 
 
 def test_nothing_is_rematerialized_involuntarily():

@@ -213,7 +213,8 @@ class ComputeConfig:
     has instructions for it (AVX512-BF16, AMX)."""
     layers: Literal["unrolled", "scan"] = "unrolled"
     """unrolled: layers one after another over separate parameters, the fastest to run; scan: a scan
-    over stacked parameters, the fastest to compile."""
+    over stacked parameters, the fastest to compile. Without `remat`, scan needs two to three times
+    the memory of unrolled layers for activations."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes to save memory: nothing, everything but matrix products, or
     whole blocks (gradient checkpointing)."""

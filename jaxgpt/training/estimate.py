@@ -11,6 +11,7 @@ those of a roofline: the longest of computing at the peak rate, moving bytes at 
 and exchanging bytes over the interconnect. No run is faster; what a run reaches is measured.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -229,6 +230,7 @@ def estimate(
     price: float = 0.0,
     search: bool = True,
     compile: bool = True,
+    counts: Sequence[int] = SCALES,
 ) -> Estimate:
     """Predicts a run on a kind of device.
 
@@ -239,6 +241,7 @@ def estimate(
         search: Whether to look for options with which the step fits, if it does not.
         compile: Whether to compile the step where there is a compiler for the device; if not, it is
             only traced, which takes seconds, and memory is less exact.
+        counts: Other numbers of devices for which the same batch is traced.
 
     Raises:
         InputError: The device is unknown, the compiler for it is not installed, or the config
@@ -254,7 +257,7 @@ def estimate(
     options: tuple[str, ...] = ()
     fitting = cfg
     try:
-        found = attempt(cfg, target, chips, hopeless=not search)
+        found = attempt(cfg, target, chips, always=not search)
         given = "" if found.memory.fits else f"it needs {_gib(found.memory.total)} GiB"
         correction = found.memory.temporaries / analyze(cfg, target).memory.temporaries
     except InputError as error:  # the batch does not split, for example
@@ -277,8 +280,7 @@ def estimate(
         if gain > WORTHWHILE:
             notes = (*notes, f"{gain:.2f} times as fast, as traced, with {' '.join(best[0])}")
     found = replace(found, price=price, given=given, options=options, notes=(*found.notes, *notes))
-    scales = tuple(scale(cfg, found, speed)) if search else ()
-    return replace(found, scales=scales)
+    return replace(found, scales=tuple(scale(cfg, found, speed, counts)))
 
 
 OWN = ("--device", "--price", "--compile", "--no-compile", "--format", "--help", "-h")
@@ -416,11 +418,19 @@ def tpu_devices(device: Device) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=device.topology, **one)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(
-            f"libtpu {version('libtpu')} does not compile for {device.name}: {error}; jax "
+            f"{_libtpu_here()} does not compile for {device.name}: {error}; jax "
             f"{jax.__version__} is made for {_libtpu()}",
             field="device",
         ) from None
     return list(found.devices)
+
+
+def _libtpu_here() -> str:
+    """The installed version of libtpu."""
+    for name in ("libtpu", "libtpu-nightly"):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"libtpu {version(name)}"
+    return "libtpu"
 
 
 def _libtpu() -> str:
@@ -433,7 +443,7 @@ def _libtpu() -> str:
 
 
 def attempt(
-    cfg: config.Config, device: Device, chips: list[jax.Device] | None, hopeless: bool = True
+    cfg: config.Config, device: Device, chips: list[jax.Device] | None, always: bool = True
 ) -> Estimate:
     """The prediction for a config as it is.
 
@@ -441,11 +451,11 @@ def attempt(
         cfg: The config, complete.
         device: The device.
         chips: Devices to compile for; None: nothing is compiled.
-        hopeless: Whether to compile a step that is traced to need far more memory than there is.
+        always: Whether to compile even a step that is traced to need far more memory than there is.
     """
     found = analyze(cfg, device)
     limit = found.memory.limit
-    if chips is None or (not hopeless and limit and found.memory.total > HOPELESS * limit):
+    if chips is None or (not always and limit and found.memory.total > HOPELESS * limit):
         return found
     plan = make_plan(cfg, device, chips)
     program = compiled(plan)
@@ -675,7 +685,7 @@ def _with_program(found: Estimate, plan: Plan, program: Any) -> Estimate:
     for each in read.collectives:
         exchanged[each.kind] = exchanged.get(each.kind, 0.0) + each.sent
     alone = sum(each.sent for each in read.collectives if each.asynchronous)
-    compiler = "libtpu " + version("libtpu") if plan.device.platform == "tpu" else "XLA"
+    compiler = _libtpu_here() if plan.device.platform == "tpu" else "XLA"
     return replace(
         found,
         method=f"compiled by {compiler}, jax {jax.__version__}",
@@ -760,17 +770,20 @@ def options_of(before: config.Config, after: config.Config) -> tuple[str, ...]:
     return tuple(f"--{name} {new[name]}" for name in new if new[name] != old[name])
 
 
-def scale(cfg: config.Config, found: Estimate, speed: float) -> Iterator[Scale]:
+def scale(
+    cfg: config.Config, found: Estimate, speed: float, counts: Sequence[int]
+) -> Iterator[Scale]:
     """The same run on other numbers of devices, with the options that are traced to be the fastest.
 
     Args:
         cfg: The config as it was given.
         found: The prediction for it.
         speed: The tokens/s that were traced for the device of the prediction.
+        counts: The numbers of devices.
     """
     if not found.step.seconds:
         return
-    for count in SCALES:
+    for count in counts:
         device = found.device.of(count)
         if device.slices and count not in dict(device.slices):
             continue

@@ -166,7 +166,7 @@ def test_micro_batches_make_it_fit_first_and_then_rematerialization(monkeypatch)
     for limit, remat_too in ((1.01 * least, False), (1.01 * least_with_remat, True)):
         monkeypatch.setitem(devices.DEVICES, "made", replace(MADE_UP, memory=limit))
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "1")
-        found = estimate.estimate(cfg, "made")
+        found = estimate.estimate(cfg, "made", counts=())
         assert found.memory.fits and "GiB" in found.given
         assert any("--train.micro" in each for each in found.options)
         assert any("--compute.remat" in each for each in found.options) == remat_too
@@ -179,17 +179,17 @@ def test_fsdp_makes_fit_what_no_device_holds_alone(monkeypatch):
     least = needed(replace(cfg, compute=remat, train=replace(cfg.train, micro=4)), 4)
     monkeypatch.setitem(devices.DEVICES, "made", replace(MADE_UP, memory=0.9 * least))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "1")
-    found = estimate.estimate(cfg, "made-4")
+    found = estimate.estimate(cfg, "made-4", counts=())
     assert found.memory.fits
     assert any("--parallel.fsdp" in each for each in found.options)
-    alone = estimate.estimate(cfg, "made")
+    alone = estimate.estimate(cfg, "made", counts=())
     assert not alone.memory.fits and "no micro-batch" in alone.notes[-1]
 
 
 def test_a_batch_that_does_not_split_gets_micro_batches_that_do(monkeypatch):
     monkeypatch.setitem(devices.DEVICES, "made", replace(MADE_UP, memory=1e12))
     cfg = replace(TINY, train=replace(TINY.train, micro=4), parallel=ParallelConfig())
-    found = estimate.estimate(cfg, "made-8")
+    found = estimate.estimate(cfg, "made-8", counts=())
     assert "does not split over 8 devices x micro=4" in found.given
     assert found.options == ("--train.micro 1",) or found.options == ("--train.micro 2",)
     with pytest.raises(InputError, match="does not split"):

@@ -204,6 +204,13 @@ def test_impossible_settings_are_refused_with_what_to_set(field, value, says):
         replace(STEADY, **{field: value}).check()
 
 
+def test_a_warm_up_in_tokens_is_one_in_steps_of_the_batch():
+    cfg = OptimConfig(warmup=7, warmup_tokens=1000)
+    assert cfg.in_steps(100) == replace(cfg, warmup=10, warmup_tokens=0)
+    assert cfg.in_steps(300).warmup == 4
+    assert OptimConfig(warmup=7).in_steps(300).warmup == 7
+
+
 def test_a_warm_up_that_leaves_no_steps_is_a_tenth_of_them():
     cfg = OptimConfig(warmup=100)
     assert [cfg.warmup_within(steps) for steps in (1, 9, 50, 100, 101)] == [0, 0, 5, 10, 100]
