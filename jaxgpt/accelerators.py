@@ -58,7 +58,7 @@ class Cause:
 
 
 def _environment() -> dict[str, str]:
-    """The environment variables, with the platforms that JAX was told of in this process."""
+    """The environment variables, with the platforms that this process has set in `jax.config`."""
     jax: Any = sys.modules.get("jax")
     platforms = getattr(getattr(jax, "config", None), "jax_platforms", None)
     return {**os.environ, **({"JAX_PLATFORMS": platforms} if platforms else {})}

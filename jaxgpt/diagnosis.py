@@ -122,7 +122,7 @@ def examine(runs: Path, timeout: float, machine: Machine | None = None) -> Itera
         yield check_disk("disk: cache", cache, elsewhere)
         yield check_compile_cache(cache, machine)
     began = _started_here()
-    probed, error = (list(probe()), "") if began else probe_in_child(timeout)
+    probed, error = probe_here() if began else probe_in_child(timeout)
     yield from check_devices(machine, probed, error, began)
     yield check_step(probed, error)
 
@@ -281,9 +281,12 @@ def check_devices(
         yield Finding("devices", "ok", f"{count}{_memory(devices, machine)}")
     else:
         causes = [why_unused(kind, machine, error) for kind in NAMES if found[kind]]
-        reason = f"{causes[0].reason} ({error})" if causes else error
-        remedy = causes[0].remedy if causes else unset_variable("JAX_PLATFORMS")
-        yield Finding("devices", "problem", reason, remedy)
+        given = machine.env.get("JAX_PLATFORMS")
+        remedy = unset_variable("JAX_PLATFORMS") if given else _reinstall()
+        if causes:
+            reason, remedy = causes[0].reason, causes[0].remedy
+            error = error if reason in error else f"{reason}: {error}"
+        yield Finding("devices", "problem", error, remedy)
     for kind, name in NAMES.items():
         if chosen := found[kind] and hidden_by_choice(kind, machine):
             yield Finding(name, "ok", f"{found[kind]} is not used, because of {chosen}")
@@ -311,19 +314,24 @@ def _memory(devices: dict[str, Any], machine: Machine) -> str:
 
 def check_step(probed: list[dict[str, Any]], error: str) -> Finding:
     """Whether a tiny model trains: its first loss must be near the logarithm of the vocabulary."""
-    lane = lanes.LANES[lanes.closest(platform.python_version(), lanes.installed("jax"))]
-    again = pip(f"install --force-reinstall --no-deps jax=={lane['jax']} jaxlib=={lane['jaxlib']}")
     if not probed:
         return Finding("training step", "problem", "not tried, because JAX did not start")
     if len(probed) < 2:
-        return Finding("training step", "problem", error or "it did not run", again)
+        return Finding("training step", "problem", error or "it did not run", _reinstall())
     step = probed[1]
     text = (
         f"loss {step['loss']:.3f} (expected {step['expected']:.3f}), compiled in "
         f"{step['compile']:.1f} s, {step['seconds'] * 1000:.1f} ms a step"
     )
     good = abs(step["loss"] - step["expected"]) < 0.1 * step["expected"]  # not of NaN
-    return Finding("training step", "ok" if good else "problem", text, "" if good else again)
+    return Finding("training step", "ok" if good else "problem", text, "" if good else _reinstall())
+
+
+def _reinstall() -> str:
+    """The command that installs jax again, in the tested version for this Python."""
+    lane = lanes.LANES[lanes.closest(platform.python_version(), lanes.installed("jax"))]
+    wanted = f"jax=={lane['jax']} jaxlib=={lane['jaxlib']}"
+    return pip(f"install --force-reinstall --no-deps {wanted}")
 
 
 def probe() -> Iterator[dict[str, Any]]:
@@ -382,6 +390,16 @@ def print_probe() -> None:
     keep_compiled_programs()
     for found in probe():
         print(json.dumps(found), flush=True)
+
+
+def probe_here() -> tuple[list[dict[str, Any]], str]:
+    """Runs `probe` in this process, whose devices JAX has started; returns as `probe_in_child`."""
+    probed: list[dict[str, Any]] = []
+    try:
+        probed.extend(probe())
+    except Exception as error:  # of a device, such as too little memory
+        return probed, f"{type(error).__name__}: {reason_in(str(error))}"
+    return probed, ""
 
 
 def probe_in_child(timeout: float) -> tuple[list[dict[str, Any]], str]:

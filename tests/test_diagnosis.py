@@ -364,3 +364,17 @@ def test_doctor_needs_no_jax():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "jaxlib" in done.stdout, done.stderr
+
+
+def test_devices_that_fail_in_this_process_are_a_finding(monkeypatch):
+    def fail():
+        yield ON_CPU[0]
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(diagnosis, "probe", fail)
+    probed, error = diagnosis.probe_here()
+    found = diagnosis.check_step(probed, error)
+    assert (found.status, found.text) == (
+        "problem",
+        "RuntimeError: RESOURCE_EXHAUSTED: Out of memory",
+    )
