@@ -1,11 +1,15 @@
-"""Speed of a training step against transformers' GPT-2 under torch.compile, with equal sizes.
+"""Speed of a training step against transformers under torch.compile, with equal sizes.
 
     python benchmarks/train_step.py --dtype bfloat16
+    python benchmarks/train_step.py --dtype bfloat16 --kv-heads 2     # Llama instead of GPT-2
+    python benchmarks/train_step.py --dtype bfloat16 --documents 256  # against our plain attention
 
-Both sides train a GPT-2 from random weights with AdamW (decay on matrices and embeddings only) and
+Both sides train a model from random weights with AdamW (decay on matrices and embeddings only) and
 clipping at 1.0, on the same tokens, distributed by Zipf's law. Each side has its own process and
 memory. They run a few steps in turn, never at once, and the side that is first in one round is
-second in the next. Run it on an idle machine. Needs `pip install torch transformers`.
+second in the next. MFU is the fraction of the device's peak FLOP/s, where that is known, with the
+FLOPs of attention counted in full and, in brackets, only those that a causal mask leaves. Run it on
+an idle machine. Needs `pip install torch transformers`, but not with `--documents`.
 """
 
 import importlib.util
@@ -17,7 +21,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -37,6 +41,11 @@ class Options:
     """Width of the residual stream."""
     heads: int = 6
     """Attention heads."""
+    kv_heads: int = 0
+    """With key/value heads, which divide the heads, the models are Llamas; 0: GPT-2s."""
+    documents: int = 0
+    """Tokens of a document. With them, each row is packed with documents that are masked from each
+    other, and the other side is jaxgpt with plain attention; 0: neither."""
     context: int = 256
     """Tokens in a row."""
     batch: int = 8
@@ -56,6 +65,8 @@ class Side:
     """A trainer: `step(tokens, targets)` starts a step; `wait` ends it and returns its loss."""
 
     description: str
+    peaks: tuple[float, float]
+    """Tokens/s at the peak of the device, attention counted in full and causal; 0: not known."""
     step: Callable[[np.ndarray, np.ndarray], Any]
     wait: Callable[[Any], float]
     device_memory: Callable[[], int]
@@ -70,7 +81,12 @@ def batches(options: Options) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield ids[:, :-1], ids[:, 1:]
 
 
-def jaxgpt(options: Options) -> Side:
+def plain(options: Options) -> Side:
+    """Our step with plain attention."""
+    return jaxgpt(options, "plain")
+
+
+def jaxgpt(options: Options, attention: str = "auto") -> Side:
     """Our step, as `train.py` runs it on one device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
     import jax
@@ -79,6 +95,7 @@ def jaxgpt(options: Options) -> Side:
     from jaxgpt.objectives import NextToken
     from jaxgpt.training import optim
     from jaxgpt.training.step import init_state, train_step
+    from jaxgpt.training.telemetry import peak_flops
 
     device = jax.devices()[0]
     cfg = gpt.GPTConfig(
@@ -88,7 +105,14 @@ def jaxgpt(options: Options) -> Side:
         T=options.context,
         V=options.vocabulary,
     )
-    compute, how = gpt.ComputeConfig(dtype=options.dtype).resolve(cfg, device.platform)
+    if options.kv_heads:
+        llama = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+        cfg = replace(cfg, K=options.kv_heads, **llama)
+    packed = options.documents > 0
+    if packed and attention == "auto" and device.platform == "gpu":
+        attention = "cudnn"  # which masks documents only if it is asked for
+    compute = gpt.ComputeConfig(dtype=options.dtype, attention=attention)
+    compute, how = compute.resolve(cfg, device.platform, packed)
     model = cfg.build(compute)
     adamw = optim.OptimConfig(
         learning_rate=LEARNING_RATE,
@@ -106,19 +130,25 @@ def jaxgpt(options: Options) -> Side:
     update = jax.jit(
         partial(train_step, loss_fn=partial(NextToken(), model), tx=tx), donate_argnums=0
     )
-    weights = np.ones((options.batch, options.context), np.float32)
+    shape = (options.batch, options.context)
+    rest = {"weights": np.ones(shape, np.float32)}
+    if packed:
+        place_T = np.arange(options.context, dtype=np.int32)
+        rest["segments"] = np.broadcast_to(place_T // options.documents, shape)
+        rest["positions"] = np.broadcast_to(place_T % options.documents, shape)
 
     def step(tokens: np.ndarray, targets: np.ndarray) -> Any:
         nonlocal state
-        batch = {"tokens": tokens, "targets": targets, "weights": weights}
-        state, metrics = update(state, batch)
+        state, metrics = update(state, {"tokens": tokens, "targets": targets, **rest})
         return state, metrics["loss"]
 
     def wait(result: Any) -> float:
         return float(jax.block_until_ready(result)[1].value)
 
+    peak = peak_flops(device.device_kind) or 0.0
     return Side(
         f"jaxgpt: jax {jax.__version__} on {device.device_kind}; {how}",
+        (peak / cfg.flops_per_token(), peak / cfg.flops_per_token(causal=True)),
         step,
         wait,
         lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
@@ -126,7 +156,7 @@ def jaxgpt(options: Options) -> Side:
 
 
 def torch_compile(options: Options) -> Side:
-    """transformers' GPT2LMHeadModel, compiled, with the fused AdamW."""
+    """transformers' GPT2LMHeadModel or LlamaForCausalLM, compiled, with the fused AdamW."""
     import torch
     import transformers
 
@@ -135,21 +165,36 @@ def torch_compile(options: Options) -> Side:
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32, which is JAX's default there
     torch.manual_seed(0)
-    cfg = transformers.GPT2Config(
-        n_layer=options.layers,
-        n_embd=options.width,
-        n_head=options.heads,
-        n_positions=options.context,
-        vocab_size=options.vocabulary,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    model = transformers.GPT2LMHeadModel(cfg).to(device).train()
+    shared = {
+        "vocab_size": options.vocabulary,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    if options.kv_heads:
+        cfg = transformers.LlamaConfig(
+            num_hidden_layers=options.layers,
+            hidden_size=options.width,
+            intermediate_size=4 * options.width,
+            num_attention_heads=options.heads,
+            num_key_value_heads=options.kv_heads,
+            max_position_embeddings=options.context,
+            tie_word_embeddings=True,
+            **shared,
+        )
+    else:
+        cfg = transformers.GPT2Config(
+            n_layer=options.layers,
+            n_embd=options.width,
+            n_head=options.heads,
+            n_positions=options.context,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            attn_pdrop=0.0,
+            **shared,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(cfg).to(device).train()
     parameters = list(model.parameters())
     adamw = torch.optim.AdamW(
         [
@@ -186,6 +231,7 @@ def torch_compile(options: Options) -> Side:
     on_gpu = device == "cuda"
     return Side(
         f"torch.compile: {versions} on {torch.cuda.get_device_name() if on_gpu else 'cpu'}",
+        (0.0, 0.0),
         step,
         wait,
         torch.cuda.max_memory_allocated if on_gpu else lambda: 0,
@@ -195,7 +241,7 @@ def torch_compile(options: Options) -> Side:
 def serve(build: Callable[[Options], Side], options: Options, pipe: Connection) -> None:
     """A child's life: runs as many steps as it is told, and answers with what they took."""
     side, data = build(options), batches(options)
-    pipe.send(side.description)
+    pipe.send((side.description, side.peaks))
     while steps := pipe.recv():
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
@@ -206,17 +252,19 @@ def serve(build: Callable[[Options], Side], options: Options, pipe: Connection) 
 
 
 def main(options: Options) -> None:
-    for name in ("torch", "transformers"):
+    other = plain if options.documents else torch_compile
+    names = ("jaxgpt", "plain" if options.documents else "torch.compile")
+    for name in () if options.documents else ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise SystemExit(f"{name} is the other side of this benchmark; pip install {name}")
     spawn = multiprocessing.get_context("spawn")
     pipes, children = [], []
-    for build in (jaxgpt, torch_compile):
-        ours, theirs = spawn.Pipe()
-        children.append(spawn.Process(target=serve, args=(build, options, theirs)))
+    for build in (jaxgpt, other):
+        here, there = spawn.Pipe()
+        children.append(spawn.Process(target=serve, args=(build, options, there)))
         children[-1].start()
-        theirs.close()
-        pipes.append(ours)
+        there.close()
+        pipes.append(here)
 
     def run(pipe: Connection, steps: int) -> tuple[float, float, float]:
         pipe.send(steps)
@@ -226,8 +274,8 @@ def main(options: Options) -> None:
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores, ", end="")
     print(f"Python {platform.python_version()}; a random guess has loss", end=" ")
     print(f"log V = {math.log(options.vocabulary):.3f}")
-    for pipe in pipes:
-        print(pipe.recv())
+    (ours, peaks), (theirs, _) = (pipe.recv() for pipe in pipes)
+    print(ours, theirs, sep="\n")
     first = [run(pipe, 1) for pipe in pipes]  # compiles
     print("compiled: " + " and ".join(f"{seconds:.0f} s" for seconds, _, _ in first))
     for pipe in pipes:
@@ -248,19 +296,23 @@ def main(options: Options) -> None:
     for child in children:
         child.join()
 
-    print(f"\n{'':14} tokens/s  CPU s/step  peak RSS GiB  peak GPU GiB  first loss  last loss")
-    for side, name in enumerate(("jaxgpt", "torch.compile")):
+    print(
+        f"\n{'':14} tokens/s {'MFU':>13}"
+        "  CPU s/step  peak RSS GiB  peak GPU GiB  first loss  last loss"
+    )
+    for side, name in enumerate(names):
         rss, gpu = (size / 2**30 for size in memories[side])
         rate, cpu = statistics.median(rates[side]), statistics.median(cpus[side])
+        mfu = "{:.1%} ({:.1%})".format(*(rate / peak for peak in peaks)) if all(peaks) else "-"
         print(
-            f"{name:14} {rate:8,.0f}  {cpu:10.3f}"
+            f"{name:14} {rate:8,.0f} {mfu:>13}  {cpu:10.3f}"
             f"  {rss:12.2f}  {gpu:12.2f}  {first[side][2]:10.3f}  {losses[side]:9.3f}"
         )
     ratios = sorted(us / them for us, them in zip(*rates, strict=True))
     ratio = statistics.median(ratios)
     cpu_ratio = statistics.median(them / us for us, them in zip(*cpus, strict=True))
     print(
-        f"\njaxgpt / torch.compile: {ratio:.3f} times the tokens/s "
+        f"\njaxgpt / {names[1]}: {ratio:.3f} times the tokens/s "
         f"(median of {len(ratios)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}); "
         f"by CPU time {cpu_ratio:.3f}"
     )

@@ -1,4 +1,5 @@
 import os
+import re
 import tempfile
 from dataclasses import replace
 from functools import cache, partial
@@ -82,6 +83,7 @@ class Run(NamedTuple):
     shardings: dict
     consumed: bool
     said: str
+    program: str
 
 
 @cache
@@ -102,6 +104,7 @@ def trained(gpt, name, micro):
         jax.tree.map(lambda x: x.sharding, state),
         all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)),
         stderr.text,
+        compiled.as_text() if name == "data" else "",
     )
 
 
@@ -159,6 +162,11 @@ def test_every_split_evaluates_alike(name):
     total, _ = objective.of_logits(TIED.cfg, logits, rows["targets"], rows["weights"])
     np.testing.assert_allclose(loss.total, total, rtol=1e-5)
     np.testing.assert_allclose(loss.count, rows["weights"].sum(), rtol=1e-5)
+
+
+def test_the_gradient_of_a_tied_embedding_is_added_up_over_devices_once():
+    sums = re.findall(r" = (.*) all-reduce(?:-start)?\(", trained(TIED, "data", 1).program)
+    assert sum(made.count("f32[128,16]") + made.count("f32[16,128]") for made in sums) == 1
 
 
 REMATERIALIZED = "Involuntary full rematerialization"

@@ -5,8 +5,10 @@ logits of the chunk are in memory. So neither pass holds a [B, T, V] array, and 
 computed once.
 
 Large chunks are fast on a TPU or GPU: each chunk reads the output layer's weights and adds to their
-gradient, which takes as long as the products themselves if a chunk has only 512 tokens. On a CPU
-small ones are, whose logits stay in its cache. `positions_per_chunk` chooses.
+gradient. Compiled for v5e (width 1024, 50,304 tokens of vocabulary, whose products take 1.6 us a
+token), the memory traffic takes 2.5 us a token with chunks of 512 tokens, 1.4 with 2,048 and 1.2
+with 4,096. On a CPU small chunks are fast, whose logits stay in its cache. `positions_per_chunk`
+chooses.
 """
 
 from collections.abc import Callable, Sequence

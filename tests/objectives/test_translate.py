@@ -300,7 +300,7 @@ def test_texts_that_cannot_be_translated_are_refused(memorised, text, says):
         ({"beam": 0}, "objective.beam=0"),
         ({"length_penalty": -1.0}, "objective.length_penalty=-1.0"),
         ({"label_smoothing": 1.0}, "objective.label_smoothing=1.0"),
-        ({"chunk": 0}, "objective.chunk=0"),
+        ({"chunk": -1}, "objective.chunk=-1"),
         ({"target": "en"}, "both en"),
     ],
     ids=str,

@@ -10,6 +10,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.model import GPTConfig
 from jaxgpt.objectives import Mean
+from jaxgpt.sharding import ParallelConfig, make_mesh
 from jaxgpt.training import optim
 from jaxgpt.training.guard import highest_plausible_loss, init_guard, is_spike, update_guard
 from jaxgpt.training.step import eval_step, from_saved, init_state, to_saved, train_step
@@ -206,6 +207,16 @@ def test_each_device_of_a_mapped_axis_has_its_own_randomness():
     state = init_state(jax.tree.map(jnp.asarray, PARAMS), tx, jax.random.key(0))
     same = jax.tree.map(lambda rows: np.stack([rows, rows]), batch(0))
     moved = state.params["w"] - mapped(state, same)[0].params["w"]
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    draws = [jax.random.normal(jax.random.fold_in(key, device), (3,)) for device in range(2)]
+    np.testing.assert_allclose(moved, (draws[0] + draws[1]) / 2, rtol=1e-4)
+
+
+def test_each_device_of_a_data_parallel_mesh_has_its_own_randomness():
+    step, state = stepper(noise, optax.sgd(1.0))
+    even = batch(0) | {"weights": np.ones((8, 5), np.float32)}
+    with jax.set_mesh(make_mesh(ParallelConfig(devices=2))):
+        moved = state.params["w"] - step(state, even)[0].params["w"]
     key = jax.random.fold_in(jax.random.key(0), 0)
     draws = [jax.random.normal(jax.random.fold_in(key, device), (3,)) for device in range(2)]
     np.testing.assert_allclose(moved, (draws[0] + draws[1]) / 2, rtol=1e-4)
