@@ -144,28 +144,32 @@ class Job(NamedTuple):
 
 def main(args: list[str]) -> int:
     """Tokenizes as the command line says; returns the exit status."""
-    from jaxgpt import config
-
     try:
-        options, others = config.parse(
-            Options,
-            args,
-            prog="python -m jaxgpt.data.beam",
-            description=__doc__,
-            return_unknown_args=True,
-        )
-        if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
-            raise InputError(f"there is no option {wrong[0]}; --help lists the options")
-        for path, entry in zip(
-            (*options.data.paths, *options.data.val_paths),
-            tokenize(options.data, find_tokenizer(options), options.output, others),
-            strict=True,
-        ):
-            print(f"{path}: {entry}")
+        options, others = read_options(args)
+        tokenizer = find_tokenizer(options)
+        entries = tokenize(options.data, tokenizer, options.output, others)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for path, entry in zip((*options.data.paths, *options.data.val_paths), entries, strict=True):
+        print(f"{path}: {entry}")
     return 0
+
+
+def read_options(args: list[str]) -> tuple[Options, list[str]]:
+    """Our options on a command line, and the others, which are Beam's."""
+    from jaxgpt import config
+
+    options, others = config.parse(
+        Options,
+        args,
+        prog="python -m jaxgpt.data.beam",
+        description=(__doc__ or "").partition("\n\nA worker")[0],
+        return_unknown_args=True,
+    )
+    if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
+        raise InputError(f"there is no option {wrong[0]}; --help lists the options")
+    return options, others
 
 
 def find_tokenizer(options: Options) -> Tokenizer:
@@ -251,7 +255,7 @@ def _explain(error: Exception, output: str) -> str:
     """The message of a pipeline's error, which has the traceback of a worker in its text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if "InputError: " in line][-1:] or lines[-1:]
-    message = re.sub(r"^[\w.]*InputError: | \[while running .*", "", *said or [repr(error)])
+    message = re.sub(r"^[\w.]*InputError: | \[while running .*", "", (said or [repr(error)])[0])
     if isinstance(error, InputError) or "InputError: " in str(error):
         return message
     return (
