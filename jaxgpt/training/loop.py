@@ -67,6 +67,7 @@ def run(cfg: config.Config, signals: Signals) -> int:
     """Trains to the last step or to a signal; returns the exit status."""
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
+    processes.check_joined()
     with processes.on_first_process(RunLock(cfg.folder)) as lock:
         processes.check_shared(cfg.folder)
         with clock("init"):
@@ -271,7 +272,9 @@ class Training:
         """Metrics, which are logged, and sums of the set "val" or "test"; None if that fails."""
         with self.clock("eval"):
             found = self.attempt(
-                f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
+                f"evaluation on {name}",
+                lambda: self.run.evaluate(self.state, self.evaluate, name),
+                everywhere=True,
             )
         if found and found[0] and not self.was_measured(name):
             self.log.log(self.step, found[0])
@@ -421,20 +424,21 @@ class Training:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
     def attempt(
-        self, what: str, work: Callable[[], Returned], needed: bool = True
+        self, what: str, work: Callable[[], Returned], needed: bool = True, everywhere: bool = False
     ) -> Returned | None:
         """What `work` returns; None if it fails, with a warning, or is ended by a signal.
 
-        A run in which something has failed that is `needed` is not marked as finished.
+        A run in which something has failed that is `needed` is not marked as finished. Work that is
+        done `everywhere` needs all processes, so that none of them may leave it.
         """
+        collective = everywhere and jax.process_count() > 1
         try:
-            # Evaluation on several processes is collective, so none of them may leave it.
             return work() if jax.process_count() > 1 else self.signals.run(work)
         except Interrupted:
             self.stopped = self.signals.received
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process may have died, and all need each other
+            if collective and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process may have died
             self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
         self.complete = self.complete and not needed
         return None
