@@ -59,17 +59,12 @@ def connect(cfg: ParallelConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         if cfg.processes:
-            print(
-                f"process {cfg.process} of {cfg.processes} on {socket.gethostname()}: waiting for "
-                f"the others; process 0 is at {cfg.coordinator}",
-                file=sys.stderr,
-            )
             jax.distributed.initialize(
                 cfg.coordinator, cfg.processes, cfg.process, heartbeat_timeout_seconds=JAX_SILENCE
             )
         else:
             jax.distributed.initialize(heartbeat_timeout_seconds=JAX_SILENCE)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # of the packages with which JAX asks the cluster
         if cfg.processes:
             said = f"the {cfg.processes} processes did not find each other: {error}"
         else:
@@ -82,11 +77,28 @@ def connect(cfg: ParallelConfig) -> None:
             field="parallel.processes",
         ) from None
     if _count() > 1:
+        from jax._src.distributed import global_state
+
+        print(
+            f"process {_index()} of {_count()} on {socket.gethostname()}; process 0 is at "
+            f"{global_state.coordinator_address}",
+            file=sys.stderr,
+        )
         _store().key_value_set(f"{BEATS}{_index()}", _sign_of_life(0))
         signals.before_end.append(_tell_signal)
         thread = threading.Thread(target=_watch, name="processes", daemon=True)
         thread.start()
         atexit.register(_say_bye, thread)  # before JAX's own, which waits for other processes
+
+
+def check_joined() -> None:
+    """Raises InputError if JAX has several processes that were not joined, as on a TPU pod."""
+    if (found := jax.process_count()) > _count():
+        raise InputError(
+            f"parallel.processes=1, and this is one of {found} hosts that share their devices; "
+            "start the same command on all of them with parallel.processes=0",
+            field="parallel.processes",
+        )
 
 
 @contextmanager
@@ -100,9 +112,10 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         if _count() == 1:
             raise
-        if not isinstance(error, InputError | TrainingError):
+        if not isinstance(error, InputError | TrainingError | jax.errors.JaxRuntimeError):
             traceback.print_exception(error)
-        leave(str(error) or type(error).__name__, 2 if isinstance(error, InputError) else 1)
+        reason = str(error) or type(error).__name__
+        leave(reason, 2 if isinstance(error, InputError) else 1, error)
 
 
 def leave(reason: str, status: int = 1, error: Exception | None = None) -> NoReturn:

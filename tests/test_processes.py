@@ -174,3 +174,10 @@ def test_processes_of_a_cluster_that_is_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(jax.config, "update", update)
     assert "parallel.processes=0 takes the processes from the cluster" in str(error.value)
     assert "Slurm" in str(error.value) and "or processes=1" in str(error.value)
+
+
+def test_a_host_of_a_tpu_pod_that_was_started_alone_is_refused(monkeypatch):
+    processes.check_joined()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(InputError, match="one of 4 hosts .* parallel.processes=0"):
+        processes.check_joined()

@@ -24,7 +24,7 @@ import pytest
 
 import train
 from jaxgpt import cli, config
-from jaxgpt.data import sources, synthetic
+from jaxgpt.data import beam, sources, synthetic
 from jaxgpt.evaluation import suite
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.serve import server
@@ -205,6 +205,8 @@ def check(program, args):
             cfg.check()
     if program == "jaxgpt":
         assert cli.main(args) == 0
+    if program == "jaxgpt.data.beam":
+        beam.read_options(args)
     if program and program.startswith("benchmarks/"):
         assert (ROOT / program).exists()
 

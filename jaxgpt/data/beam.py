@@ -144,28 +144,32 @@ class Job(NamedTuple):
 
 def main(args: list[str]) -> int:
     """Tokenizes as the command line says; returns the exit status."""
-    from jaxgpt import config
-
     try:
-        options, others = config.parse(
-            Options,
-            args,
-            prog="python -m jaxgpt.data.beam",
-            description=__doc__,
-            return_unknown_args=True,
-        )
-        if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
-            raise InputError(f"there is no option {wrong[0]}; --help lists the options")
-        for path, entry in zip(
-            (*options.data.paths, *options.data.val_paths),
-            tokenize(options.data, find_tokenizer(options), options.output, others),
-            strict=True,
-        ):
-            print(f"{path}: {entry}")
+        options, others = read_options(args)
+        tokenizer = find_tokenizer(options)
+        entries = tokenize(options.data, tokenizer, options.output, others)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for path, entry in zip((*options.data.paths, *options.data.val_paths), entries, strict=True):
+        print(f"{path}: {entry}")
     return 0
+
+
+def read_options(args: list[str]) -> tuple[Options, list[str]]:
+    """Our options on a command line, and the others, which are Beam's."""
+    from jaxgpt import config
+
+    options, others = config.parse(
+        Options,
+        args,
+        prog="python -m jaxgpt.data.beam",
+        description=(__doc__ or "").partition("\n\nA worker")[0],
+        return_unknown_args=True,
+    )
+    if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
+        raise InputError(f"there is no option {wrong[0]}; --help lists the options")
+    return options, others
 
 
 def find_tokenizer(options: Options) -> Tokenizer:

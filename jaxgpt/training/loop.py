@@ -70,6 +70,7 @@ def run(cfg: config.Config, signals: Signals) -> int:
     check_device(cfg.require)
     clock = telemetry.Goodput()
     read_tasks(cfg.evaluation)  # raises InputError now, not after training
+    processes.check_joined()
     with ExitStack() as stack:
         lock = stack.enter_context(processes.on_first_process(RunLock(cfg.folder)))
         processes.check_shared(cfg.folder)
@@ -296,7 +297,9 @@ class Training:
         """Metrics, which are logged, and sums of the set "val" or "test"; None if that fails."""
         with self.clock("eval"):
             found = self.attempt(
-                f"evaluation on {name}", lambda: self.run.evaluate(self.state, self.evaluate, name)
+                f"evaluation on {name}",
+                lambda: self.run.evaluate(self.state, self.evaluate, name),
+                everywhere=True,
             )
         if found and found[0] and not self.was_measured(name):
             self.log.log(self.step, found[0])
@@ -310,19 +313,18 @@ class Training:
         evaluator = self.attempt(
             "evaluation on tasks",
             lambda: Evaluator(load(folder), limit=cfg.limit, chat=cfg.chat),
-            alone=True,
         )
         if evaluator is None:
             return
         for task in read_tasks(cfg):
             self.log.say(f"evaluating on {task.name}")
             measure = partial(evaluator.measure, task)
-            if found := self.attempt(f"evaluation on {task.name}", measure, alone=True):
+            if found := self.attempt(f"evaluation on {task.name}", measure):
                 self.results.append(found)
             if self.stopped:
                 return
         save = partial(save_results, folder, self.step, cfg, self.results)
-        self.attempt("saving the evaluation", save, alone=True)
+        self.attempt("saving the evaluation", save)
         if self.results:
             self.log.log(self.step, as_metrics(self.results))
 
@@ -441,25 +443,21 @@ class Training:
             self.log.warn(f"the error below ends the run; step {self.step} is saved")
 
     def attempt(
-        self, what: str, work: Callable[[], Returned], needed: bool = True, alone: bool = False
+        self, what: str, work: Callable[[], Returned], needed: bool = True, everywhere: bool = False
     ) -> Returned | None:
         """What `work` returns; None if it fails, with a warning, or is ended by a signal.
 
-        Args:
-            what: A name for messages.
-            work: The work.
-            needed: Whether a run in which it has failed is not finished.
-            alone: Whether this process does it alone. Otherwise all processes work together, and
-                none of them may leave the others.
+        A run in which something has failed that is `needed` is not marked as finished. Work that is
+        done `everywhere` needs all processes, so that none of them may leave it.
         """
-        together = jax.process_count() > 1 and not alone
+        collective = everywhere and jax.process_count() > 1
         try:
-            return work() if together else self.signals.run(work)
+            return work() if collective else self.signals.run(work)
         except Interrupted:
             self.stopped = self.signals.received
         except Exception as error:
-            if together and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process may have died, and all need each other
+            if collective and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process may have died
             self.log.warn(f"{what} failed at step {self.step}: {type(error).__name__}: {error}")
         self.complete = self.complete and not needed
         return None

@@ -1,5 +1,6 @@
 """Runs of two processes with two devices each: how they end, and who resumes them."""
 
+import random
 import signal
 import socket
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_an_error_of_one_process_ends_the_other_with_its_message(tmp_path, monke
     assert [process.returncode for process in both] == [1, 2], outputs
     assert "error: text.txt does not exist" in outputs[1]
     assert "error: process 1 on " in outputs[0] and "text.txt does not exist" in outputs[0]
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_slurm_job_find_each_other(here, monkeypatch):
+    """By the variables that Slurm's srun sets, which JAX reads; there is no Slurm here."""
+    first = 65535 - 2**12 + 1  # JAX takes the port from the number of the job
+    port = random.randint(first, 65535)
+    settings = {"JOB_ID": port - first, "NTASKS": 2, "STEP_NODELIST": "localhost"}
+    both = []
+    for number in (0, 1):
+        for name, value in {**settings, "PROCID": number, "LOCALID": number}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        options = (*ALL, "--parallel.processes", "0", "--train.steps", "3")
+        both.append(spawn(*options, name="a", devices=2))
+    outputs = outputs_of(both)
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "4 x cpu" in outputs[0] and sorted(losses_of("a")) == [1, 2, 3]
 
 
 @pytest.mark.slow
