@@ -125,7 +125,7 @@ class Config:
     def place(self) -> str:
         """Where the run is kept: a folder or a URL."""
         refuse_url(self.name)
-        return join(self.runs, self.name)
+        return join(self.runs if is_url(self.runs) else str(expand(self.runs)), self.name)
 
     @property
     def is_copied(self) -> bool:

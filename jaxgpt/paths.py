@@ -24,8 +24,8 @@ def refuse_url(path: str | Path) -> None:
 
 
 def join(root: str, name: str) -> str:
-    """Joins a folder or a URL with the name of something in it; `~` is expanded in a folder."""
-    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(expand(root) / name)
+    """Joins a folder or a URL with the name of something in it."""
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
 
 
 def split_step(path: str | Path) -> tuple[str, str]:

@@ -321,7 +321,11 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
         here = f", which has step {local[1]}" if local else ""
         print(f"downloading step {step} of {cfg.place} to {cfg.folder}{here}", flush=True)
         draft = root / f"{step}.saving"
-        if found := remote.download(step, draft):
+        try:
+            found = remote.download(step, draft)
+        except FileNotFoundError:  # deleted in the meantime
+            continue
+        if found:
             wrong[step] = list_some(found)
             print(f"warning: it is damaged: {wrong[step]}", file=sys.stderr, flush=True)
             continue
@@ -348,9 +352,10 @@ def pull(cfg: config.Config, store: Store, damaged: set[int]) -> None:
             flush=True,
         )
     if cfg.resume in steps and cfg.resume not in steps_in(root):
-        if found := remote.download(cfg.resume, draft := root / f"{cfg.resume}.saving"):
+        draft = root / f"{cfg.resume}.saving"
+        if found := remote.download(cfg.resume, draft):
             raise InputError(
-                f"resume={cfg.resume}: {cfg.place} has it damaged: {list_some(found)}; use another "
+                f"resume={cfg.resume} is damaged in {cfg.place}: {list_some(found)}; use another "
                 "step"
             )
         draft.rename(root / str(cfg.resume))
@@ -368,7 +373,7 @@ def _newest_local(root: Path) -> tuple[int, int] | None:
 
 
 def _went_back(lineage: Any) -> int:
-    return len(lineage.get("went_back_to", []))
+    return len(lineage.get("went_back_to") or [])
 
 
 def _stamp(file: Path) -> Stamp | None:

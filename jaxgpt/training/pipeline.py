@@ -146,15 +146,12 @@ def locate(stages: Sequence[Config], name: str, runs: str = "") -> tuple[Config,
     A stage's name stands for its run in `start`, `objective.teacher` and `tokenizer.source`,
     alone or as NAME@best or NAME@STEP.
     """
-    folder = runs or stages[0].runs
-    folder = join(folder, name) if is_url(folder) else str(Path(folder) / name)
+    folder = join(runs or stages[0].runs, name)
     names = {cfg.name for cfg in stages}
 
     def path(given: str) -> str:
         stage, at, step = given.partition("@")
-        if stage not in names:
-            return given
-        return f"{f'{folder}/{stage}' if is_url(folder) else Path(folder) / stage}{at}{step}"
+        return f"{join(folder, stage)}{at}{step}" if stage in names else given
 
     found = []
     for cfg in stages:

@@ -231,6 +231,12 @@ def test_a_report_is_written_on_a_run_at_a_url(stored, capsys):
     assert "there is no run at memory://bucket/none" in capsys.readouterr().err
 
 
+def test_a_sweep_at_a_url_is_refused(here, capsys):
+    options = ("--values", "optim.clip", "1", "2", "--", "--runs", RUNS)
+    assert cli.main(["sweep", "tiny.py", *options]) == 2
+    assert "the runs of a sweep stay in a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["runs", "verify"])
 def test_commands_on_folders_refuse_a_url(command, capsys):
     assert cli.main([command, RUNS]) == 2
