@@ -253,6 +253,8 @@ def estimate(
     check_supported(cfg)
     cfg, notes = complete(cfg)
     target, chips = find_target(device, cfg, compile)
+    if device not in ("here", "cpu"):  # all of them, not as many as there are to be used here
+        cfg = replace(cfg, parallel=replace(cfg.parallel, devices=0))
     given, failed, found, correction = "", None, None, 1.0
     options: tuple[str, ...] = ()
     fitting = cfg
@@ -309,6 +311,9 @@ def from_command_line(
 ) -> Estimate:
     """The prediction for a config file with options of `train.py`.
 
+    Unless the device is `here`, jax uses only the CPU of this machine from then on, so that a
+    process that holds its TPU or GPU is not disturbed.
+
     Args:
         path: The config file.
         options: The options. Those of --depth are for the kind of this device.
@@ -320,7 +325,7 @@ def from_command_line(
         InputError: See `estimate`, or the file or an option is invalid.
     """
     if device != "here":
-        jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine is left alone
+        jax.config.update("jax_platforms", "cpu")
     given = [*options]
     if any(word.partition("=")[0] == "--depth" for word in given) and device != "here":
         platform = "cpu" if device == "cpu" else find_device(device).platform
@@ -758,10 +763,10 @@ def search_fitting(
 
 def _parallels(cfg: config.Config, device: Device) -> Iterator[sharding.ParallelConfig]:
     """The layout of a config, and data parallelism with more and more FSDP."""
-    yield replace(cfg.parallel, devices=0)
+    yield cfg.parallel
     for fsdp in (n for n in range(2, device.count + 1) if device.count % n == 0):
         if cfg.model.D % fsdp == 0 and cfg.parallel.tensor == 1:
-            yield replace(cfg.parallel, data=-1, fsdp=fsdp, devices=0)
+            yield replace(cfg.parallel, data=-1, fsdp=fsdp)
 
 
 def options_of(before: config.Config, after: config.Config) -> tuple[str, ...]:
