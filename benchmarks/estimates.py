@@ -1,7 +1,7 @@
 """A table of predictions for configs on devices: memory, roofline, MFU, tokens per hour.
 
     python benchmarks/estimates.py
-    python benchmarks/estimates.py --compile False      # traced only: seconds instead of minutes
+    python benchmarks/estimates.py --quick True         # traced only: seconds instead of minutes
 
 Each row is what `python -m jaxgpt estimate` says, with the options that make the config fit. A
 device is the smallest slice of its kind, from the named one on, on which the config fits. Nothing
@@ -44,8 +44,8 @@ class Options:
     """How devices share the work: as the config says, data parallel, or FSDP over all."""
     options: str = ""
     """Options of train.py for all configs, as in --options="--model.L 1"."""
-    compile: bool = True
-    """Whether to compile; see `python -m jaxgpt estimate --help`."""
+    quick: bool = False
+    """Whether to trace only; see `python -m jaxgpt estimate --help`."""
     search: bool = True
     """Whether to look for options and slices that fit."""
     format: Literal["table", "json"] = "table"
@@ -60,10 +60,10 @@ def smallest(cfg: config.Config, device: str, options: Options) -> Estimate:
         name = find_device(device).of(count).name
         try:
             # Traced first: it takes seconds to see that a slice is too small.
-            traced = estimate(cfg, name, search=options.search, compile=False, counts=())
+            traced = estimate(cfg, name, search=options.search, quick=True, counts=())
             if options.search and not traced.memory.fits:
                 continue
-            if not options.compile:
+            if options.quick:
                 return traced
             found = estimate(cfg, name, search=options.search, counts=())
         except InputError as error:

@@ -1,9 +1,10 @@
 """A current architecture: RoPE, RMSNorm, squared ReLU, grouped queries, QK-norm; with Muon.
 
 Command:   python train.py configs/modern.py --data.paths "fineweb/*.parquet"
-Hardware:  one GPU of 80 GB; or 4 or more TPU chips, with --train.micro 1
+Hardware:  as in gpt2_124m.py; 11.0 GiB as traced
 Data:      as in gpt2_124m.py
-Time:      not run
+Time:      not measured. Predicted, traced: on v5e-1 at the roofline 89% MFU (attention counted
+           causal) and 851 million tokens per hour
 Expect:    not run
 """
 

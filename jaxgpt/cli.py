@@ -406,7 +406,7 @@ def estimate(
     options: tyro.conf.Positional[tuple[str, ...]] = (),
     device: str = "here",
     price: float = 0.0,
-    compile: bool = True,
+    quick: bool = False,
     format: Literal["text", "json"] = "text",
 ) -> int:
     """Predict memory, speed, time and cost of a run before it starts, on any machine.
@@ -421,11 +421,11 @@ def estimate(
             several, such as h100-8; cpu; here: the devices of this machine. TPUs need `pip install
             libtpu` at the version that an error names, and no TPU.
         price: What a device costs per hour, in any currency, for the cost of the run; 0: no cost.
-        compile: Whether to compile the step, which takes minutes for a TPU. If not, it is only
-            traced, which takes seconds, and its memory is less exact.
+        quick: Trace the step and do not compile it, which takes seconds instead of minutes; its
+            memory is then less exact.
         format: text for people, or json.
     """
-    found = predict(path, options, device, price, compile)
+    found = predict(path, options, device, price, quick)
     print(json.dumps(found.as_json(), indent=2) if format == "json" else prediction(found))
     return int(not found.memory.fits)
 

@@ -1,6 +1,6 @@
 """Without a TPU: what TPU's own compiler makes of the training step and of a step of writing.
 
-The compiler lives in processes of its own (benchmarks/estimates.py for a slice of four v5e chips,
+The compiler runs in processes of its own (benchmarks/estimates.py for a slice of four v5e chips,
 benchmarks/tpu_decode.py for one), so that it never becomes the backend of the other tests. Layers
 repeat, so one is compiled, with few rows and little effort.
 """

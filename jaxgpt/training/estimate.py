@@ -229,7 +229,7 @@ def estimate(
     device: str = "here",
     price: float = 0.0,
     search: bool = True,
-    compile: bool = True,
+    quick: bool = False,
     counts: Sequence[int] = SCALES,
 ) -> Estimate:
     """Predicts a run on a kind of device.
@@ -239,8 +239,8 @@ def estimate(
         device: A name such as v5e-8 (`devices.DEVICES`); cpu; or here, for this machine's devices.
         price: What one device costs in an hour, in any currency; 0: not known.
         search: Whether to look for options with which the step fits, if it does not.
-        compile: Whether to compile the step where there is a compiler for the device; if not, it is
-            only traced, which takes seconds, and memory is less exact.
+        quick: Whether to only trace the step, which takes seconds and whose memory is less exact,
+            even if there is a compiler for the device.
         counts: Other numbers of devices for which the same batch is traced.
 
     Raises:
@@ -252,7 +252,9 @@ def estimate(
     cfg.check()
     check_supported(cfg)
     cfg, notes = complete(cfg)
-    target, chips = find_target(device, cfg, compile)
+    target, chips = find_target(device, cfg, quick)
+    if device not in ("here", "cpu"):  # all of them, not as many as there are to be used here
+        cfg = replace(cfg, parallel=replace(cfg.parallel, devices=0))
     given, failed, found, correction = "", None, None, 1.0
     options: tuple[str, ...] = ()
     fitting = cfg
@@ -283,7 +285,7 @@ def estimate(
     return replace(found, scales=tuple(scale(cfg, found, speed, counts)))
 
 
-OWN = ("--device", "--price", "--compile", "--no-compile", "--format", "--help", "-h")
+OWN = ("--device", "--price", "--quick", "--no-quick", "--format", "--help", "-h")
 """Options of the command `estimate` itself; all others are those of train.py."""
 
 
@@ -305,28 +307,31 @@ def own_options_first(args: list[str]) -> list[str]:
 
 
 def from_command_line(
-    path: str, options: Sequence[str], device: str, price: float = 0.0, compile: bool = True
+    path: str, options: Sequence[str], device: str, price: float = 0.0, quick: bool = False
 ) -> Estimate:
     """The prediction for a config file with options of `train.py`.
+
+    Unless the device is `here`, jax uses only the CPU of this machine from then on, so that a
+    process that holds its TPU or GPU is not disturbed.
 
     Args:
         path: The config file.
         options: The options. Those of --depth are for the kind of this device.
         device: See `estimate`.
         price: See `estimate`.
-        compile: See `estimate`.
+        quick: See `estimate`.
 
     Raises:
         InputError: See `estimate`, or the file or an option is invalid.
     """
     if device != "here":
-        jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine is left alone
+        jax.config.update("jax_platforms", "cpu")
     given = [*options]
     if any(word.partition("=")[0] == "--depth" for word in given) and device != "here":
         platform = "cpu" if device == "cpu" else find_device(device).platform
         given += ["--device", platform]
     cfg = config.from_command_line([path, *given], Path(path))
-    return estimate(cfg, device, price, compile=compile)
+    return estimate(cfg, device, price, quick=quick)
 
 
 def check_supported(cfg: config.Config) -> None:
@@ -375,12 +380,12 @@ def complete(cfg: config.Config) -> tuple[config.Config, tuple[str, ...]]:
 
 
 def find_target(
-    name: str, cfg: config.Config, compile: bool = True
+    name: str, cfg: config.Config, quick: bool = False
 ) -> tuple[Device, list[jax.Device] | None]:
     """The device of a name, and the devices to compile for; None: there is no compiler here."""
     if name not in ("here", "cpu"):
         device = find_device(name)
-        return device, tpu_devices(device) if compile and device.platform == "tpu" else None
+        return device, None if quick or device.platform != "tpu" else tpu_devices(device)
     chips = jax.devices() if name == "here" else jax.devices("cpu")
     chips = list(chips)[: cfg.parallel.devices or None]
     first = chips[0]
@@ -388,12 +393,12 @@ def find_target(
     limit = (first.memory_stats() or {}).get("bytes_limit", 0.0) if first.platform != "cpu" else 0.0
     if known:
         known = known.of(len(chips))
-        return replace(known, memory=limit or known.memory), chips if compile else None
+        return replace(known, memory=limit or known.memory), None if quick else chips
     if first.platform == "cpu":
         limit = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     platform: Any = first.platform
     unknown = Device(name, platform, 0.0, 0.0, limit, 0.0, "this machine", (first.device_kind,))
-    return replace(unknown, count=len(chips)), chips if compile else None
+    return replace(unknown, count=len(chips)), None if quick else chips
 
 
 def tpu_devices(device: Device) -> list[jax.Device]:
@@ -758,10 +763,10 @@ def search_fitting(
 
 def _parallels(cfg: config.Config, device: Device) -> Iterator[sharding.ParallelConfig]:
     """The layout of a config, and data parallelism with more and more FSDP."""
-    yield replace(cfg.parallel, devices=0)
+    yield cfg.parallel
     for fsdp in (n for n in range(2, device.count + 1) if device.count % n == 0):
         if cfg.model.D % fsdp == 0 and cfg.parallel.tensor == 1:
-            yield replace(cfg.parallel, data=-1, fsdp=fsdp, devices=0)
+            yield replace(cfg.parallel, data=-1, fsdp=fsdp)
 
 
 def options_of(before: config.Config, after: config.Config) -> tuple[str, ...]:
