@@ -33,6 +33,7 @@ from jaxgpt.accelerators import (
     plugins,
     reason_in,
     set_variable,
+    shell,
     unset_variable,
     wanted_libtpu,
     why_unused,
@@ -124,6 +125,8 @@ def examine(runs: Path, timeout: float, machine: Machine | None = None) -> Itera
     began = _started_here()
     probed, error = probe_here() if began else probe_in_child(timeout)
     yield from check_devices(machine, probed, error, began)
+    if machine.find("gpu") and not began:
+        yield from check_gpu_memory(machine)
     yield check_step(probed, error)
 
 
@@ -310,6 +313,29 @@ def _memory(devices: dict[str, Any], machine: Machine) -> str:
         return f", {limit / GIB:.1f} GiB of memory each, {used / GIB:.1f} GiB of it in use"
     free = machine.free_memory()
     return f", {free / GIB:.1f} GiB of memory free" if free else ""
+
+
+def check_gpu_memory(machine: Machine) -> Iterator[Finding]:
+    """How much memory of each NVIDIA GPU other processes have, as nvidia-smi says."""
+    query = ["--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    for number, line in enumerate(done.stdout.splitlines()):
+        if not (known := re.fullmatch(r"(\d+), (\d+)", line)):  # some GPUs share the main memory
+            continue
+        used, total = (int(part) / 1024 for part in known.groups())
+        text = f"{used:.1f} of {total:.1f} GiB in use"
+        name = f"memory of GPU {number}"
+        if used < total / 4:
+            yield Finding(name, "ok", text)
+            continue
+        holders = machine.holders("gpu")
+        who = ", ".join(map(str, holders)) or "other processes"
+        remedy = shell(f"kill {holders[0].pid}" if holders else "nvidia-smi")
+        text += f" by {who}, and JAX takes 75% when it starts"
+        yield Finding(name, "problem", text, remedy)
 
 
 def check_step(probed: list[dict[str, Any]], error: str) -> Finding:

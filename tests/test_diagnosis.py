@@ -231,6 +231,7 @@ def environment(tmp_path, monkeypatch):
         monkeypatch.setattr(diagnosis, "requires", lambda name: needs.get(name, []))
         monkeypatch.setattr(diagnosis.platform, "python_version", lambda: "3.11.7")
         monkeypatch.setattr(diagnosis, "_started_here", lambda: False)
+        monkeypatch.setenv("PATH", str(tmp_path))  # there is no nvidia-smi
         probed = [dict(part) for part in broken.probed]
         monkeypatch.setattr(diagnosis, "probe_in_child", lambda _: (probed, broken.error))
         return Machine(tmp_path / "root", broken.env)
@@ -277,6 +278,18 @@ def test_googles_network_card_is_no_tpu(environment):
     card = {**V5E, "sys/bus/pci/devices/0000:00:05.0/device": "0x0042\n"}
     machine = environment(Broken(card))
     assert not machine.find("tpu") and not machine.find_unreachable("tpu")
+
+
+def test_memory_of_a_gpu_that_others_hold_is_named(environment, tmp_path, monkeypatch):
+    machine = environment(Broken(nvidia() | process(55, "python nb.py", "/dev/nvidia-uvm"), CUDA12))
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 500, 81920\necho 70000, 81920; echo [N/A], [N/A]\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    free, full = diagnosis.check_gpu_memory(machine)
+    assert (free.status, free.text) == ("ok", "0.5 of 80.0 GiB in use")
+    assert (full.status, full.remedy) == ("problem", "kill 55")
+    assert "68.4 of 80.0 GiB in use by process 55 (python nb.py)" in full.text
 
 
 def test_a_full_disk_and_one_with_little_room(environment, tmp_path, monkeypatch):
