@@ -148,10 +148,12 @@ def check_versions() -> Iterator[Finding]:
             text = f"{there} is older than {floor}, the oldest that works; {listed}"
             yield Finding(name, "problem", text, pinned)
         elif lanes.release(there)[: len(newest)] > newest:
-            yield Finding(name, "warning", f"{there} is newer than what is {listed}", pinned)
+            yield Finding(
+                name, "warning", f"{there} is newer than all that is tested; {listed}", pinned
+            )
         else:
-            exact = any(there == one or name == "python" for one in tested)
-            yield Finding(name, "ok", there if exact else f"{there} ({listed})")
+            exact = name == "python" or there in tested
+            yield Finding(name, "ok", there if exact else f"{there}, {listed}")
 
 
 def check_requirements() -> Iterator[Finding]:
@@ -207,7 +209,7 @@ def check_other_frameworks(machine: Machine) -> Iterator[Finding]:
             yield Finding(
                 name,
                 "warning",
-                f"imported in this process, where it takes the whole memory of the {present[0]}",
+                f"imported in this process, and once used takes all memory of the {present[0]}",
                 "restart the kernel, and do not import it before jaxgpt",
             )
         elif module in sys.modules:
@@ -254,7 +256,6 @@ def check_compile_cache(cache: Path, machine: Machine) -> Finding:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        size = sum(file.stat().st_size for file in folder.iterdir())
     except OSError as error:
         return Finding(
             "compile cache",
@@ -262,7 +263,7 @@ def check_compile_cache(cache: Path, machine: Machine) -> Finding:
             f"{folder} is not writable ({error.strerror}), so each process compiles anew",
             set_variable("JAX_COMPILATION_CACHE_DIR" if given else "JAXGPT_CACHE", "/tmp/jaxgpt"),
         )
-    return Finding("compile cache", "ok", f"{folder}, {size / GIB:.2f} GiB")
+    return Finding("compile cache", "ok", str(folder))
 
 
 def check_devices(
@@ -300,7 +301,7 @@ def check_devices(
                 text += "; this process has started on the CPU, and must be restarted too"
             status: Status = "problem" if machine.find(kind) else "warning"
             yield Finding(name, status, text, cause.remedy)
-    if not any(found.values()):
+    if used == "cpu" and not any(found.values()):
         menu = {"colab": "; see Runtime > Change runtime type", "kaggle": "; see Settings"}
         text = f"this machine has no TPU and no NVIDIA GPU{menu.get(machine.place, '')}"
         yield Finding("accelerators", "ok", text)

@@ -189,6 +189,13 @@ BROKEN = {
         text="0.6.2 is older than 0.7.2, the oldest that works",
         remedy=f"{PIP} install jax==0.10.2",
     ),
+    "jax that is newer than all that is tested": Broken(
+        versions={"jax": "0.13.0", "jaxlib": "0.13.0"},
+        name="jax",
+        status="warning",
+        text="0.13.0 is newer than all that is tested; tested with 0.7.2, 0.10.2, 0.12.0.1",
+        remedy=f"{PIP} install jax==0.10.2",
+    ),
     "flax that needs a newer jax": Broken(
         versions={"jax": "0.7.2", "jaxlib": "0.7.2", "flax": "0.12.12"},
         name="flax",
@@ -314,7 +321,7 @@ def test_a_folder_that_cannot_be_written_is_named(environment, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("module", "name", "text"),
     [
-        ("tensorflow", "TensorFlow", "takes the whole memory of the NVIDIA GPU"),
+        ("tensorflow", "TensorFlow", "takes all memory of the NVIDIA GPU"),
         ("torch", "PyTorch", "uses the CUDA libraries that torch has loaded"),
     ],
 )
