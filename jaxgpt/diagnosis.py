@@ -33,6 +33,7 @@ from jaxgpt.accelerators import (
     plugins,
     reason_in,
     set_variable,
+    shell,
     unset_variable,
     wanted_libtpu,
     why_unused,
@@ -124,6 +125,8 @@ def examine(runs: Path, timeout: float, machine: Machine | None = None) -> Itera
     began = _started_here()
     probed, error = probe_here() if began else probe_in_child(timeout)
     yield from check_devices(machine, probed, error, began)
+    if machine.find("gpu") and not began:
+        yield from check_gpu_memory(machine)
     yield check_step(probed, error)
 
 
@@ -145,10 +148,12 @@ def check_versions() -> Iterator[Finding]:
             text = f"{there} is older than {floor}, the oldest that works; {listed}"
             yield Finding(name, "problem", text, pinned)
         elif lanes.release(there)[: len(newest)] > newest:
-            yield Finding(name, "warning", f"{there} is newer than what is {listed}", pinned)
+            yield Finding(
+                name, "warning", f"{there} is newer than all that is tested; {listed}", pinned
+            )
         else:
-            exact = any(there == one or name == "python" for one in tested)
-            yield Finding(name, "ok", there if exact else f"{there} ({listed})")
+            exact = name == "python" or there in tested
+            yield Finding(name, "ok", there if exact else f"{there}, {listed}")
 
 
 def check_requirements() -> Iterator[Finding]:
@@ -204,7 +209,7 @@ def check_other_frameworks(machine: Machine) -> Iterator[Finding]:
             yield Finding(
                 name,
                 "warning",
-                f"imported in this process, where it takes the whole memory of the {present[0]}",
+                f"imported in this process, and once used takes all memory of the {present[0]}",
                 "restart the kernel, and do not import it before jaxgpt",
             )
         elif module in sys.modules:
@@ -251,7 +256,6 @@ def check_compile_cache(cache: Path, machine: Machine) -> Finding:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        size = sum(file.stat().st_size for file in folder.iterdir())
     except OSError as error:
         return Finding(
             "compile cache",
@@ -259,7 +263,7 @@ def check_compile_cache(cache: Path, machine: Machine) -> Finding:
             f"{folder} is not writable ({error.strerror}), so each process compiles anew",
             set_variable("JAX_COMPILATION_CACHE_DIR" if given else "JAXGPT_CACHE", "/tmp/jaxgpt"),
         )
-    return Finding("compile cache", "ok", f"{folder}, {size / GIB:.2f} GiB")
+    return Finding("compile cache", "ok", str(folder))
 
 
 def check_devices(
@@ -297,7 +301,7 @@ def check_devices(
                 text += "; this process has started on the CPU, and must be restarted too"
             status: Status = "problem" if machine.find(kind) else "warning"
             yield Finding(name, status, text, cause.remedy)
-    if not any(found.values()):
+    if used == "cpu" and not any(found.values()):
         menu = {"colab": "; see Runtime > Change runtime type", "kaggle": "; see Settings"}
         text = f"this machine has no TPU and no NVIDIA GPU{menu.get(machine.place, '')}"
         yield Finding("accelerators", "ok", text)
@@ -310,6 +314,29 @@ def _memory(devices: dict[str, Any], machine: Machine) -> str:
         return f", {limit / GIB:.1f} GiB of memory each, {used / GIB:.1f} GiB of it in use"
     free = machine.free_memory()
     return f", {free / GIB:.1f} GiB of memory free" if free else ""
+
+
+def check_gpu_memory(machine: Machine) -> Iterator[Finding]:
+    """How much memory of each NVIDIA GPU other processes have, as nvidia-smi says."""
+    query = ["--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    for number, line in enumerate(done.stdout.splitlines()):
+        if not (known := re.fullmatch(r"(\d+), (\d+)", line)):  # some GPUs share the main memory
+            continue
+        used, total = (int(part) / 1024 for part in known.groups())
+        text = f"{used:.1f} of {total:.1f} GiB in use"
+        name = f"memory of GPU {number}"
+        if used < total / 4:
+            yield Finding(name, "ok", text)
+            continue
+        holders = machine.holders("gpu")
+        who = ", ".join(map(str, holders)) or "other processes"
+        remedy = shell(f"kill {holders[0].pid}" if holders else "nvidia-smi")
+        text += f" by {who}, and JAX takes 75% when it starts"
+        yield Finding(name, "problem", text, remedy)
 
 
 def check_step(probed: list[dict[str, Any]], error: str) -> Finding:

@@ -189,6 +189,13 @@ BROKEN = {
         text="0.6.2 is older than 0.7.2, the oldest that works",
         remedy=f"{PIP} install jax==0.10.2",
     ),
+    "jax that is newer than all that is tested": Broken(
+        versions={"jax": "0.13.0", "jaxlib": "0.13.0"},
+        name="jax",
+        status="warning",
+        text="0.13.0 is newer than all that is tested; tested with 0.7.2, 0.10.2, 0.12.0.1",
+        remedy=f"{PIP} install jax==0.10.2",
+    ),
     "flax that needs a newer jax": Broken(
         versions={"jax": "0.7.2", "jaxlib": "0.7.2", "flax": "0.12.12"},
         name="flax",
@@ -231,6 +238,7 @@ def environment(tmp_path, monkeypatch):
         monkeypatch.setattr(diagnosis, "requires", lambda name: needs.get(name, []))
         monkeypatch.setattr(diagnosis.platform, "python_version", lambda: "3.11.7")
         monkeypatch.setattr(diagnosis, "_started_here", lambda: False)
+        monkeypatch.setenv("PATH", str(tmp_path))  # there is no nvidia-smi
         probed = [dict(part) for part in broken.probed]
         monkeypatch.setattr(diagnosis, "probe_in_child", lambda _: (probed, broken.error))
         return Machine(tmp_path / "root", broken.env)
@@ -279,6 +287,18 @@ def test_googles_network_card_is_no_tpu(environment):
     assert not machine.find("tpu") and not machine.find_unreachable("tpu")
 
 
+def test_memory_of_a_gpu_that_others_hold_is_named(environment, tmp_path, monkeypatch):
+    machine = environment(Broken(nvidia() | process(55, "python nb.py", "/dev/nvidia-uvm"), CUDA12))
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 500, 81920\necho 70000, 81920; echo [N/A], [N/A]\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    free, full = diagnosis.check_gpu_memory(machine)
+    assert (free.status, free.text) == ("ok", "0.5 of 80.0 GiB in use")
+    assert (full.status, full.remedy) == ("problem", "kill 55")
+    assert "68.4 of 80.0 GiB in use by process 55 (python nb.py)" in full.text
+
+
 def test_a_full_disk_and_one_with_little_room(environment, tmp_path, monkeypatch):
     environment(Broken())
     for free, status in ((2**29, "problem"), (2**31, "warning"), (2**40, "ok")):
@@ -301,7 +321,7 @@ def test_a_folder_that_cannot_be_written_is_named(environment, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("module", "name", "text"),
     [
-        ("tensorflow", "TensorFlow", "takes the whole memory of the NVIDIA GPU"),
+        ("tensorflow", "TensorFlow", "takes all memory of the NVIDIA GPU"),
         ("torch", "PyTorch", "uses the CUDA libraries that torch has loaded"),
     ],
 )
