@@ -7,8 +7,9 @@ Every config is compiled as `train.py` would compile it, data parallel (`data`) 
 parameters sharded too (`fsdp`). Per chip and step, the table shows the train state, temporaries and
 peak memory in GiB; the memory traffic in gigabytes, as the compiler counts it; and the milliseconds
 that the FLOPs (`flops_per_token`, causal) and the traffic take at a v5e chip's peak rates. The
-compiler counts the body of a loop once; with `--chunk` at the context length there is no loop. `in
-loops` is the size of all-reduces in each iteration of a loop, in megabytes, and should be small.
+compiler counts the body of a loop once; with `--chunk` at the context length there is no loop.
+`reduced` is the size of all arrays that all-reduces add up over the chips, a loop's body counted
+once, and `in loops` of those in each iteration of a loop, in megabytes; that should be small.
 """
 
 import os
@@ -24,6 +25,7 @@ os.environ.update(
 )
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -68,7 +70,7 @@ class Options:
     layers: int = 0
     """Layers of the model."""
     chunk: int = 0
-    """Positions of each row whose logits exist at once."""
+    """Positions of each row whose logits exist at once; 0 in the config too: chosen by memory."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again."""
     format: Literal["table", "json"] = "table"
@@ -92,6 +94,10 @@ class Program:
     temporaries: int
     held: int
     """Bytes of arguments, results, temporaries and code together."""
+    parameters: int
+    """Bytes of a chip's parameters."""
+    reduced: int
+    """Bytes of the arrays added up over chips, a loop's body counted once."""
     reduced_in_loops: int
     """Bytes of the arrays added up over chips in one turn of every loop."""
     moved: float
@@ -154,6 +160,8 @@ def compiled(path: str, layout_name: str, options: Options) -> Program:
         + results
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
+        parameters=sum(local_bytes(leaf) for leaf in jax.tree.leaves(state.params)),
+        reduced=sum(all_reduced(text)),
         reduced_in_loops=sum(reduced_in_loops(text)),
         moved=program.cost_analysis()["bytes accessed"],
         tokens=tokens,
@@ -174,12 +182,14 @@ def reduced_in_loops(text: str) -> Iterator[int]:
     """Bytes of each float32 array that an all-reduce in the body of a loop makes."""
     for body in set(re.findall(r"body=%([\w.-]+)", text)):
         code = re.search(rf"^%{re.escape(body)} \(.*?^}}", text, re.MULTILINE | re.DOTALL)
-        for made in re.findall(r" = (.*) all-reduce(?:-start)?\(", code[0] if code else ""):
-            for dimensions in re.findall(r"f32\[([\d,]*)\]", made):
-                size = 4
-                for dimension in filter(None, dimensions.split(",")):
-                    size *= int(dimension)
-                yield size
+        yield from all_reduced(code[0] if code else "")
+
+
+def all_reduced(code: str) -> Iterator[int]:
+    """Bytes of each float32 array that an all-reduce makes."""
+    for made in re.findall(r" = (.*) all-reduce(?:-start)?\(", code):
+        for dimensions in re.findall(r"f32\[([\d,]*)\]", made):
+            yield 4 * math.prod(map(int, filter(None, dimensions.split(","))))
 
 
 def row(program: Program) -> str:
@@ -189,7 +199,7 @@ def row(program: Program) -> str:
     return (
         f"{program.config:24} {program.layout:6} {program.attention:9}"
         f" {gib[0]:6.2f} {gib[1]:6.2f} {gib[2]:6.2f} {program.moved / 1e9:8.1f}"
-        f" {program.reduced_in_loops / 1e6:9.1f}"
+        f" {program.reduced / 1e6:8.1f} {program.reduced_in_loops / 1e6:9.1f}"
         f" {program.flops / 1e12:7.2f} {compute * 1e3:11.1f} {memory * 1e3:10.1f}"
         f" {program.tokens / max(compute, memory):12,.0f} {program.seconds:9.0f}"
     )
@@ -201,7 +211,7 @@ def main(options: Options) -> None:
             f"jax {jax.__version__}, libtpu {version('libtpu')}, {options.topology}, "
             f"{options.rows} rows a chip, remat {options.remat}; peaks {FLOPS / 1e12:.0f} TFLOP/s, "
             f"{BYTES / 1e9:.0f} GB/s\n\n{'config':24} layout attention  state  temp.   held"
-            " GB moved  in loops  TFLOP  compute ms  memory ms  tokens/s <=  compile s"
+            " GB moved  reduced  in loops  TFLOP  compute ms  memory ms  tokens/s <=  compile s"
         )
     for path in options.configs:
         for layout in options.layouts:

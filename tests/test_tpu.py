@@ -59,6 +59,13 @@ def test_the_whole_state_is_updated_in_place(name, layout):
     assert program["leaves_in_place"] == program["leaves"]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_gradient_is_added_up_over_the_chips_once(name):
+    program = programs()[name, "data"]
+    assert program["reduced_in_loops"] < 1e4
+    assert program["reduced"] == pytest.approx(program["parameters"], rel=1e-3)
+
+
 def test_a_step_of_writing_has_no_loops_and_multiplies_matrices():
     for program in compiled("tpu_decode", "--batches", "1", "4", "--vocabulary", "1024"):
         assert program["loops"] == 0, "rows are written into the cache one after another"
