@@ -87,6 +87,13 @@ def test_nothing_is_rematerialized_involuntarily():
     assert "nvoluntary full rematerialization" not in programs()[1]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_gradient_is_added_up_over_the_chips_once(name):
+    program = programs()[name, "data"]
+    assert program["reduced_in_loops"] < 1e4
+    assert program["reduced"] == pytest.approx(program["parameters"], rel=1e-3)
+
+
 def test_a_step_of_writing_has_no_loops_and_multiplies_matrices():
     small = ("--batches", "1", "4", "--vocabulary", "1024", "--layers", "1")
     for program in compiled("tpu_decode", *small)[0]:

@@ -390,9 +390,10 @@ def _splash(
 def splash_blocks(T: int, window: int) -> dict[str, Any]:
     """The sizes of the splash kernel's blocks of queries and keys, and its kind of backward pass.
 
-    The choice is by the cycles that the TPU compiler schedules for a block (its final bundles), and
-    the number of blocks that a causal mask leaves. Microseconds forward + backward, per row and
-    head of 128, on v5e; the compiler accepts all of these for head sizes of 64, 128 and 256:
+    The choice is predicted, not measured: by the cycles that the TPU compiler schedules for a block
+    (its final bundles, at 1.5 GHz), and the number of blocks that a causal mask leaves. On v5e, in
+    microseconds forward + backward per row and head of 128; for head sizes of 64 and 256, which the
+    compiler accepts too, the same blocks are best or equal:
 
         T                       1024       2048         4096          8192
         512 x 512, separate     3.6 + 8.1  11.1 + 26.6  37.6 + 94.5   136.7 + 354.7

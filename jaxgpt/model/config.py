@@ -161,17 +161,11 @@ class GPTConfig:
             compute: How to run it, resolved.
 
         Raises:
-            InputError: A field is invalid, or `compute` cannot run this architecture.
+            InputError: A field is invalid.
         """
         from jaxgpt.model.gpt import GPT  # the config is data, and needs no Flax until here
 
         self.check()
-        if compute.layers == "scan" and len(set(self.windows())) > 1:
-            raise InputError(
-                "compute.layers=scan runs one block for all layers, but model.global_every="
-                f"{self.global_every} makes them differ; set compute.layers=unrolled",
-                field="compute.layers",
-            )
         return GPT(self, compute)
 
     @property

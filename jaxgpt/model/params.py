@@ -8,6 +8,7 @@ encoder-decoder also has `encoder/i/...` like `blocks/i/...`, `encoder_norm/{sca
 have a leading L. The first axes of every matrix are its outputs.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -43,8 +44,10 @@ def init(model: "GPT", key: jax.Array) -> Params:
 
 def _boxed(model: "GPT", key: jax.Array) -> Params:
     """The tree with stacked layers, each leaf with its letters."""
-    # One token, which only plain attention takes; the parameters are the same for all.
-    plain = model.clone(compute=ComputeConfig("float32", "scan", "none", "plain"))
+    # One token, which only plain attention takes, and no windows, which may differ between layers;
+    # the parameters are the same for all.
+    alike = dataclasses.replace(model.cfg, window=0)
+    plain = model.clone(cfg=alike, compute=ComputeConfig("float32", "scan", "none", "plain"))
     variables: Mapping[str, Params] = plain.init(key, jnp.zeros((1, 1), jnp.int32))
     return variables["params"]
 

@@ -463,9 +463,28 @@ def test_impossible_sizes_are_refused_with_what_to_set(change, says):
         assert words in str(error.value)
 
 
-def test_scan_is_refused_where_layers_differ():
-    with pytest.raises(InputError, match="set compute.layers=unrolled"):
-        replace(GPT2, window=4, global_every=2).build(replace(PLAIN, layers="scan"))
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scan_over_layers_whose_windows_repeat_equals_unrolled(remat):
+    cfg = replace(MODERN, L=5, window=4, global_every=2)  # windows of 4, 0, 4, 0, 4
+    unrolled, scanned = (
+        cfg.build(replace(PLAIN, layers=layers, remat=remat)) for layers in ("unrolled", "scan")
+    )
+    np.testing.assert_allclose(logits_of(scanned, TOKENS), logits_of(unrolled, TOKENS), atol=2e-6)
+    grads = jax.jit(partial(model.unstack, L=5))(loss_grads(scanned))
+    assert_trees_close(grads, loss_grads(unrolled), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_whose_windows_repeat_have_dropout_of_their_own():
+    cfg = replace(MODERN, L=4, window=4, global_every=2, dropout=0.5)
+    gpt = cfg.build(replace(PLAIN, layers="scan"))
+    params = random_params(gpt)
+
+    def hidden(key):
+        return gpt.apply({"params": params}, TOKENS, rngs={"dropout": jax.random.key(key)})
+
+    first, same, other = (jax.jit(hidden)(key) for key in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
 
 
 def test_too_many_tokens_are_refused():
