@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +158,18 @@ def test_an_entry_that_exists_is_kept_unless_it_is_rebuilt(tmp_path, bpe, fake, 
     assert shard.read_bytes() == right
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_steps_that_are_repeated_do_no_harm(tmp_path, bpe, fake, monkeypatch, rebuild):
+    corpus = write_corpus(tmp_path / "corpus")
+    _, (entry,) = local_entry(tmp_path / "local", bpe, [corpus])
+    for name in ("write_shard", "finish_entry"):
+        step = getattr(beam, name)
+        monkeypatch.setattr(beam, name, lambda *args, step=step: (step(*args), step(*args))[1])
+    cfg = DataConfig(paths=(str(corpus),), cache=str(tmp_path / "beam"), rebuild=rebuild)
+    (found,) = beam.tokenize(cfg, bpe)
+    assert files_of(Path(found)) == files_of(entry)
+
+
 def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, bpe, fake):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
@@ -169,6 +182,9 @@ def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, bpe, f
         with pytest.raises(InputError, match=says):
             beam.tokenize(DataConfig(paths=(str(path),), cache=str(tmp_path / "c")), bpe)
     assert not list((tmp_path / "c" / "tokens").iterdir())
+    cfg = DataConfig(paths=("hf:a/b",), stream=True)
+    with pytest.raises(InputError, match="stream=True tokenizes text during training"):
+        beam.tokenize(cfg, bpe)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, bpe, fake, monkeypatch):
