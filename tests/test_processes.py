@@ -135,6 +135,8 @@ def test_a_folder_that_a_host_does_not_see_is_refused_by_all(three, tmp_path, mo
         assert "process 2 (host2) did not see a file that process 0 (host0) wrote" in answer
         assert "process 1" not in answer and "`runs`" in answer
     assert not list(shared.iterdir()), "the file of the check is left"
+    answers = three(lambda _: processes.check_shared(tmp_path / "nowhere"))
+    assert all("cannot be written: No such file" in answer for answer in answers)
 
 
 def test_a_process_that_falls_silent_is_named_and_one_that_said_goodbye_is_not(three, monkeypatch):
