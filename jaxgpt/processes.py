@@ -68,9 +68,14 @@ def connect(cfg: ParallelConfig) -> None:
         if cfg.processes:
             said = f"the {cfg.processes} processes did not find each other: {error}"
         else:
+            why = str(error)
+            if isinstance(error, KeyError):  # such as SLURM_PROCID, which srun sets
+                why = f"the variable {error} is not set"
+            elif "coordinator_address" in why:
+                why = "none was found"
             said = (
                 "parallel.processes=0 takes the processes from the cluster (a TPU pod, Slurm, Open "
-                f"MPI or Kubernetes), and that failed: {error}"
+                f"MPI or Kubernetes), and {why}"
             )
         raise InputError(
             f"{said}; set parallel.processes, process and coordinator, or processes=1",
