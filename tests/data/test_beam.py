@@ -4,8 +4,10 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from jaxgpt.data import DataConfig, beam, prepare, token_entries, tokens
@@ -144,6 +146,14 @@ def test_text_at_urls_is_written_to_a_url(tmp_path, bpe, fake):
     (found,) = beam.tokenize(cfg, bpe, f"file://{tmp_path}/out")
     assert found == f"file://{tmp_path}/out/{entry.name}"
     assert files_of(tmp_path / "out" / entry.name) == files_of(entry)
+
+    memory = fsspec.filesystem("memory")  # as a bucket, it cannot rename folders
+    for rebuild in (False, True):
+        beam.tokenize(replace(cfg, rebuild=rebuild), bpe, "memory://bucket/out")
+        written = memory.find("/bucket/out")
+        assert {Path(file).name: memory.cat(file) for file in written} == files_of(entry)
+        assert {str(Path(file).parent) for file in written} == {f"/bucket/out/{entry.name}"}
+    memory.rm("/bucket", recursive=True)
 
 
 def test_an_entry_that_exists_is_kept_unless_it_is_rebuilt(tmp_path, bpe, fake, capsys):
