@@ -68,9 +68,14 @@ def connect(cfg: ParallelConfig) -> None:
         if cfg.processes:
             said = f"the {cfg.processes} processes did not find each other: {error}"
         else:
+            why = str(error)
+            if isinstance(error, KeyError):  # such as SLURM_PROCID, which srun sets
+                why = f"the variable {error} is not set"
+            elif "coordinator_address" in why:
+                why = "none was found"
             said = (
                 "parallel.processes=0 takes the processes from the cluster (a TPU pod, Slurm, Open "
-                f"MPI or Kubernetes), and that failed: {error}"
+                f"MPI or Kubernetes), and {why}"
             )
         raise InputError(
             f"{said}; set parallel.processes, process and coordinator, or processes=1",
@@ -205,14 +210,25 @@ def check_shared(folder: Path) -> None:
     """Checks that all processes see the files that process 0 writes in a folder.
 
     Raises:
-        InputError: Some do not; the message names their hosts. All processes raise it.
+        InputError: Some do not; the message names their hosts. Or process 0 cannot write. All
+            processes raise it.
     """
     if _count() == 1:
         return
-    name = f"{uuid.uuid4().hex}.shared"
-    if _index() == 0:
-        (folder / name).write_text("written to check that all hosts see this folder\n")
-    name = gather(name)[0]
+
+    def write() -> str:
+        file = folder / f"{uuid.uuid4().hex}.shared"
+        try:
+            file.write_text("written to check that all hosts see this folder\n")
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be written: {error.strerror}; free disk space, or set `runs` to "
+                "another folder",
+                field="runs",
+            ) from None
+        return file.name
+
+    name = from_first_process(write)
     deadline = time.monotonic() + VISIBLE
     seen = False
     while not seen and time.monotonic() < deadline:

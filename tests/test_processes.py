@@ -135,6 +135,8 @@ def test_a_folder_that_a_host_does_not_see_is_refused_by_all(three, tmp_path, mo
         assert "process 2 (host2) did not see a file that process 0 (host0) wrote" in answer
         assert "process 1" not in answer and "`runs`" in answer
     assert not list(shared.iterdir()), "the file of the check is left"
+    answers = three(lambda _: processes.check_shared(tmp_path / "nowhere"))
+    assert all("cannot be written: No such file" in answer for answer in answers)
 
 
 def test_a_process_that_falls_silent_is_named_and_one_that_said_goodbye_is_not(three, monkeypatch):
@@ -162,18 +164,25 @@ def test_a_process_that_falls_silent_is_named_and_one_that_said_goodbye_is_not(t
     assert "no sign of life" in failed["reason"]
 
 
-def test_processes_of_a_cluster_that_is_not_there_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("coordinator_address should be defined."), "none was found"),
+        (KeyError("SLURM_PROCID"), "'SLURM_PROCID' is not set"),
+        (RuntimeError("Kubernetes API Error: 403"), "API Error: 403"),
+    ],
+)
+def test_processes_of_a_cluster_that_is_not_there_are_refused(error, says, monkeypatch):
     def initialize(*args, **kwargs):
-        raise ValueError("coordinator_address should be defined.")
+        raise error
 
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    update = jax.config.update
-    monkeypatch.setattr(jax.config, "update", lambda *args: None)
-    with pytest.raises(InputError) as error:
-        processes.connect(ParallelConfig(processes=0))
-    monkeypatch.setattr(jax.config, "update", update)
-    assert "parallel.processes=0 takes the processes from the cluster" in str(error.value)
-    assert "Slurm" in str(error.value) and "or processes=1" in str(error.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", initialize)
+        patch.setattr(jax.config, "update", lambda *args: None)
+        with pytest.raises(InputError) as raised:
+            processes.connect(ParallelConfig(processes=0))
+    assert "parallel.processes=0 takes the processes from the cluster" in str(raised.value)
+    assert says in str(raised.value) and "or processes=1" in str(raised.value)
 
 
 def test_a_host_of_a_tpu_pod_that_was_started_alone_is_refused(monkeypatch):

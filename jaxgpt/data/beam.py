@@ -7,12 +7,12 @@ The options `--data.*` and `--tokenizer.*` are those of training. All others are
 and its options. The result is the entry of the token cache that training with the same options
 would write, byte for byte (see jaxgpt/data/tokens.py), so that training finds it.
 
-A worker reads one file at a time, as text of the whole is divided by files. Every file is read
-twice: first for its hash and its number of documents, which decide the name of the entry and what
-is held out, and then for its tokens. Tokens are first written to one file for each file of text,
-and then copied to the shards of the entry, which are cut at multiples of `tokens.SHARD`.
+Work is divided by files. Every file is read twice: first for its hash and its number of documents,
+which decide the name of the entry and what is held out, and then for its tokens. Tokens are first
+written to one file for each file of text, and then copied to the shards of the entry, which are cut
+at multiples of `tokens.SHARD`. Runners may repeat a step, so each step may be repeated.
 
-Workers need `jaxgpt` without JAX: the tokenizer's packages, numpy, and pyarrow for parquet.
+Workers do not import JAX: they need the tokenizer's packages, numpy, and pyarrow for parquet.
 """
 
 import hashlib
@@ -164,7 +164,7 @@ def read_options(args: list[str]) -> tuple[Options, list[str]]:
         Options,
         args,
         prog="python -m jaxgpt.data.beam",
-        description=(__doc__ or "").partition("\n\nA worker")[0],
+        description=(__doc__ or "").partition("\n\nWork is")[0],
         return_unknown_args=True,
     )
     if wrong := [word for word in others if re.match(r"--(data|tokenizer|output)\b", word)]:
@@ -201,11 +201,19 @@ def tokenize(
         InputError: Beam is not installed, a path cannot be read, or the pipeline failed.
     """
     cfg.check()
+    if cfg.stream:
+        raise InputError(
+            "data.stream=True tokenizes text during training, from other entries of the cache; "
+            "remove it here and in training",
+            field="data.stream",
+        )
     beam = _import_beam()
     paths = (*cfg.paths, *cfg.val_paths)
     held_out = 0.0 if cfg.val_paths else cfg.val_fraction
     fractions = [held_out] * len(cfg.paths) + [0.0] * len(cfg.val_paths)
-    output = (output or str(cache_folder(cfg.cache).absolute() / "tokens")).rstrip("/")
+    output = (output or str(cache_folder(cfg.cache) / "tokens")).rstrip("/")
+    if "://" not in output:
+        output = os.path.abspath(os.path.expanduser(output))
     folder = f"{output}/{uuid.uuid4().hex}.beam"
     jobs = [
         Job(cfg, fraction, output, folder, number, tokenizer.fingerprint)
@@ -287,15 +295,15 @@ def _list_files(path: str, cfg: DataConfig) -> list[Text]:
 def _add_path(beam: Any, pipeline: Any, files: list[Text], job: Job) -> None:
     """Adds the steps that tokenize the files of one path."""
     name, one, every = job.number, beam.pvalue.AsSingleton, beam.combiners.ToList
-    texts = pipeline | f"{name} files" >> beam.Create(files) | f"{name} spread" >> beam.Reshuffle()
+    spread = pipeline | f"{name} files" >> beam.Create(files) | f"{name} spread" >> beam.Reshuffle()
     plan = (
-        texts
+        spread
         | f"{name} scan" >> beam.Map(scan, job)
         | f"{name} scans" >> every()
         | f"{name} plan" >> beam.Map(plan_entry, job)
     )
     parts = (
-        texts
+        spread
         | f"{name} tokenize" >> beam.FlatMap(tokenize_file, one(plan), job)
         | f"{name} parts" >> every()
     )
@@ -430,7 +438,7 @@ def finish_entry(
         draft = f"{work}/{plan.entry}"
         fs.makedirs(draft, exist_ok=True)
         for name, file, _, _ in shards:
-            fs.mv(file, f"{draft}/{name}")
+            _move(fs, file, f"{draft}/{name}")
         fs.pipe_file(f"{draft}/{INDEX}", index)
         fs.pipe_file(f"{draft}/{MANIFEST}", format_manifest(digests).encode())
         _publish(draft, f"{_open(job.output)[1]}/{plan.entry}", [*digests, MANIFEST], fs, job)
@@ -439,16 +447,22 @@ def finish_entry(
 
 def _publish(draft: str, entry: str, names: list[str], fs: Any, job: Job) -> None:
     """Renames a finished folder to that of the entry, unless another pipeline has written it."""
-    complete = fs.exists(f"{entry}/{MANIFEST}")
-    if fs.exists(entry) and (job.data.rebuild or not complete):
+    if fs.exists(f"{entry}/{MANIFEST}") and not job.data.rebuild:
+        return
+    whole = all(fs.exists(f"{draft}/{name}") for name in names)  # else this is repeated
+    if whole and fs.exists(entry):
         fs.rm(entry, recursive=True)
-    elif complete:
-        return
-    if "file" in fs.protocol:
+    if "file" not in fs.protocol:
+        for name in names:  # object stores cannot rename folders; the manifest completes it
+            _move(fs, f"{draft}/{name}", f"{entry}/{name}")
+    elif whole:
         os.rename(draft, entry)
-        return
-    for name in names:  # object stores cannot rename folders; with the manifest it is complete
-        fs.mv(f"{draft}/{name}", f"{entry}/{name}")
+
+
+def _move(fs: Any, source: str, target: str) -> None:
+    """Renames a file, unless this was done before."""
+    if fs.exists(source):
+        fs.mv(source, target)
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -462,6 +476,7 @@ def _open(url: str) -> tuple[Any, str]:
             f"{url} cannot be opened: {error}; install jaxgpt[s3] or jaxgpt[gcs] for buckets, or "
             "use a folder"
         ) from None
+    fs.invalidate_cache()  # of listings: other workers write too
     return fs, path.rstrip("/")
 
 
@@ -506,8 +521,6 @@ def _fingerprint(digest: str, fraction: float, tokenizer: str) -> Fingerprint:
 
 
 if __name__ == "__main__":
-    from jaxgpt.data.beam import (
-        main as imported,
-    )  # functions of `__main__` are not found by workers
+    from jaxgpt.data import beam  # workers do not find the functions of `__main__`
 
-    sys.exit(imported(sys.argv[1:]))
+    sys.exit(beam.main(sys.argv[1:]))

@@ -4,7 +4,10 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import fsspec
 import pytest
 
 from jaxgpt.data import DataConfig, beam, prepare, token_entries, tokens
@@ -144,6 +147,14 @@ def test_text_at_urls_is_written_to_a_url(tmp_path, bpe, fake):
     assert found == f"file://{tmp_path}/out/{entry.name}"
     assert files_of(tmp_path / "out" / entry.name) == files_of(entry)
 
+    memory = fsspec.filesystem("memory")  # as a bucket, it cannot rename folders
+    for rebuild in (False, True):
+        beam.tokenize(replace(cfg, rebuild=rebuild), bpe, "memory://bucket/out")
+        written = memory.find("/bucket/out")
+        assert {Path(file).name: memory.cat(file) for file in written} == files_of(entry)
+        assert {str(Path(file).parent) for file in written} == {f"/bucket/out/{entry.name}"}
+    memory.rm("/bucket", recursive=True)
+
 
 def test_an_entry_that_exists_is_kept_unless_it_is_rebuilt(tmp_path, bpe, fake, capsys):
     corpus = write_corpus(tmp_path / "corpus")
@@ -155,6 +166,18 @@ def test_an_entry_that_exists_is_kept_unless_it_is_rebuilt(tmp_path, bpe, fake, 
     assert shard.read_bytes() == b"damaged" and "its tokens are there" in capsys.readouterr().err
     beam.tokenize(DataConfig(paths=cfg.paths, cache=cfg.cache, rebuild=True), bpe)
     assert shard.read_bytes() == right
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_steps_that_are_repeated_do_no_harm(tmp_path, bpe, fake, monkeypatch, rebuild):
+    corpus = write_corpus(tmp_path / "corpus")
+    _, (entry,) = local_entry(tmp_path / "local", bpe, [corpus])
+    for name in ("write_shard", "finish_entry"):
+        step = getattr(beam, name)
+        monkeypatch.setattr(beam, name, lambda *args, step=step: (step(*args), step(*args))[1])
+    cfg = DataConfig(paths=(str(corpus),), cache=str(tmp_path / "beam"), rebuild=rebuild)
+    (found,) = beam.tokenize(cfg, bpe)
+    assert files_of(Path(found)) == files_of(entry)
 
 
 def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, bpe, fake):
@@ -169,6 +192,9 @@ def test_what_cannot_be_tokenized_is_refused_and_leaves_nothing(tmp_path, bpe, f
         with pytest.raises(InputError, match=says):
             beam.tokenize(DataConfig(paths=(str(path),), cache=str(tmp_path / "c")), bpe)
     assert not list((tmp_path / "c" / "tokens").iterdir())
+    cfg = DataConfig(paths=("hf:a/b",), stream=True)
+    with pytest.raises(InputError, match="stream=True tokenizes text during training"):
+        beam.tokenize(cfg, bpe)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, bpe, fake, monkeypatch):

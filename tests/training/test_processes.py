@@ -26,7 +26,7 @@ QUICK = """
 import os, signal, sys, jax, train
 from jaxgpt import processes
 from jaxgpt.training import checkpoint, loop
-processes.BEAT, processes.SILENCE, processes.MOMENT, processes.VISIBLE = 1.0, 10.0, 1.0, 3.0
+processes.BEAT, processes.SILENCE, processes.MOMENT, processes.VISIBLE = 1.0, 8.0, 1.0, 3.0
 """
 
 # Process 1 is killed at step 5, while step 6 is saved, or while it is evaluated.
@@ -112,33 +112,31 @@ def test_an_error_of_one_process_ends_the_other_with_its_message(tmp_path, monke
     assert "error: process 1 on " in outputs[0] and "text.txt does not exist" in outputs[0]
 
 
-@pytest.mark.slow
-def test_the_processes_of_a_slurm_job_find_each_other(here, monkeypatch):
-    """By the variables that Slurm's srun sets, which JAX reads; there is no Slurm here."""
-    first = 65535 - 2**12 + 1  # JAX takes the port from the number of the job
-    port = random.randint(first, 65535)
-    settings = {"JOB_ID": port - first, "NTASKS": 2, "STEP_NODELIST": "localhost"}
+def spawn_by_slurm(*options, name):
+    """As `spawn_two`, with the variables that Slurm's srun sets, from which JAX finds the rest."""
+    job = {"JOB_ID": random.randrange(2**12), "NTASKS": 2, "STEP_NODELIST": "localhost"}
     both = []
     for number in (0, 1):
-        for name, value in {**settings, "PROCID": number, "LOCALID": number}.items():
-            monkeypatch.setenv(f"SLURM_{name}", str(value))
-        options = (*ALL, "--parallel.processes", "0", "--train.steps", "3")
-        both.append(spawn(*options, name="a", devices=2))
-    outputs = outputs_of(both)
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert "4 x cpu" in outputs[0] and sorted(losses_of("a")) == [1, 2, 3]
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for variable, value in {**job, "PROCID": number, "LOCALID": number}.items():
+                monkeypatch.setenv(f"SLURM_{variable}", str(value))
+            both.append(spawn(*ALL, "--parallel.processes", "0", *options, name=name, devices=2))
+    return both
 
 
 @pytest.mark.slow
 def test_two_processes_and_one_resume_each_other(here):
-    """Bit-exactly in the same processes, and up to rounding in another number of them."""
+    """Bit-exactly in the same processes, and up to rounding in another number of them.
+
+    One of the runs finds its processes by the variables of a Slurm job.
+    """
     exact = ("--model.dropout", "0")
     split = (*exact, "--parallel.data", "2", "--parallel.fsdp", "2")
     split += ("--train.sample_tokens", "4", "--train.prompt", "fox")
     assert run(*exact, "--parallel.devices", "4", name="alone") == 0
 
-    def train_together(name, *options):
-        both = spawn_two(*split, *options, name=name)
+    def train_together(name, *options, start=spawn_two):
+        both = start(*split, *options, name=name)
         outputs = outputs_of(both)
         assert [process.returncode for process in both] == [0, 0], outputs
         for line in ("loss curve", "to use the model", "report"):
@@ -150,7 +148,7 @@ def test_two_processes_and_one_resume_each_other(here):
     assert_same_run("together", "again", 6)
 
     cut_back("alone", "joined", 3)
-    train_together("joined", "--checkpoint.minutes", "1e-9")
+    train_together("joined", "--checkpoint.minutes", "1e-9", start=spawn_by_slurm)
     assert checkpoint.steps_in(Path("runs/joined/checkpoints"))[-3:] == [4, 5, 6]
     cut_back("together", "parted", 3)
     assert run(*exact, "--parallel.devices", "4", name="parted") == 0
