@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxgpt import diagnosis, strict_json, synonyms, terminal
+from jaxgpt import __version__, config, diagnosis, strict_json, synonyms, terminal
 from jaxgpt.accelerators import check_device
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
@@ -45,6 +45,7 @@ from jaxgpt.tokenizer import TokenizerConfig, build
 from jaxgpt.tokenizer import report as report_tokenizer
 from jaxgpt.training import runs
 from jaxgpt.training.checkpoint import fetch_records
+from jaxgpt.training.command import main as train_main
 from jaxgpt.training.estimate import from_command_line as predict
 from jaxgpt.training.estimate import own_options_first
 from jaxgpt.training.estimate import report as prediction
@@ -556,7 +557,52 @@ def inspect(
         print(*found.draw(expand(output), Path(path).name), sep="\n")
 
 
+def train(options: tyro.conf.Positional[tuple[str, ...]] = ()) -> int:
+    """Train: a config, by name or as a file, and options; `train --help` explains them.
+
+    Args:
+        options: A config file, or the name of one that comes with jaxgpt, and any field of it as
+            --a.b value; by default the config default.
+    """
+    return train_main([*options])
+
+
+def new(name: tyro.conf.Positional[str], like: str = "default") -> None:
+    """Write a config file to start from, a copy of one that comes with jaxgpt.
+
+    Args:
+        name: The name of the new config, which is also that of its run; NAME.py is written.
+        like: The config to copy: its name, or a file.
+    """
+    target = expand(name if name.endswith(".py") else f"{name}.py")
+    source = config.find_file(like)
+    if not source.is_file():
+        known = ", ".join(sorted(file.stem for file in config.CONFIGS.glob("*.py")))
+        raise InputError(f"like={like}: there is no such config; use a file, or one of {known}")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise InputError(f"{target} exists; choose another name, or remove it") from None
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}") from None
+    print(f"{target} is a copy of {source.stem}; edit it, and train it:  jaxgpt train {target}")
+
+
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]) -> None:
+    """Print a script that completes commands and options in a shell.
+
+    For bash: `jaxgpt completion bash > ~/.local/share/bash-completion/completions/jaxgpt`.
+
+    Args:
+        shell: The shell.
+    """
+    _parse(["--tyro-print-completion", shell], prog=PROGRAM)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "new": new,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -573,19 +619,33 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "runs": list_runs,
     "doctor": diagnosis.run,
+    "completion": completion,
 }
+PROGRAM = "jaxgpt"
+"""The console command."""
+
+
+def _parse(args: list[str], prog: str) -> Any:
+    """Runs the command of some arguments, and returns what it returns."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog=prog, args=args, use_underscores=True
+    )
 
 
 def main(args: list[str]) -> int:
     """Runs a command; returns the exit status."""
+    if args[:1] == ["train"]:
+        return train_main(args[1:])
+    if args == ["--version"]:
+        print(f"jaxgpt {__version__}")
+        return 0
     args = own_options_first(args) if args[:1] == ["estimate"] else args
+    prog = PROGRAM if Path(sys.argv[0]).stem == PROGRAM else "python -m jaxgpt"
     try:
         try:
             suggest = synonyms.suggest(args, synonyms.GENERATION)
             with Signals(), synonyms.joined_help(), suggest:
-                status = tyro.extras.subcommand_cli_from_dict(
-                    COMMANDS, prog="python -m jaxgpt", args=args, use_underscores=True
-                )
+                status = _parse(args, prog)
         finally:
             sys.stdout.flush()
     except InputError as error:

@@ -31,6 +31,11 @@ from jaxgpt.training.finetune import TuneConfig
 from jaxgpt.training.optim import OptimConfig
 from jaxgpt.training.telemetry import TelemetryConfig
 
+CONFIGS = Path(__file__).parent / "configs"
+"""The configs that come with jaxgpt: in a clone, a link to the folder at its top."""
+if not CONFIGS.is_dir():  # links are files where the system has none
+    CONFIGS = Path(__file__).parent.parent / "configs"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -436,17 +441,17 @@ def save(config: Config, path: Path) -> None:
         ) from None
 
 
-def read(path: str | Path, beside: Path = Path("configs")) -> Config:
+def read(path: str | Path) -> Config:
     """Reads a config from a Python file that assigns `config`, or from a JSON file.
 
     Args:
-        path: The file. A config without a name gets the file's name.
-        beside: A folder in which similar names are looked for if there is no such file.
+        path: The file, or the name of a config that comes with jaxgpt, see `find_file`. A config
+            without a name gets the file's name.
 
     Raises:
         InputError: There is no such file, it does not assign `config`, or a field is invalid.
     """
-    found = read_file(path, beside)
+    found = read_file(path)
     if isinstance(found, list):
         raise InputError(
             f"{path} has a list of stages; `jaxgpt.training.pipeline.read` reads it, and "
@@ -455,12 +460,24 @@ def read(path: str | Path, beside: Path = Path("configs")) -> Config:
     return found
 
 
-def read_file(path: str | Path, beside: Path = Path("configs")) -> Config | list[Config]:
-    """Reads a config as `read` does, or the list of them that a Python file assigns to `config`."""
+def find_file(path: str | Path) -> Path:
+    """The file of a config: a path, or the name of one that comes with jaxgpt, such as chatgpt.
+
+    `configs/chatgpt.py` is found in every folder, unless it has such a file itself.
+    """
     path = Path(path)
+    is_name = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
+    own = CONFIGS / f"{path.stem}.py"
+    return own if is_name and not path.is_file() and own.is_file() else path
+
+
+def read_file(path: str | Path) -> Config | list[Config]:
+    """Reads a config as `read` does, or the list of them that a Python file assigns to `config`."""
+    path = find_file(path)
     if not path.is_file():
-        folders = [path.parent, beside]
-        known = {p.stem: p for folder in folders if folder.is_dir() for p in folder.glob("*.py")}
+        known = {file.stem: file.stem for file in CONFIGS.glob("*.py")}
+        for folder in (Path("configs"), path.parent):
+            known |= {file.stem: str(file) for file in folder.glob("*.py")}
         near = difflib.get_close_matches(path.stem, known, 1, 0.5)
         hint = f"; did you mean {known[near[0]]}?" if near else ""
         raise InputError(f"no config file {path}{hint}")
@@ -484,8 +501,10 @@ def _execute(path: Path) -> Config | list[Config]:
     module = types.ModuleType(spec.name)
     module.__file__ = str(path)
     sys.modules[spec.name] = module  # there `inspect` finds the docstrings of the file's classes
-    # A config may import others from its folder: `from gpt2_124m import config as base`.
-    sys.path.insert(0, str(path.parent))
+    # A config may import others from its folder, and those that come with jaxgpt:
+    # `from gpt2_124m import config as base`.
+    folders = [path.parent, CONFIGS]
+    sys.path[:0] = map(str, folders)
     known = set(sys.modules)
     try:
         spec.loader.exec_module(module)
@@ -494,11 +513,12 @@ def _execute(path: Path) -> Config | list[Config]:
         hint = f"; it is {moved} now" if moved else ""
         raise InputError(f"{path} does not run: {error}{hint}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        for folder in folders:
+            sys.path.remove(str(folder))
         # Configs in another folder may have the same names.
         for name in set(sys.modules) - known:
             file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).resolve().parent == path.resolve().parent:
+            if file and Path(file).resolve().parent in [folder.resolve() for folder in folders]:
                 del sys.modules[name]
     config = getattr(module, "config", None)
     configs = config if isinstance(config, list | tuple) else [config]
@@ -517,7 +537,7 @@ def from_command_line(args: list[str], default: Path) -> Config:
     The options are those of `override`; a file with stages is an error.
     """
     path, options = split_command_line(args, default)
-    return override(read(path, beside=default.parent), options)
+    return override(read(path), options)
 
 
 def split_command_line(args: list[str], default: Path) -> tuple[Path, list[str]]:

@@ -7,6 +7,8 @@ import train
 from jaxgpt import accelerators, lanes
 from jaxgpt.accelerators import Machine, check_device
 from jaxgpt.errors import InputError
+from jaxgpt.training import pipeline
+from jaxgpt.training.command import DEFAULT
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def test_training_stops_where_the_required_device_is_missing(tmp_path, monkeypat
 
 
 def test_a_pipeline_requires_a_device_for_all_stages():
-    default = train.DEFAULT.parent / "chatgpt.py"
-    asked = train.pipeline.from_command_line([str(default), "--require", "gpu"], default)
+    default = DEFAULT.parent / "chatgpt.py"
+    asked = pipeline.from_command_line([str(default), "--require", "gpu"], default)
     assert {stage.require for stage in asked.stages} == {"gpu"}
 
 

@@ -411,8 +411,36 @@ def test_an_option_of_another_program_is_answered_with_ours(parse, args, hint, c
     assert [line for line in said if ": use --" in line] == ([hint] if hint else [])
 
 
-def test_a_config_named_without_its_folder_is_suggested(monkeypatch):
+def test_a_config_with_a_similar_name_is_suggested(monkeypatch):
     monkeypatch.chdir(Path(train.__file__).parent)
-    for name in ("gpt2_124m", "gpt2_124m.py", "configs/gpt2-124m.py"):
+    for name in ("gpt2_124", "gpt2-124m.py", "configs/gpt2-124m.py"):
         with pytest.raises(InputError, match=r"did you mean configs/gpt2_124m.py\?"):
             read(name)
+
+
+def test_configs_of_the_package_are_found_by_name_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    by_file = read(CONFIGS / "shakespeare_cpu.py")
+    for path in ("shakespeare_cpu", "shakespeare_cpu.py", "configs/shakespeare_cpu.py"):
+        assert read(path) == by_file
+    Path("shakespeare_cpu.py").write_text((CONFIGS / "default.py").read_text())
+    assert read("shakespeare_cpu.py").model == read("default").model  # a file here comes first
+    with pytest.raises(InputError, match="no config file other/default.py"):
+        read("other/default.py")
+
+
+def test_new_writes_a_config_that_may_be_edited(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "mine", "--like", "chatgpt"]) == 0
+    assert "jaxgpt train mine.py" in capsys.readouterr().out
+    # It imports a config of the package.
+    assert [stage.name for stage in pipeline.read("mine.py").stages] == [
+        *("base", "instruct", "reward")
+    ]
+    for args, says in (
+        (["mine"], "mine.py exists; choose another name"),
+        (["other", "--like", "chatgtp"], "like=chatgtp: there is no such config; use a file, or"),
+        (["no/folder"], "no/folder.py cannot be written"),
+    ):
+        assert cli.main(["new", *args]) == 2
+        assert says in capsys.readouterr().err

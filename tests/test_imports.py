@@ -34,7 +34,7 @@ serve.engine
 evaluation.likelihood evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs
-training.pipeline training.sweep training.work training.estimate
+training.pipeline training.sweep training.work training.estimate training.command
 serve diagnosis
 cli
 __main__

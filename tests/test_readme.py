@@ -30,6 +30,7 @@ from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.serve import server
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.training import pipeline
+from jaxgpt.training.command import DEFAULT
 
 ROOT = Path(__file__).parent.parent
 GUIDES = re.findall(r": (\S+[.]md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
@@ -201,7 +202,7 @@ def test_the_changed_code_works(tmp_path):
 def check(program, args):
     """Raises an error if a command has an option that does not exist, or a value it cannot have."""
     if program == "train.py" and "--help" not in args:
-        for cfg in FROM_COMMAND_LINE(args, train.DEFAULT).stages:
+        for cfg in FROM_COMMAND_LINE(args, DEFAULT).stages:
             cfg.check()
     if program == "jaxgpt":
         assert cli.main(args) == 0

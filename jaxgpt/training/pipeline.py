@@ -174,7 +174,7 @@ def from_command_line(args: list[str], default: Path) -> Pipeline:
         InputError: The file is invalid, or it is not clear to which stage an option belongs.
     """
     path, options = config.split_command_line(args, default)
-    found = config.read_file(path, beside=default.parent)
+    found = config.read_file(path)
     if isinstance(found, Config):
         cfg = config.override(found, options)
         return Pipeline((cfg,), (cfg,))

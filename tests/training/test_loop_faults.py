@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from jaxgpt.cli import main as command
-from jaxgpt.training import checkpoint, loop, metrics, telemetry
+from jaxgpt.training import checkpoint, loop, metrics, pipeline, telemetry
+from jaxgpt.training.command import DEFAULT
 from jaxgpt.training.setup import Run
 from tests.runs import (
     assert_same_run,
@@ -359,7 +359,7 @@ def test_a_run_goes_from_8_devices_to_4_to_2_to_1_and_back(here):
         here = (*options, "--parallel.devices", str(devices))
         if step == 10:
             args = ["tiny.py", "--name", name, *here]
-            (cfg,) = train.pipeline.from_command_line(args, train.DEFAULT).stages
+            (cfg,) = pipeline.from_command_line(args, DEFAULT).stages
             prepared = loop.prepare(cfg)
             restored = {"params": prepared.state.params, "opt": prepared.state.opt}
             assert len(jax.tree.leaves(restored)[0].sharding.device_set) == devices

@@ -20,6 +20,7 @@ from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.measure import Evaluator
 from jaxgpt.objectives import Distill
 from jaxgpt.training import checkpoint, loop, pipeline, tasks
+from jaxgpt.training.command import DEFAULT
 from jaxgpt.training.metrics import read_metrics
 from tests.runs import settle, spawn, spawn_two, state_of
 from tests.tiny import bpe
@@ -214,7 +215,7 @@ def test_data_and_tasks_of_later_stages_are_checked_before_the_first_trains(here
 
 
 def parsed(*options):
-    return pipeline.from_command_line(["three.py", *options], train.DEFAULT)
+    return pipeline.from_command_line(["three.py", *options], DEFAULT)
 
 
 def test_options_reach_one_stage_or_all(here):
