@@ -12,8 +12,8 @@ import subprocess
 import pytest
 import yaml
 
-import train
 from jaxgpt.training import pipeline
+from jaxgpt.training.command import DEFAULT
 from tests.tiny import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -56,7 +56,7 @@ def test_the_command_trains_on_all_devices_of_the_cluster(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, program, *args = command_of(name)
     assert program == "train.py"
-    asked = pipeline.from_command_line(args, train.DEFAULT)
+    asked = pipeline.from_command_line(args, DEFAULT)
     asked.check()
     (cfg,) = asked.stages
     assert cfg.parallel.processes == 0 and cfg.name
