@@ -242,8 +242,8 @@ class Mirror:
         self._write_lease()
         if self._read_lease().get("id") != self._id:
             raise InputError(
-                f"what is written to {self._cfg.place} is not what is read from it, or another "
-                "process has begun to train the run; check that, and try again"
+                f"{self._cfg.place} does not return what was just written to it: the store may be "
+                "slow to show changes, or another process trains the run; check that, and try again"
             )
         (self._folder / LEASE).write_text(json.dumps(mine) + "\n")
 
