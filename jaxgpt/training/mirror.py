@@ -24,7 +24,7 @@ from typing import Any
 from jaxgpt import config
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.manifest import MANIFEST
-from jaxgpt.store import Store
+from jaxgpt.store import ANSWER_SECONDS, Store
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import steps_in
 from jaxgpt.training.checkpoint.arrays import list_some
@@ -106,6 +106,8 @@ class Mirror:
             self._warn(str(error))
         finally:
             self._ended.set()
+            for thread in self._threads:  # one that still writes the lease would bring it back
+                thread.join(ANSWER_SECONDS)
             self._drop_lease()
 
     def begin(self, start: int) -> None:
@@ -242,8 +244,8 @@ class Mirror:
         self._write_lease()
         if self._read_lease().get("id") != self._id:
             raise InputError(
-                f"what is written to {self._cfg.place} is not what is read from it, or another "
-                "process has begun to train the run; check that, and try again"
+                f"{self._cfg.place} does not return what was just written to it: the store may be "
+                "slow to show changes, or another process trains the run; check that, and try again"
             )
         (self._folder / LEASE).write_text(json.dumps(mine) + "\n")
 

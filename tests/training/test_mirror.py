@@ -482,6 +482,25 @@ def test_a_process_that_was_killed_is_replaced_at_once(trained, memory, machine,
         assert not capsys.readouterr().out
 
 
+def test_a_lease_that_is_being_written_at_the_end_does_not_stay(
+    trained, memory, machine, monkeypatch
+):
+    write, writes = mirror.Mirror._write_lease, threading.Event()
+
+    def slow(self):
+        if threading.current_thread() is not threading.main_thread():
+            writes.set()
+            time.sleep(0.3)
+        write(self)
+
+    monkeypatch.setattr(mirror.Mirror, "_write_lease", slow)
+    with opened(config_of()) as copies:
+        copies.begin(0)
+        assert writes.wait(10)
+    time.sleep(0.4)
+    assert not memory.exists("/bucket/runs/a/lease.json")
+
+
 def test_a_run_that_is_taken_over_ends_and_writes_nothing_more(
     here, memory, machine, monkeypatch, capsys
 ):

@@ -60,7 +60,7 @@ class Remote:
         return found
 
     def best(self, steps: Collection[int]) -> int | None:
-        """Returns the one of some steps with the lowest validation loss, or None."""
+        """Returns the step with the lowest validation loss among `steps`, or None."""
         losses = {step: self.measured(step).get("val_loss") for step in steps}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return min(known, key=lambda step: known[step], default=None)
