@@ -466,7 +466,7 @@ def attempt(
     program = compiled(plan)
     if isinstance(program, OutOfMemory):
         memory = found.memory
-        more = max(program.total, limit) - memory.total
+        more = max(program.total, 1.001 * limit) - memory.total  # above the limit in any case
         memory = replace(memory, temporaries=memory.temporaries + more)
         return replace(found, memory=memory, method=f"compiled for {device.name}: out of memory")
     return _with_program(found, plan, program)
@@ -733,7 +733,10 @@ def search_fitting(
     """
     found = []
     for parallel in _parallels(cfg, device):
-        ways = math.prod(sharding.mesh_shape(parallel, device.count)[:2])
+        try:
+            ways = math.prod(sharding.mesh_shape(parallel, device.count)[:2])
+        except InputError:  # the config's own layout is for another number of devices
+            continue
         if cfg.train.batch % ways:
             continue
         most = cfg.train.batch // ways
