@@ -36,7 +36,7 @@ from jaxgpt.objectives import Instruct
 from jaxgpt.pretrained.load import find_tokenizer, source
 from jaxgpt.sharding import PyTree
 from jaxgpt.training import hlo, setup, work
-from jaxgpt.training.devices import GIB, Device, find_device, recognize
+from jaxgpt.training.devices import GIB, MIB, Device, find_device, recognize
 from jaxgpt.training.step import TrainState
 
 VOCABULARY = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019, "bytes": 257}
@@ -466,7 +466,7 @@ def attempt(
     program = compiled(plan)
     if isinstance(program, OutOfMemory):
         memory = found.memory
-        more = max(program.total, limit) - memory.total
+        more = max(program.total, 1.001 * limit) - memory.total  # above the limit in any case
         memory = replace(memory, temporaries=memory.temporaries + more)
         return replace(found, memory=memory, method=f"compiled for {device.name}: out of memory")
     return _with_program(found, plan, program)
@@ -733,7 +733,10 @@ def search_fitting(
     """
     found = []
     for parallel in _parallels(cfg, device):
-        ways = math.prod(sharding.mesh_shape(parallel, device.count)[:2])
+        try:
+            ways = math.prod(sharding.mesh_shape(parallel, device.count)[:2])
+        except InputError:  # the config's own layout is for another number of devices
+            continue
         if cfg.train.batch % ways:
             continue
         most = cfg.train.batch // ways
@@ -815,6 +818,11 @@ def local_bytes(tree: PyTree, shardings: PyTree) -> float:
 def report(found: Estimate) -> str:
     """A prediction as text for a terminal."""
     memory, step, device = found.memory, found.step, found.device
+    unit, name = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
+
+    def size(value: float) -> str:
+        return f"{value / unit:.2f}"
+
     lines = [
         f"{found.config} on {device.name}: predicted, not measured",
         f"{'devices':<14}{device.count} x {device.kinds[0] if device.kinds else device.name}"
@@ -823,15 +831,15 @@ def report(found: Estimate) -> str:
         f"{'step':<14}{found.implementation}",
         f"{'parameters':<14}{found.parameters:,}",
         "",
-        "memory of a device, in GiB",
-        f"  {'parameters':<22}{_gib(memory.parameters):>8}",
-        f"  {'optimizer moments':<22}{_gib(memory.moments):>8}",
-        f"  {'other state, batch':<22}{_gib(memory.other_state):>8}",
-        f"  {'temporaries':<22}{_gib(memory.temporaries):>8}   of which, as traced, gradients "
-        f"{_gib(memory.gradients)}, activations {_gib(memory.activations)}",
-        f"  {'code':<22}{_gib(memory.code):>8}",
-        f"  {'total':<22}{_gib(memory.total):>8}"
-        + (f"   of {_gib(memory.limit)}" if memory.limit else ""),
+        f"memory of a device, in {name}",
+        f"  {'parameters':<22}{size(memory.parameters):>8}",
+        f"  {'optimizer moments':<22}{size(memory.moments):>8}",
+        f"  {'other state, batch':<22}{size(memory.other_state):>8}",
+        f"  {'temporaries':<22}{size(memory.temporaries):>8}   of which, as traced, gradients "
+        f"{size(memory.gradients)}, activations {size(memory.activations)}",
+        f"  {'code':<22}{size(memory.code):>8}",
+        f"  {'total':<22}{size(memory.total):>8}"
+        + (f"   of {size(memory.limit)}" if memory.limit else ""),
     ]
     options = " ".join(found.options)
     if found.given:

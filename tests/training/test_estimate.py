@@ -182,8 +182,20 @@ def test_fsdp_makes_fit_what_no_device_holds_alone(monkeypatch):
     found = estimate.estimate(cfg, "made-4", counts=())
     assert found.memory.fits
     assert any("--parallel.fsdp" in each for each in found.options)
+    own = replace(cfg, parallel=ParallelConfig(data=1, fsdp=4))
+    fewer = [*estimate.scale(own, found, 1.0, counts=(2,))]
+    assert len(fewer) == 1  # although its layout is for four devices
     alone = estimate.estimate(cfg, "made", counts=())
     assert not alone.memory.fits and "no micro-batch" in alone.notes[-1]
+
+
+def test_what_the_compiler_says_is_out_of_memory_does_not_fit(monkeypatch):
+    monkeypatch.setattr(estimate, "make_plan", lambda *_: None)
+    for needs in (0.0, 3e12):  # it may not say how much
+        monkeypatch.setattr(estimate, "compiled", lambda _, n=needs: estimate.OutOfMemory(n))
+        cfg = replace(TINY, parallel=ParallelConfig())
+        found = estimate.attempt(cfg, replace(MADE_UP, memory=1e12), [])
+        assert not found.memory.fits and found.memory.total >= needs
 
 
 def test_a_batch_that_does_not_split_gets_micro_batches_that_do(monkeypatch):
