@@ -20,7 +20,7 @@ print("handler", signal.getsignal(signal.SIGINT), "output", type(sys.stdout).__m
 !{sys.executable} {ROOT}/train.py tiny.py --name a --train.steps 8
 %%
 import os, threading
-threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+threading.Timer(8, os.kill, (os.getpid(), signal.SIGINT)).start()
 %run {ROOT}/train.py tiny.py --name a --train.steps 100000 --train.log_every 1000
 %%
 print("the kernel", "lives")
