@@ -39,7 +39,7 @@ from jaxgpt.accelerators import (
     why_unused,
 )
 from jaxgpt.errors import InputError
-from jaxgpt.paths import cache_folder, expand
+from jaxgpt.paths import cache_folder, expand, is_url
 
 GIB = 2**30
 LITTLE, VERY_LITTLE = 10 * GIB, GIB  # free disk space that is a warning, and a problem
@@ -81,7 +81,8 @@ def run(
         timeout: The seconds that JAX may take to start and to train a step.
     """
     findings = []
-    for finding in examine(expand(runs), timeout):
+    local = cache_folder() if is_url(runs) else expand(runs)  # where such a run is trained
+    for finding in examine(local, timeout):
         findings.append(finding)
         if format == "text":
             print(finding, flush=True)
