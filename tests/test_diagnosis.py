@@ -221,6 +221,8 @@ BROKEN = {
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
     """Makes a machine of fake files, package versions and environment variables."""
+    for name in ("tensorflow", "torch", "torch_xla"):  # other tests import them
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
     def make(broken: Broken) -> Machine:
         for name, content in broken.files.items():
@@ -230,8 +232,6 @@ def environment(tmp_path, monkeypatch):
                 path.symlink_to(content[3:])
             else:
                 path.write_text(content)
-        for name in ("tensorflow", "torch", "torch_xla"):  # other tests import them
-            monkeypatch.delitem(sys.modules, name, raising=False)
         versions = GOOD | broken.versions
         needs = {"flax": ["jax>=0.8.1"] if versions["flax"] == "0.12.12" else ["jax>=0.7.1"]}
         monkeypatch.setattr(lanes, "installed", lambda name: versions.get(name, ""))
