@@ -45,7 +45,7 @@ def compiled(benchmark: str, *options: str) -> tuple[list[dict], str]:
 
 @cache
 def programs() -> tuple[dict[tuple[str, str], dict], str]:
-    small = f"--model.L 1 --train.micro 1 --train.batch {ROWS * CHIPS}"
+    small = f"--model.L 1 --train.micro 1 --train.batch {ROWS * CHIPS} --objective.chunk 64"
     lines, errors = compiled(
         *("estimates", "--devices", f"v5e-{CHIPS}", "--layouts", *LAYOUTS, "--configs", *CONFIGS),
         *("--search", "False", f"--options={small}"),
@@ -76,9 +76,9 @@ def test_no_array_has_the_logits_of_all_tokens(name, layout):
 def test_the_prediction_agrees_with_the_compiler(name, layout):
     found = programs()[0][name, layout]
     program = found["program"]
-    # With little effort nearly nothing stays on the chip, where the compiler counts it too.
-    moved = program["moved_with_loops_counted_once"]
-    assert moved == pytest.approx(program["moved_by_compiler"], rel=0.1)
+    # The compiler also counts what stays on the chip. That is most of such a small program with
+    # newer compilers, and with older ones little.
+    assert 0 < program["moved_with_loops_counted_once"] < 1.1 * program["moved_by_compiler"]
     # The compiler knows no FLOPs of kernels, and FSDP may split what was traced as replicated.
     assert 0.7 < program["flops_in_products"] / found["step"]["flops"] < 1
 
@@ -89,9 +89,11 @@ def test_nothing_is_rematerialized_involuntarily():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_gradient_is_added_up_over_the_chips_once(name):
-    program = programs()[name, "data"]
-    assert program["reduced_in_loops"] < 1e4
-    assert program["reduced"] == pytest.approx(program["parameters"], rel=1e-3)
+    found = programs()[0][name, "data"]
+    assert found["program"]["sent_in_loops"] < 1e4
+    # A ring of n devices sends 2 (n - 1) / n of the array.
+    added_up = found["program"]["sent"]["all-reduce"] / (2 * (CHIPS - 1) / CHIPS)
+    assert added_up == pytest.approx(4 * found["parameters"], rel=1e-3)
 
 
 def test_a_step_of_writing_has_no_loops_and_multiplies_matrices():
