@@ -18,6 +18,7 @@ from jaxgpt.accelerators import check_device
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
+from jaxgpt.display import printable
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.inspect import inspect_prompt
@@ -184,7 +185,7 @@ def classify(
     trained, objective = _trained(path, Classify)
     given = _given(texts, file)
     for text, p_C in zip(given, objective.predict(trained, given), strict=True):
-        label = terminal.printable(objective.labels[int(p_C.argmax())])
+        label = printable(objective.labels[int(p_C.argmax())])
         print(f"{label}\t{p_C.max():.4f}\t{text}")
 
 
@@ -205,7 +206,7 @@ def translate(
     trained, objective = _trained(path, Translate)
     given = _given(texts, file)
     found = objective.translate(trained, given, beam=beam)
-    print(*map(terminal.printable, found), sep="\n")
+    print(*map(printable, found), sep="\n")
 
 
 def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
