@@ -23,7 +23,7 @@ from jaxgpt.generation.decode import extend, read_prompts
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.objectives.chunks import hidden
-from jaxgpt.pretrained.trained import Trained
+from jaxgpt.objectives.trained import Trained
 
 Tokens = tuple[int, ...]
 
@@ -171,7 +171,7 @@ class LogLikelihood:
         self._model, self._params = trained.model, trained.params
         self._tokenizer = trained.tokenizer
         self._budget = tokens or BUDGET.get(jax.default_backend(), LARGE_BUDGET)
-        self.context = trained.config.model.decode_T
+        self.context = trained.model.cfg.decode_T
         """The model's context length."""
         self.truncated = 0
         """The number of requests whose context did not fit the model's, and lost its beginning."""
