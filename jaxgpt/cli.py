@@ -38,6 +38,7 @@ from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
 from jaxgpt.pretrained.load import check_exists, load
+from jaxgpt.pretrained.push import Target
 from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
@@ -262,6 +263,9 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     adapter: str = "",
     base: str = "",
+    license: str = "",
+    push: str = "",
+    private: bool = False,
 ) -> None:
     """Export a model, or only its LoRA adapter, in Hugging Face's format.
 
@@ -274,6 +278,10 @@ def export(
         adapter: hf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
+        license: The license's identifier for the model card, such as apache-2.0.
+        push: OWNER/NAME on the Hugging Face hub, to which the folder is uploaded too. It needs a
+            token with write access, in HF_TOKEN or from `hf auth login`.
+        private: push: whether a new repository is private.
     """
     expand(folder)  # raises for a URL
     check_exists(path)
@@ -283,12 +291,17 @@ def export(
         raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
     if to == "hf" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
+    if private and not push:
+        raise InputError("private is for --push OWNER/NAME; set both, or remove --private")
+    target = Target(push, private) if push else None  # raises before the files are written
     if to == "peft":
-        files = to_peft(path, folder, base)
+        files = to_peft(path, folder, base, license=license, name=push)
     else:
-        files = to_hf(path, folder, adapter=adapter, dtype=dtype)
+        files = to_hf(path, folder, adapter=adapter, dtype=dtype, license=license, name=push)
     for file in files:
         print(f"{file.stat().st_size:>16,} bytes  {file}")
+    if target:
+        print(f"\nuploaded to {target.upload(expand(folder))}")
 
 
 def verify(path: tyro.conf.Positional[str]) -> int:

@@ -52,6 +52,8 @@ class ModelSource:
     """See `Trained`."""
     metadata: JsonObject = field(default_factory=dict)
     """The checkpoint's metadata (`checkpoint.read_metadata`); empty for published models."""
+    run_folder: Path | None = None
+    """The folder of the run on this machine; None for published models."""
     better: str = ""
     """If the run has a step with a lower validation loss: which one, and how to load it."""
 
@@ -384,6 +386,7 @@ def _run(path: Path, given: str, items: Collection[str] = checkpoint.MODEL) -> M
         opened.digest,
         about.get("generation_config", {}),
         about,
+        opened.folder.parent.parent if opened.folder.parent.name == "checkpoints" else None,
         better,
     )
 
