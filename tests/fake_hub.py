@@ -91,8 +91,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
             name = f"{owner}/{asked['name']}"
             if name in repositories:
                 return self.send(409)
+            is_private = asked.get("private") or asked.get("visibility") == "private"
             repositories[name] = {self.server.main: {".gitattributes": b""}}
-            self.server.private |= {name} if asked.get("private") else set()
+            self.server.private |= {name} if is_private else set()
             return self.send(200, json.dumps({"url": f"{self.server.endpoint}/{name}"}).encode())
         name, what = re.fullmatch("/(?:api/models/)?([^/]+/[^/]+?)(?:[.]git)?/(.*)", path).groups()
         if name.partition("/")[0] != self.server.writers.get(self.token):

@@ -10,11 +10,16 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import decode_steps, pad_prompts, positions, prefill, stops_of
 from jaxgpt.generation.sampling import SEEDS, Sampling, sampling_params
+from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.generation import end_ids
 from jaxgpt.pretrained.trained import Trained
 
-ROWS = 16
-"""Texts that are generated at the same time."""
+ROWS = 64
+"""The most texts that are generated at the same time."""
+ROWS_STEP = 8
+"""Numbers of texts are rounded up to a multiple of it, so that few programs are compiled."""
+CACHE = 1 << 30
+"""The most bytes of their KV cache."""
 STEPS = 32
 """Tokens after which stop strings are looked for, so that a text that has one is not continued."""
 
@@ -70,9 +75,10 @@ def generate_texts(
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = [""] * len(prompts)
-    for first in range(0, len(order), ROWS):
-        numbers = order[first : first + ROWS]
-        rows = [*numbers, *[numbers[-1]] * (ROWS - len(numbers))]  # always the same shape
+    most = _rows(trained.config.model, max(map(len, prompts), default=1) + tokens)
+    for first in range(0, len(order), most):
+        numbers = order[first : first + most]
+        rows = [*numbers, *[numbers[-1]] * (-len(numbers) % ROWS_STEP)]
         seeds = [replace(sampling, seed=(sampling.seed + number) % SEEDS) for number in rows]
         ids = _decode(
             trained,
@@ -85,6 +91,13 @@ def generate_texts(
         for number, row in zip(numbers, ids, strict=False):
             texts[number] = text_of(row)[0]
     return texts
+
+
+def _rows(cfg: GPTConfig, T: int) -> int:
+    """How many texts of T tokens with their prompts are generated at the same time."""
+    K, H = cfg.sizes["K"], cfg.sizes["H"]
+    row = cfg.L * 2 * K * H * positions(T, cfg) * 4
+    return max(ROWS_STEP, min(ROWS, CACHE // row // ROWS_STEP * ROWS_STEP))
 
 
 def _decode(

@@ -3,10 +3,10 @@
     scorer = LogLikelihood(jaxgpt.load("runs/base"))
     scorer.score([("The capital of France is", " Paris"), ("The capital of France is", " Rome")])
 
-A request is a context and a continuation. Most are scored by a plain forward pass. Requests with
-the same long context share its prefill: its keys and values are computed once and copied for each
-continuation. Lengths are padded to a few sizes and batches to the same number of rows, so that a
-handful of programs serves any data.
+A request is a context and a continuation. Requests that begin with the same tokens, such as the
+choices of a question or the solved examples of a task, are one tree, in which these tokens are
+computed once (see `model.attention.tree_attention`). Trees are packed into rows of a few lengths,
+so that there is little padding and a handful of programs serves any data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.generation.decode import extend, read_prompts
+from jaxgpt.generation.forward import BUDGET, LARGE_BUDGET
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.objectives.chunks import hidden
@@ -27,13 +27,16 @@ from jaxgpt.objectives.trained import Trained
 
 Tokens = tuple[int, ...]
 
-SHARED = 128  # contexts of at least so many tokens share their prefill
-CONTINUATIONS = 4  # continuations for each context in a batch with shared contexts
-SHORTEST = 32  # contexts with their continuations are padded to at least so many tokens
-LENGTHS = (16, 64)  # continuations are padded to one of these, or to the model's context
-CHUNK = 32  # continuation tokens whose logits are in memory at once
-BUDGET = {"cpu": 1024}  # tokens in a batch
-LARGE_BUDGET = 16384  # tokens in a batch on accelerators
+ROW = 512
+"""Small trees are packed into rows of at most so many tokens."""
+GROWTH = 4
+"""A tree has at most `ROW` tokens, or so many times those of its first text."""
+SHORTEST = 32
+"""Rows and lists of scored tokens are padded to at least so many."""
+CHUNK = {"cpu": 256}
+"""Scored tokens whose logits are in memory at once."""
+LARGE_CHUNK = 2048
+"""Scored tokens whose logits are in memory at once on accelerators."""
 
 
 class Score(NamedTuple):
@@ -48,112 +51,122 @@ class Score(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A context and a continuation, and the numbers of the requests that ask for them."""
+    """A context with its continuation, and the numbers of the requests that ask for them."""
 
-    context: Tokens
-    continuation: Tokens
+    tokens: np.ndarray
+    start: int
+    """The index of the continuation's first token."""
     numbers: list[int]
 
-
-_Scored = tuple[Sequence[_Request], tuple[np.ndarray, np.ndarray]]
-"""A batch, and what `_token_scores` gives for it."""
-
-
-@partial(jax.jit, static_argnames=("model", "C"))
-def _score_rows(
-    model: GPT, params: Params, tokens_BT: jax.Array, starts_B: jax.Array, C: int
-) -> tuple[jax.Array, jax.Array]:
-    """Scores continuations by a forward pass over each context with its continuation.
-
-    Args:
-        model: The model.
-        params: Its parameters.
-        tokens_BT: Contexts, each followed by its continuation, padded at the right.
-        starts_B: The positions at which the continuations begin.
-        C: The positions from there on that are scored, fewer at the end of a row.
-
-    Returns:
-        See `_token_scores`.
-    """
-    hidden_BTD = hidden(model, params, {"tokens": tokens_BT[:, :-1]}, None)
-    at_BC = starts_B[:, None] + jnp.arange(C)[None]
-    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
-    # Indices past the end of a row give its last token, which is padding there.
-    hidden_BCD = hidden_BTD.at[rows_B1, at_BC - 1].get(mode="clip")
-    tokens_BC = tokens_BT.at[rows_B1, at_BC].get(mode="clip")
-    return _token_scores(model, params, hidden_BCD, tokens_BC)
+    def common(self, other: "_Request") -> int:
+        """The number of input tokens at which both begin; the last token is not an input."""
+        n = min(len(self.tokens), len(other.tokens)) - 1
+        differs = self.tokens[:n] != other.tokens[:n]
+        return int(differs.argmax()) if differs.any() else n
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _score_shared(
+class _Tree(NamedTuple):
+    """Requests in depth-first order, and their number of different input tokens."""
+
+    requests: list[_Request]
+    size: int
+
+
+@partial(jax.jit, static_argnames="model")
+def _hidden(
     model: GPT,
     params: Params,
-    contexts_GP: jax.Array,
-    lengths_G: jax.Array,
-    group_B: jax.Array,
-    continuations_BC: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Scores continuations, several of which have the same context.
-
-    Args:
-        model: The model.
-        params: Its parameters.
-        contexts_GP: Different contexts, padded at the right.
-        lengths_G: Their lengths.
-        group_B: The row of each continuation's context.
-        continuations_BC: The continuations, padded at the right.
-
-    Returns:
-        See `_token_scores`.
-    """
-    (G, P), C = contexts_GP.shape, continuations_BC.shape[1]
-    cache, hidden_GPD = read_prompts(
-        model, params, contexts_GP, lengths_G, P + C, None, ahead=C - 1
-    )
-    last_GD = hidden_GPD[jnp.arange(G), lengths_G - 1]
-    cache = jax.tree.map(lambda x: x[group_B], cache)
-    rest_BCD, _ = extend(model, params, continuations_BC[:, :-1], lengths_G[group_B], cache)
-    hidden_BCD = jnp.concatenate([last_GD[group_B][:, None], rest_BCD], 1)
-    return _token_scores(model, params, hidden_BCD, continuations_BC)
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    ends_BT: jax.Array,
+) -> jax.Array:
+    """The hidden states of rows of trees, [B * T, D]."""
+    batch = {"tokens": tokens_BT, "positions": positions_BT, "ends": ends_BT}
+    hidden_BTD = hidden(model, params, batch, optional=("positions", "segments", "ends"))
+    return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
 
 
+@partial(jax.jit, static_argnames=("model", "chunk"))
 def _token_scores(
-    model: GPT, params: Params, hidden_BCD: jax.Array, tokens_BC: jax.Array
+    model: GPT,
+    params: Params,
+    hidden_ND: jax.Array,
+    at_X: jax.Array,
+    tokens_X: jax.Array,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The log-probability of each token, and whether it is the most likely one.
 
     Args:
         model: The model.
         params: Its parameters.
-        hidden_BCD: The hidden states from which each token is predicted.
-        tokens_BC: The tokens.
+        hidden_ND: Hidden states.
+        at_X: Which of them predicts each token.
+        tokens_X: The tokens.
+        chunk: How many are computed at once; a divisor of X.
 
     Returns:
-        Float32 [B, C] and bool [B, C].
+        Float32 [X] and bool [X].
     """
-    C = tokens_BC.shape[1]
-    chunk = min(CHUNK, C)
 
     def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_BcD, tokens_Bc = part
-        logits_BcV = next_logits(model.cfg, params, hidden_BcD)
-        logprobs_BcV = jax.nn.log_softmax(logits_BcV.astype(jnp.float32))
-        logprob_Bc = jnp.take_along_axis(logprobs_BcV, tokens_Bc[..., None], -1)[..., 0]
-        return logprob_Bc, logits_BcV.argmax(-1) == tokens_Bc
+        at_x, tokens_x = part
+        logits_xV = next_logits(model.cfg, params, hidden_ND[at_x][None])[0]
+        logit_x = jnp.take_along_axis(logits_xV, tokens_x[:, None], 1)[:, 0]
+        logprob_x = logit_x - jax.nn.logsumexp(logits_xV, axis=1)
+        return logprob_x, logits_xV.argmax(1) == tokens_x
 
-    def split(x_BC: jax.Array) -> jax.Array:
-        x_BC = jnp.pad(x_BC, ((0, 0), (0, -C % chunk)) + ((0, 0),) * (x_BC.ndim - 2))
-        return x_BC.reshape(len(x_BC), -1, chunk, *x_BC.shape[2:]).swapaxes(0, 1)
-
-    found = jax.lax.map(one, (split(hidden_BCD), split(tokens_BC)))
-    logprob_BC, is_greedy_BC = (x.swapaxes(0, 1).reshape(len(tokens_BC), -1)[:, :C] for x in found)
-    return logprob_BC, is_greedy_BC
+    logprob_Xx, is_greedy_Xx = jax.lax.map(
+        one, (at_X.reshape(-1, chunk), tokens_X.reshape(-1, chunk))
+    )
+    return logprob_Xx.reshape(-1), is_greedy_Xx.reshape(-1)
 
 
 def _padded(length: int) -> int:
-    """The length to which a row is padded: 32, 48, 64, 96, 128 ..."""
-    size = power_of_two(length, SHORTEST)
-    return size * 3 // 4 if size > SHORTEST and length <= size * 3 // 4 else size
+    """The length to which a row is padded: 32, 40, 48, 56, 64, 80 ..."""
+    step = power_of_two(length, SHORTEST) // 8
+    return max(SHORTEST, -(-length // step) * step)
+
+
+def _trees(requests: Sequence[_Request]) -> Iterator[_Tree]:
+    """Joins each request to the tree of the one before if it has half of its tokens from there.
+
+    Args:
+        requests: In the order of their tokens.
+    """
+    tree: list[_Request] = []
+    size = most = 0
+    for request in requests:
+        inputs = len(request.tokens) - 1
+        new = inputs - tree[-1].common(request) if tree else inputs
+        if tree and 2 * new <= inputs and size + new <= most:
+            tree.append(request)
+            size += new
+            continue
+        if tree:
+            yield _Tree(tree, size)
+        tree, size, most = [request], inputs, max(ROW, GROWTH * inputs)
+    if tree:
+        yield _Tree(tree, size)
+
+
+def _rows(trees: Sequence[_Tree]) -> list[tuple[int, list[_Tree]]]:
+    """Packs trees into rows, the largest first, each where it just fits; with their lengths."""
+    rows: list[list[_Tree]] = []
+    free: dict[int, list[int]] = {}  # the rows with so much space
+    for tree in sorted(trees, key=lambda tree: -tree.size):
+        space = min((space for space in free if space >= tree.size), default=0)
+        if space:
+            row = free[space].pop()
+            if not free[space]:
+                del free[space]
+        else:
+            row, space = len(rows), max(ROW, _padded(tree.size))
+            rows.append([])
+        rows[row].append(tree)
+        if space > tree.size:
+            free.setdefault(space - tree.size, []).append(row)
+    return [(_padded(sum(tree.size for tree in row)), row) for row in rows]
 
 
 class LogLikelihood:
@@ -170,7 +183,9 @@ class LogLikelihood:
             raise InputError(f"tokens={tokens}; set it to 1 or more", field="tokens")
         self._model, self._params = trained.model, trained.params
         self._tokenizer = trained.tokenizer
-        self._budget = tokens or BUDGET.get(jax.default_backend(), LARGE_BUDGET)
+        platform = jax.default_backend()
+        self._budget = tokens or BUDGET.get(platform, LARGE_BUDGET)
+        self._chunk = CHUNK.get(platform, LARGE_CHUNK)
         self.context = trained.model.cfg.decode_T
         """The model's context length."""
         self.truncated = 0
@@ -207,28 +222,27 @@ class LogLikelihood:
             InputError: A context or continuation is empty, the continuation alone is longer than
                 the model's context, or an id is not in the vocabulary.
         """
-        groups: dict[Tokens, dict[Tokens, list[int]]] = {}
+        found: dict[tuple[Tokens, Tokens], list[int]] = {}
         for number, (context, continuation) in enumerate(requests):
             kept = self._fitting(number, tuple(context), tuple(continuation))
-            groups.setdefault(kept, {}).setdefault(tuple(continuation), []).append(number)
-        shapes: dict[tuple[int, int, bool], list[_Request]] = {}
-        for context, continuations in groups.items():
-            longest = max(map(len, continuations))
-            C = min([n for n in (*LENGTHS, self.context) if n >= longest])
-            shared = len(continuations) > 1 and len(context) >= SHARED
-            for rest, numbers in continuations.items():
-                length = len(context) if shared else len(context) + len(rest) - 1
-                shape = min(_padded(length), self.context), C, shared
-                shapes.setdefault(shape, []).append(_Request(context, rest, numbers))
+            found.setdefault((kept, tuple(continuation)), []).append(number)
+        whole = [
+            _Request(np.asarray([*context, *rest], np.int32), len(context), numbers)
+            for (context, rest), numbers in found.items()
+        ]
+        # Big-endian bytes have the order of the tokens.
+        whole.sort(key=lambda request: request.tokens.astype(">i4").tobytes())
+        shapes: dict[int, list[list[_Tree]]] = {}
+        for T, row in _rows(list(_trees(whole))):
+            shapes.setdefault(T, []).append(row)
         scores: list[Score | None] = [None] * len(requests)
-        for (length, C, shared), some in sorted(shapes.items()):
-            batches = self._shared_batches if shared else self._batches
-            for batch, (logprob_BC, is_greedy_BC) in batches(some, length, C):
-                for row, (_, continuation, numbers) in enumerate(batch):
-                    n = len(continuation)
-                    logprob = float(logprob_BC[row, :n].sum(dtype=np.float64))
-                    for number in numbers:
-                        scores[number] = Score(logprob, bool(is_greedy_BC[row, :n].all()), n)
+        # The largest first, so that memory that does not suffice is noticed at once.
+        for T, rows in sorted(shapes.items(), reverse=True):
+            B = 1 << max(1, self._budget // T).bit_length() - 1  # a power of two
+            for first in range(0, len(rows), B):
+                for request, score in self._score_rows(rows[first : first + B], T):
+                    for number in request.numbers:
+                        scores[number] = score
         return [score for score in scores if score is not None]
 
     def rolling(self, text: Sequence[int]) -> list[tuple[Tokens, Tokens]]:
@@ -269,38 +283,43 @@ class LogLikelihood:
         self.truncated += len(context) > room
         return context[-room:]
 
-    def _batches(self, requests: Sequence[_Request], T: int, C: int) -> Iterator[_Scored]:
-        """Batches of requests that are scored alone, in rows of T tokens."""
-        B = max(1, self._budget // T)
-        for first in range(0, len(requests), B):
-            batch = requests[first : first + B]
-            tokens_BT, starts_B = np.zeros((B, T + 1), np.int32), np.ones(B, np.int32)
-            for row, (context, continuation, _) in enumerate(batch):
-                whole = [*context, *continuation]
-                tokens_BT[row, : len(whole)], starts_B[row] = whole, len(context)
-            found = _score_rows(self._model, self._params, tokens_BT, starts_B, min(C, T))
-            yield batch, jax.device_get(found)
-
-    def _shared_batches(self, requests: Sequence[_Request], P: int, C: int) -> Iterator[_Scored]:
-        """Batches of requests with shared contexts, padded to P tokens."""
-        G = max(1, self._budget // (P + CONTINUATIONS * C))
-        B = CONTINUATIONS * G
-        batch: list[_Request] = []
-        rows: dict[Tokens, int] = {}
-        for at, request in enumerate(requests):
-            rows.setdefault(request.context, len(rows))
-            batch.append(request)
-            following = requests[at + 1].context if at + 1 < len(requests) else None
-            full = len(batch) == B or (len(rows) == G and following not in rows)
-            if full or following is None:
-                contexts_GP, lengths_G = np.zeros((G, P), np.int32), np.ones(G, np.int32)
-                for context, row in rows.items():
-                    contexts_GP[row, : len(context)], lengths_G[row] = context, len(context)
-                continuations_BC, group_B = np.zeros((B, C), np.int32), np.zeros(B, np.int32)
-                for row, (context, continuation, _) in enumerate(batch):
-                    continuations_BC[row, : len(continuation)] = continuation
-                    group_B[row] = rows[context]
-                inputs = contexts_GP, lengths_G, group_B, continuations_BC
-                found = _score_shared(self._model, self._params, *inputs)
-                yield batch, jax.device_get(found)
-                batch, rows = [], {}
+    def _score_rows(
+        self, rows: Sequence[Sequence[_Tree]], T: int
+    ) -> Iterator[tuple[_Request, Score]]:
+        """The requests of rows of T tokens, with their scores."""
+        B = power_of_two(len(rows))
+        tokens_BT, positions_BT = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+        ends_BT = np.full((B, T), T, np.int32)
+        requests: list[_Request] = []
+        at: list[np.ndarray] = []
+        for row, trees in enumerate(rows):
+            end = 0
+            for tree in trees:
+                path = np.zeros(0, np.int32)  # the indices in the row of the request before
+                before = tree.requests[0]
+                for request in tree.requests:
+                    common = min(before.common(request), len(path))
+                    ends_BT[row, path[common:]] = end
+                    new = slice(end, end := end + len(request.tokens) - 1 - common)
+                    tokens_BT[row, new] = request.tokens[common:-1]
+                    positions_BT[row, new] = np.arange(common, len(request.tokens) - 1)
+                    path = np.concatenate([path[:common], np.arange(new.start, new.stop)])
+                    at.append(row * T + path[request.start - 1 :])
+                    before = request
+                ends_BT[row, path] = end
+            requests += [request for tree in trees for request in tree.requests]
+        targets = np.concatenate([request.tokens[request.start :] for request in requests])
+        X = power_of_two(len(targets), SHORTEST)
+        at_X, targets_X = (
+            np.pad(x, (0, X - len(x))).astype(np.int32) for x in (np.concatenate(at), targets)
+        )
+        hidden_ND = _hidden(self._model, self._params, tokens_BT, positions_BT, ends_BT)
+        logprob_X, is_greedy_X = jax.device_get(
+            _token_scores(
+                self._model, self._params, hidden_ND, at_X, targets_X, min(self._chunk, X)
+            )
+        )
+        bounds = np.cumsum([0, *map(len, at)])
+        for request, first, last in zip(requests, bounds[:-1], bounds[1:], strict=True):
+            logprob = float(logprob_X[first:last].sum(dtype=np.float64))
+            yield request, Score(logprob, bool(is_greedy_X[first:last].all()), int(last - first))

@@ -271,6 +271,59 @@ def _chunked(
     return jnp.concatenate(outs, axis=1)
 
 
+def tree_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    ends_BT: jax.Array,
+    window: int = 0,
+) -> jax.Array:
+    """Self-attention in rows of trees of tokens, where each token attends to its ancestors.
+
+    Texts that begin with the same tokens share these in a tree (tree attention, Miao et al. 2023,
+    SpecInfer, section 4.2). A row has any number of trees, each in depth-first order:
+
+        tokens     the cat sat ran dog  a bird
+        positions    0   1   2   2   1  0    1
+        ends         5   4   3   4   5  7    7
+
+    Forward only.
+
+    Args:
+        q_BTNH: Queries, scaled by 1/sqrt(H) here.
+        k_BTKH: Keys; K divides N.
+        v_BTKH: Values.
+        positions_BT: The number of ancestors of each token, by which windows count.
+        ends_BT: The index in the row after the last descendant of each token.
+        window: Tokens attend to themselves and their nearest `window - 1` ancestors; 0: to all.
+
+    Returns:
+        [B, T, N, H] in the dtype of q.
+    """
+    T = q_BTNH.shape[1]
+    k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
+
+    def one(start: int | jax.Array, t: int, S: int) -> jax.Array:
+        """The output of t queries from `start` on, to the first S keys."""
+        index_1t1 = start + jnp.arange(t)[None, :, None]
+        mask_BtS = (jnp.arange(S)[None, None] <= index_1t1) & (index_1t1 < ends_BT[:, None, :S])
+        q_BtNH, position_Bt = (
+            jax.lax.dynamic_slice_in_dim(x, start, t, 1) for x in (q_BTNH, positions_BT)
+        )
+        if window:
+            mask_BtS &= position_Bt[..., None] - positions_BT[:, None, :S] < window
+        return _attend(q_BtNH, k_BSKH[:, :S], v_BSKH[:, :S], mask_BtS)
+
+    if UNROLLED * CHUNK >= T:
+        bounds = itertools.pairwise([*range(0, T, CHUNK), T])
+        return jnp.concatenate([one(start, stop - start, stop) for start, stop in bounds], 1)
+    # In a loop, so that the scores of all chunks are not in memory at once; see `prompt_attention`.
+    chunk = math.gcd(T, CHUNK)
+    out_XBtNH = jax.lax.map(lambda x: one(x * chunk, chunk, T), jnp.arange(T // chunk))
+    return jnp.moveaxis(out_XBtNH, 0, 1).reshape(q_BTNH.shape)
+
+
 def prompt_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import InputError
-from jaxgpt.model.attention import Drop, attention
+from jaxgpt.model.attention import Drop, attention, tree_attention
 from jaxgpt.model.cache import Cache, CacheDtype, LayerCache, attend_and_cache, empty
 from jaxgpt.model.config import GATED, ComputeConfig, GPTConfig
 from jaxgpt.model.layers import Norm, linear_layers, parameter
@@ -38,6 +38,8 @@ class Context(NamedTuple):
     """Rotary tables: "global", and "local" for layers with a sliding window."""
     segments_BT: jax.Array | None = None
     """Tokens attend only within their own segment."""
+    tree: tuple[jax.Array, jax.Array] | None = None
+    """Tokens attend to their ancestors: `positions_BT` and `ends_BT` of `tree_attention`."""
     start_B: Any = None
     """Decoding with a KV cache: the position of the first of these tokens in each row."""
     lengths_B: jax.Array | None = None
@@ -72,7 +74,9 @@ class Attention(nn.Module):
         if context.rotary is not None:
             tables = context.rotary["local" if self.window else "global"]
             q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
-        if cache is None:
+        if context.tree is not None:
+            out_BTNH = tree_attention(q_BTNH, k_BTKH, v_BTKH, *context.tree, self.window)
+        elif cache is None:
             out_BTNH = attention(
                 q_BTNH,
                 k_BTKH,
@@ -207,6 +211,7 @@ class GPT(nn.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
+        ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """The final hidden states [B, T, D], in the compute dtype.
 
@@ -214,9 +219,16 @@ class GPT(nn.Module):
             tokens_BT: Token ids.
             positions_BT: Positions of the tokens; None: 0 to T - 1 in each row.
             segments_BT: Tokens attend only within their own segment; None: to all of the row.
+            ends_BT: Rows are trees, see `tree_attention`; needs positions and excludes segments.
+                Such a row may be longer than the model's context, if its positions are not.
         """
-        x_BTD, rotary = self.embed(tokens_BT, positions_BT)
-        x_BTD, _ = self.blocks(x_BTD, Context(rotary, segments_BT))
+        tree = None
+        if ends_BT is not None:
+            if positions_BT is None or segments_BT is not None:
+                raise ValueError("ends_BT needs positions_BT, and has segments in it already")
+            tree = positions_BT, ends_BT
+        x_BTD, rotary = self.embed(tokens_BT, positions_BT, is_tree=tree is not None)
+        x_BTD, _ = self.blocks(x_BTD, Context(rotary, segments_BT, tree))
         return constrain(self.norm(x_BTD), "BTD")
 
     def extend(
@@ -239,17 +251,27 @@ class GPT(nn.Module):
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
         cross_mask_BTS = None if cache.source_BS is None else cache.source_BS[:, None]
         x_BTD, rotary = self.embed(tokens_BT, positions_BT, decoding=True)
-        context = Context(rotary, None, start_B, lengths_B, encoder_output_BSD, cross_mask_BTS)
+        context = Context(
+            rotary,
+            start_B=start_B,
+            lengths_B=lengths_B,
+            encoder_output_BSD=encoder_output_BSD,
+            cross_mask_BTS=cross_mask_BTS,
+        )
         x_BTD, layers = self.blocks(x_BTD, context, cache.layers)
         return constrain(self.norm(x_BTD), "BTD"), cache._replace(layers=layers)
 
     def embed(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, decoding: bool = False
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None,
+        decoding: bool = False,
+        is_tree: bool = False,
     ) -> tuple[jax.Array, dict[str, Tables] | None]:
         """The residual stream before the first block, and the rotary tables."""
         cfg = self.cfg
         T = tokens_BT.shape[1]
-        if T > cfg.T:
+        if T > cfg.T and not is_tree:
             raise InputError(f"{T} tokens do not fit the context of {cfg.T}; give at most {cfg.T}")
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None]

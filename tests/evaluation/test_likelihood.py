@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation import likelihood
 from jaxgpt.evaluation.likelihood import LogLikelihood
 from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
@@ -108,7 +109,30 @@ def test_few_programs_serve_any_lengths(compiled):
             [tuple(draw.integers(0, 256, n).tolist() for n in pair) for pair in some]
         )
     assert len({tuple(pair) for pair in lengths}) > 250
-    assert len(compiled) <= 18  # 6 lengths of rows, 3 of continuations
+    # Rows of up to 512 tokens, most of which are full, and powers of two of scored tokens.
+    assert len(compiled) <= 18
+
+
+def test_tokens_at_which_requests_begin_are_computed_once(trained, monkeypatch):
+    computed = []
+    whole = likelihood._hidden
+
+    def counted(model, params, tokens_BT, positions_BT, ends_BT):
+        computed.append(tokens_BT.size)
+        return whole(model, params, tokens_BT, positions_BT, ends_BT)
+
+    monkeypatch.setattr(likelihood, "_hidden", counted)
+    shown = [5] * 150  # the same solved examples before each of 8 questions with 4 answers
+    requests = [
+        ([*shown, *[number] * 10], [20 + choice] * 4) for number in range(8) for choice in range(4)
+    ]
+    draw = np.random.default_rng(1)
+    draw.shuffle(requests)
+    scores = LogLikelihood(trained).score_tokens(requests)
+    assert sum(computed) <= 384  # 150 + 8 * (10 + 4 * 3) = 326, and padding
+    for number in (0, 17):
+        logprobs, _ = forward(trained, *requests[number])
+        assert scores[number].logprob == pytest.approx(logprobs.sum(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from jaxgpt.model.attention import (
     choose,
     obstacle,
     prompt_attention,
+    tree_attention,
 )
 
 FACTS = {"dtype": "bfloat16", "H": 64, "T": 1024, "dropout": 0.0, "segments": False}
@@ -121,6 +122,30 @@ def test_attention_of_long_prompts_takes_memory_linear_in_their_length():
     compiled = jax.jit(prompt_attention).lower(*shapes).compile()
     # All scores would be 4 heads of 4096 x 4096 / 2 floats, 134 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 2e7
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("depth", [6, 400], ids=["unrolled", "in loops"])
+def test_attention_in_trees_is_that_of_each_path_alone(depth, window):
+    # A text with two branches, of which the first has two; then another text.
+    lengths = [depth, depth, depth // 2, 3, depth // 2, 5]
+    parents = [-1, 0, 1, 1, 0, -1]
+    ends, positions, paths = np.zeros(sum(lengths), int), [], []
+    firsts = np.cumsum([0, *lengths])
+    for node, parent in enumerate(parents):
+        last = node  # the last node of its subtree
+        while last + 1 < len(parents) and parents[last + 1] in range(node, last + 1):
+            last += 1
+        own = np.arange(firsts[node], firsts[node + 1])
+        paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
+        positions += range(len(paths[node]) - lengths[node], len(paths[node]))
+        ends[own] = firsts[last + 1]
+    q, k, v = inputs(sum(lengths), B=1)
+    rows = np.asarray(positions)[None], ends[None]
+    out = jax.jit(partial(tree_attention, window=window))(q, k, v, *rows)
+    for path in paths:
+        alone = attention(q[:, path], k[:, path], v[:, path], window=window)
+        np.testing.assert_allclose(out[:, path], alone, atol=1e-5)
 
 
 def test_attend_follows_the_mask():

@@ -48,7 +48,7 @@ def test_matmul_accumulates_in_float32_and_casts_the_cotangent():
     assert all(line.split(": (")[1].count("bf16") == 2 for line in lines)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 5), (5, 13)], ids=str)
 @pytest.mark.parametrize(
     "dtype",
     [
