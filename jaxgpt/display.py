@@ -27,7 +27,7 @@ def visible(text: str) -> str:
 
 def shortened(text: str, most: int) -> str:
     """The text on one line, its middle replaced by an ellipsis if it has more characters."""
-    text = " ".join(printable(text[: 2 * most] + text[2 * most :][-most:]).split())
+    text = " ".join(printable(text).split())
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[: most - 1 - half]}\u2026{text[-half:]}"
 
