@@ -383,7 +383,8 @@ def evaluate(
     if len(results) > 1 and (score := mean_centered(results)):
         print(f"\nmean of the centered scores: {score.value:.4f} ± {score.error:.4f}")
     if json_file:
-        _write_text(json_file, json.dumps([result.as_json() for result in results], indent=2))
+        listed = [{**result.as_json(), "model": trained.origin} for result in results]
+        _write_text(json_file, json.dumps(listed, indent=2))
     if details:
         lines = [
             json.dumps({"task": result.task.name, **one})

@@ -132,7 +132,10 @@ def _training(found: ModelSource) -> list[str]:
     at = f", step {base['step']}" if "step" in base else ""
     start = f"It started from {base['path']}{at}." if base else "It started from random weights."
     paths = ", ".join(f"`{path}`" for path in _paths(found)) or "data that the card does not name"
-    held_out = f"{run.data.val_fraction:.1%} of it" if not run.data.val_paths else "other files"
+    fraction = run.data.val_fraction
+    held_out = (
+        "other data" if run.data.val_paths else f"{fraction:.1%} of it" if fraction else "none"
+    )
     average = (
         " The parameters are a moving average (EMA) over the steps."
         if found.lineage["item"] == "ema"
@@ -217,7 +220,7 @@ def _results(found: ModelSource) -> list[_Result]:
         for metric, name in names.items()
         if _is_number(measured.get(metric))
     ]
-    for task in _read_tasks(found.run_folder, measured.get("step")):
+    for task in _read_tasks(found):
         errors = task.get("standard_errors") or {}
         shots = f", {task['shots']} shots" if task.get("shots") else ""
         for metric, value in task["metrics"].items():
@@ -228,8 +231,13 @@ def _results(found: ModelSource) -> list[_Result]:
     return results
 
 
-def _read_tasks(folder: Path | None, step: int | None) -> list[JsonObject]:
-    """The results in a run's `evaluation.json`; those of other steps are left out."""
+def _read_tasks(found: ModelSource) -> list[JsonObject]:
+    """The results in a run's `evaluation.json`; those of other steps are left out.
+
+    Training writes the step of the results, and `jaxgpt eval --json` the origin of the model.
+    """
+    folder, step = found.run_folder, found.metadata.get("metrics", {}).get("step")
+    version = found.origin.rpartition(" (")[2]  # a path can be written in several ways
     try:
         listed = json.loads((folder / EVALUATION).read_bytes()) if folder else []
     except (OSError, ValueError, RecursionError):
@@ -240,7 +248,7 @@ def _read_tasks(folder: Path | None, step: int | None) -> list[JsonObject]:
         if isinstance(one, dict)
         and isinstance(one.get("task"), str)
         and isinstance(one.get("metrics"), dict)
-        and one.get("step", step) == step
+        and (one.get("step") == step or str(one.get("model")).endswith(f" ({version}"))
     ]
 
 

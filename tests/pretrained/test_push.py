@@ -160,7 +160,12 @@ def test_the_card_of_a_run_has_its_data_lineage_and_results(folder, tmp_path):
         "metrics": {"accuracy": 0.75, "broken": float("nan")},
         "standard_errors": {"accuracy": 0.01},
     }
-    (tmp_path / "evaluation.json").write_text(json.dumps([task, {**task, "step": 20}, "junk"]))
+    by_hand = {"task": "mine", "metrics": {"bleu": 0.5}, "model": "./runs/mine (step 40, item ema)"}
+    (tmp_path / "evaluation.json").write_text(
+        json.dumps(
+            [task, {**task, "step": 20}, "junk", by_hand, {**by_hand, "model": "a (step 7)"}]
+        )
+    )
     found = run_source(folder, Instruct(), tmp_path, path="gpt2", revision="abc")
     values, data, text = read_card(model_card(found, "me/mine", license="apache-2.0"), tmp_path)
     assert values["base_model"] == "openai-community/gpt2"
@@ -173,6 +178,7 @@ def test_the_card_of_a_run_has_its_data_lineage_and_results(folder, tmp_path):
         ("held-out text", "val_loss"): 2.5,
         ("held-out text", "val_bits_per_byte"): 1.25,
         ("python", "accuracy"): 0.75,
+        ("mine", "bleu"): 0.5,
     }
     assert "| python | accuracy, 2 shots (standard error 0.0100) | 0.7500 |" in text
     for part in (
