@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.errors import InputError
 from jaxgpt.generation.decode import SHORTEST, padded
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
@@ -99,11 +100,12 @@ def embed(
     """
     cfg = model.cfg
     vectors_ND = np.zeros((len(texts), cfg.D), np.float32)
-    if not texts:
-        return vectors_ND
-    padded(texts, cfg, cfg.decode_T, "a text")  # raises InputError before anything is computed
     groups: dict[int, list[int]] = {}
     for number, ids in enumerate(texts):
+        if not 1 <= len(ids) <= cfg.decode_T:
+            raise InputError(
+                f"text {number} has {len(ids)} tokens; use one of 1 to {cfg.decode_T}, the context"
+            )
         length = min(power_of_two(len(ids), SHORTEST), cfg.decode_T)
         groups.setdefault(length, []).append(number)
     budget = BUDGET.get(jax.default_backend(), LARGE_BUDGET)

@@ -282,8 +282,7 @@ class Trained:
         given = _listed(texts)
         tokens = []
         for number, text in enumerate(given):
-            self._prompt(text, "texts")
-            tokens.append(self.tokenizer.encode(text))
+            tokens.append(self._encode(text, "texts"))
             if not tokens[-1]:
                 raise InputError(f"text {number} is empty; remove it", field="texts")
         logprobs = self._logprobs(tokens, progress)
@@ -500,9 +499,13 @@ class Trained:
 
     def _prompt(self, text: str, name: str = "prompt") -> list[int]:
         """The tokens of a text that begins a document."""
+        return [*self.tokenizer.prefix, *self._encode(text, name)] or [self.tokenizer.eot]
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        """The tokens of a text; raises InputError with an argument's name if it is no string."""
         if not isinstance(text, str):
             raise InputError(f"{name}={text!r:.80} is invalid; use a string")
-        return [*self.tokenizer.prefix, *self.tokenizer.encode(text)] or [self.tokenizer.eot]
+        return self.tokenizer.encode(text)
 
     @property
     def _ends(self) -> tuple[int, ...]:

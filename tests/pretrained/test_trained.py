@@ -107,7 +107,15 @@ def test_embeddings_are_the_pooled_last_hidden_states_of_transformers(both):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
         unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
         np.testing.assert_allclose(gpt.embed(TEXTS, pooling), unit, atol=1e-4)
-    assert gpt.embed(TEXTS[0]).shape == (gpt.config.model.D,) and gpt.embed([]).shape[0] == 0
+    assert gpt.embed(TEXTS[0]).shape == (gpt.config.model.D,)
+
+
+def test_no_texts_give_empty_results():
+    gpt = random_model(replace(LLAMA, L=1), Bytes())
+    assert gpt.embed([]).shape == (0, 32) and gpt.generate([]) == gpt.score([]) == []
+    assert (
+        repr(gpt.score([])).startswith("text  logprob") and "<table>" in gpt.score([])._repr_html_()
+    )
 
 
 def test_texts_of_any_length_need_few_programs(compiled):
@@ -179,7 +187,7 @@ def test_a_translation_model_refuses_what_needs_a_decoder_only_model():
         ("embed", (["a", 3],), "texts=3 is invalid; use a string"),
         ("embed", ({"a": 1},), "use a string or a list of strings"),
         ("embed", ("a", "max"), "pooling='max' is invalid; use mean or last"),
-        ("embed", (["a", "x" * 50],), "row 1 has 51 tokens"),
+        ("embed", (["a", "x" * 50],), "text 1 has 51 tokens; use one of 1 to 32"),
         ("score", (["a", ""],), "text 1 is empty; remove it"),
         ("score", (None,), "use a string or a list of strings"),
         ("generate", (["a", "b"], 4), "seed has 3 numbers for 2 prompts"),
