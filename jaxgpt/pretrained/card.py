@@ -15,7 +15,6 @@ from jaxgpt.data.remote import HubPath
 from jaxgpt.evaluation.config import EVALUATION
 from jaxgpt.model import ComputeConfig, count
 from jaxgpt.objectives import DPO, GRPO, Distill, Instruct, NextToken
-from jaxgpt.pretrained import hub
 from jaxgpt.pretrained.load import ModelSource, versions
 from jaxgpt.strict_json import JsonObject
 
@@ -60,6 +59,8 @@ def _metadata(found: ModelSource, adapter_base: str, license: str) -> str:
     """The metadata, between two lines of three dashes."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    from jaxgpt.pretrained.hub import SHORT
+
     trained = "step" in found.lineage
     start = found.lineage if not trained else _started_from(found)
     base = str(start.get("path", "")) if "revision" in start else ""
@@ -82,7 +83,7 @@ def _metadata(found: ModelSource, adapter_base: str, license: str) -> str:
         library_name="peft" if adapter_base else "transformers",
         pipeline_tag=TASK,
         license=license or None,
-        base_model=hub.SHORT.get(base, base) or None,
+        base_model=SHORT.get(base, base) or None,
         base_model_relation=relation if base else None,
         datasets=list(dict.fromkeys(datasets)) or None,
         tags=["jaxgpt", *(["lora"] if adapter_base else [])],
