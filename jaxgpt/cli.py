@@ -18,6 +18,7 @@ from jaxgpt.accelerators import check_device
 from jaxgpt.data import DataConfig, texts
 from jaxgpt.data.tables import lines_of
 from jaxgpt.data.textfile import TextFile
+from jaxgpt.display import printable
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.config import EvaluationConfig
 from jaxgpt.evaluation.inspect import inspect_prompt
@@ -37,6 +38,7 @@ from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
 from jaxgpt.pretrained.load import check_exists, load
+from jaxgpt.pretrained.push import Target
 from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
@@ -184,7 +186,7 @@ def classify(
     trained, objective = _trained(path, Classify)
     given = _given(texts, file)
     for text, p_C in zip(given, objective.predict(trained, given), strict=True):
-        label = terminal.printable(objective.labels[int(p_C.argmax())])
+        label = printable(objective.labels[int(p_C.argmax())])
         print(f"{label}\t{p_C.max():.4f}\t{text}")
 
 
@@ -205,7 +207,7 @@ def translate(
     trained, objective = _trained(path, Translate)
     given = _given(texts, file)
     found = objective.translate(trained, given, beam=beam)
-    print(*map(terminal.printable, found), sep="\n")
+    print(*map(printable, found), sep="\n")
 
 
 def _trained(path: str, kind: type[Any]) -> tuple[Trained, Any]:
@@ -261,6 +263,9 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     adapter: str = "",
     base: str = "",
+    license: str = "",
+    push: str = "",
+    private: bool = False,
 ) -> None:
     """Export a model, or only its LoRA adapter, in Hugging Face's format.
 
@@ -273,6 +278,10 @@ def export(
         adapter: hf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
+        license: The license's identifier for the model card, such as apache-2.0.
+        push: OWNER/NAME on the Hugging Face hub, to which the folder is uploaded too. It needs a
+            token with write access, in HF_TOKEN or from `hf auth login`.
+        private: push: whether a new repository is private.
     """
     expand(folder)  # raises for a URL
     check_exists(path)
@@ -282,12 +291,17 @@ def export(
         raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
     if to == "hf" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
+    if private and not push:
+        raise InputError("private is for --push OWNER/NAME; set both, or remove --private")
+    target = Target(push, private) if push else None  # raises before the files are written
     if to == "peft":
-        files = to_peft(path, folder, base)
+        files = to_peft(path, folder, base, license=license, name=push)
     else:
-        files = to_hf(path, folder, adapter=adapter, dtype=dtype)
+        files = to_hf(path, folder, adapter=adapter, dtype=dtype, license=license, name=push)
     for file in files:
         print(f"{file.stat().st_size:>16,} bytes  {file}")
+    if target:
+        print(f"\nuploaded to {target.upload(expand(folder))}")
 
 
 def verify(path: tyro.conf.Positional[str]) -> int:
@@ -369,7 +383,8 @@ def evaluate(
     if len(results) > 1 and (score := mean_centered(results)):
         print(f"\nmean of the centered scores: {score.value:.4f} ± {score.error:.4f}")
     if json_file:
-        _write_text(json_file, json.dumps([result.as_json() for result in results], indent=2))
+        listed = [{**result.as_json(), "model": trained.origin} for result in results]
+        _write_text(json_file, json.dumps(listed, indent=2))
     if details:
         lines = [
             json.dumps({"task": result.task.name, **one})

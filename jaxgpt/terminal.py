@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
 from jaxgpt.chat import choose, render
+from jaxgpt.display import MOMENT, printable
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import GenerationConfig
 from jaxgpt.generation.sampling import SEEDS, Sampling
@@ -30,8 +30,6 @@ from jaxgpt.streams import is_live
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-MOMENT = 0.5  # seconds
 
 HELP = """\
 A line is a message. End it with \\ to go on in the next, or put several between lines of \"\"\".
@@ -69,11 +67,6 @@ def say(write: Callable[[], Iterator[str]], before: str = "") -> tuple[str, bool
     if signals.received not in (0, signal.SIGINT):
         end_process(signals.received)
     return "".join(said), signals.received > 0
-
-
-def printable(text: str) -> str:
-    """The text with control characters other than line breaks and tabs replaced by U+FFFD."""
-    return "".join("\ufffd" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
 def shell_quoted(text: str) -> str:

@@ -1,5 +1,6 @@
 """A local server that answers like huggingface.co, for models and data sets."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -7,6 +8,7 @@ import re
 import threading
 from urllib.parse import unquote, urlsplit
 
+import yaml
 from huggingface_hub import constants
 
 COMMIT, OLD = "a" * 40, "b" * 40
@@ -25,6 +27,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.main, self.gated, self.tokens = COMMIT, set(), set()
         self.configs = {}
         """The `configs` of the card of data sets, by name."""
+        self.writers = {}
+        """The owners to whose repositories each token may write."""
+        self.private, self.objects = set(), {}
         self.status, self.silent, self.over = None, False, threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
@@ -60,6 +65,66 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[:cut])
 
+    @property
+    def token(self):
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.objects[hashlib.sha256(body).hexdigest()] = body
+        self.send(200)
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.command, path))
+        lines = [json.loads(line) for line in body.splitlines()]
+        if self.server.status:
+            return self.send(self.server.status)
+        if path == "/api/validate-yaml":
+            return self.send(200, b'{"errors": [], "warnings": []}')
+        if path == "/api/repos/create":
+            (asked,) = lines
+            owner, repositories = asked.get("organization"), self.server.repositories
+            if owner != self.server.writers.get(self.token):
+                return self.send(403, X_Error_Message="You cannot create repositories there.")
+            name = f"{owner}/{asked['name']}"
+            if name in repositories:
+                return self.send(409)
+            is_private = asked.get("private") or asked.get("visibility") == "private"
+            repositories[name] = {self.server.main: {".gitattributes": b""}}
+            self.server.private |= {name} if is_private else set()
+            return self.send(200, json.dumps({"url": f"{self.server.endpoint}/{name}"}).encode())
+        name, what = re.fullmatch("/(?:api/models/)?([^/]+/[^/]+?)(?:[.]git)?/(.*)", path).groups()
+        if name.partition("/")[0] != self.server.writers.get(self.token):
+            return self.send(403, X_Error_Message="This token may only read.")
+        if what == "preupload/main":
+            modes = {True: "lfs", False: "regular"}
+            files = [
+                {"path": p, "uploadMode": modes[p.endswith(".safetensors")], "shouldIgnore": False}
+                for p in (file["path"] for file in lines[0]["files"])
+            ]
+            return self.send(200, json.dumps({"files": files}).encode())
+        if what == "info/lfs/objects/batch":
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.server.endpoint}/lfs"}}}
+                for one in lines[0]["objects"]
+            ]
+            return self.send(200, json.dumps({"objects": objects}).encode())
+        assert what == "commit/main"
+        files = self.server.repositories[name][self.server.main]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        url = f"{self.server.endpoint}/{name}/commit/{self.server.main}"
+        answer = {"success": True, "commitUrl": url, "commitOid": self.server.main}
+        return self.send(200, json.dumps(answer).encode())
+
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append((self.command, path))
@@ -68,14 +133,19 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.server.silent:
             self.server.over.wait(20)
             return None
+        if path == "/api/whoami-v2":
+            if (token := self.token) in self.server.writers:
+                return self.send(200, json.dumps({"name": self.server.writers[token]}).encode())
+            return self.send(401, X_Error_Message="Invalid username or password.")
         if path.startswith("/api/"):
             path = re.sub("^/api/(models|datasets)/", "", path)
-            name, what, revision = [*re.split("/(revision|tree)/", path), "", "main"][:3]
+            found = [*re.split("/(revision|tree)/", path), "revision", "main"]
+            name, what, revision = found[:3]
         else:
             what = ""
             name, _, rest = path[1:].removeprefix("datasets/").partition("/resolve/")
             revision, _, file = rest.partition("/")
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        token = self.token
         if token == "wrong":
             return self.send(401, X_Error_Message="Invalid credentials in Authorization header")
         if name not in self.server.repositories:
@@ -96,6 +166,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.send(200, json.dumps(entries).encode())
         if what:
             about = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+            about["private"] = name in self.server.private
+            card = files.get("README.md", b"").decode().split("---\n")
+            about["tags"] = (yaml.safe_load(card[1]) if len(card) > 2 else {}).get("tags", [])
             if name in self.server.configs:
                 about["cardData"] = {"configs": self.server.configs[name]}
             return self.send(200, json.dumps(about).encode())

@@ -43,7 +43,7 @@ def test_dir_shows_the_public_names_and_all_of_them_exist():
 def test_a_trained_model_is_shown_in_one_short_line(gpt):
     assert repr(gpt) == (
         f"Trained('tiny': {model.count(gpt.model, padded=True) / 1e6:.3g}M parameters, "
-        "1 layer of width 16, context 16, 257 tokens)"
+        "38.8 kB in float32, 1 layer of width 16, context 16, 257 tokens)"
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxgpt"
 LAYERS = """
 errors lanes
 bounds
-streams accelerators paths strict_json manifest download signals synonyms sharding processes
+streams display accelerators paths strict_json manifest download signals synonyms sharding processes
 store
 model
 tokenizer
@@ -25,13 +25,14 @@ objectives
 training
 config training.dial
 training.mirror
+evaluation.likelihood
 pretrained
 data.beam
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
 evaluation.inspect
 serve.engine
-evaluation.likelihood evaluation.generate evaluation.tasks
+evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs
 training.pipeline training.sweep training.work training.estimate training.command

@@ -24,9 +24,9 @@ from jaxgpt import cli, model, paths, terminal
 from jaxgpt.chat import equipped
 from jaxgpt.cli import main
 from jaxgpt.data.records import open_records
+from jaxgpt.display import printable
 from jaxgpt.generation.stream import CHUNK
 from jaxgpt.objectives import Instruct
-from jaxgpt.terminal import printable
 from tests.tiny import LLAMA, PLAIN, ROOT, bpe, write_hugging_face
 
 # What the model writes, again and again, after a line break and where nothing is left to chance. It

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxgpt.terminal import printable
+from jaxgpt.display import printable
 
 COLORS = 8
 """Curves with more colors than these begin again with the first, dashed."""

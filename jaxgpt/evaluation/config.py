@@ -5,6 +5,9 @@ from typing import Annotated
 
 from jaxgpt.bounds import Ge, check_bounds
 
+EVALUATION = "evaluation.json"
+"""The file in a run's folder with what it was measured on tasks, as `jaxgpt eval --json` writes."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxgpt.display import printable
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import charts
 from jaxgpt.evaluation.charts import plain
-from jaxgpt.terminal import printable
 
 SHORT = 24
 """Text in a table cell of up to so many characters is not wrapped in HTML."""

@@ -16,13 +16,11 @@ from typing import Any
 from jaxgpt import config
 from jaxgpt.config import Config
 from jaxgpt.errors import InputError
+from jaxgpt.evaluation.config import EVALUATION
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.training import checkpoint
 from jaxgpt.training.lock import find_holder
 from jaxgpt.training.metrics import SAMPLES, parse_metrics
-
-EVALUATION = "evaluation.json"
-"""The file in a run's folder with the results of `python -m jaxgpt eval`, as JSON."""
 
 MARKS = ("config.json", "metrics.jsonl", "checkpoints")
 """What a run's folder has; one of them is enough."""

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.display import visible
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation.plots import draw_attention, draw_next_tokens
 from jaxgpt.model.introspection import attention_weights
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.terminal import printable
 
 LONGEST = 256
 """The most tokens of a prompt: pictures of more could not be read."""
@@ -108,8 +108,3 @@ def inspect_prompt(trained: Trained, prompt: str, k: int = 5) -> Inspection:
         ],
         [float(p_TV[place, id]) for place, id in enumerate(ids[1:])],
     )
-
-
-def visible(text: str) -> str:
-    """The text on one line, with spaces, line breaks and tabs as visible characters."""
-    return printable(text).translate({ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u2192"})

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.generation.forward import BUDGET, LARGE_BUDGET
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.objectives.chunks import hidden
-from jaxgpt.pretrained.trained import Trained
+from jaxgpt.objectives.trained import Trained
 
 Tokens = tuple[int, ...]
 
@@ -32,10 +33,6 @@ GROWTH = 4
 """A tree has at most `ROW` tokens, or so many times those of its first text."""
 SHORTEST = 32
 """Rows and lists of scored tokens are padded to at least so many."""
-BUDGET = {"cpu": 1024}
-"""Tokens in a batch."""
-LARGE_BUDGET = 16384
-"""Tokens in a batch on accelerators."""
 CHUNK = {"cpu": 256}
 """Scored tokens whose logits are in memory at once."""
 LARGE_CHUNK = 2048
@@ -189,7 +186,7 @@ class LogLikelihood:
         platform = jax.default_backend()
         self._budget = tokens or BUDGET.get(platform, LARGE_BUDGET)
         self._chunk = CHUNK.get(platform, LARGE_CHUNK)
-        self.context = trained.config.model.decode_T
+        self.context = trained.model.cfg.decode_T
         """The model's context length."""
         self.truncated = 0
         """The number of requests whose context did not fit the model's, and lost its beginning."""

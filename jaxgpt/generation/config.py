@@ -104,6 +104,29 @@ class GenerationConfig(Sampling):
         _, compile_, value = self.constraint
         return compile_(tokenizer, value, ends=ends, context=context)
 
+    def as_guides(
+        self, tokenizer: Tokenizer, ends: Sequence[int], contexts: Sequence[Sequence[int]]
+    ) -> Sequence[constrained.Guide]:
+        """Compiles the constraint for texts after several contexts, see `as_guide`.
+
+        Returns:
+            A guide for each context, or nothing if there is no constraint.
+        """
+        if self.constraint is None:
+            return ()
+        # A guide depends on nothing else of its context.
+        places = [tokenizer.place(context) for context in contexts]
+        guides = {
+            place: self.as_guide(tokenizer, ends, context)
+            for place, context in dict(zip(places, contexts, strict=True)).items()
+        }
+        return [guide for place in places if (guide := guides[place])]
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
 
 def _check_type(name: str, value: object) -> None:
     """Raises InputError if the value of an option of `GenerationConfig` has the wrong type."""

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,16 @@ import numpy as np
 from jaxgpt import pretrained
 from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose
 from jaxgpt.chat.rendering import chat_template
-from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import TEMPERATURE
 from jaxgpt.manifest import write_manifest
-from jaxgpt.model import ComputeConfig, GPTConfig, Params, count, letters
+from jaxgpt.model import ComputeConfig, GPTConfig, Params, letters
 from jaxgpt.model.params import flat
 from jaxgpt.objectives import DPO, GRPO, Instruct
 from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import generation, weights
-from jaxgpt.pretrained.load import ModelSource, source, versions
+from jaxgpt.pretrained.card import model_card
+from jaxgpt.pretrained.load import ModelSource, source
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
 from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
@@ -96,6 +96,8 @@ def to_hf(
     adapter: str | Path = "",
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
+    license: str = "",
+    name: str = "",
 ) -> list[Path]:
     """Exports a model so that `transformers.AutoModelForCausalLM.from_pretrained` loads it.
 
@@ -110,6 +112,8 @@ def to_hf(
         adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
         dtype: The data type of the parameters in the files.
         shard_bytes: The largest size of a file; more parameters are split over several files.
+        license: The license's identifier for the model card, such as apache-2.0; "": unknown.
+        name: The name in the model card's examples, such as OWNER/NAME on the hub; "": the folder.
 
     Returns:
         The files.
@@ -139,7 +143,7 @@ def to_hf(
         params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
         pretrained.write_model(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        (draft / "README.md").write_text(card(path, found, str(folder)))
+        (draft / "README.md").write_text(model_card(found, name or str(folder), license=license))
     return sorted(folder.iterdir())
 
 
@@ -183,7 +187,14 @@ def generation_config(found: ModelSource, template: Template | None) -> JsonObje
     return fields
 
 
-def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
+def to_peft(
+    path: str | Path,
+    folder: str | Path,
+    base: str = "",
+    *,
+    license: str = "",
+    name: str = "",
+) -> list[Path]:
     """Exports the LoRA adapter of a run (tune.parts=lora) in PEFT's layout, with the tokenizer.
 
     If the run's tokenizer has more tokens than the base model, the embedding rows of the new tokens
@@ -194,6 +205,8 @@ def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
         folder: A folder that does not exist or is empty.
         base: The adapter's base model, as PEFT loads it: a folder in the layout of Hugging Face or
             a name on the hub; "": the model that the run started from.
+        license: The license's identifier for the model card, such as apache-2.0; "": unknown.
+        name: The name in the model card's examples, such as OWNER/NAME on the hub; "": the folder.
 
     Returns:
         The files.
@@ -211,17 +224,19 @@ def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
             f"{path} has no adapter, because it was not trained with tune.parts=lora; export it "
             "with --to hf"
         )
-    name, revision, there = _base(found, base)
-    _check_base(name, there, cfg, params)
+    base, revision, there = _base(found, base)
+    _check_base(base, there, cfg, params)
     template = trained_template(found)
     with new_folder(folder) as draft:
         write_tokenizer(
             found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
-        peft.write_adapter(draft, cfg, params, name, revision, there.cfg.V)
+        peft.write_adapter(draft, cfg, params, base, revision, there.cfg.V)
         settings = generation_config(found, template)
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        (draft / "README.md").write_text(_adapter_card(found, str(folder), name))
+        (draft / "README.md").write_text(
+            model_card(found, name or str(folder), adapter_base=base, license=license)
+        )
     return sorted(folder.iterdir())
 
 
@@ -277,32 +292,6 @@ def _check_base(name: str, base: pretrained.Pretrained, cfg: GPTConfig, params: 
         )
 
 
-def _adapter_card(found: ModelSource, folder: str, base: str) -> str:
-    """The model card of an adapter, in Markdown."""
-    return f"""\
----
-library_name: peft
-base_model: {base}
-tags: [jaxgpt, lora]
----
-
-# {found.config.name}
-
-A LoRA adapter for {base}, written by jaxgpt.
-
-```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, GenerationConfig
-
-model = AutoPeftModelForCausalLM.from_pretrained({folder!r})  # resizes the embeddings
-model.generation_config = GenerationConfig.from_pretrained({folder!r})  # its end tokens
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-```
-
-{chr(10).join(_training(found))}
-"""
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A context manager that creates a folder atomically: it appears when all files are written.
@@ -335,71 +324,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def card(path: str | Path, found: ModelSource, folder: str) -> str:
-    """Returns the model card in Markdown: architecture, usage, training data, config and loss."""
-    cfg = found.config.model
-    parameters = count(cfg.build(ComputeConfig()))
-    shape = ", ".join(f"{f.name}={getattr(cfg, f.name)!r}" for f in fields(cfg))
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [jaxgpt]",
-        "---",
-        "",
-        f"# {found.config.name}",
-        "",
-        f"A decoder-only transformer of {parameters:,} parameters, written by jaxgpt.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        "```",
-        "",
-        f"- **Architecture**: {shape}",
-        f"- **Tokenizer**: {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids",
-        *_training(found),
-        "",
-        "The model has the biases and limits of its training data; they were not evaluated.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _training(found: ModelSource) -> list[str]:
-    """The model card's lines about the training run, or about the source of a published model."""
-    if "step" not in found.lineage:
-        return [
-            f"- **Source**: {json.dumps(found.lineage)}",
-            f"- **Versions**: {_listed(versions())}",
-        ]
-    about, run = found.metadata, found.config
-    step, loss = about["metrics"]["step"], about["metrics"]["val_loss"]
-    tokens = step * run.train.batch * run.context
-    return [
-        f"- **Data**: {', '.join(run.data.paths)}; {json.dumps(about['data'])}",
-        f"- **Training**: {step:,} steps of {run.train.batch} x {run.context} tokens, "
-        f"{tokens:,} tokens in total, optimizer {run.optim.name}",
-        f"- **Validation loss**: "
-        f"{'not measured' if loss is None else f'{loss:.4f} nats per token'}",
-        f"- **Parameters**: "
-        f"{'moving average (EMA)' if found.lineage['item'] == 'ema' else 'last step'}",
-        f"- **Lineage**: {json.dumps(about['lineage'])}",
-        f"- **Versions**: {_listed(about['versions'])}",
-        "",
-        "<details><summary>Full config</summary>",
-        "",
-        "```json",
-        json.dumps(to_dict(run), indent=2),
-        "```",
-        "",
-        "</details>",
-    ]
-
-
-def _listed(versions: JsonObject) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())

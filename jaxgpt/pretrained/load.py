@@ -52,20 +52,29 @@ class ModelSource:
     """See `Trained`."""
     metadata: JsonObject = field(default_factory=dict)
     """The checkpoint's metadata (`checkpoint.read_metadata`); empty for published models."""
+    run_folder: Path | None = None
+    """The folder of the run on this machine; None for published models."""
     better: str = ""
     """If the run has a step with a lower validation loss: which one, and how to load it."""
 
     def load(self, dtype: Dtype = "float32") -> Trained:
         """Loads the parameters, see the function `load`."""
-        trained = Trained(self.config, self.params(), self.tokenizer, self.generation_config)
+        trained = Trained(
+            self.config, self.params(), self.tokenizer, self.generation_config, self.origin
+        )
         return trained.astype(dtype)
 
     @property
     def note(self) -> str:
         """A line for the terminal that tells where the model comes from."""
+        return f"from {self.origin}" + (f"; {self.better}" if self.better else "")
+
+    @property
+    def origin(self) -> str:
+        """The model's path, and which of its versions this is."""
         path, *rest = self.lineage.items()
         which = ", ".join(f"{name} {value}" for name, value in rest)
-        return f"from {path[1]} ({which})" + (f"; {self.better}" if self.better else "")
+        return f"{path[1]} ({which})"
 
     def compare(self, here: Leaves) -> Diff:
         """Compares the model's leaves (LoRA merged) with those of another architecture.
@@ -377,6 +386,7 @@ def _run(path: Path, given: str, items: Collection[str] = checkpoint.MODEL) -> M
         opened.digest,
         about.get("generation_config", {}),
         about,
+        opened.folder.parent.parent if opened.folder.parent.name == "checkpoints" else None,
         better,
     )
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from jaxgpt.chat import choose
 from jaxgpt.errors import InputError
 from jaxgpt.evaluation import suite
-from jaxgpt.evaluation.config import EvaluationConfig
-from jaxgpt.evaluation.history import EVALUATION
+from jaxgpt.evaluation.config import EVALUATION, EvaluationConfig
 from jaxgpt.evaluation.measure import Result
 from jaxgpt.evaluation.tasks import Task
 from jaxgpt.tokenizer import Tokenizer
