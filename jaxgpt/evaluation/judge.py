@@ -22,8 +22,9 @@ from jaxgpt.chat import Message, Messages, choose, read_conversation, render
 from jaxgpt.data.records import open_records
 from jaxgpt.download import answer_within
 from jaxgpt.errors import InputError
-from jaxgpt.evaluation.generate import ROWS, generate_texts
+from jaxgpt.evaluation.generate import generate_texts
 from jaxgpt.evaluation.measure import Metric
+from jaxgpt.generation.batch import ROWS
 from jaxgpt.objectives import Instruct
 from jaxgpt.pretrained.trained import Trained
 

@@ -5,7 +5,7 @@
 Each text is what `stream_text` gives for its prompt and sampling settings alone, up to rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -19,12 +19,16 @@ from jaxgpt.generation.decode import decode_steps, padded, positions, prefill, s
 from jaxgpt.generation.sampling import SEEDS, Sampling, TokenHistory, sampling_params
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.generation.stream import CHUNK, IncrementalText
-from jaxgpt.model import GPT, Params
+from jaxgpt.model import GPT, GPTConfig, Params
 from jaxgpt.model.cache import CacheDtype
 from jaxgpt.tokenizer import Tokenizer
 
-ROWS = 16
-"""Texts that are generated at the same time."""
+ROWS = 64
+"""The most texts that are generated at the same time."""
+ROWS_STEP = 8
+"""More rows than that are rounded up to a multiple of it, so that few programs are compiled."""
+CACHE = 1 << 30
+"""The most bytes of their KV cache, if there are more rows than `ROWS_STEP`."""
 
 
 @dataclass
@@ -74,6 +78,7 @@ def generate_batch(
     continues: bool = True,
     guides: Sequence[Guide | None] = (),
     cache: CacheDtype = "same",
+    hidden: Collection[int] = (),
     on_done: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
     """Generates a text of up to `tokens` tokens after each prompt.
@@ -93,6 +98,7 @@ def generate_batch(
         continues: Whether texts continue their prompts, see `stream_text`.
         guides: What each text must match; empty: anything.
         cache: The data type of the KV cache.
+        hidden: Tokens that are left out of the texts.
         on_done: Called with the number of texts that have ended since the last call.
 
     Returns:
@@ -119,7 +125,9 @@ def generate_batch(
             prompt,
             sampling,
             guide,
-            IncrementalText(tokenizer, stops, prompt if continues else (), stop_ids, tokens),
+            IncrementalText(
+                tokenizer, stops, prompt if continues else (), stop_ids, tokens, hidden
+            ),
             list(prompt),
         )
         for prompt, sampling, guide in zip(prompts, samplings, guides, strict=True)
@@ -127,13 +135,20 @@ def generate_batch(
     waiting = texts
     while waiting:
         waiting = sorted(waiting, key=lambda one: len(one.ids))
-        batch, waiting = waiting[:ROWS], waiting[ROWS:]
+        rows = _rows(cfg, len(waiting[:ROWS][-1].ids) + tokens)
+        batch, waiting = waiting[:rows], waiting[rows:]
         _decode(model, params, tokenizer, batch, stop_ids, cache, on_done)
         for one in batch:
             if not one.text.finish_reason:
                 one.shorten(cfg.decode_T)
                 waiting.append(one)
     return [one.pieces for one in texts]
+
+
+def _rows(cfg: GPTConfig, T: int) -> int:
+    """How many texts of T tokens with their prompts are generated at the same time."""
+    row = 4 * cfg.L * 2 * cfg.sizes["K"] * cfg.sizes["H"] * positions(T, cfg)
+    return max(ROWS_STEP, min(ROWS, CACHE // row // ROWS_STEP * ROWS_STEP))
 
 
 def _decode(
@@ -147,8 +162,9 @@ def _decode(
 ) -> None:
     """Continues some texts until each has ended or its context is full."""
     cfg, V = model.cfg, model.cfg.sizes["V"]
-    # A batch has a power of two of rows; the last text fills it up, without any new tokens.
-    rows = [*texts, *[texts[-1]] * (power_of_two(len(texts)) - len(texts))]
+    # The last text fills up the batch, without any new tokens.
+    more = -len(texts) % min(ROWS_STEP, power_of_two(len(texts)))
+    rows = [*texts, *[texts[-1]] * more]
     prompts_BP, lengths_B = padded(
         [one.ids for one in rows], cfg, cfg.decode_T - 1, "a prompt, with a token after it,"
     )

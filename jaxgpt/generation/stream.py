@@ -7,7 +7,7 @@ Invalid arguments are refused before the first piece is requested.
 """
 
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -63,6 +63,7 @@ class IncrementalText:
         context: The ids before the text, see `Tokenizer.place`.
         stop_ids: Tokens before which the text ends.
         limit: The most tokens, with the one that ends the text.
+        hidden: Tokens that are left out of the text.
 
     Raises:
         InputError: A stop string is empty.
@@ -81,10 +82,12 @@ class IncrementalText:
         context: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         limit: int = sys.maxsize,
+        hidden: Collection[int] = (),
     ):
         if not all(stops):
             raise InputError("a stop string is empty; give it a character, or remove it")
         self.stops, self.stop_ids = tuple(stops), tuple(stop_ids)
+        self._hidden = frozenset(hidden)
         self.left = limit
         """The number of tokens that may still follow."""
         self.stopped = False
@@ -100,7 +103,8 @@ class IncrementalText:
     def add(self, ids: Sequence[int]) -> str:
         """The next piece of text, after these tokens; "" after the end of the text."""
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        text = self._show(self._decoder.decode(ids[:end]))
+        shown = [token for token in ids[:end] if token not in self._hidden]
+        text = self._show(self._decoder.decode(shown))
         self.left -= len(ids)
         if end < len(ids) or self.finish_reason:
             text += self.end()
