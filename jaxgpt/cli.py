@@ -36,6 +36,7 @@ from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
+from jaxgpt.pretrained.litert import to_litert
 from jaxgpt.pretrained.load import check_exists, load
 from jaxgpt.pretrained.stablehlo import to_stablehlo
 from jaxgpt.pretrained.trained import Dtype, Trained
@@ -259,6 +260,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "hf": ("float32", "bfloat16", "float16"),
     "peft": ("float32",),
     "stablehlo": ("float32", "bfloat16", "int8"),
+    "litert": ("float32",),
 }
 """The formats of `export`, and the dtypes of weights that each can have."""
 
@@ -266,7 +268,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
 def export(
     path: tyro.conf.Positional[str],
     folder: tyro.conf.Positional[str],
-    to: Literal["hf", "peft", "stablehlo"] = "hf",
+    to: Literal["hf", "peft", "stablehlo", "litert"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     adapter: str = "",
     base: str = "",
@@ -279,13 +281,13 @@ def export(
         folder: The folder to create.
         to: hf: the whole model for transformers, with tokenizer and model card; peft: only the LoRA
             adapter, for PEFT; stablehlo: programs for prefill and decoding that run with jax alone
-            on CPU, GPU and TPU, with weights and tokenizer.
-        dtype: The dtype of the weights: hf: float32, bfloat16, float16; stablehlo: float32,
-            bfloat16, int8.
+            on CPU, GPU and TPU, with weights and tokenizer; litert: a file for Android and iOS.
+        dtype: The dtype of the weights. hf: float32, bfloat16, float16; stablehlo: float32,
+            bfloat16, int8; litert: float32.
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
-        context: stablehlo: the positions of the KV cache; 0: the model's context length.
+        context: stablehlo, litert: the positions of the KV cache; 0: the model's context length.
     """
     expand(folder)  # raises for a URL
     check_exists(path)
@@ -298,11 +300,13 @@ def export(
     if to != "peft" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
     if to in ("hf", "peft") and context:
-        raise InputError(f"context={context} is for --to stablehlo; remove it")
+        raise InputError(f"context={context} is for --to stablehlo and litert; remove it")
     if to == "peft":
         files = to_peft(path, folder, base)
     elif to == "hf":
         files = to_hf(path, folder, adapter=adapter, dtype=dtype)
+    elif to == "litert":
+        files = to_litert(path, folder, adapter=adapter, context=context)
     else:
         kind = cast(Dtype, dtype)
         files = to_stablehlo(path, folder, adapter=adapter, dtype=kind, context=context)

@@ -89,14 +89,14 @@ def to_stablehlo(
     cfg = found.config.model
     context = checked_context(cfg, context)
     with new_folder(expand(folder)) as draft:
-        settings = write_text_files(found, draft)
+        write_text_files(found, draft)
         made = programs(cfg, convert(cfg, params(), dtype), context, PLATFORMS)
         names = {np.dtype(known): name for name, known in STORED.items()}
         shapes = {name: Shape(names[x.dtype], x.shape) for name, x in made.weights.items()}
         write_folder(draft, shapes, lambda name: np.asarray(made.weights[name]), 1 << 62)
         for name in made.tokens:
             (draft / f"{name}.bin").write_bytes(getattr(made, name).serialize())
-        about = describe(made, cfg, dtype) | {"eos_token_id": settings["eos_token_id"]}
+        about = describe(made, cfg.V, dtype)
         (draft / "model.json").write_text(json.dumps(about, indent=2) + "\n")
         (draft / "run.py").write_text(Path(loader.__file__).read_text())
         with zipfile.ZipFile(draft / "flatbuffers.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -168,7 +168,7 @@ def programs(
     return Programs(**exported, weights=named, cache=cache, context=context, tokens=tokens)
 
 
-def describe(made: Programs, cfg: GPTConfig, dtype: str) -> dict[str, object]:
+def describe(made: Programs, V: int, dtype: str) -> dict[str, object]:
     """What `model.json` says: what the programs take and return, and who can run them."""
     return {
         "call": "logits, cache = program(weights, cache, tokens, start, count)",
@@ -178,7 +178,7 @@ def describe(made: Programs, cfg: GPTConfig, dtype: str) -> dict[str, object]:
             "tokens": "int32 [1, T], padded at the right; T is in `programs`",
             "start": "int32: the position of the first token; the first of a text is at 0",
             "count": "int32: how many of the tokens are not padding",
-            "logits": f"float32 [{cfg.V}], of the token after these",
+            "logits": f"float32 [{V}], of the token after these",
         },
         "context": made.context,
         "dtype": dtype,
