@@ -122,9 +122,7 @@ def convert(cfg: GPTConfig, params: Params, dtype: Dtype) -> Params:
     return jax.jit(partial(convert_dtype, Config(model=cfg), dtype))(params)
 
 
-def programs(
-    cfg: GPTConfig, params: Params, context: int, platforms: tuple[str, ...], prefill: int = PREFILL
-) -> Programs:
+def programs(cfg: GPTConfig, params: Params, context: int, platforms: tuple[str, ...]) -> Programs:
     """Exports prefill and decoding of a model.
 
     Args:
@@ -132,11 +130,10 @@ def programs(
         params: The parameters: of their values nothing is part of the programs.
         context: The most tokens of a text.
         platforms: Where the programs run, as `jax.export` names it.
-        prefill: The most tokens that `prefill` reads at once.
     """
     halved = params["wte"].dtype == jnp.bfloat16
     model = cfg.build(replace(PLAIN, dtype="bfloat16" if halved else "float32"))
-    tokens = {"prefill": min(prefill, context), "decode": 1}
+    tokens = {"prefill": min(PREFILL, context), "decode": 1}
     weights = {path: leaf for path, leaf in sorted(flat(params).items())}
     slots = -(-context // tokens["prefill"]) * tokens["prefill"]  # padding has its own, too
     cache, tree = jax.tree.flatten(
