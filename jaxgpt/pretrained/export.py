@@ -25,7 +25,7 @@ from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import ModelSource, source, versions
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
-from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
+from jaxgpt.training.finetune import LORA, Diff, fold_lora, resize_embeddings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
@@ -118,56 +118,35 @@ def to_hf(
         InputError: No model family of Hugging Face has this architecture, or the folder cannot be
             written.
     """
-    found, params = decoder(path, adapter)
+    found = source(path, adapter)
     cfg = found.config.model
     pretrained.family_of(cfg)
+    diff = _decoder_only(path, found)
     folder = expand(folder)
+    template = trained_template(found)
     with new_folder(folder) as draft:
-        settings = write_text_files(found, draft)
-        ids = {name: settings[name] for name in generation.IDS if name in settings}
-        pretrained.write_model(
-            draft, cfg, params(), dtype=dtype, extra=ids, shard_bytes=shard_bytes
+        write_tokenizer(
+            found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
         )
+        settings = generation_config(found, template)
+        ids = {name: settings[name] for name in generation.IDS if name in settings}
+        params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
+        pretrained.write_model(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
+        (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(card(path, found, str(folder)))
     return sorted(folder.iterdir())
 
 
-def decoder(path: str | Path, adapter: str | Path = "") -> tuple[ModelSource, Callable[[], Params]]:
-    """Finds a model to export, and returns it with a function that loads its parameters.
-
-    The parameters have LoRA merged and no head of a classifier.
-
-    Args:
-        path: The model, as for `jaxgpt.load`.
-        adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
-
-    Raises:
-        InputError: It is not a decoder-only model.
-    """
-    found = source(path, adapter)
-    cfg = found.config.model
-    diff = found.compare(letters(cfg.build(PLAIN)))
+def _decoder_only(path: str | Path, found: ModelSource) -> Diff:
+    """Compares a model with a decoder-only one; raises InputError if parameters would be lost."""
+    diff = found.compare(letters(found.config.model.build(PLAIN)))
     if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
         others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
         raise InputError(
             f"{path} is not a decoder-only model, and {', '.join(others)} would be lost; only "
             "decoder-only models can be exported"
         )
-    return found, lambda: resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
-
-
-def write_text_files(found: ModelSource, folder: Path) -> JsonObject:
-    """Writes the tokenizer's files, with the chat template, and generation_config.json.
-
-    Returns:
-        The fields of generation_config.json.
-    """
-    template = trained_template(found)
-    jinja = CHAT_TEMPLATES.get(type(template)) if template else None
-    write_tokenizer(found.tokenizer, folder, found.config.model.T, jinja)
-    settings = generation_config(found, template)
-    (folder / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    return settings
+    return diff
 
 
 def trained_template(found: ModelSource) -> Template | None:
@@ -208,6 +187,32 @@ def generation_config(found: ModelSource, template: Template | None) -> JsonObje
     if pad in tokenizer.specials:
         fields.setdefault("pad_token_id", tokenizer.specials[pad])
     return fields
+
+
+def decoder(path: str | Path, adapter: str | Path = "") -> tuple[ModelSource, Callable[[], Params]]:
+    """Finds a model to export, and returns it with a function that loads its parameters.
+
+    The parameters have LoRA merged and no head of a classifier.
+
+    Args:
+        path: The model, as for `jaxgpt.load`.
+        adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
+
+    Raises:
+        InputError: It is not a decoder-only model.
+    """
+    found = source(path, adapter)
+    V, diff = found.config.model.V, _decoder_only(path, found)
+    return found, lambda: resize_embeddings(fold_lora(found.params()), diff, V, V)
+
+
+def write_text_files(found: ModelSource, folder: Path) -> None:
+    """Writes the tokenizer's files, with the chat template, and generation_config.json."""
+    template = trained_template(found)
+    jinja = CHAT_TEMPLATES.get(type(template)) if template else None
+    write_tokenizer(found.tokenizer, folder, found.config.model.T, jinja)
+    settings = generation_config(found, template)
+    (folder / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def to_peft(path: str | Path, folder: str | Path, base: str = "") -> list[Path]:
