@@ -13,6 +13,7 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.paths import expand
 from jaxgpt.pretrained.export import decoder, new_folder, write_text_files
+from jaxgpt.pretrained.foreign import PROGRAMS
 from jaxgpt.pretrained.stablehlo import Programs, checked_context, programs
 
 FILE = "model.tflite"
@@ -27,7 +28,7 @@ def to_litert(
 
     The file has two signatures, `prefill` and `decode`, with inputs `tokens` int32 [1, T], `start`
     and `count` int32, and `cache_0`, `cache_1` and so on, and outputs `logits` [V] and the same
-    caches, as `model.json` describes.
+    caches, as `programs.json` describes.
 
     Args:
         path: The model, as for `jaxgpt.load`.
@@ -54,7 +55,7 @@ def to_litert(
     with new_folder(expand(folder)) as draft:
         write_text_files(found, draft)
         (draft / FILE).write_bytes(convert(made))
-        (draft / "model.json").write_text(json.dumps(describe(made, cfg.V), indent=2) + "\n")
+        (draft / PROGRAMS).write_text(json.dumps(describe(made, cfg.V), indent=2) + "\n")
     return sorted(expand(folder).iterdir())
 
 
@@ -83,7 +84,7 @@ def convert(made: Programs) -> bytes:
 
 
 def describe(made: Programs, V: int) -> dict[str, object]:
-    """What `model.json` says: the inputs and outputs of both signatures."""
+    """What `programs.json` says: the inputs and outputs of both signatures."""
     return {
         "file": FILE,
         "signatures": {name: {"tokens": T} for name, T in made.tokens.items()},

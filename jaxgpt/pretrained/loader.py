@@ -26,7 +26,7 @@ def read_tensors(file):
 
 def generate(folder, prompt, tokens):
     """Yields the `tokens` ids that follow a prompt's ids."""
-    about = json.loads((folder / "model.json").read_text())
+    about = json.loads((folder / "programs.json").read_text())
     if not 0 < tokens <= about["context"] - len(prompt):
         sys.exit(f"{len(prompt)} + {tokens} tokens: the context is {about['context']}")
     sys.path.append(str(folder / "flatbuffers.zip"))  # with which jax reads what it has exported

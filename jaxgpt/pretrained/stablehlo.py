@@ -33,6 +33,7 @@ from jaxgpt.model.params import flat, nested
 from jaxgpt.paths import expand
 from jaxgpt.pretrained import loader
 from jaxgpt.pretrained.export import decoder, new_folder, write_text_files
+from jaxgpt.pretrained.foreign import PROGRAMS
 from jaxgpt.pretrained.tensors import SINGLE, STORED, Shape, write_folder
 from jaxgpt.pretrained.trained import PLAIN, Dtype, convert_dtype
 
@@ -67,7 +68,7 @@ def to_stablehlo(
     """Exports a model as programs for CPU, NVIDIA GPU and TPU, with weights and tokenizer.
 
     The folder gets a serialized program for prefill and one for decoding, each for all platforms,
-    `model.safetensors`, the tokenizer's files, `model.json`, which describes the programs, and
+    `model.safetensors`, the tokenizer's files, `programs.json`, which describes the programs, and
     `run.py`, which generates with them and needs jax and numpy alone. The attention is jax's own
     operations and no kernel, so that one program runs everywhere.
 
@@ -97,7 +98,7 @@ def to_stablehlo(
         for name in made.tokens:
             (draft / f"{name}.bin").write_bytes(getattr(made, name).serialize())
         about = describe(made, cfg.V, dtype)
-        (draft / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+        (draft / PROGRAMS).write_text(json.dumps(about, indent=2) + "\n")
         (draft / "run.py").write_text(Path(loader.__file__).read_text())
         with zipfile.ZipFile(draft / "flatbuffers.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             library = distribution("flatbuffers")
@@ -166,7 +167,7 @@ def programs(cfg: GPTConfig, params: Params, context: int, platforms: tuple[str,
 
 
 def describe(made: Programs, V: int, dtype: str) -> dict[str, object]:
-    """What `model.json` says: what the programs take and return, and who can run them."""
+    """What `programs.json` says: what the programs take and return, and who can run them."""
     return {
         "call": "logits, cache = program(weights, cache, tokens, start, count)",
         "arguments": {

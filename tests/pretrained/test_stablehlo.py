@@ -99,7 +99,7 @@ def test_programs_run_everywhere_and_call_no_kernels(exported):
 
 
 def test_the_description_is_what_the_programs_take_and_return(exported):
-    about = json.loads((exported / "model.json").read_text())
+    about = json.loads((exported / "programs.json").read_text())
     stored = dict(loader.read_tensors(exported / about["weights"]["file"]))
     assert sorted(stored) == sorted(about["weights"]["order"])
     for name, told in about["programs"].items():
@@ -123,6 +123,11 @@ def test_the_loader_is_short_and_reads_what_safetensors_reads(exported):
     theirs = load_file(exported / "model.safetensors")
     for name, ours in loader.read_tensors(exported / "model.safetensors"):
         np.testing.assert_array_equal(ours, theirs[name])
+
+
+def test_programs_do_not_load_as_a_model(exported):
+    with pytest.raises(InputError, match="has programs .*use the model that was exported"):
+        jaxgpt.load(exported)
 
 
 def test_more_tokens_than_the_context_are_refused(exported):
