@@ -5,19 +5,22 @@ torch. The weights become constants of the file, which both of its programs shar
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.model import count
 from jaxgpt.paths import expand
-from jaxgpt.pretrained.export import decoder, new_folder, write_text_files
+from jaxgpt.pretrained.export import PLAIN, decoder, new_folder, write_text_files
 from jaxgpt.pretrained.foreign import PROGRAMS
 from jaxgpt.pretrained.stablehlo import Programs, checked_context, programs
 
 FILE = "model.tflite"
 INPUTS = ("tokens", "start", "count")
+LARGEST = 2**31  # bytes: offsets in the file are signed 32-bit numbers
 PLATFORM = "cuda"  # of which the programs have none of the detours for XLA on a CPU or a TPU
 
 
@@ -41,7 +44,7 @@ def to_litert(
 
     Raises:
         InputError: The converter is not installed, the model is not decoder-only, the context is
-            too long, or the folder cannot be written.
+            too long, the weights are too large, or the folder cannot be written.
     """
     try:
         import litert_converter  # noqa: F401
@@ -51,9 +54,17 @@ def to_litert(
         ) from None
     found, params = decoder(path, adapter)
     cfg = found.config.model
-    made = programs(cfg, params(), checked_context(cfg, context), (PLATFORM,))
+    context = checked_context(cfg, context)
+    size = 4 * count(cfg.build(PLAIN), padded=True)
+    if size >= LARGEST:
+        raise InputError(
+            f"{path} has {size / 1e9:.1f} GB of weights, and a LiteRT file has at most "
+            f"{LARGEST / 1e9:.1f}; use a smaller model, or another format",
+            field="to",
+        )
     with new_folder(expand(folder)) as draft:
         write_text_files(found, draft)
+        made = programs(cfg, params(), context, (PLATFORM,))
         (draft / FILE).write_bytes(convert(made))
         (draft / PROGRAMS).write_text(json.dumps(describe(made, cfg.V), indent=2) + "\n")
     return sorted(expand(folder).iterdir())
@@ -99,6 +110,7 @@ def describe(made: Programs, V: int) -> dict[str, object]:
             **{name: "the KV cache, for the next call" for name in cache_names(made)},
         },
         "context": made.context,
+        "versions": {name: version(name) for name in ("jax", "litert-converter")},
     }
 
 

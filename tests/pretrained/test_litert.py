@@ -3,6 +3,7 @@
 import sys
 import warnings
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_litert_gives_the_models_tokens(cfg, tmp_path):
     assert generate(tmp_path / litert.FILE, PROMPT, 64) == most_probable(cfg, 64)
     embedding = np.asarray(made.weights["wte"]).tobytes()
     assert (tmp_path / litert.FILE).read_bytes().count(embedding) == 1  # of both signatures
+
+
+def test_weights_that_no_file_can_hold_are_refused(tmp_path, monkeypatch):
+    write_hugging_face(tmp_path / "model", GPT2, TOKENIZER)
+    monkeypatch.setitem(sys.modules, "litert_converter", ModuleType("litert_converter"))
+    monkeypatch.setattr(litert, "LARGEST", 20_000)
+    with pytest.raises(InputError, match="GB of weights, and a LiteRT file has at most"):
+        litert.to_litert(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_converter_is_an_error(tmp_path, monkeypatch):
