@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -37,8 +37,10 @@ from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
+from jaxgpt.pretrained.litert import to_litert
 from jaxgpt.pretrained.load import check_exists, load
 from jaxgpt.pretrained.push import Target
+from jaxgpt.pretrained.stablehlo import to_stablehlo
 from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
 from jaxgpt.serve import run as run_server
@@ -256,48 +258,73 @@ def tokenize(
     print(report_tokenizer(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "hf": ("float32", "bfloat16", "float16"),
+    "peft": ("float32",),
+    "stablehlo": ("float32", "bfloat16", "int8"),
+    "litert": ("float32",),
+}
+"""The formats of `export`, and the dtypes of weights that each can have."""
+
+
 def export(
     path: tyro.conf.Positional[str],
     folder: tyro.conf.Positional[str],
-    to: Literal["hf", "peft"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    to: Literal["hf", "peft", "stablehlo", "litert"] = "hf",
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
     adapter: str = "",
     base: str = "",
+    context: int = 0,
     license: str = "",
     push: str = "",
     private: bool = False,
 ) -> None:
-    """Export a model, or only its LoRA adapter, in Hugging Face's format.
+    """Export a model, or only its LoRA adapter, in another format.
 
     Args:
         path: A run, a checkpoint, or any other model that `generate` takes.
         folder: The folder to create.
-        to: hf: the whole model with tokenizer and model card, LoRA folded in; peft: only the
-            adapter, for PEFT.
-        dtype: hf: the dtype of the weights.
-        adapter: hf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
+        to: hf: the whole model for transformers, with tokenizer and model card; peft: only the LoRA
+            adapter, for PEFT; stablehlo: programs for prefill and decoding that run with jax alone
+            on CPU, GPU and TPU, with weights and tokenizer; litert: a file for Android and iOS.
+        dtype: The dtype of the weights. hf: float32, bfloat16, float16; stablehlo: float32,
+            bfloat16, int8; litert: float32.
+        adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
-        license: The license's identifier for the model card, such as apache-2.0.
-        push: OWNER/NAME on the Hugging Face hub, to which the folder is uploaded too. It needs a
-            token with write access, in HF_TOKEN or from `hf auth login`.
+        context: stablehlo, litert: the positions of the KV cache; 0: the model's context length.
+        license: hf, peft: the license's identifier for the model card, such as apache-2.0.
+        push: hf, peft: OWNER/NAME on the Hugging Face hub, to which the folder is uploaded too. It
+            needs a token with write access, in HF_TOKEN or from `hf auth login`.
         private: push: whether a new repository is private.
     """
     expand(folder)  # raises for a URL
     check_exists(path)
     if to == "peft" and dtype != "float32":
         raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
+    if dtype not in EXPORTS[to]:
+        raise InputError(f"dtype={dtype}: --to {to} has {', '.join(EXPORTS[to])}; use one of them")
     if to == "peft" and adapter:
         raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
-    if to == "hf" and base:
+    if to != "peft" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
+    if to in ("hf", "peft") and context:
+        raise InputError(f"context={context} is for --to stablehlo and litert; remove it")
+    for name, value in (("license", license), ("push", push)):
+        if value and to not in ("hf", "peft"):
+            raise InputError(f"{name}={value} is for --to hf and peft; remove it")
     if private and not push:
         raise InputError("private is for --push OWNER/NAME; set both, or remove --private")
     target = Target(push, private) if push else None  # raises before the files are written
     if to == "peft":
         files = to_peft(path, folder, base, license=license, name=push)
-    else:
+    elif to == "hf":
         files = to_hf(path, folder, adapter=adapter, dtype=dtype, license=license, name=push)
+    elif to == "litert":
+        files = to_litert(path, folder, adapter=adapter, context=context)
+    else:
+        kind = cast(Dtype, dtype)
+        files = to_stablehlo(path, folder, adapter=adapter, dtype=kind, context=context)
     for file in files:
         print(f"{file.stat().st_size:>16,} bytes  {file}")
     if target:

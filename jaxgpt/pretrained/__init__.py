@@ -56,7 +56,11 @@ def has_model(folder: Path) -> bool:
     """Whether a folder contains a model in the layout of Hugging Face."""
     weights = any((folder / name).exists() for name in (SINGLE, INDEX))
     # With a manifest and no config.json the model is damaged, which `read_model` reports.
-    return weights and any((folder / name).exists() for name in (CONFIG, MANIFEST))
+    return (
+        weights
+        and not (folder / foreign.PROGRAMS).exists()
+        and any((folder / name).exists() for name in (CONFIG, MANIFEST))
+    )
 
 
 def read_model(folder: Path) -> Pretrained:

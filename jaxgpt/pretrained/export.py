@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from jaxgpt.pretrained.card import model_card
 from jaxgpt.pretrained.load import ModelSource, source
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
-from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
+from jaxgpt.training.finetune import LORA, Diff, fold_lora, resize_embeddings
 
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
@@ -122,29 +122,30 @@ def to_hf(
         InputError: No model family of Hugging Face has this architecture, or the folder cannot be
             written.
     """
-    found = source(path, adapter)
+    found, params = decoder(path, adapter)
     cfg = found.config.model
     pretrained.family_of(cfg)
-    diff = found.compare(letters(cfg.build(PLAIN)))
+    folder = expand(folder)
+    with new_folder(folder) as draft:
+        settings = write_text_files(found, draft)
+        ids = {name: settings[name] for name in generation.IDS if name in settings}
+        pretrained.write_model(
+            draft, cfg, params(), dtype=dtype, extra=ids, shard_bytes=shard_bytes
+        )
+        (draft / "README.md").write_text(model_card(found, name or str(folder), license=license))
+    return sorted(folder.iterdir())
+
+
+def _decoder_only(path: str | Path, found: ModelSource) -> Diff:
+    """Compares a model with a decoder-only one; raises InputError if parameters would be lost."""
+    diff = found.compare(letters(found.config.model.build(PLAIN)))
     if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
         others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
         raise InputError(
             f"{path} is not a decoder-only model, and {', '.join(others)} would be lost; only "
             "decoder-only models can be exported"
         )
-    folder = expand(folder)
-    template = trained_template(found)
-    with new_folder(folder) as draft:
-        write_tokenizer(
-            found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
-        )
-        settings = generation_config(found, template)
-        ids = {name: settings[name] for name in generation.IDS if name in settings}
-        params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
-        pretrained.write_model(draft, cfg, params, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
-        (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        (draft / "README.md").write_text(model_card(found, name or str(folder), license=license))
-    return sorted(folder.iterdir())
+    return diff
 
 
 def trained_template(found: ModelSource) -> Template | None:
@@ -187,6 +188,37 @@ def generation_config(found: ModelSource, template: Template | None) -> JsonObje
     return fields
 
 
+def decoder(path: str | Path, adapter: str | Path = "") -> tuple[ModelSource, Callable[[], Params]]:
+    """Finds a model to export, and returns it with a function that loads its parameters.
+
+    The parameters have LoRA merged and no head of a classifier.
+
+    Args:
+        path: The model, as for `jaxgpt.load`.
+        adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
+
+    Raises:
+        InputError: It is not a decoder-only model.
+    """
+    found = source(path, adapter)
+    V, diff = found.config.model.V, _decoder_only(path, found)
+    return found, lambda: resize_embeddings(fold_lora(found.params()), diff, V, V)
+
+
+def write_text_files(found: ModelSource, folder: Path) -> JsonObject:
+    """Writes the tokenizer's files, with the chat template, and generation_config.json.
+
+    Returns:
+        The fields of generation_config.json.
+    """
+    template = trained_template(found)
+    jinja = CHAT_TEMPLATES.get(type(template)) if template else None
+    write_tokenizer(found.tokenizer, folder, found.config.model.T, jinja)
+    settings = generation_config(found, template)
+    (folder / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return settings
+
+
 def to_peft(
     path: str | Path,
     folder: str | Path,
@@ -226,14 +258,9 @@ def to_peft(
         )
     base, revision, there = _base(found, base)
     _check_base(base, there, cfg, params)
-    template = trained_template(found)
     with new_folder(folder) as draft:
-        write_tokenizer(
-            found.tokenizer, draft, cfg.T, CHAT_TEMPLATES.get(type(template)) if template else None
-        )
+        write_text_files(found, draft)
         peft.write_adapter(draft, cfg, params, base, revision, there.cfg.V)
-        settings = generation_config(found, template)
-        (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(
             model_card(found, name or str(folder), adapter_base=base, license=license)
         )

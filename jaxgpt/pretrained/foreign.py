@@ -14,6 +14,8 @@ from jaxgpt import strict_json
 from jaxgpt.errors import InputError
 
 ADAPTER = "adapter_config.json"
+PROGRAMS = "programs.json"
+"""What exports as programs have, which cannot be loaded again."""
 MOST_READ = 1 << 26
 """The number of bytes of a file that are searched for tensor names."""
 PUBLISHED = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
@@ -39,6 +41,11 @@ def _raise_for_folder(folder: Path) -> None:
         names = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
+    if PROGRAMS in names:
+        raise InputError(
+            f"{folder} has programs (export --to stablehlo or litert), which do not load as a "
+            "model; use the model that was exported"
+        )
     if ADAPTER in names:
         raise InputError(_adapter(folder))
     if {"hparams.json", "vocab.bpe"} <= names or {"hparams.json", "checkpoint"} <= names:

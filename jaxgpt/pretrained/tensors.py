@@ -30,6 +30,9 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The data types of parameters, by their names in safetensors files."""
 
+STORED = {**DTYPES, "I8": np.dtype(np.int8)}
+"""Those, and that of quantized weights, which is written and not read."""
+
 LARGEST_JSON = 64_000_000  # bytes
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -165,7 +168,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> int:
         """The tensor's size in bytes."""
-        return math.prod(self.lengths) * DTYPES[self.dtype].itemsize
+        return math.prod(self.lengths) * STORED[self.dtype].itemsize
 
 
 def write_folder(
@@ -217,7 +220,7 @@ def _write_file(path: Path, shapes: Mapping[str, Shape], get: Callable[[str], np
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(get(name), DTYPES[shape.dtype])
+            array = np.ascontiguousarray(get(name), STORED[shape.dtype])
             if array.shape != shape.lengths:
                 raise ValueError(f"{name} is {array.shape}, not {shape.lengths}")
             stream.write(array.reshape(-1).view(np.uint8).data)
