@@ -35,7 +35,7 @@ from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
-from jaxgpt.pretrained.export import to_hf, to_peft
+from jaxgpt.pretrained.export import to_gguf, to_hf, to_peft
 from jaxgpt.pretrained.load import check_exists, load
 from jaxgpt.pretrained.trained import Dtype, Trained
 from jaxgpt.serve import ServeConfig
@@ -97,8 +97,8 @@ def generate(
     """Generate text from a prompt.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         prompt: The text to continue.
         tokens: The most tokens to generate; the text may end earlier.
         options: How to generate.
@@ -118,8 +118,8 @@ def chat(
     """Chat with a model. A model without a chat format continues your text instead.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         system: The system message.
         tokens: The most tokens of an answer.
         options: How to generate.
@@ -137,8 +137,8 @@ def serve(
     """Serve a model with an OpenAI-compatible API and a chat page.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         options: The address, and the limits.
     """
     check_exists(path)
@@ -254,23 +254,30 @@ def tokenize(
     print(report_tokenizer(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
+ExportDtype = Literal[
+    "float32", "bfloat16", "float16", "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
+]
+
+
 def export(
     path: tyro.conf.Positional[str],
     folder: tyro.conf.Positional[str],
-    to: Literal["hf", "peft"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    to: Literal["hf", "peft", "gguf"] = "hf",
+    dtype: ExportDtype = "float32",
     adapter: str = "",
     base: str = "",
 ) -> None:
-    """Export a model, or only its LoRA adapter, in Hugging Face's format.
+    """Export a model for Hugging Face's transformers or llama.cpp and Ollama, or a LoRA adapter.
 
     Args:
         path: A run, a checkpoint, or any other model that `generate` takes.
-        folder: The folder to create.
+        folder: The folder to create; gguf: the file to create, such as model.gguf.
         to: hf: the whole model with tokenizer and model card, LoRA folded in; peft: only the
-            adapter, for PEFT.
-        dtype: hf: the dtype of the weights.
-        adapter: hf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
+            adapter, for PEFT; gguf: the whole model in a file for llama.cpp, and a Modelfile for
+            Ollama.
+        dtype: hf, gguf: the dtype of the weights; the q types, which are 8 to 4 bits in blocks of
+            32 weights, and the short names are for gguf.
+        adapter: hf, gguf: a folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
     """
@@ -280,10 +287,12 @@ def export(
         raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
     if to == "peft" and adapter:
         raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
-    if to == "hf" and base:
+    if to != "peft" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
     if to == "peft":
         files = to_peft(path, folder, base)
+    elif to == "gguf":
+        files = to_gguf(path, folder, adapter=adapter, dtype=dtype)
     else:
         files = to_hf(path, folder, adapter=adapter, dtype=dtype)
     for file in files:
@@ -328,8 +337,8 @@ def evaluate(
     """Measure a model on tasks, and print a table with standard errors.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         tasks: Tasks by name: python, a suite from the standard library, which is the default; core,
             DCLM's CORE; gsm8k, grade school math (these two are downloaded). Or task files (JSON
             Lines), or folders of evaluation bundles in CORE's format.
@@ -542,8 +551,8 @@ def inspect(
     """Look inside a model: its attention weights and its likely next tokens for a prompt.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         prompt: The prompt.
         top: How many of the most likely next tokens to show.
         output: A folder to draw pictures into, attention.png and next_tokens.png; by default there

@@ -1,6 +1,7 @@
-"""Exports a trained model for transformers or PEFT, with tokenizer and model card."""
+"""Exports a trained model for transformers, PEFT, or llama.cpp and Ollama, with its tokenizer."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt import pretrained
-from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose
+from jaxgpt.chat import ChatML, Gemma, Llama3, Template, choose, render
 from jaxgpt.chat.rendering import chat_template
 from jaxgpt.config import to_dict
 from jaxgpt.errors import InputError
 from jaxgpt.generation.config import TEMPERATURE
+from jaxgpt.generation.sampling import NEUTRAL
 from jaxgpt.manifest import write_manifest
 from jaxgpt.model import ComputeConfig, GPTConfig, Params, count, letters
 from jaxgpt.model.params import flat
@@ -24,9 +26,16 @@ from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import generation, weights
 from jaxgpt.pretrained.load import ModelSource, source, versions
 from jaxgpt.strict_json import JsonObject
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer.gguf import to_metadata
 from jaxgpt.tokenizer.huggingface import HuggingFace, token_name, write_tokenizer
-from jaxgpt.training.finetune import LORA, fold_lora, resize_embeddings
+from jaxgpt.training.finetune import LORA, Diff, fold_lora, resize_embeddings
 
+logger = logging.getLogger(__name__)
+
+GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""llama.cpp's names of the data types that have other names here."""
+NEUTRAL_SAMPLING = {name: value for name, value in NEUTRAL.items() if name in generation.SAMPLING}
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
 CHAT_TEMPLATES: dict[type[Template], str] = {
@@ -121,13 +130,7 @@ def to_hf(
     found = source(path, adapter)
     cfg = found.config.model
     pretrained.family_of(cfg)
-    diff = found.compare(letters(cfg.build(PLAIN)))
-    if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
-        others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
-        raise InputError(
-            f"{path} is not a decoder-only model, and {', '.join(others)} would be lost; only "
-            "decoder-only models can be exported"
-        )
+    diff = _decoder_only(path, found)
     folder = expand(folder)
     template = trained_template(found)
     with new_folder(folder) as draft:
@@ -141,6 +144,89 @@ def to_hf(
         (draft / generation.FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (draft / "README.md").write_text(card(path, found, str(folder)))
     return sorted(folder.iterdir())
+
+
+def _decoder_only(path: str | Path, found: ModelSource) -> Diff:
+    """Compares a model with a decoder-only one; raises InputError if parameters would be lost."""
+    diff = found.compare(letters(found.config.model.build(PLAIN)))
+    if diff.new or any(leaf[0] != "classifier" for leaf in diff.left_out):
+        others = sorted({leaf[0] for leaf in (*diff.new, *diff.left_out)})
+        raise InputError(
+            f"{path} is not a decoder-only model, and {', '.join(others)} would be lost; only "
+            "decoder-only models can be exported"
+        )
+    return diff
+
+
+def to_gguf(
+    path: str | Path, file: str | Path, *, adapter: str | Path = "", dtype: str = "float32"
+) -> list[Path]:
+    """Exports a model as a GGUF file for llama.cpp, and a Modelfile with which Ollama runs it.
+
+    The file has the parameters, the tokenizer, its special tokens and the chat template. LoRA
+    adapters are merged. llama.cpp begins a text with the token that begins texts here, unless the
+    model was trained in a chat format that has none. A warning tells which text llama.cpp would
+    encode to other tokens.
+
+    Args:
+        path: The model, as for `jaxgpt.load`.
+        file: A file that does not exist, such as model.gguf; model.Modelfile is written beside it.
+        adapter: A folder with a LoRA adapter in PEFT's layout to merge into the model.
+        dtype: The data type of matrices: float32, float16, bfloat16, or one of llama.cpp's
+            quantized types q8_0, q5_1, q5_0, q4_1 and q4_0, see `gguf_file.fitting_type`.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: llama.cpp has no such architecture or tokenizer, or a file exists or cannot be
+            written.
+    """
+    from jaxgpt.pretrained import gguf_model, ollama
+    from jaxgpt.pretrained.gguf_file import WRITTEN
+
+    kind = GGUF_TYPES.get(dtype, dtype).upper()
+    if kind not in WRITTEN:
+        raise InputError(
+            f"dtype={dtype!r} is invalid for GGUF; use one of {', '.join(WRITTEN).lower()}, or "
+            "quantize an exported float16 file with llama.cpp's llama-quantize"
+        )
+    file = expand(file)
+    beside = file.with_suffix(".Modelfile")
+    for each in (file, beside):
+        if each.exists():
+            raise InputError(f"{each} exists; use another file, or remove it")
+    found = source(path, adapter)
+    cfg, tokenizer = found.config.model, found.tokenizer
+    gguf_model.architecture_of(cfg)
+    diff = _decoder_only(path, found)
+    template = trained_template(found)
+    text = chat_template(tokenizer) or (CHAT_TEMPLATES.get(type(template), "") if template else "")
+    begins = bool(tokenizer.prefix) if template is None else _begins(template, tokenizer)
+    metadata, difference = to_metadata(tokenizer, cfg.V, begins)
+    if text:
+        metadata["tokenizer.chat_template"] = text
+    if difference:
+        logger.warning("%s: llama.cpp encodes %s to other tokens than jaxgpt", file, difference)
+    settings = generation_config(found, template)
+    ends = list(generation.end_ids(settings))
+    turns = template.stops(tokenizer)[:1] if template else []
+    if others := [token for token in (*turns, *ends) if token != tokenizer.eos]:
+        metadata["tokenizer.ggml.eot_token_id"] = others[0]
+    sampling = {"temperature": TEMPERATURE, **NEUTRAL_SAMPLING, **generation.sampling(settings)}
+    metadata |= {"general.name": found.config.name, **gguf_model.sampling_metadata(sampling)}
+    params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
+    gguf_model.write_model(file, cfg, params, metadata, kind)
+    stops = [name for name, token in tokenizer.specials.items() if token in {*turns, *ends}]
+    beside.write_text(ollama.modelfile(file.name, template, stops, cfg.T, sampling))
+    return [file, beside]
+
+
+def _begins(template: Template, tokenizer: Tokenizer) -> bool:
+    """Whether a conversation in a chat format begins with the tokenizer's `eot`."""
+    return (
+        render(template, tokenizer, [{"role": "user", "content": "a"}]).tokens[0] == tokenizer.eot
+    )
 
 
 def trained_template(found: ModelSource) -> Template | None:
