@@ -207,7 +207,7 @@ def to_gguf(
     if text:
         metadata["tokenizer.chat_template"] = text
     if difference:
-        logger.warning("%s: llama.cpp encodes %s to other tokens than jaxgpt", file, difference)
+        logger.warning("%s: llama.cpp will encode %s to other tokens", file, difference)
     settings = generation_config(found, template)
     ends = list(generation.end_ids(settings))
     turns = template.stops(tokenizer)[:1] if template else []

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from jaxgpt.errors import InputError
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import Tokenizer
-from jaxgpt.tokenizer.bpe import PATTERN
+from jaxgpt.tokenizer.bpe import LLAMA3, PATTERN, PATTERNS
 from jaxgpt.tokenizer.exported import SPECIAL, begins_with, oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.huggingface import (
-    LLAMA3,
     HuggingFace,
     from_tokenizer_json,
     parse,
@@ -33,7 +32,7 @@ _PAD = re.compile(r"\[PAD\d+\]")
 _NO_MERGE = "<none> <none>"
 """A merge that never happens, because llama.cpp requires one."""
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_QWEN2 = LLAMA3.replace("{1,3}", "")
+_QWEN2 = PATTERNS["qwen2"]
 _CL100K = oniguruma(PATTERN).replace("{1,2}", "{1,3}")
 _PREFERRED = "tokenizer.huggingface.json"
 

@@ -25,7 +25,7 @@ from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
-from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
+from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, last_cut
 from jaxgpt.tokenizer.exported import SPECIAL, oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
 
@@ -51,14 +51,8 @@ CHAT_TEMPLATES = "additional_chat_templates"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CUTTABLE = {
-    LLAMA3,
-    LLAMA3.replace("{1,3}", ""),  # Qwen 2
-    oniguruma(PATTERN),
+    *map(oniguruma, PATTERNS.values()),
     oniguruma(PATTERN).replace("{1,2}", "{1,3}"),  # cl100k_base
 }
 
