@@ -38,7 +38,7 @@ GEMMA = replace(
     rope_local_theta=1e4,
 )
 MODELS = {
-    "gpt2": GPTConfig(L=2, D=64, N=4, T=1024, V=257),  # transformers expects 1024 positions
+    "gpt2": GPTConfig(L=2, D=64, N=4, T=64, V=257),
     "llama": replace(LLAMA, tied=False),
     "qwen2": replace(LLAMA, qkv_bias=True),
     "qwen3": replace(LLAMA, qk_norm=True),
@@ -96,7 +96,8 @@ def test_transformers_reads_the_same_weights(model):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     folder, file = model
     load = transformers.AutoModelForCausalLM.from_pretrained
-    there = load(file.parent, gguf_file=file.name).state_dict()
+    config = transformers.AutoConfig.from_pretrained(folder)  # sizes that it does not read there
+    there = load(file.parent, gguf_file=file.name, config=config).state_dict()
     for name, expected in load(folder).state_dict().items():
         np.testing.assert_allclose(there[name], expected, atol=1e-6, rtol=0, err_msg=name)
 
@@ -127,7 +128,7 @@ def test_types_are_chosen_as_in_llama_cpp_and_read_as_by_ggufs_reader(dtype, fol
         vector, end = len(tensor.shape) == 1, name in ("token_embd.weight", "output.weight")
         small = dtype.startswith(("q4", "q5"))
         assert tensor.type == ("F32" if vector else "Q8_0" if end and small else dtype.upper())
-    steps = {"f16": 2048, "bf16": 256, "q8_0": 254, "q5_1": 30, "q5_0": 16, "q4_1": 14, "q4_0": 8}
+    steps = {"f16": 2048, "bf16": 256, "q8_0": 240, "q5_1": 30, "q5_0": 16, "q4_1": 14, "q4_0": 8}
     before, after = jaxgpt.load(folders / "llama").params, jaxgpt.load(file).params
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=np.abs(a).max() / steps[dtype]),
@@ -311,7 +312,7 @@ def rewritten(file, out, drop=(), **changes):
         ({"general__architecture": "mamba"}, "the architecture 'mamba' is not supported"),
         ({"qwen3__block_count": 9}, "too few for the 9 layers|has no tensor blk.2"),
         ({"qwen3__feed_forward_length": 64}, r"ffn_down.weight has shape \[64, 96\]"),
-        ({"qwen3__attention__value_length": 16}, "is not the head size 32"),
+        ({"qwen3__attention__value_length": 32}, "is not the head size 16"),
         ({"qwen3__rope__scaling__type": "longrope"}, "type 'longrope' are not supported"),
         ({"tokenizer__ggml__model": "bert"}, "only gpt2 and llama"),
         ({"tokenizer__ggml__pre": "chatglm-bpe"}, "pre='chatglm-bpe' is not supported"),
