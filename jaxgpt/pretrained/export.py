@@ -202,6 +202,11 @@ def to_gguf(
     diff = _decoder_only(path, found)
     template = trained_template(found)
     text = chat_template(tokenizer) or (CHAT_TEMPLATES.get(type(template), "") if template else "")
+    if tokenizer.prefix not in ([], [tokenizer.eot]):
+        raise InputError(
+            f"the tokenizer puts the tokens {tokenizer.prefix} in front of a text, and llama.cpp "
+            f"can put only the token {tokenizer.eot} there; export with --to hf"
+        )
     begins = bool(tokenizer.prefix) if template is None else _begins(template, tokenizer)
     metadata, difference = to_metadata(tokenizer, cfg.V, begins)
     if text:
@@ -218,15 +223,18 @@ def to_gguf(
     params = resize_embeddings(fold_lora(found.params()), diff, cfg.V, cfg.V)
     gguf_model.write_model(file, cfg, params, metadata, kind)
     stops = [name for name, token in tokenizer.specials.items() if token in {*turns, *ends}]
-    beside.write_text(ollama.modelfile(file.name, template, stops, cfg.T, sampling))
+    text = ollama.modelfile(file.name, template, stops, cfg.T, sampling)
+    try:
+        beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{beside} cannot be written: {error.strerror}; free disk space") from None
     return [file, beside]
 
 
 def _begins(template: Template, tokenizer: Tokenizer) -> bool:
     """Whether a conversation in a chat format begins with the tokenizer's `eot`."""
-    return (
-        render(template, tokenizer, [{"role": "user", "content": "a"}]).tokens[0] == tokenizer.eot
-    )
+    rendered = render(template, tokenizer, [{"role": "user", "content": "a"}])
+    return rendered.tokens[0] == tokenizer.eot
 
 
 def trained_template(found: ModelSource) -> Template | None:

@@ -238,13 +238,9 @@ def fitting_type(dtype: str, shape: tuple[int, ...], precise: bool) -> str:
         return "F32"
     if dtype in BELOW_8_BITS and precise:
         dtype = "Q8_0"
-    quantized = dtype not in FLOATS
-    return (
-        "F16"
-        if quantized
-        and shape[-1] % library().GGML_QUANT_SIZES[library().GGMLQuantizationType[dtype]][0]
-        else dtype
-    )
+    gguf = library()
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
+    return "F16" if shape[-1] % block else dtype
 
 
 def write_gguf(

@@ -25,7 +25,6 @@ from jaxgpt.model.rotary import RopeScaling, rotary_frequencies
 from jaxgpt.pretrained import gemma, generation, gpt2, llama, qwen, weights
 from jaxgpt.pretrained.fields import Fields
 from jaxgpt.pretrained.gguf_file import (
-    BELOW_8_BITS,
     FLOATS,
     GGUFTensor,
     Planned,
@@ -146,10 +145,13 @@ def read_model(file: Path) -> GGUFModel:
     shapes = [tensor.shape for tensor in tensors.values()]
     fields = Fields(_config(values, tensors), file, shapes)
     cfg = FAMILIES[architecture].read_config(fields)
-    cfg = _with_frequencies(cfg, tensors.pop(FREQUENCIES, None))
     cfg.check()
+    cfg = _with_frequencies(cfg, tensors.pop(FREQUENCIES, None))
     if obstacles := _obstacles(architecture, cfg):
-        raise InputError(f"{file}: {obstacles[0]}, which llama.cpp computes in another way")
+        raise InputError(
+            f"{file}: llama.cpp computes this model in another way than jaxgpt, because its "
+            f"{architecture} has no {obstacles[0]}; use another model"
+        )
     values.warn_unread()
     try:
         tokenizer = from_metadata(metadata)
@@ -533,6 +535,3 @@ def write_model(
         return array + np.float32(1) if _is_shifted(architecture, name) else array
 
     write_gguf(file, architecture, about, planned, converted)
-
-
-__all__ = ["BELOW_8_BITS", "GGUFModel", "read_model", "write_model"]

@@ -236,7 +236,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         "pad_token": "padding_token_id",
     }.items():
         number = metadata.get(f"tokenizer.ggml.{key}")
-        if type(number) is int and number < len(names):
+        if type(number) is int and 0 <= number < len(names):
             config[field] = names[number]
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str) and template:
@@ -248,7 +248,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         if kind == "gpt2":
             parsed = _byte_level(metadata, vocabulary)
         elif kind == "llama":
-            parsed = _scored(metadata, vocabulary, names)
+            parsed = _scored(metadata, vocabulary, names, types)
         else:
             raise InputError(
                 f"tokenizer.ggml.model={kind!r:.40} is not supported, only gpt2 and llama"
@@ -314,19 +314,22 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> Json
 
 
 def _scored(
-    metadata: Mapping[str, Any], vocabulary: dict[str, int], names: Sequence[str]
+    metadata: Mapping[str, Any],
+    vocabulary: dict[str, int],
+    names: Sequence[str],
+    types: Sequence[int],
 ) -> JsonObject:
     """Returns the tokenizer.json of SentencePiece's BPE: the merges that its scores stand for."""
     scores = _listed(metadata, "scores", float)
     if len(scores) != len(names):
         raise InputError("tokenizer.ggml.scores has not a score for each token")
     number = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    if type(number) is not int or number >= len(names):
+    if type(number) is not int or not 0 <= number < len(names):
         raise InputError(f"tokenizer.ggml.unknown_token_id={number!r:.40} is not a token")
     merges = [
         f"{name[:i]} {name[i:]}"
         for name in sorted(vocabulary, key=lambda name: (-scores[vocabulary[name]], name))
-        if not _BYTE.fullmatch(name)
+        if types[vocabulary[name]] == NORMAL
         for i in range(1, len(name))
         if name[:i] in vocabulary and name[i:] in vocabulary
     ]
