@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
@@ -37,6 +37,7 @@ from jaxgpt.objectives import Classify, Translate
 from jaxgpt.paths import expand, is_url, keep_compiled_programs, regular_file
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.export import to_hf, to_peft
+from jaxgpt.pretrained.gguf_export import to_gguf
 from jaxgpt.pretrained.litert import to_litert
 from jaxgpt.pretrained.load import check_exists, load
 from jaxgpt.pretrained.push import Target
@@ -101,8 +102,8 @@ def generate(
     """Generate text from a prompt.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         prompt: The text to continue.
         tokens: The most tokens to generate; the text may end earlier.
         options: How to generate.
@@ -122,8 +123,8 @@ def chat(
     """Chat with a model. A model without a chat format continues your text instead.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         system: The system message.
         tokens: The most tokens of an answer.
         options: How to generate.
@@ -141,8 +142,8 @@ def serve(
     """Serve a model with an OpenAI-compatible API and a chat page.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         options: The address, and the limits.
     """
     check_exists(path)
@@ -258,9 +259,13 @@ def tokenize(
     print(report_tokenizer(build(tokenizer, texts(cfg, held_out=True)), texts(cfg, held_out=True)))
 
 
+GGUFDtype = Literal[
+    "float32", "bfloat16", "float16", "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
+]
 EXPORTS: dict[str, tuple[str, ...]] = {
     "hf": ("float32", "bfloat16", "float16"),
     "peft": ("float32",),
+    "gguf": get_args(GGUFDtype),
     "stablehlo": ("float32", "bfloat16", "int8"),
     "litert": ("float32",),
 }
@@ -270,8 +275,8 @@ EXPORTS: dict[str, tuple[str, ...]] = {
 def export(
     path: tyro.conf.Positional[str],
     folder: tyro.conf.Positional[str],
-    to: Literal["hf", "peft", "stablehlo", "litert"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    to: Literal["hf", "peft", "gguf", "stablehlo", "litert"] = "hf",
+    dtype: GGUFDtype | Literal["int8"] = "float32",
     adapter: str = "",
     base: str = "",
     context: int = 0,
@@ -283,12 +288,14 @@ def export(
 
     Args:
         path: A run, a checkpoint, or any other model that `generate` takes.
-        folder: The folder to create.
+        folder: The folder to create; gguf: the file to create, such as model.gguf.
         to: hf: the whole model for transformers, with tokenizer and model card; peft: only the LoRA
-            adapter, for PEFT; stablehlo: programs for prefill and decoding that run with jax alone
-            on CPU, GPU and TPU, with weights and tokenizer; litert: a file for Android and iOS.
-        dtype: The dtype of the weights. hf: float32, bfloat16, float16; stablehlo: float32,
-            bfloat16, int8; litert: float32.
+            adapter, for PEFT; gguf: a file for llama.cpp, and a Modelfile for Ollama; stablehlo:
+            programs for prefill and decoding that run with jax alone on CPU, GPU and TPU, with
+            weights and tokenizer; litert: a file for Android and iOS.
+        dtype: The dtype of the weights. hf: float32, bfloat16, float16; gguf: these, also as f32,
+            bf16 and f16, and q8_0, q5_1, q5_0, q4_1 and q4_0, which are 8 to 4 bits in blocks of 32
+            weights; stablehlo: float32, bfloat16, int8; peft, litert: float32.
         adapter: A folder with a LoRA adapter in PEFT's format, to fold into the model.
         base: peft: the model that the adapter belongs to, a Hugging Face folder or name; by default
             the model that the run started from.
@@ -308,7 +315,7 @@ def export(
         raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
     if to != "peft" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
-    if to in ("hf", "peft") and context:
+    if to not in ("stablehlo", "litert") and context:
         raise InputError(f"context={context} is for --to stablehlo and litert; remove it")
     for name, value in (("license", license), ("push", push)):
         if value and to not in ("hf", "peft"):
@@ -320,6 +327,8 @@ def export(
         files = to_peft(path, folder, base, license=license, name=push)
     elif to == "hf":
         files = to_hf(path, folder, adapter=adapter, dtype=dtype, license=license, name=push)
+    elif to == "gguf":
+        files = to_gguf(path, folder, adapter=adapter, dtype=dtype)
     elif to == "litert":
         files = to_litert(path, folder, adapter=adapter, context=context)
     else:
@@ -369,8 +378,8 @@ def evaluate(
     """Measure a model on tasks, and print a table with standard errors.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         tasks: Tasks by name: python, a suite from the standard library, which is the default; core,
             DCLM's CORE; gsm8k, grade school math (these two are downloaded). Or task files (JSON
             Lines), or folders of evaluation bundles in CORE's format.
@@ -584,8 +593,8 @@ def inspect(
     """Look inside a model: its attention weights and its likely next tokens for a prompt.
 
     Args:
-        path: A run (RUN@best for its best checkpoint), a Hugging Face folder, or a Hugging Face
-            name.
+        path: A run (RUN@best for its best checkpoint), a Hugging Face folder or name, or a GGUF
+            file.
         prompt: The prompt.
         top: How many of the most likely next tokens to show.
         output: A folder to draw pictures into, attention.png and next_tokens.png; by default there

@@ -104,22 +104,23 @@ def read_model(folder: Path) -> Pretrained:
     return Pretrained(folder, family, cfg, DTYPES[widest].name, found, settings)
 
 
-def family_of(cfg: GPTConfig) -> ModuleType:
+def family_of(cfg: GPTConfig, among: str = "model family of Hugging Face") -> ModuleType:
     """Returns the family whose config.json can express an architecture.
 
     Args:
         cfg: The architecture.
+        among: What the families are, for the error message.
 
     Raises:
         InputError: No family can; the message says how the closest one differs.
     """
     if type(cfg) is not GPTConfig:
-        raise InputError(f"no family of Hugging Face's holds a model of {type(cfg).__name__}")
+        raise InputError(f"no {among} holds a model of {type(cfg).__name__}")
     obstacles = {family.MODEL_TYPES[0]: _differences(family, cfg) for family in FAMILIES}
     name = min(obstacles, key=lambda name: len(obstacles[name]))
     if obstacles[name]:
         raise InputError(
-            f"no model family of Hugging Face has this architecture; {name} is the closest, where "
+            f"no {among} has this architecture; {name} is the closest, where "
             f"{', '.join(obstacles[name])}"
         )
     return next(family for family in FAMILIES if family.MODEL_TYPES[0] == name)

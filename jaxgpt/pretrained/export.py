@@ -1,4 +1,4 @@
-"""Exports a trained model for transformers or PEFT, with tokenizer and model card."""
+"""Exports a trained model for transformers or PEFT, with its tokenizer and a model card."""
 
 import json
 import shutil

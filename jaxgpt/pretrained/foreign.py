@@ -77,7 +77,7 @@ def _raise_for_file(file: Path) -> None:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     if start[:4] == b"GGUF":
-        raise InputError(_gguf(file))
+        raise InputError(f"{folder} has a GGUF file; use its path: {file}")
     if file.suffix == ".safetensors":
         raise InputError(_lone_safetensors(file))
     if start[:2] != b"PK" and start[:1] != b"\x80":
@@ -203,23 +203,6 @@ m = M.from_config(AutoConfig.from_pretrained('{out}')); \
 print(m.load_state_dict(w, strict=False)); m.tie_weights(); m.save_pretrained('{out}')"
 
 The last command may report a tied lm_head.weight as missing, but no other tensor. \
-Then use {out}."""
-
-
-def _gguf(file: Path) -> str:
-    folder = str(file.parent)
-    out = f"{file.stem}-hf"
-    return f"""\
-{file} is a GGUF file for llama.cpp. Most GGUF files are quantized, so prefer the original \
-weights, which the model's page links to. To convert this file, run \
-`pip install torch transformers gguf` and this Python code:
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    at = {{"pretrained_model_name_or_path": {folder!r}, "gguf_file": {file.name!r}}}
-    AutoModelForCausalLM.from_pretrained(**at).save_pretrained({out!r})
-    AutoTokenizer.from_pretrained(**at).save_pretrained({out!r})
-
 Then use {out}."""
 
 

@@ -63,6 +63,20 @@ def read_generation_config(folder: Path, config: JsonObject, vocabulary: int) ->
         file, fields = folder / FILE, read_json(folder, FILE)
     else:
         file, fields = folder / "config.json", {name: config.get(name) for name in IDS}
+    return check_fields(fields, file, vocabulary)
+
+
+def check_fields(fields: Mapping[str, Any], file: Path, vocabulary: int) -> JsonObject:
+    """Returns the fields that are not None, without ids that are not in the vocabulary.
+
+    Args:
+        fields: The fields of a generation_config.json.
+        file: The file that they come from, for error messages.
+        vocabulary: The size of the model's vocabulary.
+
+    Raises:
+        InputError: An end token or a sampling setting is invalid.
+    """
     fields = {name: value for name, value in fields.items() if value is not None}
     for name in IDS:
         given = fields.get(name, [])

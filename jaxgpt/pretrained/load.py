@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,21 @@ import numpy as np
 from jaxgpt import __version__, pretrained
 from jaxgpt.config import Config, from_dict
 from jaxgpt.errors import InputError
+from jaxgpt.manifest import file_sha256
 from jaxgpt.model import Leaves, Params, letters
 from jaxgpt.model.params import flat, merge, nested, split
 from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import foreign
+from jaxgpt.pretrained.gguf_file import is_gguf
 from jaxgpt.pretrained.trained import PLAIN, Dtype, Trained
 from jaxgpt.sharding import Layout
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
 from jaxgpt.training import checkpoint
 from jaxgpt.training.finetune import LORA, Diff, compare, fold_lora, resize_embeddings
+
+if TYPE_CHECKING:
+    from jaxgpt.pretrained.gguf_model import GGUFModel
 
 RUNS = Config().runs
 """The folder of runs: a path in it is never looked up on the hub."""
@@ -124,8 +130,8 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
         path: One of these: a run's folder (loads the newest checkpoint), RUN@best (the checkpoint
             with the lowest validation loss), RUN@STEP, the folder of one checkpoint, the URL of
             any of these in a bucket (gs://bucket/runs/a), which is downloaded to the cache, a
-            folder in the layout of Hugging Face, or a name on the hub (NAME or NAME@REVISION),
-            which is downloaded once.
+            folder in the layout of Hugging Face, a name on the hub (NAME or NAME@REVISION), which
+            is downloaded once, or a GGUF file.
         adapter: A folder with a LoRA adapter in PEFT's layout; its factors are added to the
             parameters. New tokens come with the adapter's tokenizer.
         dtype: Other types than "float32" are for inference only, see `Trained.astype`: "bfloat16"
@@ -257,6 +263,8 @@ def _source(path: str | Path) -> ModelSource:
     folder = expand(path)
     if folder.is_dir() and pretrained.has_model(folder):
         return _pretrained(folder, {"path": str(path)})
+    if folder.is_file() and is_gguf(folder):
+        return _gguf(folder, {"path": str(path)})
     run, at, step = str(path).rpartition("@")
     if at and not folder.exists() and expand(run).is_dir():
         return _run(checkpoint.find_checkpoint(expand(run), step), str(path))
@@ -318,21 +326,38 @@ def _pretrained(folder: Path, lineage: JsonObject) -> ModelSource:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model only "
             f"{found.cfg.V}, so they belong to different models; download both again"
         )
-    config = Config(
-        name=folder.name, model=found.cfg, tokenizer=TokenizerConfig(kind=tokenizer.kind)
-    )
+    digest = partial(_digest, folder)
+    return _published(found, tokenizer, folder.name, lineage, digest)
+
+
+def _gguf(file: Path, lineage: JsonObject) -> ModelSource:
+    """A model in a GGUF file."""
+    from jaxgpt.pretrained.gguf_model import read_model
+
+    found = read_model(file)
+    return _published(found, found.tokenizer, file.stem, lineage, partial(file_sha256, file))
+
+
+def _published(
+    found: "pretrained.Pretrained | GGUFModel",
+    tokenizer: Tokenizer,
+    name: str,
+    lineage: JsonObject,
+    digest: Callable[[], str],
+) -> ModelSource:
+    """A model that is not a run; it gets the default config."""
+    config = Config(name=name, model=found.cfg, tokenizer=TokenizerConfig(kind=tokenizer.kind))
     shapes = {
         path: jax.ShapeDtypeStruct(shape, np.float32)
         for path, (_, shape) in letters(found.cfg.build(PLAIN)).items()
     }
-    lineage = {**lineage, "dtype": found.dtype}
     return ModelSource(
         config,
         tokenizer,
         found.params,
         nested(shapes),
-        lineage,
-        lambda: _digest(folder),
+        {**lineage, "dtype": found.dtype},
+        digest,
         found.generation_config,
     )
 

@@ -9,9 +9,11 @@ devices that need them.
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -29,6 +31,25 @@ BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\w*\.(\w*inv_freq|cos_cached|sin_cached)|rope\.freqs"
     r"|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|causal_mask|position_ids)"
 )
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file of any format."""
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+
+    def array(self) -> np.ndarray:
+        """Returns the values."""
+
+
+class Table(NamedTuple):
+    """The tensors of a model in another file format, in place of a family's module."""
+
+    MODEL_TYPES: tuple[str, ...]
+    ROWS: tuple[tuple[Any, ...], ...]
+    PREFIX: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ def sizes_in_files(cfg: GPTConfig) -> dict[str, int]:
     return {**cfg.sizes, "V": cfg.V}
 
 
-def rows(family: ModuleType, cfg: GPTConfig, most: int | None = None) -> list[Row]:
+def rows(family: ModuleType | Table, cfg: GPTConfig, most: int | None = None) -> list[Row]:
     """Returns the rows for every leaf of a model.
 
     Args:
@@ -181,7 +202,9 @@ def _check_tied(head: Tensor, wte: Tensor) -> None:
         )
 
 
-def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | None = None) -> Params:
+def load(
+    cfg: GPTConfig, found: Sequence[tuple[Row, StoredTensor]], abstract: Params | None = None
+) -> Params:
     """Loads the parameter tree in float32.
 
     Args:
@@ -196,7 +219,7 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | Non
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {} if abstract is None else flat(abstract)
 
-    def one(row: Row, tensor: Tensor) -> jax.Array:
+    def one(row: Row, tensor: StoredTensor) -> jax.Array:
         sharding = here if abstract is None else places[row.path].sharding
         shape = tuple(cfg.sizes[letter] for letter in row.letters)
         shards = [
@@ -210,7 +233,7 @@ def load(cfg: GPTConfig, found: list[tuple[Row, Tensor]], abstract: Params | Non
     return nested({row.path: one(row, tensor) for row, tensor in found})
 
 
-def _read(row: Row, tensor: Tensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
+def _read(row: Row, tensor: StoredTensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:
     """Reads a block of a leaf in float32; `index` has the block's slice for each letter.
 
     A CPU device would use an array that is contiguous and aligned without a copy. As the file may
@@ -277,6 +300,24 @@ def save(
     Raises:
         InputError: A value is too large for float16.
     """
+    return write_folder(folder, *in_files(family, cfg, params, dtype), shard_bytes)
+
+
+def in_files(
+    family: ModuleType | Table, cfg: GPTConfig, params: Params, dtype: str
+) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+    """Converts parameters to the tensors of a family's files, one at a time.
+
+    Args:
+        family: The model family's module, or another format's table.
+        cfg: The architecture.
+        params: The parameters.
+        dtype: The data type's name in the safetensors format, such as BF16.
+
+    Returns:
+        The type and shape of each tensor by name, and a function that returns a tensor by name,
+        and raises InputError if a value is too large for float16.
+    """
     sizes, leaves = sizes_in_files(cfg), dict[str, list[Row]]()
     for row in rows(family, cfg):
         leaves.setdefault(row.name, []).append(row)
@@ -301,4 +342,4 @@ def save(
                 )
         return out.reshape(shapes[name].lengths)
 
-    return write_folder(folder, shapes, get, shard_bytes)
+    return shapes, get

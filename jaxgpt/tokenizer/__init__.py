@@ -19,12 +19,12 @@ import binascii
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from jaxgpt.errors import InputError
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
-from jaxgpt.tokenizer.bpe import BPE, PATTERN, train
+from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, train
 from jaxgpt.tokenizer.byte_char import Bytes, Characters
 from jaxgpt.tokenizer.huggingface import HuggingFace
 from jaxgpt.tokenizer.published import PUBLISHED, File, published_bpe
@@ -62,6 +62,11 @@ class TokenizerConfig:
     tokens per text and a larger embedding. Other kinds have a fixed vocabulary and ignore it."""
     sample_bytes: int = 64_000_000
     """Maximum bytes of text that bpe is trained on; a larger corpus is sampled evenly."""
+    pattern: Literal["jaxgpt", "llama3", "qwen2"] = "jaxgpt"
+    """How bpe splits text into words and numbers before it merges bytes: jaxgpt, like GPT-4, but
+    with numbers in groups of at most two digits; llama3, of three digits; qwen2, single digits.
+    llama.cpp has the last two only: use one of them for a model to be exported as GGUF, so that it
+    encodes all text as here. Other kinds ignore it."""
     source: str = ""
     """Where to load an existing tokenizer from, without its model's weights: a run, a checkpoint, a
     folder in Hugging Face's layout, or a model name on its hub (Qwen/Qwen3-0.6B). Empty: build one.
@@ -81,6 +86,12 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size={self.vocab_size} is too small for 256 bytes and {EOT}; "
                 "set it to 257 or more",
                 field="tokenizer.vocab_size",
+            )
+        if self.pattern not in PATTERNS:
+            raise InputError(
+                f"tokenizer.pattern={self.pattern!r} is unknown; set it to one of "
+                f"{', '.join(PATTERNS)}",
+                field="tokenizer.pattern",
             )
         if self.kind == "bpe" and self.sample_bytes < 1_000_000:
             raise InputError(
@@ -114,7 +125,7 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
         check_not_empty(alphabet)
         return Characters("".join(sorted(alphabet)))
     if cfg.kind == "bpe":
-        return train(documents, cfg.vocab_size, cfg.sample_bytes)
+        return train(documents, cfg.vocab_size, cfg.sample_bytes, PATTERNS[cfg.pattern])
     if cfg.kind == "huggingface":
         raise InputError(
             "tokenizer.kind=huggingface cannot be built, because it comes with a model; set start "

@@ -24,6 +24,13 @@ of spaces in indented code. The difference is that numbers are split into groups
 digits instead of three, because a small vocabulary has no room for a thousand groups of digits.
 """
 
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"jaxgpt": PATTERN, "llama3": LLAMA3, "qwen2": LLAMA3.replace("{1,3}", "")}
+"""The patterns that a tokenizer can be trained with, by name; llama.cpp has the last two."""
+
 BLOCK = 1 << 16  # characters; the unit in which a corpus is sampled for training
 LONGEST_SPACE = 500_000  # characters; from about 10**6 tiktoken overflows its stack and panics
 
@@ -144,13 +151,16 @@ def _check_ranks_and_specials(ranks: Sequence[bytes], specials: dict[str, int]) 
         raise InputError("specials has a duplicate id")
 
 
-def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
+def train(
+    documents: Iterable[str], vocab_size: int, sample_bytes: int, pattern: str = PATTERN
+) -> BPE:
     """Trains a BPE tokenizer.
 
     Args:
         documents: The corpus.
         vocab_size: Vocabulary size, including the 256 bytes and `<|endoftext|>`.
         sample_bytes: Maximum bytes of text to train on; a larger corpus is sampled evenly.
+        pattern: The regular expression that splits text into chunks.
 
     Raises:
         InputError: The corpus is empty, or too small for so large a vocabulary.
@@ -159,7 +169,7 @@ def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
 
     trainer = rustbpe.Tokenizer()
     sample = _sample(documents, sample_bytes)
-    trainer.train_from_iterator(iter(sample), vocab_size=vocab_size - 1, pattern=PATTERN)
+    trainer.train_from_iterator(iter(sample), vocab_size=vocab_size - 1, pattern=pattern)
     ranks = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     if len(ranks) < vocab_size - 1:
         raise InputError(
@@ -167,7 +177,7 @@ def train(documents: Iterable[str], vocab_size: int, sample_bytes: int) -> BPE:
             f"{len(ranks) - 256} merges; set it to {len(ranks) + 1} or less, or use more text",
             field="tokenizer.vocab_size",
         )
-    return BPE("bpe", ranks, PATTERN, {EOT: len(ranks)})
+    return BPE("bpe", ranks, pattern, {EOT: len(ranks)})
 
 
 def _sample(documents: Iterable[str], limit: int, block: int = BLOCK) -> list[str]:

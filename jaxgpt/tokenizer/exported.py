@@ -72,13 +72,13 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> JsonObject:
         "added_tokens": [{"id": number, "content": name, **SPECIAL} for name, number in specials],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": None if tokenizer.kind == "gpt2" else _begins_with(EOT, tokenizer.eot),
+        "post_processor": None if tokenizer.kind == "gpt2" else begins_with(EOT, tokenizer.eot),
         "decoder": decoder,
         "model": model,
     }
 
 
-def _begins_with(name: str, number: int) -> JsonObject:
+def begins_with(name: str, number: int) -> JsonObject:
     """Returns the post-processor that adds a special token at the start of a text."""
     special = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")

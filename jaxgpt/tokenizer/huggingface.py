@@ -25,7 +25,7 @@ from jaxgpt.manifest import check_manifest
 from jaxgpt.paths import inside, regular_file
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, encoded
-from jaxgpt.tokenizer.bpe import BPE, PATTERN, last_cut
+from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, last_cut
 from jaxgpt.tokenizer.exported import SPECIAL, oniguruma, to_tokenizer_json
 from jaxgpt.tokenizer.spelling import BYTES, LETTERS, spelling
 
@@ -51,14 +51,8 @@ CHAT_TEMPLATES = "additional_chat_templates"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CUTTABLE = {
-    _LLAMA3,
-    _LLAMA3.replace("{1,3}", ""),  # Qwen 2
-    oniguruma(PATTERN),
+    *map(oniguruma, PATTERNS.values()),
     oniguruma(PATTERN).replace("{1,2}", "{1,3}"),  # cl100k_base
 }
 
@@ -114,7 +108,7 @@ class HuggingFace(Tokenizer):
                     f"{added['content']!r}, but the tokenizers library uses {given}; use the ids "
                     "of the vocabulary, or ids that follow it without gaps"
                 )
-        spelled = spelling(_parts(parsed.get("decoder")), vocabulary)
+        spelled = spelling(parts(parsed.get("decoder")), vocabulary)
         self.pieces, self.first_pieces = spelled.pieces, spelled.first
         self.spaced, self.single_bytes = spelled.spaced, spelled.single_bytes
         _check_takes_all_text(parsed, vocabulary)
@@ -132,7 +126,7 @@ class HuggingFace(Tokenizer):
         self._special[list(self.specials.values())] = True
         self._cuttable = _is_cuttable(parsed)
         self.prefix = self._prefix()
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._check_spelling()
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -209,7 +203,7 @@ class HuggingFace(Tokenizer):
         kinds = {_BESIDE_TEXT, *map(self._flags, self.specials)}
         names = {flags: f"standin{secrets.token_hex(16)}" for flags in kinds}
         library = self._tokenizer
-        if len(self._vocabulary) < self.vocab_size:  # a new token could get an id in use
+        if len(self.vocabulary) < self.vocab_size:  # a new token could get an id in use
             library = _open(self.json, self.specials)
         library.add_tokens(
             [
@@ -244,7 +238,7 @@ class HuggingFace(Tokenizer):
     def _with_specials(self, names: list[str]) -> "HuggingFace":
         parsed, config = parse(self.json, "tokenizer.json"), self.config
         added = {token["content"]: token for token in parsed.get("added_tokens") or []}
-        vocabulary, size = self._vocabulary, self.vocab_size
+        vocabulary, size = self.vocabulary, self.vocab_size
         for name in names:
             if name in added:
                 added[name]["special"] = True
@@ -264,7 +258,7 @@ class HuggingFace(Tokenizer):
 
     def _check_spelling(self) -> None:
         """Raises InputError if `TextDecoder` and the library decode some random ids differently."""
-        known = np.fromiter(self._vocabulary.values(), np.int64)
+        known = np.fromiter(self.vocabulary.values(), np.int64)
         for ids in np.random.default_rng(0).choice(known, (16, 12)):
             ours, theirs = TextDecoder(self).decode(ids.tolist(), final=True), self.decode(ids)
             if ours != theirs:
@@ -329,10 +323,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         if template := _chat_template(folder, config):
             config["chat_template"] = template
         parsed = parse(text, str(folder / "tokenizer.json"))
-        if gpt2 := _gpt2(parsed):
-            return gpt2
         try:
-            return HuggingFace(text, config)
+            return _gpt2(parsed) or HuggingFace(text, config)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
     vocabulary, merges = (read_text(folder, name) for name in ("vocab.json", "merges.txt"))
@@ -356,6 +348,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     raise InputError(
         f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; {convert}"
     )
+
+
+def from_tokenizer_json(text: str, config: JsonObject) -> Tokenizer:
+    """Builds a tokenizer from the content of tokenizer.json and tokenizer_config.json.
+
+    Returns:
+        A `HuggingFace`, or, for GPT-2's own tokenizer, a `BPE` of kind gpt2.
+
+    Raises:
+        InputError: The tokenizers library cannot run the file, or a feature is not supported.
+    """
+    return _gpt2(parse(text, "tokenizer.json")) or HuggingFace(text, config)
 
 
 def _chat_template(folder: Path, config: JsonObject) -> object:
@@ -491,7 +495,7 @@ def _check_growth(parsed: JsonObject) -> None:
     """Raises InputError if steps that replace or repeat text could make it far longer."""
     for name in ("normalizer", "decoder"):
         growth = 1
-        for step in _parts(parsed.get(name)):
+        for step in parts(parsed.get(name)):
             added = step.get("content") or step.get("prepend") or ""
             pattern = step.get("pattern")
             # A regex may match the empty text between characters, which are then kept.
@@ -502,7 +506,7 @@ def _check_growth(parsed: JsonObject) -> None:
                     f"the {name} of tokenizer.json may make text more than {MOST_GROWTH} times as "
                     "long; use another tokenizer"
                 )
-    for step in _parts(parsed.get("post_processor")):
+    for step in parts(parsed.get("post_processor")):
         template = step.get("single")
         if isinstance(template, list) and sum("Sequence" in piece for piece in template) > 1:
             raise InputError(
@@ -510,7 +514,7 @@ def _check_growth(parsed: JsonObject) -> None:
             )
 
 
-def _parts(step: object) -> list[JsonObject]:
+def parts(step: object) -> list[JsonObject]:
     """Returns the steps of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if not step:
         return []
@@ -522,7 +526,7 @@ def _parts(step: object) -> list[JsonObject]:
         if name in step:
             if not isinstance(step[name], list):
                 raise InputError(f"tokenizer.json has {step[name]!r:.80} for {name}; use a list")
-            return [part for inner in step[name] for part in _parts(inner)]
+            return [part for inner in step[name] for part in parts(inner)]
     return [step]
 
 
@@ -538,7 +542,7 @@ def _check_takes_all_text(parsed: JsonObject, vocabulary: dict[str, int]) -> Non
     model = parsed["model"]
     if "merges" not in model or model.get("unk_token") is not None:
         return
-    steps = _parts(parsed.get("normalizer")) + _parts(parsed.get("pre_tokenizer"))
+    steps = parts(parsed.get("normalizer")) + parts(parsed.get("pre_tokenizer"))
     if any(step.get("type") == "ByteLevel" for step in steps):
         missing = [byte for byte in _UTF8 if LETTERS[byte] not in vocabulary]
     elif model.get("byte_fallback"):
@@ -576,7 +580,7 @@ def _begin(config: JsonObject, vocabulary: dict[str, int]) -> str:
 
 def _is_cuttable(parsed: JsonObject) -> bool:
     """Whether text is split by a known pattern, and nothing else depends on text across a cut."""
-    normalizers = [part.get("type") for part in _parts(parsed.get("normalizer"))]
+    normalizers = [part.get("type") for part in parts(parsed.get("normalizer"))]
     if any(type_ != "NFC" for type_ in normalizers):
         return False
     for added in parsed.get("added_tokens") or []:
@@ -587,12 +591,12 @@ def _is_cuttable(parsed: JsonObject) -> bool:
 
 
 def _splits_as_gpt2(parsed: JsonObject) -> bool:
-    steps = _parts(parsed.get("pre_tokenizer"))
+    steps = parts(parsed.get("pre_tokenizer"))
     return len(steps) == 1 and _is_byte_level(steps[0], use_regex=True)
 
 
 def _splits_by_known_pattern(parsed: JsonObject) -> bool:
-    steps = _parts(parsed.get("pre_tokenizer"))
+    steps = parts(parsed.get("pre_tokenizer"))
     if len(steps) != 2 or steps[0].get("type") != "Split":
         return False
     split = steps[0]

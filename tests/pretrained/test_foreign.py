@@ -42,7 +42,7 @@ FOLDERS = {
         {"lit_model.pth": torch_file("transformer.h.0.attn.qkv.weight")},
         ["LitGPT", "litgpt convert_from_litgpt {} "],
     ),
-    "GGUF": ({"a-Q4_0.gguf": text("GGUF\x03")}, ["GGUF", "\"gguf_file\": 'a-Q4_0.gguf'"]),
+    "GGUF": ({"a-Q4_0.gguf": text("GGUF\x03")}, ["GGUF", "use its path: {}/a-Q4_0.gguf"]),
     "pickles": (
         {"config.json": text("{}"), "pytorch_model.bin": torch_file("wte.weight")},
         ["pytorch_model.bin", "AutoModelForCausalLM.from_pretrained('{}')"],
