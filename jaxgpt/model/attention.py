@@ -23,7 +23,6 @@ LANES = 128  # of a TPU's vectors: splash attention takes rows in multiples of i
 UNROLLED = 16  # chunks of a prompt; those of a longer one are computed in loops
 LOOPS = 8
 LONGEST_INT8 = 1 << 17  # slots of a cache: a sum of more int8 products may overflow int32
-FEW = 16  # row and head pairs that a CPU computes faster one by one than as a batch
 Quantized = tuple[jax.Array, jax.Array]  # int8 values and their scales
 Drop = Callable[[jax.Array], jax.Array] | None  # the dropout of attention weights, if any
 IMPLEMENTATIONS = ("plain", "chunked", "cudnn", "splash")
@@ -142,21 +141,6 @@ def attend(
     Any of the mask's B, T, S may be 1. A query with an empty mask gets the mean of all values,
     which is finite and not to be used.
     """
-    if q_BTNH.shape[1] == 1 and drop is None and len(q_BTNH) * k_BSKH.shape[2] <= FEW:
-        out_BTNH: jax.Array = jax.lax.platform_dependent(
-            q_BTNH, k_BSKH, v_BSKH, mask_BTS, cpu=_attend_per_head, default=_attend
-        )
-        return out_BTNH
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
-
-
-def _attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    drop: Drop = None,
-) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
@@ -170,23 +154,37 @@ def _attend(
     return (out / total_BTKG[..., None]).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _attend_per_head(
-    q_B1NH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1S: jax.Array
+def attend_cached(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Each head of each row by itself: in a batch, a CPU's threads wait for each other at each."""
-    B, _, N, H = q_B1NH.shape
-    K = k_BSKH.shape[2]
-    q_BKGH = q_B1NH.reshape(B, K, N // K, H).astype(jnp.float32) / math.sqrt(H)
-    mask_BS = jnp.broadcast_to(mask_B1S[:, 0], k_BSKH.shape[:2])
-    k_BKSH, v_BKSH = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k_BSKH, v_BSKH))
+    """`attend` to keys and values of which each head's are contiguous, as in a KV cache.
 
-    def one(b: int, k: int) -> jax.Array:
-        scores_GS = jnp.where(mask_BS[b][None], q_BKGH[b, k] @ k_BKSH[b, k].T, -1e30)
-        weights_GS = jnp.exp(scores_GS - scores_GS.max(-1, keepdims=True))
-        return weights_GS @ v_BKSH[b, k] / weights_GS.sum(-1, keepdims=True)
+    The queries of a head are rows of one product with its keys. For one token on a CPU that takes a
+    third to a half of the time of `attend`, and half of it for 4 query heads per key head.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKXH = _rows_per_head(q_BTNH.astype(jnp.float32) / math.sqrt(H), K)
+    scores_BKXS = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH.astype(jnp.float32))
+    mask_BXS = jnp.repeat(jnp.broadcast_to(mask_BTS, (B, T, k_BKSH.shape[2])), N // K, 1)
+    scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, -1e30)
+    most_BKX1 = jax.lax.stop_gradient(scores_BKXS.max(-1, keepdims=True))
+    weights_BKXS = jnp.exp(scores_BKXS - most_BKX1)
+    out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH.astype(jnp.float32))
+    out_BKXH = out_BKXH / weights_BKXS.sum(-1, keepdims=True)
+    return _heads_per_row(out_BKXH, T).astype(q_BTNH.dtype)
 
-    out_XGH = jnp.stack([one(b, k) for b in range(B) for k in range(K)])
-    return out_XGH.reshape(B, 1, N, H).astype(q_B1NH.dtype)
+
+def _rows_per_head(q_BTNH: jax.Array, K: int) -> jax.Array:
+    """Queries as rows for each key/value head, [B, K, T * G, H]."""
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+
+
+def _heads_per_row(out_BKXH: jax.Array, T: int) -> jax.Array:
+    """The inverse of `_rows_per_head`, [B, T, N, H]."""
+    B, K, X, H = out_BKXH.shape
+    return out_BKXH.reshape(B, K, T, X // T, H).swapaxes(1, 2).reshape(B, T, -1, H)
 
 
 def attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
@@ -206,8 +204,8 @@ def attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Arr
 def _attend_dequantized(
     q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array
 ) -> jax.Array:
-    k_BSKH, v_BSKH = ((x * scale[..., None]).swapaxes(1, 2) for x, scale in (k, v))
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    k_BKSH, v_BKSH = (x * scale[..., None] for x, scale in (k, v))
+    return attend_cached(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
 
 
 def _attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Array) -> jax.Array:
@@ -215,8 +213,7 @@ def _attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Ar
     (k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS) = k, v
     _, K, S, _ = k_BKSH.shape
     G = N // K
-    q_BKXH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
-    q_BKXH = q_BKXH.astype(jnp.float32) / math.sqrt(H)
+    q_BKXH = _rows_per_head(q_BTNH.astype(jnp.float32) / math.sqrt(H), K)
     scores_BKXS = _two_digit_product("BKXH,BKSH->BKXS", q_BKXH, k_BKSH) * k_scale_BKS[:, :, None]
     mask_BXS = jnp.repeat(jnp.broadcast_to(mask_BTS, (B, T, S)), G, 1)
     scores_BKXS = jnp.where(mask_BXS[:, None], scores_BKXS, -1e30)
@@ -224,8 +221,7 @@ def _attend_int8(q_BTNH: jax.Array, k: Quantized, v: Quantized, mask_BTS: jax.Ar
     scaled_BKXS = weights_BKXS * v_scale_BKS[:, :, None]
     out_BKXH = _two_digit_product("BKXS,BKSH->BKXH", scaled_BKXS, v_BKSH)
     out_BKXH = out_BKXH / weights_BKXS.sum(-1, keepdims=True)
-    out_BTKGH = out_BKXH.reshape(B, K, T, G, H).swapaxes(1, 2)
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return _heads_per_row(out_BKXH, T).astype(q_BTNH.dtype)
 
 
 def _two_digit_product(equation: str, x_BKXF: jax.Array, whole: jax.Array) -> jax.Array:
@@ -313,7 +309,7 @@ def tree_attention(
         )
         if window:
             mask_BtS &= position_Bt[..., None] - positions_BT[:, None, :S] < window
-        return _attend(q_BtNH, k_BSKH[:, :S], v_BSKH[:, :S], mask_BtS)
+        return attend(q_BtNH, k_BSKH[:, :S], v_BSKH[:, :S], mask_BtS)
 
     if UNROLLED * CHUNK >= T:
         bounds = itertools.pairwise([*range(0, T, CHUNK), T])
@@ -356,7 +352,7 @@ def prompt_attention(
             q_BtNH = jax.lax.dynamic_slice_in_dim(q_BTNH, start, CHUNK, 1)
             k_BsKH = jax.lax.dynamic_slice_in_dim(k_BSKH, key, S, 1)
             v_BsKH = jax.lax.dynamic_slice_in_dim(v_BSKH, key, S, 1)
-            return _attend(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
+            return attend(q_BtNH, k_BsKH, v_BsKH, mask_BTS)
 
         out_XBtNH = jax.lax.map(one, jnp.arange(first, last))
         outs.append(jnp.moveaxis(out_XBtNH, 0, 1).reshape(len(q_BTNH), -1, *q_BTNH.shape[2:]))

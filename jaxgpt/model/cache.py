@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxgpt.model.attention import Drop, attend, attend_int8, prompt_attention
+from jaxgpt.model.attention import Drop, attend, attend_cached, attend_int8, prompt_attention
 from jaxgpt.model.quantize import quantize
 
 CacheDtype = Literal["same", "int8"]
@@ -47,6 +47,8 @@ class KVCache(NamedTuple):
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Drop | None = None) -> jax.Array:
         """Attention to the slots in the mask, see `attention.attend`."""
+        if drop is None:
+            return attend_cached(q_BTNH, *self, mask_BTS)
         k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in self)
         return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, drop)
 

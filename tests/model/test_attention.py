@@ -13,6 +13,7 @@ from jaxgpt.model.attention import (
     _attend_int8,
     _splash,
     attend,
+    attend_cached,
     attend_int8,
     attention,
     choose,
@@ -157,9 +158,20 @@ def test_attend_follows_the_mask():
     np.testing.assert_allclose(one, numpy_attend(q, k, v, mask[:1, :1]), atol=2e-6)
 
 
-def test_a_query_that_sees_nothing_is_finite():
-    q, k, v = inputs(5)
-    assert np.isfinite(attend(q, k, v, np.zeros((1, 1, 5), bool))).all()
+@pytest.mark.parametrize("T", [1, 5])
+def test_attention_to_a_cache_follows_the_mask(T):
+    (q, _, _), (_, k, v) = inputs(T), inputs(9)
+    mask = np.random.default_rng(1).random((2, T, 9)) < 0.4
+    mask[..., 3] = True
+    cached = (x.swapaxes(1, 2) for x in (k, v))
+    out = jax.jit(attend_cached)(q, *cached, mask)
+    np.testing.assert_allclose(out, numpy_attend(q, k, v, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", [attend, attend_cached])
+def test_a_query_that_sees_nothing_is_finite(attend):
+    q = k = np.ones((2, 4, 4, 8), np.float32)
+    assert np.isfinite(attend(q, k, k, np.zeros((1, 1, 4), bool))).all()
 
 
 @pytest.mark.parametrize("masked", [True, False])
