@@ -58,7 +58,8 @@ class _Text:
 
     def history(self, V: int) -> TokenHistory:
         """The history of the text's tokens so far, for logits of size V."""
-        counts_V = np.bincount(self.written, minlength=V).astype(np.int32)
+        written = np.asarray(self.written, np.int32)
+        counts_V = np.bincount(written, minlength=V).astype(np.int32)
         given_V = np.zeros(V, bool)
         given_V[list(self.prompt)] = True
         state = reduce(self.guide.after, self.written, 0) if self.guide else 0

@@ -223,12 +223,12 @@ def _results(found: ModelSource) -> list[_Result]:
     ]
     for task in _read_tasks(found):
         errors = task.get("standard_errors") or {}
-        shots = f", {task['shots']} shots" if task.get("shots") else ""
+        how = "".join(f", {task[name]} {name}" for name in ("shots", "examples") if task.get(name))
         for metric, value in task["metrics"].items():
             if _is_number(value):
                 error = errors.get(metric)
                 spread = f" (standard error {error:.4f})" if _is_number(error) else ""
-                results.append(_Result(task["task"], metric, f"{metric}{shots}{spread}", value))
+                results.append(_Result(task["task"], metric, f"{metric}{how}{spread}", value))
     return results
 
 

@@ -66,7 +66,7 @@ class Target(HubRepository):
             info = self.api.model_info(self.full_name)
         except RepositoryNotFoundError:
             return False
-        if bool(info.private) != self.private and self.private:
+        if self.private and not info.private:
             raise InputError(
                 f"{self.url} exists and is public; remove --private, or change it on "
                 f"{self.url}/settings"

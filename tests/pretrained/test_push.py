@@ -156,6 +156,7 @@ def test_the_card_of_a_run_has_its_data_lineage_and_results(folder, tmp_path):
     task = {
         "task": "python",
         "shots": 2,
+        "examples": 30,
         "step": 40,
         "metrics": {"accuracy": 0.75, "broken": float("nan")},
         "standard_errors": {"accuracy": 0.01},
@@ -180,7 +181,7 @@ def test_the_card_of_a_run_has_its_data_lineage_and_results(folder, tmp_path):
         ("python", "accuracy"): 0.75,
         ("mine", "bleu"): 0.5,
     }
-    assert "| python | accuracy, 2 shots (standard error 0.0100) | 0.7500 |" in text
+    assert "| python | accuracy, 2 shots, 30 examples (standard error 0.0100) | 0.7500 |" in text
     for part in (
         "The model was trained to answer instructions",
         "It started from gpt2.",
