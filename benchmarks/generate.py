@@ -43,9 +43,9 @@ class Options:
     new: int = 128
     """New tokens."""
     ours: tuple[str, ...] = ("float32", "int8", "int8+cache")
-    """Formats of our weights: float32, bfloat16, int8; int8+cache: with an int8 KV cache too."""
+    """Formats of our weights: float32, bfloat16, int8, int4; with +cache: and an int8 KV cache."""
     theirs: str = "float32"
-    """Formats of their weights: float32, bfloat16."""
+    """Format of their weights: float32, bfloat16; empty: ratios to our first format instead."""
     rounds: int = 3
     """Rounds, in which each side is measured once."""
 
@@ -70,10 +70,10 @@ def jaxgpt(options: Options, dtype: str) -> tuple[str, Callable[[np.ndarray], No
     compute = gpt.ComputeConfig("bfloat16" if dtype == "bfloat16" else "float32", attention="plain")
     model = cfg.build(compute)
     params = jax.jit(partial(gpt.init, model))(jax.random.key(0))
-    if dtype.startswith("int8"):
-        params = jax.jit(partial(quantize_params, leaves=gpt.letters(model), embeddings=True))(
-            params
-        )
+    if dtype.startswith("int"):
+        kind = dtype.partition("+")[0]
+        quantize = partial(quantize_params, leaves=gpt.letters(model), kind=kind, embeddings=True)
+        params = jax.jit(quantize)(params)
     if dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     S = positions(options.prompt + options.new, cfg)
@@ -194,7 +194,8 @@ def main() -> None:
     print(f"memory is copied at {copied / 1e9:.1f} GB/s (read and written)", end=", ")
     print(f"read at {read / 1e9:.1f} GB/s")
     sides = {}
-    for side, dtypes in ((jaxgpt, options.ours), (transformers, (options.theirs,))):
+    theirs = (options.theirs,) if options.theirs else ()
+    for side, dtypes in ((jaxgpt, options.ours), (transformers, theirs)):
         for dtype in dtypes:
             here, there = spawn.Pipe()
             child = spawn.Process(target=serve, args=(options, side, dtype, there), daemon=True)
@@ -202,7 +203,7 @@ def main() -> None:
             description, matrices, cached = here.recv()
             print(description, flush=True)
             sides[side.__name__, dtype] = here, matrices, cached
-    name_of_theirs = ("transformers", options.theirs)
+    other = ("transformers", options.theirs) if options.theirs else ("jaxgpt", options.ours[0])
     for batch in options.batches:
         times: dict[Any, list[float]] = {name: [] for name in sides}
         memory = {}
@@ -216,10 +217,7 @@ def main() -> None:
         for name, (_, matrices, cached) in sides.items():
             best = statistics.median(times[name])
             rate = batch * options.new / best
-            ratios = [
-                theirs / ours
-                for ours, theirs in zip(times[name], times[name_of_theirs], strict=True)
-            ]
+            ratios = [theirs / ours for ours, theirs in zip(times[name], times[other], strict=True)]
             needed = matrices + batch * cached * (options.prompt + options.new / 2)
             rate_needed = needed / (best / options.new)
             print(

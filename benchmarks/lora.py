@@ -38,6 +38,8 @@ VARIANTS = {
     "lora": {"parts": "lora"},
     "lora, all matrices": {"parts": "lora", "matrices": ("blocks/*",)},
     "lora, int8 base": {"parts": "lora", "base": "int8"},
+    "lora, int4 base": {"parts": "lora", "base": "int4"},
+    "lora, nf4 base": {"parts": "lora", "base": "nf4"},
 }
 
 

@@ -239,12 +239,26 @@ def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh | Abs
             )
 
 
+def _is_packed(leaf: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf holds the numbers of a shape in four bits, two to a byte of the last axis."""
+    return leaf.dtype == np.uint8 and tuple(leaf.shape) == (*shape[:-1], shape[-1] // 2)
+
+
+def _divides(place: NamedSharding, shape: tuple[int, ...]) -> bool:
+    try:
+        place.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
 def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh | AbstractMesh) -> PyTree:
     """A NamedSharding for every leaf of a train state (arrays or ShapeDtypeStructs).
 
     `letters` maps a parameter's path to its (letters, shape). A leaf whose path ends in that path
     and whose shape is the same, as Adam's moments and averages of the parameters are, lies as the
-    parameter does; every other leaf is on all devices.
+    parameter does, and so does a packed one (see `model.quantize`) whose bytes the devices divide
+    evenly; every other leaf is on all devices.
     """
 
     def one(path: tuple[object, ...], leaf: jax.Array) -> NamedSharding:
@@ -254,6 +268,10 @@ def tree_shardings(tree: PyTree, letters: Letters, mesh: Mesh | AbstractMesh) ->
             found = letters.get(keys[start:])
             if found and tuple(leaf.shape) == tuple(found[1]):
                 return NamedSharding(mesh, spec(found[0]))
+            if found and _is_packed(leaf, tuple(found[1])):
+                place = NamedSharding(mesh, spec(found[0]))
+                if _divides(place, tuple(leaf.shape)):
+                    return place
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(one, tree)

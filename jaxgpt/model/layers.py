@@ -27,19 +27,20 @@ class Linear(nn.Module):
     init_scale: float = 1.0
     """The initial standard deviation is `cfg.init_std` times this."""
     int8_activations: bool = False
-    """Whether activations are quantized too where the weight is int8."""
+    """Whether activations are quantized to int8 where the weight is quantized."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product of the equation plus the bias, in `dtype`."""
         x_letters, w_letters, _ = self.equation.replace("->", ",").split(",")
         init = nn.initializers.normal(self.cfg.init_std * self.init_scale)
-        w: jax.Array = self.param("w", *parameter(self.cfg, w_letters, init))
         leaves = self.variables.get("params", {})
+        if "w_scale" not in leaves:  # packed in four bits, `w` has another shape
+            w: jax.Array = self.param("w", *parameter(self.cfg, w_letters, init))
         if leaves.keys() <= {"w", "b"}:
             y = matmul(self.equation, x, w, self.dtype)
         else:
-            y = adapted_matmul(self.equation, x, w, leaves, self.dtype, self.int8_activations)
+            y = adapted_matmul(self.equation, x, leaves, self.dtype, self.int8_activations)
         if self.bias:
             outputs = "".join(letter for letter in w_letters if letter not in x_letters)
             b: jax.Array = self.param("b", *parameter(self.cfg, outputs, nn.initializers.zeros))

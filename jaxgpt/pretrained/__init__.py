@@ -47,9 +47,11 @@ class Pretrained:
     generation_config: JsonObject
     """The fields of generation_config.json, see `generation.read_generation_config`."""
 
-    def params(self, abstract: Params | None = None) -> Params:
+    def params(
+        self, abstract: Params | None = None, convert: weights.Convert = weights.keep
+    ) -> Params:
         """Loads the parameter tree in float32, see `weights.load`."""
-        return weights.load(self.cfg, self.tensors, abstract)
+        return weights.load(self.cfg, self.tensors, abstract, convert)
 
 
 def has_model(folder: Path) -> bool:

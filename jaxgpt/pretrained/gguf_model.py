@@ -113,9 +113,11 @@ class GGUFModel:
     generation_config: JsonObject
     """The end tokens and sampling settings, by the names of generation_config.json."""
 
-    def params(self, abstract: Params | None = None) -> Params:
+    def params(
+        self, abstract: Params | None = None, convert: weights.Convert = weights.keep
+    ) -> Params:
         """Loads the parameter tree, dequantized to float32, see `weights.load`."""
-        return weights.load(self.cfg, self.tensors, abstract)
+        return weights.load(self.cfg, self.tensors, abstract, convert)
 
 
 def read_model(file: Path) -> GGUFModel:

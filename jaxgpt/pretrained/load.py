@@ -23,7 +23,8 @@ from jaxgpt.model.params import flat, merge, nested, split
 from jaxgpt.paths import expand, is_url
 from jaxgpt.pretrained import foreign
 from jaxgpt.pretrained.gguf_file import is_gguf
-from jaxgpt.pretrained.trained import PLAIN, Dtype, Trained
+from jaxgpt.pretrained.trained import PLAIN, Dtype, Trained, check_dtype, convert_leaf
+from jaxgpt.pretrained.weights import Convert, keep
 from jaxgpt.sharding import Layout
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer import Tokenizer, TokenizerConfig, from_json
@@ -62,13 +63,17 @@ class ModelSource:
     """The folder of the run on this machine; None for published models."""
     better: str = ""
     """If the run has a step with a lower validation loss: which one, and how to load it."""
+    convert: Callable[[Params | None, Convert], Params] | None = None
+    """Like `params`, and converts each leaf before the next one is read; for published models."""
 
     def load(self, dtype: Dtype = "float32") -> Trained:
         """Loads the parameters, see the function `load`."""
-        trained = Trained(
-            self.config, self.params(), self.tokenizer, self.generation_config, self.origin
-        )
-        return trained.astype(dtype)
+        check_dtype(self.config, dtype)
+        trained = Trained(self.config, {}, self.tokenizer, self.generation_config, self.origin)
+        if self.convert and dtype in ("int8", "int4"):
+            params = self.convert(None, partial(convert_leaf, self.config, dtype))
+            return replace(trained, params=params)
+        return replace(trained, params=self.params()).astype(dtype)
 
     @property
     def note(self) -> str:
@@ -94,7 +99,9 @@ class ModelSource:
         plain = jax.eval_shape(fold_lora, self.abstract)
         return compare({path: leaf.shape for path, leaf in flat(plain).items()}, here)
 
-    def take(self, diff: Diff, V: int, layout: Layout, *under: str) -> Params:
+    def take(
+        self, diff: Diff, V: int, layout: Layout, *under: str, convert: Convert = keep
+    ) -> Params:
         """Loads the parameters for another architecture, with LoRA merged.
 
         Args:
@@ -102,6 +109,7 @@ class ModelSource:
             V: The architecture's number of tokens, to which the embeddings are resized.
             layout: The layout that has the parameters' shardings.
             under: The path of these parameters in the layout's tree.
+            convert: Returns by path what the tree has for a float32 leaf at a path.
         """
 
         def places(tree: Params) -> Params:
@@ -117,7 +125,15 @@ class ModelSource:
             self.abstract,
             places(self.abstract),
         )
-        tree = resize_embeddings(fold_lora(self.params(abstract)), diff, self.config.model.V, V)
+        if self.convert:
+            tree = self.convert(abstract, convert)
+        else:
+            whole = flat(fold_lora(self.params(abstract)))
+            leaves: dict[tuple[str, ...], jax.Array] = {}
+            while whole:
+                leaves |= convert(*whole.popitem())
+            tree = nested(leaves)
+        tree = resize_embeddings(tree, diff, self.config.model.V, V)
         return jax.device_put(tree, places(tree))
 
 
@@ -135,11 +151,12 @@ def load(path: str | Path, adapter: str | Path = "", *, dtype: Dtype = "float32"
         adapter: A folder with a LoRA adapter in PEFT's layout; its factors are added to the
             parameters. New tokens come with the adapter's tokenizer.
         dtype: Other types than "float32" are for inference only, see `Trained.astype`: "bfloat16"
-            takes half of the memory and "int8" a quarter. Both are faster if memory bandwidth is
-            the limit, as it is when one text is generated.
+            takes half of the memory, "int8" a quarter and "int4" less. They are faster if memory
+            bandwidth is the limit, as it is when one text is generated.
 
     Raises:
-        InputError: The model does not exist, is damaged, or is in another program's format.
+        InputError: The model does not exist, is damaged, or is in another program's format; or
+            see `Trained.astype`.
     """
     return source(path, adapter).load(dtype)
 
@@ -226,6 +243,7 @@ def _with_adapter(found: ModelSource, folder: Path) -> ModelSource:
         config=replace(found.config, model=model),
         tokenizer=tokenizer,
         params=params,
+        convert=None,
         abstract=merge({**shapes, **tables}, found.abstract),
         lineage={**found.lineage, "adapter": str(folder)},
         digest=lambda: found.digest() + _digest(folder),
@@ -359,6 +377,7 @@ def _published(
         {**lineage, "dtype": found.dtype},
         digest,
         found.generation_config,
+        convert=found.params,
     )
 
 
@@ -386,7 +405,7 @@ def _run(path: Path, given: str, items: Collection[str] = checkpoint.MODEL) -> M
     config = from_dict(Config, about["config"])
     abstract = checkpoint.as_abstract(about["leaves"][item])
     here = letters(config.objective.build(config.model, PLAIN))
-    for name, leaf in flat(abstract).items():
+    for name, leaf in flat(jax.eval_shape(fold_lora, abstract)).items():
         if name in here and leaf.shape != here[name][1]:
             raise InputError(
                 f"{path}: {'/'.join(name)} has shape {list(leaf.shape)}, and this version of "

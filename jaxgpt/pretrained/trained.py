@@ -36,7 +36,7 @@ from jaxgpt.generation.forward import (
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
 from jaxgpt.model import GPT, ComputeConfig, EncoderDecoder, Params, introspection, letters
-from jaxgpt.model.quantize import quantize_params
+from jaxgpt.model.quantize import Format, check_format, quantize_leaf, quantize_params
 from jaxgpt.objectives import Classify
 from jaxgpt.pretrained import generation
 from jaxgpt.pretrained.results import NextToken, NextTokens, Scores, TextScore
@@ -49,7 +49,8 @@ Text = str | Sequence[int]
 Texts = list[str] | tuple[str, ...]
 SCORED_AT_ONCE = 8
 """Batches that are scored between two updates of the progress."""
-Dtype = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 PLAIN = ComputeConfig("float32", "unrolled", "none", "plain")
 
 
@@ -343,11 +344,14 @@ class Trained:
         """Converts the model to a smaller data type, for inference only; merges LoRA factors.
 
         Args:
-            dtype: "bfloat16" for all parameters, or "int8" for weight matrices (quantized).
+            dtype: "bfloat16" for all parameters; "int8" for weight matrices (quantized); "int4" for
+                those of the blocks, in groups of 64 inputs, and int8 for the embeddings.
 
         Raises:
-            InputError: JAX does not support bfloat16 matrix products on this CPU.
+            InputError: JAX does not support bfloat16 matrix products on this CPU, or the width of
+                the model is not a multiple of 8 (int4).
         """
+        check_dtype(self.config, dtype)
         if dtype == "float32":
             return self
         params = jax.jit(partial(convert_dtype, self.config, dtype))(self.params)
@@ -589,13 +593,27 @@ def _listed(texts: str | Texts) -> Texts:
     return texts
 
 
+def check_dtype(config: Config, dtype: str) -> None:
+    """Raises InputError if a model cannot be converted to a data type."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    check_format(letters(config.objective.build(config.model, PLAIN)), dtype)
+
+
+def convert_leaf(
+    config: Config, dtype: Format, path: tuple[str, ...], leaf: jax.Array
+) -> dict[tuple[str, ...], jax.Array]:
+    """The leaves by path that `convert_dtype` makes of one leaf of a model without LoRA factors."""
+    leaves = letters(config.objective.build(config.model, PLAIN))
+    return quantize_leaf(path, leaf, leaves, dtype, embeddings=True)
+
+
 def convert_dtype(config: Config, dtype: Dtype, params: Params) -> Params:
     """Converts parameters as `Trained.astype` does; a pure function, for jit and `eval_shape`."""
     if dtype == "float32":
         return params
     plain = fold_lora(params)
-    if dtype == "int8":
-        return quantize_params(
-            plain, letters(config.objective.build(config.model, PLAIN)), embeddings=True
-        )
+    if dtype in ("int8", "int4"):
+        leaves = letters(config.objective.build(config.model, PLAIN))
+        return quantize_params(plain, leaves, dtype, embeddings=True)
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain)

@@ -23,6 +23,9 @@ from jaxgpt.model import ComputeConfig, GPTConfig, Params, letters
 from jaxgpt.model.params import flat, nested
 from jaxgpt.pretrained.tensors import DTYPES, Shape, Tensor, natural_key, write_folder
 
+Leaves = dict[tuple[str, ...], jax.Array]
+Convert = Callable[[tuple[str, ...], jax.Array], Leaves]
+
 PIECE = 1 << 20  # bytes that are checked at a time, so that the CPU's cache holds them
 TIED = "lm_head.weight"
 # Buffers that older versions of libraries saved, although they follow from the config: rotary
@@ -202,8 +205,16 @@ def _check_tied(head: Tensor, wte: Tensor) -> None:
         )
 
 
+def keep(path: tuple[str, ...], leaf: jax.Array) -> Leaves:
+    """A leaf as it is."""
+    return {path: leaf}
+
+
 def load(
-    cfg: GPTConfig, found: Sequence[tuple[Row, StoredTensor]], abstract: Params | None = None
+    cfg: GPTConfig,
+    found: Sequence[tuple[Row, StoredTensor]],
+    abstract: Params | None = None,
+    convert: Convert = keep,
 ) -> Params:
     """Loads the parameter tree in float32.
 
@@ -212,6 +223,8 @@ def load(
         found: The result of `match`.
         abstract: A tree of ShapeDtypeStructs with shardings for the parameters; each process reads
             only what its devices need. None: load to the first device.
+        convert: Called with a leaf's path and value before the next leaf is read; returns by path
+            what the tree has instead, such as a quantized leaf and its scales.
 
     Returns:
         The parameter tree. Rows of vocabulary padding are 0.
@@ -230,7 +243,10 @@ def load(
         return leaf.block_until_ready()  # later the file may change
 
     # A second thread would make this slower: JAX transposes with all cores.
-    return nested({row.path: one(row, tensor) for row, tensor in found})
+    leaves: Leaves = {}
+    for row, tensor in found:
+        leaves |= jax.block_until_ready(convert(row.path, one(row, tensor)))
+    return nested(leaves)
 
 
 def _read(row: Row, tensor: StoredTensor, cfg: GPTConfig, index: tuple[slice, ...]) -> np.ndarray:

@@ -50,7 +50,8 @@ class ServeConfig:
     queue."""
     dtype: Dtype = "float32"
     """The data type of the weight matrices. int8 takes a quarter of the memory and is faster, with
-    a small loss of accuracy; bfloat16 takes half of the memory."""
+    a small loss of accuracy; int4 less memory, with a larger loss; bfloat16 takes half of the
+    memory."""
     cache: CacheDtype = "same"
     """The data type of the KV cache; "same": that of the activations. int8 leaves room for more
     slots or a longer context."""

@@ -2,11 +2,12 @@
 
 A run trains all parameters, some of them, or low-rank factors beside the matrices (LoRA, Hu et al.
 2021): leaves `lora_a`, `lora_b` and `lora_scale` next to a `w`, which the model uses if they are
-there. Parameters that are not trained have no gradient and no optimizer state, and may be int8.
+there. Parameters that are not trained have no gradient and no optimizer state, and may be
+quantized: to int8, or to four bits as in QLoRA (Dettmers et al. 2023).
 
     trained, rest = Tree(model, objective.leaves(cfg), tune).create(key)    # no leaf in common
     tree = merge(trained, rest)
-    tree = fold_lora(tree)    # plain float32 parameters, without LoRA factors and int8
+    tree = fold_lora(tree)    # plain float32 parameters, not quantized, LoRA merged
 """
 
 import math
@@ -23,11 +24,21 @@ from jaxgpt.bounds import Ge, Gt, check_bounds
 from jaxgpt.errors import InputError
 from jaxgpt.model import GPT, Leaves, Params, count, init, letters
 from jaxgpt.model.params import Path, first_contracted_axis, flat, merge, nested, split
-from jaxgpt.model.quantize import dequantize, quantize_params
+from jaxgpt.model.quantize import (
+    FORMATS,
+    Format,
+    beside,
+    check_format,
+    dequantize_matrix,
+    quantize_leaf,
+    quantize_params,
+)
 from jaxgpt.sharding import PyTree
 
 LORA = ("lora_a", "lora_b", "lora_scale")
 Shape = tuple[int, ...]
+Base = Literal["float32", Format]
+BASES: tuple[Base, ...] = ("float32", *FORMATS)
 
 
 @dataclass(frozen=True)
@@ -46,9 +57,10 @@ class TuneConfig:
     """lora: the product of the factors is multiplied by alpha / rank."""
     matrices: tuple[str, ...] = ("blocks/*/q", "blocks/*/v")
     """lora: patterns for the paths of the matrices that get factors; `blocks/*` matches all."""
-    base: Literal["float32", "int8"] = "float32"
-    """The format of the blocks' matrices that are not trained: int8 takes a quarter of the memory,
-    with one scale per output."""
+    base: Base = "float32"
+    """The format of the blocks' matrices that are not trained: int8 takes a quarter of the memory
+    of float32, with a scale per output; int4 and nf4 (QLoRA) an eighth, with a scale per 64 inputs,
+    itself in int8. nf4 is a little more exact than int4, whose text is generated faster."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
@@ -64,9 +76,15 @@ class TuneConfig:
             raise InputError(
                 "tune.matrices is empty; name matrices, such as blocks/*/q", field="tune.matrices"
             )
-        if self.parts == "all" and self.base == "int8":
+        if self.base not in BASES:
             raise InputError(
-                "tune.base=int8 is for untrained parameters; set tune.parts=lora", field="tune.base"
+                f"tune.base={self.base!r} is unknown; set it to one of {', '.join(BASES)}",
+                field="tune.base",
+            )
+        if self.parts == "all" and self.base != "float32":
+            raise InputError(
+                f"tune.base={self.base} is for untrained parameters; set tune.parts=lora",
+                field="tune.base",
             )
 
     def factors(self, model: Leaves) -> Leaves:
@@ -132,14 +150,15 @@ def fresh(leaves: Leaves, key: jax.Array, cfg: TuneConfig, std: float) -> Params
 
 
 def fold_lora(tree: Params) -> Params:
-    """The plain float32 tree of a model with separate layers: LoRA folded in, int8 dequantized."""
+    """The plain float32 tree of a model with separate layers: LoRA folded in, dequantized."""
     if not isinstance(tree, dict):
         return tree
+    others = (*LORA, *beside("w"))
     plain: dict[str, PyTree] = {
-        name: fold_lora(leaf) for name, leaf in tree.items() if name not in (*LORA, "w_scale")
+        name: fold_lora(leaf) for name, leaf in tree.items() if name not in others
     }
     if "w_scale" in tree:
-        plain["w"] = dequantize(tree["w"], tree["w_scale"])
+        plain["w"] = dequantize_matrix(tree)
     if "lora_a" in tree:
         a, b, scale = (tree[name] for name in LORA)
         plain["w"] += scale * jnp.tensordot(b, a, 1, precision="highest")
@@ -167,6 +186,9 @@ class Tree:
                 "set compute.layers=unrolled",
                 field="tune.parts",
             )
+        if self.cfg.base != "float32":
+            untrained = {p: leaf for p, leaf in self.leaves.items() if not self.trains(p)}
+            check_format(untrained, self.cfg.base)
         if not self.trained_leaves:
             raise InputError(
                 f"tune.parts={self.cfg.parts} trains nothing: the objective has no parameters of "
@@ -217,7 +239,14 @@ class Tree:
         if self.cfg.parts == "all":
             return tree, None
         trained, rest = split(tree, self.trains)
-        return trained, quantize_params(rest, self.leaves) if self.cfg.base == "int8" else rest
+        kind = self.cfg.base
+        return trained, rest if kind == "float32" else quantize_params(rest, self.leaves, kind)
+
+    def stored(self, path: Path, leaf: jax.Array) -> dict[Path, jax.Array]:
+        """The leaves by path that the tree has for a float32 one: quantized if not trained."""
+        if self.cfg.base == "float32" or self.trains(path) or path not in self.leaves:
+            return {path: leaf}
+        return quantize_leaf(path, leaf, self.leaves, self.cfg.base)
 
 
 @dataclass(frozen=True)

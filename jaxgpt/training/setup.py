@@ -292,7 +292,8 @@ def create_state(
     make = partial(new_state, cfg, network, tx)
     if origin is None or diff is None:
         return network.layout.create(make)
-    params = origin.take(diff, cfg.model.V, network.saved_layout)
+    convert = network.saved_tree.stored
+    params = origin.take(diff, cfg.model.V, network.saved_layout, convert=convert)
     params = model.stack(params) if network.scanned else params
     params = network.layout.place(params)
     return network.layout.create(make, params)

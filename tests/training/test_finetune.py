@@ -20,7 +20,7 @@ from jaxgpt.training.step import Frozen, from_saved, init_state, to_saved, train
 from tests.tiny import PLAIN, random_params
 
 CFG = GPTConfig(
-    L=2, D=8, N=2, K=1, H=6, F=12, T=6, V=50,
+    L=2, D=8, N=2, K=1, H=6, F=16, T=6, V=50,
     norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=True,
 )  # fmt: skip
 OWN = {("classifier", "w"): (("D", "C"), (8, 3)), ("classifier", "b"): (("C",), (3,))}
@@ -276,6 +276,20 @@ def test_merged_lora_factors_give_the_same_logits(layers):
     assert moved.max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+@pytest.mark.parametrize("layers", ["unrolled", "scan"])
+def test_a_base_in_four_bits_has_the_logits_of_its_dequantized_floats(layers, kind):
+    tree = Tree(gpt(layers), {}, replace(EVERY, base=kind))
+    given, rest, _ = adapter(layers)
+    trained, packed = jax.jit(tree.create)(jax.random.key(0), merge(given, rest))
+    assert packed["blocks"] is not rest["blocks"]
+    whole = merge(filled(trained, 2), packed)
+    plain = fold_lora(model.unstack(whole, 2) if layers == "scan" else whole)
+    assert flat(plain).keys() == flat(base()).keys()
+    expected = logits()(plain, TOKENS)[..., :50]
+    np.testing.assert_allclose(logits(layers)(whole, TOKENS)[..., :50], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("layers", ["unrolled", "scan"])
 def test_int8_is_off_by_half_a_step_at_most(layers):
     apart = jax.device_get(small(layers))
@@ -454,6 +468,8 @@ def saved_state(parts, ema, layers):
         (TuneConfig("last", rank=4), "rank=4 has no effect.*set tune.parts=lora"),
         (TuneConfig("lora", blocks=2), "blocks=2 has no effect.*set tune.parts=last"),
         (TuneConfig(base="int8"), "base=int8 is for untrained parameters"),
+        (TuneConfig(base="nf4"), "base=nf4 is for untrained parameters"),
+        (TuneConfig("lora", base="int3"), "base='int3' is unknown; .* float32, int8, int4, nf4"),
     ],
 )
 def test_impossible_settings_are_refused_with_what_to_set(cfg, says):
