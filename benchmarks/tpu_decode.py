@@ -32,7 +32,7 @@ from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.model.quantize import quantize_params
 from jaxgpt.training.devices import find_device
-from jaxgpt.training.estimate import tpu_devices
+from jaxgpt.training.estimate.compiling import tpu_devices
 
 HERTZ = 1.5e9  # 197 TFLOP/s over four units of 128 x 128 multiplications and additions a cycle
 

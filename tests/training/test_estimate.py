@@ -18,6 +18,7 @@ from jaxgpt.objectives import DPO, NextToken
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training import devices, estimate, hlo, setup, work
+from jaxgpt.training.estimate import compiling, search, tracing
 from jaxgpt.training.optim import OptimConfig
 
 TINY = Config(
@@ -49,7 +50,7 @@ def test_the_memory_of_parameters_and_moments_is_that_of_live_arrays(fsdp, name)
         shards = [s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards]
         return sum(s.data.nbytes for s in shards if s.device == first)
 
-    memory = estimate.analyze(
+    memory = tracing.analyze(
         replace(cfg, parallel=replace(cfg.parallel, devices=0)), MADE_UP.of(2)
     ).memory
     assert memory.parameters == held(state.params)
@@ -66,7 +67,7 @@ def test_flops_are_those_that_xla_counts(remat):
     compute = replace(TINY.compute, remat=remat, attention="plain")
     cfg = replace(TINY, model=model, compute=compute, objective=NextToken(chunk=64))
     network = setup.build_network(cfg, None)
-    found = estimate.gradient_work(cfg, "cpu").of(4)
+    found = tracing.gradient_work(cfg, "cpu").of(4)
 
     loss_fn = setup.build_loss(cfg, network)
     params = jax.eval_shape(partial(network.tree.create, jax.random.key(0)))[0]
@@ -82,10 +83,10 @@ def test_flops_are_those_that_xla_counts(remat):
 
 def test_more_layers_are_the_line_through_two_small_models():
     deep = replace(TINY, model=replace(TINY.model, L=3))
-    found = estimate.gradient_work(deep, "cpu").of(3)
+    found = tracing.gradient_work(deep, "cpu").of(3)
     # With a window that covers everything in one layer, the layers differ, and all are traced.
     mixed = replace(deep, model=replace(deep.model, window=32, global_every=3))
-    whole = estimate.gradient_work(mixed, "cpu").of(3)
+    whole = tracing.gradient_work(mixed, "cpu").of(3)
     assert found == pytest.approx(whole, rel=1e-3)
 
 
@@ -147,14 +148,14 @@ def test_memory_is_what_the_compiler_says_of_the_step_that_runs():
     assert found.program["state_leaves_in_place"] >= found.program["state_leaves"] - 1
     assert not found.step.seconds and "not known" in estimate.report(found)
     # Traced, it is an estimate, and the order of magnitude must be right.
-    traced = estimate.analyze(
+    traced = tracing.analyze(
         replace(TINY, parallel=ParallelConfig()), replace(MADE_UP, platform="cpu")
     )
     assert 0.5 < traced.memory.temporaries / found.memory.temporaries < 2
 
 
 def needed(cfg, count=1):
-    return estimate.analyze(cfg, MADE_UP.of(count)).memory.total
+    return tracing.analyze(cfg, MADE_UP.of(count)).memory.total
 
 
 def test_micro_batches_make_it_fit_first_and_then_rematerialization(monkeypatch):
@@ -183,7 +184,7 @@ def test_fsdp_makes_fit_what_no_device_holds_alone(monkeypatch):
     assert found.memory.fits
     assert any("--parallel.fsdp" in each for each in found.options)
     own = replace(cfg, parallel=ParallelConfig(data=1, fsdp=4))
-    fewer = [*estimate.scale(own, found, 1.0, counts=(2,))]
+    fewer = [*search.scale(own, found, 1.0, counts=(2,))]
     assert len(fewer) == 1  # although its layout is for four devices
     alone = estimate.estimate(cfg, "made", counts=())
     assert not alone.memory.fits and "no micro-batch" in alone.notes[-1]
@@ -192,9 +193,9 @@ def test_fsdp_makes_fit_what_no_device_holds_alone(monkeypatch):
 def test_what_the_compiler_says_is_out_of_memory_does_not_fit(monkeypatch):
     monkeypatch.setattr(estimate, "make_plan", lambda *_: None)
     for needs in (0.0, 3e12):  # it may not say how much
-        monkeypatch.setattr(estimate, "compiled", lambda _, n=needs: estimate.OutOfMemory(n))
+        monkeypatch.setattr(compiling, "compiled", lambda _, n=needs: compiling.OutOfMemory(n))
         cfg = replace(TINY, parallel=ParallelConfig())
-        found = estimate.attempt(cfg, replace(MADE_UP, memory=1e12), [])
+        found = compiling.attempt(cfg, replace(MADE_UP, memory=1e12), [])
         assert not found.memory.fits and found.memory.total >= needs
 
 
