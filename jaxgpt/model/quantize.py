@@ -14,7 +14,7 @@ distribution (nf4). The leaves beside a `w` tell its format:
     nf4     the same with `w_nf4` instead of `w_int4`
 
 A byte holds the codes of inputs i (its low bits) and i + 32 of a group of 64. Where the number of
-inputs is no multiple of 64, groups have the largest power of two that divides it, 8 at least.
+inputs is no multiple of 64, groups have the largest power of two that divides it, 4 at least.
 """
 
 import math
@@ -33,7 +33,7 @@ from jaxgpt.model.params import Leaves, Params, Path, first_contracted_axis, fla
 FourBits = Literal["int4", "nf4"]
 Format = Literal["int8", FourBits]
 FORMATS: tuple[Format, ...] = ("int8", *get_args(FourBits))
-GROUP, SMALLEST_GROUP = 64, 8  # inputs
+GROUP, SMALLEST_GROUP = 64, 4  # inputs
 
 # Published in appendix E of the QLoRA paper.
 NF4 = (

@@ -349,7 +349,7 @@ class Trained:
 
         Raises:
             InputError: JAX does not support bfloat16 matrix products on this CPU, or the width of
-                the model is not a multiple of 8 (int4).
+                the model is not a multiple of 4 (int4).
         """
         check_dtype(self.config, dtype)
         if dtype == "float32":

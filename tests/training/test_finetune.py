@@ -20,7 +20,7 @@ from jaxgpt.training.step import Frozen, from_saved, init_state, to_saved, train
 from tests.tiny import PLAIN, random_params
 
 CFG = GPTConfig(
-    L=2, D=8, N=2, K=1, H=6, F=16, T=6, V=50,
+    L=2, D=8, N=2, K=1, H=6, F=12, T=6, V=50,
     norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=True,
 )  # fmt: skip
 OWN = {("classifier", "w"): (("D", "C"), (8, 3)), ("classifier", "b"): (("C",), (3,))}
