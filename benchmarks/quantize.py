@@ -107,7 +107,7 @@ def show_errors(options: Options, trained: Trained) -> bool:
             name: np.asarray(w).reshape(int(np.prod(w.shape[:outputs])), -1)
             for name, (w, outputs) in found.items()
         }
-        # Theirs are wrong on a CPU for rows that are not whole groups (version 0.50.2).
+        # Of rows that are not whole groups, theirs differ (version 0.50.2 on a CPU).
         rows = {name: w for name, w in rows.items() if w.shape[1] % 64 == 0}
         np.savez(given, **rows)
         subprocess.run([options.bitsandbytes, "-c", THEIRS, str(given), str(back)], check=True)

@@ -83,6 +83,14 @@ def test_a_folder_is_loaded_and_writes(folder):
     assert text.startswith("It was") and len(text) > len("It was")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_folder_that_is_quantized_leaf_by_leaf_equals_one_quantized_whole(folder, dtype):
+    one, whole = jaxgpt.load(folder, dtype=dtype), jaxgpt.load(folder).astype(dtype)
+    assert str(one.params["blocks"]["0"]["q"]["w"].dtype) == {"int4": "uint8"}.get(dtype, dtype)
+    jax.tree.map(np.testing.assert_array_equal, one.params, whole.params)
+    assert one("It was", 20, temperature=0) == whole("It was", 20, temperature=0)
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(folder):
     gpt = jaxgpt.load(folder)
     hot, prompts = Sampling(temperature=9.0), [[1]] * 40

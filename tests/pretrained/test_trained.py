@@ -142,13 +142,13 @@ def lora(cfg):
     return merge(params, nested(drawn))
 
 
-@pytest.mark.parametrize("kind", ["lora", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["lora", "bfloat16", "int8", "int4"])
 def test_all_calls_work_for_lora_and_smaller_data_types(kind):
     cfg = replace(LLAMA, L=1, V=257)
     gpt = Trained(Config(name="a", model=cfg), lora(cfg), Bytes())
     changed = gpt if kind == "lora" else gpt.astype(kind)
     merged = gpt.astype("bfloat16").astype("float32") if kind == "lora" else gpt
-    text, bound = TEXTS[0], {"lora": 0.2, "bfloat16": 0.2, "int8": 0.2}[kind]
+    text, bound = TEXTS[0], {"lora": 0.2, "bfloat16": 0.2, "int8": 0.2, "int4": 1.0}[kind]
     assert np.abs(changed.logits(text) - merged.logits(text)).max() < bound
     assert np.abs(changed.hidden_states(text) - merged.hidden_states(text)).max() < 4 * bound
     assert np.abs(changed.attention(text) - merged.attention(text)).max() < bound

@@ -19,6 +19,7 @@ from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.training import devices, estimate, hlo, setup, work
 from jaxgpt.training.estimate import compiling, search, tracing
+from jaxgpt.training.finetune import TuneConfig
 from jaxgpt.training.optim import OptimConfig
 
 TINY = Config(
@@ -57,6 +58,20 @@ def test_the_memory_of_parameters_and_moments_is_that_of_live_arrays(fsdp, name)
     assert memory.moments == held(state.opt)
     batch = 3 * 4 * cfg.train.batch // 2 * cfg.context
     assert memory.other_state == held((state.step, state.guard, state.ema)) + 8 + batch
+
+
+@pytest.mark.parametrize("base", ["int8", "int4", "nf4"])
+def test_the_memory_of_a_quantized_base_is_that_of_live_arrays(base):
+    tune = TuneConfig("lora", rank=2, base=base)
+    cfg = replace(TINY, parallel=ParallelConfig(devices=1), tune=tune)
+    network = setup.build_network(cfg, None)
+    tx = setup.build_optimizer(cfg, network)
+    state = network.layout.create(partial(setup.new_state, cfg, network, tx))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    memory = tracing.analyze(cfg, MADE_UP).memory
+    batch = 3 * 4 * cfg.train.batch * cfg.context
+    found = memory.parameters + memory.moments + memory.other_state
+    assert found == pytest.approx(held + batch, abs=64)  # a random key and counters
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -191,7 +206,7 @@ def test_fsdp_makes_fit_what_no_device_holds_alone(monkeypatch):
 
 
 def test_what_the_compiler_says_is_out_of_memory_does_not_fit(monkeypatch):
-    monkeypatch.setattr(estimate, "make_plan", lambda *_: None)
+    monkeypatch.setattr(compiling, "make_plan", lambda *_: None)
     for needs in (0.0, 3e12):  # it may not say how much
         monkeypatch.setattr(compiling, "compiled", lambda _, n=needs: compiling.OutOfMemory(n))
         cfg = replace(TINY, parallel=ParallelConfig())
@@ -244,7 +259,7 @@ def test_a_wrong_device_is_an_error_that_lists_the_right_ones(name, says):
 
 
 def test_without_libtpu_the_error_names_the_command(monkeypatch):
-    monkeypatch.setattr(estimate, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'libtpu==0\.\d"):
         estimate.estimate(TINY, "v5e-1")
 
