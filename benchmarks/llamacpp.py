@@ -7,7 +7,7 @@
 The model is exported as GGUF in each type. Both sides get the same token ids of the model's
 held-out data, and decode greedily after the same prompt, each in its own process and one after the
 other. Random weights have no held-out data, so only their tokens and speed are compared. Our side
-computes with float32 and int8 weights, and with those of each GGUF file as jaxgpt
+computes with float32, int8 and int4 weights, and with those of each GGUF file as jaxgpt
 loads it, dequantized. llama-cpp-python may be in another environment, see `--python`.
 """
 
@@ -33,8 +33,6 @@ class Options:
 
     types: tuple[str, ...] = ("f32", "f16", "q8_0", "q4_0")
     """The types of the GGUF files."""
-    ours: tuple[str, ...] = ("float32", "int8")
-    """The formats of our weights, as for `jaxgpt.load`."""
     windows: int = 32
     """How many windows of the context length the perplexity is measured on."""
     prompt: int = 64
@@ -182,7 +180,7 @@ def main(path: str = "", options: Options = Options()) -> None:
         }  # fmt: skip
         ours = {
             dtype: _child(sys.executable, "jaxgpt", path=path, dtype=dtype, **with_prompt)
-            for dtype in options.ours
+            for dtype in sorted({_beside(type_) for type_ in options.types})
         }
         rows = []
         for type_ in options.types:
@@ -193,7 +191,7 @@ def main(path: str = "", options: Options = Options()) -> None:
                 sys.executable, "jaxgpt", path=file, dtype="float32",
                 **{**with_prompt, "new": options.new, "rounds": 1},
             )  # fmt: skip
-            beside = "float32" if type_ in ("f32", "f16", "bf16") else "int8"
+            beside = _beside(type_)
             rows.append((type_, Path(file).stat().st_size, theirs, loaded, beside, ours[beside]))
     command = "import importlib.metadata as m; print(m.version('llama_cpp_python'))"
     there = subprocess.run([options.python, "-c", command], capture_output=True, text=True)
@@ -215,6 +213,12 @@ def main(path: str = "", options: Options = Options()) -> None:
             f"{beside:>8} {_perplexity(our):>7} {rate:10.1f} {own:8.1f} {own / rate:6.2f}  "
             f"{same} of {options.new}"
         )
+
+
+def _beside(type_: str) -> str:
+    """Our format of weights, as for `jaxgpt.load`, that is compared with a type."""
+    bits = {"f": "float32", "b": "float32", "q8": "int8"}
+    return next((ours for begins, ours in bits.items() if type_.startswith(begins)), "int4")
 
 
 def _perplexity(measured: Any) -> str:

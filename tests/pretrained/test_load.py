@@ -241,7 +241,7 @@ def test_an_export_has_a_model_card_with_its_origin(folder, tuned, tmp_path, cap
     loss = about["metrics"]["val_loss"]
     for part in (
         "4 steps of 8 x 16 tokens, 512 tokens in total",
-        f"{loss:.4f} nats",
+        f"| validation loss in nats per token | {loss:.4f} |",
         about["data"]["files"][0],
         str(folder),
         f"jax {jax.__version__}",
