@@ -102,7 +102,7 @@ def test_it_is_trained_sharded_saved_and_generated_from(config):
         jax.tree.leaves(trained.params), jax.tree.leaves(sharded.params), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=2e-4)
-    with pytest.raises(InputError, match="no family .* MoEConfig"):
+    with pytest.raises(InputError, match="no model family .* MoEConfig"):
         from jaxgpt.pretrained.export import to_hf
 
         to_hf("runs/moe", "out")
