@@ -308,12 +308,10 @@ def export(
     """
     expand(folder)  # raises for a URL
     check_exists(path)
-    if to == "peft" and dtype != "float32":
-        raise InputError(f"dtype={dtype}: an adapter is written in float32; remove --dtype")
     if dtype not in EXPORTS[to]:
         raise InputError(f"dtype={dtype}: --to {to} has {', '.join(EXPORTS[to])}; use one of them")
     if to == "peft" and adapter:
-        raise InputError(f"adapter={adapter} is for --to hf, which merges it; remove it")
+        raise InputError(f"adapter={adapter} is for whole models, which merge it; remove it")
     if to != "peft" and base:
         raise InputError(f"base={base} is for --to peft: a whole model has no base; remove it")
     if to not in ("stablehlo", "litert") and context:

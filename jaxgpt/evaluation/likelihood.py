@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.generation.forward import BUDGET, LARGE_BUDGET
+from jaxgpt.generation.forward import tokens_per_batch
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.model import GPT, Params, next_logits
 from jaxgpt.objectives.chunks import hidden
@@ -183,9 +183,8 @@ class LogLikelihood:
             raise InputError(f"tokens={tokens}; set it to 1 or more", field="tokens")
         self._model, self._params = trained.model, trained.params
         self._tokenizer = trained.tokenizer
-        platform = jax.default_backend()
-        self._budget = tokens or BUDGET.get(platform, LARGE_BUDGET)
-        self._chunk = CHUNK.get(platform, LARGE_CHUNK)
+        self._budget = tokens or tokens_per_batch()
+        self._chunk = CHUNK.get(jax.default_backend(), LARGE_CHUNK)
         self.context = trained.model.cfg.decode_T
         """The model's context length."""
         self.truncated = 0

@@ -22,10 +22,10 @@ from jaxgpt.model import GPT, Params, next_logits
 
 Pooling = Literal["mean", "last"]
 
-BUDGET = {"cpu": 1024}
-"""Tokens in a batch, by backend."""
-LARGE_BUDGET = 16384
-"""Tokens in a batch on accelerators."""
+
+def tokens_per_batch() -> int:
+    """How many tokens are computed at once, with their padding: what suits the device."""
+    return 1024 if jax.default_backend() == "cpu" else 16384
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -108,7 +108,7 @@ def embed(
             )
         length = min(power_of_two(len(ids), SHORTEST), cfg.decode_T)
         groups.setdefault(length, []).append(number)
-    budget = BUDGET.get(jax.default_backend(), LARGE_BUDGET)
+    budget = tokens_per_batch()
     for length, members in sorted(groups.items()):
         B = min(max(1, budget // length), power_of_two(len(members)))
         for first in range(0, len(members), B):

@@ -225,7 +225,9 @@ class GPT(nn.Module):
         tree = None
         if ends_BT is not None:
             if positions_BT is None or segments_BT is not None:
-                raise ValueError("ends_BT needs positions_BT, and has segments in it already")
+                raise ValueError(
+                    "ends_BT needs positions_BT and excludes segments_BT: trees are separate"
+                )
             tree = positions_BT, ends_BT
         x_BTD, rotary = self.embed(tokens_BT, positions_BT, is_tree=tree is not None)
         x_BTD, _ = self.blocks(x_BTD, Context(rotary, segments_BT, tree))

@@ -121,18 +121,18 @@ def dequantize_matrix(leaves: Mapping[str, jax.Array]) -> jax.Array:
     kind, w, scale = format_of(leaves), leaves["w"], leaves["w_scale"]
     if kind is None or kind == "int8":
         return dequantize(w, scale)
-    codes, scales = _codes(w, leaves[f"w_{kind}"])
-    step = scales * scale[..., None]
+    scales = leaves[f"w_{kind}"]
+    codes, step = _codes(w, scales), scales * scale[..., None]
     numbers = codes.astype(jnp.float32) - 8 if kind == "int4" else _look_up(codes)
     return (numbers * step[..., None, None]).reshape(_unpacked(w))
 
 
-def _codes(w: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The codes [outputs, groups, 2, half a group] of packed weights, and their groups' scales."""
+def _codes(w: jax.Array, scales: jax.Array) -> jax.Array:
+    """The codes [outputs, groups, 2, half a group] of packed weights with scales by group."""
     packed = w.reshape(*scales.shape, 1, -1)
     # Not two arrays that are stacked, which XLA for CPU copies.
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*(1,) * scales.ndim, 2, 1)
-    return packed >> shifts & 15, scales
+    return packed >> shifts & 15
 
 
 def _unpacked(w: jax.Array) -> tuple[int, ...]:
@@ -154,8 +154,8 @@ def _as_int8(kind: Format, leaves: Mapping[str, jax.Array]) -> tuple[jax.Array, 
     w, scale = leaves["w"], leaves["w_scale"]
     if kind == "int8":
         return w, scale
-    codes, scales = _codes(w, leaves[f"w_{kind}"])
-    scales = scales[..., None, None]
+    scales = leaves[f"w_{kind}"]
+    codes, scales = _codes(w, scales), scales[..., None, None]
     if kind == "nf4":
         values = jnp.round(_look_up(codes) * scales).astype(jnp.int8)
         return values.reshape(_unpacked(w)), scale

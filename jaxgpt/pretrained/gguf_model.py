@@ -363,7 +363,7 @@ def _is_shifted(architecture: str, row_name: str) -> bool:
 
 
 def _from_file(architecture: str, cfg: GPTConfig, row: weights.Row) -> Any:
-    """The function that converts a tensor of a file, or None."""
+    """How the values of a tensor in a file become those of the leaf; None if they are the same."""
     if heads := _rotated(architecture, cfg, row.name):
         return lambda array: _pairs_apart(array, heads)
     if _is_shifted(architecture, row.name):

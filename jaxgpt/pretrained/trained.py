@@ -26,12 +26,11 @@ from jaxgpt.generation.batch import generate_batch
 from jaxgpt.generation.config import TEMPERATURE, GenerationConfig
 from jaxgpt.generation.decode import padded
 from jaxgpt.generation.forward import (
-    BUDGET,
-    LARGE_BUDGET,
     Pooling,
     all_logits,
     embed,
     next_logprobs,
+    tokens_per_batch,
 )
 from jaxgpt.generation.shapes import power_of_two
 from jaxgpt.generation.stream import TextStream, stream_beam_search, stream_text
@@ -296,7 +295,7 @@ class Trained:
 
     def _logprobs(self, texts: Sequence[Sequence[int]], progress: bool) -> list[float]:
         """The log-likelihood of each text, of one token at least."""
-        budget = BUDGET.get(jax.default_backend(), LARGE_BUDGET)
+        budget = tokens_per_batch()
         total = sum(map(len, texts))
         scorer = LogLikelihood(self, min(budget, power_of_two(total)))
         windows = [(n, request) for n, ids in enumerate(texts) for request in scorer.rolling(ids)]

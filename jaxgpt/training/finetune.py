@@ -60,7 +60,7 @@ class TuneConfig:
     base: Base = "float32"
     """The format of the blocks' matrices that are not trained: int8 takes a quarter of the memory
     of float32, with a scale per output; int4 and nf4 (QLoRA) an eighth, with a scale per 64 inputs,
-    itself in int8. nf4 is a little more exact than int4, whose text is generated faster."""
+    itself in int8. The rounding error of nf4 is a little smaller than that of int4."""
 
     def check(self) -> None:
         """Raises InputError if a field is invalid."""
