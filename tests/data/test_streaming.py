@@ -408,6 +408,9 @@ def test_a_run_is_saved_and_resumes_exactly_after_its_data_failed_to_come(
         left[0] -= 1
         if left[0] == -1:
             runs.wait_for_step("cut", 1)
+            steps = 0
+            while steps != (steps := len(runs.losses_of("cut"))):  # until the loop waits for data
+                time.sleep(3)
             os.kill(os.getpid(), signal.SIGTERM)
             over.wait(60)
         return read(*args)
