@@ -26,20 +26,26 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.A
     The gradient is part of the policy: cotangents are cast to `dtype` before their matmuls, which
     plain differentiation of a float32-accumulating product would leave as slow mixed ones. The
     gradient of a weight is in the weight's dtype, straight from the accumulator.
+
+    Args:
+        equation: Such as "BTD,NHD->BTNH": the axes of `w` are those of the output, in order, and
+            then those of x that are contracted.
+        x: Activations [B, T, ...].
+        w: The weight.
+        dtype: Of the factors.
     """
     x_letters, w_letters = equation.split("->")[0].split(",")
-    inputs = x_letters[2:]
-    if not w_letters.endswith(inputs):
-        return _matmul(equation, x, w, dtype)
+    if not w_letters.endswith(x_letters[2:]):
+        raise ValueError(f"{equation}: the last axes of the weight must be {x_letters[2:]}")
+    outputs = w.shape[: w.ndim - len(x_letters) + 2]
     # Of three letters, XLA for CPU would copy the weight first, in another order.
-    outputs = w.shape[: w.ndim - len(inputs)]
     x_BTF, w_YF = x.reshape(*x.shape[:2], -1), w.reshape(math.prod(outputs), -1)
-    return _matmul("BTF,YF->BTY", x_BTF, w_YF, dtype).reshape(*x.shape[:2], *outputs)
+    return _matmul(x_BTF, w_YF, dtype).reshape(*x.shape[:2], *outputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _matmul(equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return product(equation, x.astype(dtype), w.astype(dtype), jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_BTF: jax.Array, w_YF: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return product("BTF,YF->BTY", x_BTF.astype(dtype), w_YF.astype(dtype), jnp.float32)
 
 
 def product(equation: str, x: jax.Array, w: jax.Array, accumulator: DTypeLike) -> jax.Array:
@@ -98,32 +104,27 @@ def _rows_alone(x_BTF: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> ja
 
 
 def _matmul_forward(
-    equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike
+    x_BTF: jax.Array, w_YF: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, Factors]:
-    return _matmul(equation, x, w, dtype), (x, w)
+    return _matmul(x_BTF, w_YF, dtype), (x_BTF, w_YF)
 
 
-def _matmul_backward(equation: str, dtype: DTypeLike, saved: Factors, dy: jax.Array) -> Factors:
-    x, w = saved
-    inputs, out = equation.split("->")
-    x_letters, w_letters = inputs.split(",")
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dy, x_, w_ = dy.astype(dtype), x.astype(dtype), w.astype(dtype)
-    dx = product(f"{out},{w_letters}->{x_letters}", dy, w_)
+def _matmul_backward(dtype: DTypeLike, saved: Factors, dy_BTY: jax.Array) -> Factors:
+    x_BTF, w_YF = saved
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    x, w, dy = x_BTF.astype(dtype), w_YF.astype(dtype), dy_BTY.astype(dtype)
+    dx_BTF = einsum("BTY,YF->BTF", dy, w)
 
-    def dw_on_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
-        # XLA for CPU transposes the first factor in memory: that had better be the smaller one. It
-        # would also fold a transposed result into a product that it has not for bfloat16.
-        factors = sorted([(x, x_letters), (dy, out)], key=lambda factor: factor[0].size)
-        (a, a_letters), (b, b_letters) = factors
-        as_it_comes = "".join(letter for letter in a_letters + b_letters if letter in w_letters)
-        dw = product(f"{a_letters},{b_letters}->{as_it_comes}", a, b)
-        return jnp.einsum(f"{as_it_comes}->{w_letters}", jax.lax.optimization_barrier(dw))
+    def on_cpu(dy: jax.Array, x: jax.Array) -> jax.Array:
+        # XLA for CPU has fast products of bfloat16 that sum over two axes; of float32, only those
+        # that sum over one are fast.
+        lead = (-1,) if x.dtype == jnp.float32 else (1, -1)
+        letters = "BT"[-len(lead) :]
+        flat = (a.reshape(*lead, a.shape[-1]) for a in (dy, x))
+        return einsum(f"{letters}Y,{letters}F->YF", *flat)
 
-    dw = jax.lax.platform_dependent(
-        x_, dy, cpu=dw_on_cpu, default=partial(product, f"{x_letters},{out}->{w_letters}")
-    )
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    dw_YF = jax.lax.platform_dependent(dy, x, cpu=on_cpu, default=partial(einsum, "BTY,BTF->YF"))
+    return dx_BTF.astype(x_BTF.dtype), dw_YF.astype(w_YF.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -51,14 +51,14 @@ class Mean:
         return self.total / self.count
 
 
-# loss(hidden_BtD, w_DV, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
+# loss(hidden_BtD, w_VD, {name: array_Bt}) -> (loss_sum, a tree of sums to report)
 ChunkLoss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, Report]]
 Saved = tuple[jax.Array, jax.Array, Batch]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked_sum(
-    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: Batch
+    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_VD: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Report]:
     """The sum of a loss over chunks of positions.
 
@@ -66,7 +66,7 @@ def chunked_sum(
         loss: The loss of a chunk.
         size: Positions of each row in a chunk; 0: as many as `positions_per_chunk` says.
         hidden_BTD: Hidden states; the sum is differentiable with respect to them.
-        w_DV: The weights of the output layer; the sum is differentiable with respect to them.
+        w_VD: The weights of the output layer; the sum is differentiable with respect to them.
         batch: Arrays [B, T, ...] that the loss reads, without a gradient.
 
     Returns:
@@ -74,38 +74,38 @@ def chunked_sum(
     """
 
     def part(hidden_BtD: jax.Array, chunk: Batch) -> tuple[tuple[jax.Array, Report], None]:
-        return loss(hidden_BtD, w_DV, chunk), None
+        return loss(hidden_BtD, w_VD, chunk), None
 
-    return _sweep(part, size, w_DV.shape[1], hidden_BTD, batch)[0]
+    return _sweep(part, size, w_VD.shape[0], hidden_BTD, batch)[0]
 
 
 def _forward(
-    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_DV: jax.Array, batch: Batch
+    loss: ChunkLoss[Report], size: int, hidden_BTD: jax.Array, w_VD: jax.Array, batch: Batch
 ) -> tuple[tuple[jax.Array, Report], Saved]:
-    w_DV = constrain(w_DV, "-V")  # under FSDP the table is gathered once, not once a chunk
+    w_VD = constrain(w_VD, "V-")  # under FSDP the table is gathered once, not once a chunk
 
     def part(
         hidden_BtD: jax.Array, chunk: Batch
     ) -> tuple[tuple[jax.Array, Report, jax.Array], jax.Array]:
         total, gradient, report = jax.vjp(
-            lambda hidden_BtD, w_DV: loss(hidden_BtD, w_DV, chunk), hidden_BtD, w_DV, has_aux=True
+            lambda hidden_BtD, w_VD: loss(hidden_BtD, w_VD, chunk), hidden_BtD, w_VD, has_aux=True
         )
-        dhidden_BtD, dw_DV = gradient(jnp.ones_like(total))
-        return (total, report, dw_DV), dhidden_BtD
+        dhidden_BtD, dw_VD = gradient(jnp.ones_like(total))
+        return (total, report, dw_VD), dhidden_BtD
 
-    (total, report, dw_DV), dhidden_BTD = _sweep(part, size, w_DV.shape[1], hidden_BTD, batch)
+    (total, report, dw_VD), dhidden_BTD = _sweep(part, size, w_VD.shape[0], hidden_BTD, batch)
     # Replicated until the loop ends, so that devices add up once and not once per chunk.
-    dw_DV = constrain(constrain(dw_DV, "-V"), "DV")
-    return (total, report), (dhidden_BTD, dw_DV, batch)
+    dw_VD = constrain(constrain(dw_VD, "V-"), "VD")
+    return (total, report), (dhidden_BTD, dw_VD, batch)
 
 
 def _backward(
     loss: ChunkLoss[Report], size: int, saved: Saved, cotangents: tuple[jax.Array, Report]
 ) -> tuple[jax.Array, jax.Array, dict[str, ArrayLike]]:
-    dhidden_BTD, dw_DV, batch = saved
+    dhidden_BTD, dw_VD, batch = saved
     g = cotangents[0]
     zeros = jax.tree.map(_no_gradient, batch)
-    return (dhidden_BTD * g).astype(dhidden_BTD.dtype), dw_DV * g, zeros
+    return (dhidden_BTD * g).astype(dhidden_BTD.dtype), dw_VD * g, zeros
 
 
 chunked_sum.defvjp(_forward, _backward)
@@ -157,15 +157,15 @@ def log_probs(
         [B, T] float32.
     """
     hidden_BTD = hidden(model, params, batch, key)
-    w_DV = constrain(output_weights(model.cfg, params), "-V")
+    w_VD = constrain(output_weights(model.cfg, params), "V-")
     B, T, _ = hidden_BTD.shape
-    size = min(size or positions_per_chunk(B, T, w_DV.shape[1], LOGITS), T)
+    size = min(size or positions_per_chunk(B, T, w_VD.shape[0], LOGITS), T)
     chunks = -(-T // size)
 
     @jax.checkpoint
     def part(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_BtD, targets_Bt = chunk
-        logits_BtV = logits(model.cfg, hidden_BtD, w_DV) / temperature
+        logits_BtV = logits(model.cfg, hidden_BtD, w_VD) / temperature
         ids_V = jnp.arange(logits_BtV.shape[-1])[None, None]
         chosen_Bt = jnp.where(ids_V == targets_Bt[..., None], logits_BtV, 0).sum(-1)
         return chosen_Bt - jax.nn.logsumexp(logits_BtV, axis=-1)

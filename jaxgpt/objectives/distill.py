@@ -61,7 +61,7 @@ class Distill(NextToken):
             raise InputError("distillation needs a teacher; set objective.teacher")
         theirs = jax.lax.stop_gradient(teacher.params)
         # Under FSDP it is gathered once, and not once per chunk.
-        teacher_w_DV = constrain(output_weights(teacher.model.cfg, theirs), "-V")
+        teacher_w_VD = constrain(output_weights(teacher.model.cfg, theirs), "V-")
         rest = {
             "targets": batch["targets"],
             "weights": batch["weights"],
@@ -69,14 +69,14 @@ class Distill(NextToken):
         }
 
         def loss(
-            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+            hidden_BtD: jax.Array, w_VD: jax.Array, chunk: Batch
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             weights_Bt = chunk["weights"]
-            logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
+            logits_BtV = logits(model.cfg, hidden_BtD, w_VD)
             next_token, cross_entropy = self.of_logits(
                 model.cfg, logits_BtV, chunk["targets"], weights_Bt
             )
-            theirs_BtV = logits(teacher.model.cfg, chunk["teacher"], teacher_w_DV)
+            theirs_BtV = logits(teacher.model.cfg, chunk["teacher"], teacher_w_VD)
             real_V = (jnp.arange(logits_BtV.shape[-1]) < model.cfg.V)[None, None]
 
             def divergence(temperature: float) -> jax.Array:
@@ -96,7 +96,7 @@ class Distill(NextToken):
                 )[1]
             return mixed, sums
 
-        w_DV = output_weights(model.cfg, params)
-        total, sums = chunked_sum(loss, self.chunk, hidden(model, params, batch, key), w_DV, rest)
+        w_VD = output_weights(model.cfg, params)
+        total, sums = chunked_sum(loss, self.chunk, hidden(model, params, batch, key), w_VD, rest)
         count = batch["weights"].sum()
         return total, {name: Mean(value, count) for name, value in sums.items()}

@@ -44,12 +44,12 @@ class NextToken(Objective):
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
         def loss(
-            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+            hidden_BtD: jax.Array, w_VD: jax.Array, chunk: Batch
         ) -> tuple[jax.Array, jax.Array]:
-            return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_DV), **chunk)
+            return self.of_logits(model.cfg, logits(model.cfg, hidden_BtD, w_VD), **chunk)
 
-        w_DV = output_weights(model.cfg, params)
-        loss_sum, cross_entropy = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
+        w_VD = output_weights(model.cfg, params)
+        loss_sum, cross_entropy = chunked_sum(loss, self.chunk, hidden_BTD, w_VD, rest)
         return loss_sum, {"loss": Mean(cross_entropy, batch["weights"].sum())}
 
     def of_logits(

@@ -110,15 +110,15 @@ class Translate(NextToken):
         rest = {"targets": batch["targets"], "weights": batch["weights"]}
 
         def loss(
-            hidden_BtD: jax.Array, w_DV: jax.Array, chunk: Batch
+            hidden_BtD: jax.Array, w_VD: jax.Array, chunk: Batch
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            logits_BtV = logits(model.cfg, hidden_BtD, w_DV)
+            logits_BtV = logits(model.cfg, hidden_BtD, w_VD)
             total, cross_entropy = self.of_logits(model.cfg, logits_BtV, **chunk)
             right_Bt = logits_BtV.argmax(-1) == chunk["targets"]
             return total, (cross_entropy, (chunk["weights"] * right_Bt).sum())
 
-        w_DV = output_weights(model.cfg, params)
-        total, (cross_entropy, right) = chunked_sum(loss, self.chunk, hidden_BTD, w_DV, rest)
+        w_VD = output_weights(model.cfg, params)
+        total, (cross_entropy, right) = chunked_sum(loss, self.chunk, hidden_BTD, w_VD, rest)
         count = batch["weights"].sum()
         return total, {"loss": Mean(cross_entropy, count), "accuracy": Mean(right, count)}
 

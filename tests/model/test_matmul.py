@@ -13,7 +13,7 @@ EQUATIONS = {
     "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),
     "BTNH,DNH->BTD": ((2, 3, 2, 3), (4, 2, 3)),
     "BTF,DF->BTD": ((2, 3, 5), (4, 5)),
-    "BTD,DV->BTV": ((2, 3, 4), (4, 5)),
+    "BTD,VD->BTV": ((2, 3, 4), (5, 4)),
     "BTD,FD->BTF": ((1, 1, 4), (6, 4)),
 }
 
@@ -31,6 +31,11 @@ def test_gradient_of_matmul_is_that_of_einsum(equation):
     for a, b in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     check_grads(ours, (x, w), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)  # finite differences
+
+
+def test_a_weight_in_another_order_is_refused():
+    with pytest.raises(ValueError, match="the last axes of the weight must be D"):
+        matmul("BTD,DV->BTV", jnp.ones((1, 2, 3)), jnp.ones((3, 5)), jnp.float32)
 
 
 def test_matmul_accumulates_in_float32_and_casts_the_cotangent():

@@ -62,8 +62,8 @@ def test_chunked_loss_and_gradient_equal_numpy_on_all_logits(objective, chunk):
     w = RNG.standard_normal((8, 128)).astype(np.float32)
     rest = {"targets": BATCH["targets"], "weights": BATCH["weights"]}
 
-    def token_losses(hidden_BtD, w_DV, chunk):
-        return objective.of_logits(CFG, model.logits(CFG, hidden_BtD, w_DV), **chunk)
+    def token_losses(hidden_BtD, w_VD, chunk):
+        return objective.of_logits(CFG, model.logits(CFG, hidden_BtD, w_VD), **chunk)
 
     def loss(hidden, w):
         return chunked_sum(token_losses, chunk, hidden, w, rest)

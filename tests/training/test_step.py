@@ -86,6 +86,41 @@ def test_the_gradient_is_that_of_the_weighted_mean():
     assert metrics["finite"]
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1.0, 1e3])
+def test_the_update_is_that_of_an_optax_chain(clip):
+    cfg = optim.OptimConfig(warmup=0, clip=clip, schedule="constant", learning_rate=0.1)
+    tx = optim.build(cfg, {("w",): (("D",), (3,)), ("b",): ((), ())}, 10)
+    step, state = stepper(tx=tx)
+    decays = {"w": True, "b": False}
+    adamw = optax.adamw(0.1, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=0.1, mask=decays)
+    chain = optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+    params, opt = state.params, chain.init(state.params)
+    for seed in range(4):
+        data = batch(seed)
+        (_, report), grads = jax.value_and_grad(squares, has_aux=True)(params, data, None)
+        grads = jax.tree.map(lambda g, n=report["loss"].count: g / n, grads)
+        updates, opt = chain.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        state, _ = step(state, data)
+    assert_trees_close(state.params, params)
+    assert_trees_close(state.opt, opt)  # and they have the same structure
+
+
+def test_an_update_copies_neither_the_gradient_nor_the_state():
+    cfg = optim.OptimConfig(warmup=0)
+    w = jnp.ones((512, 512))
+
+    def loss(params, batch, key):
+        total = jnp.square(batch["x"] @ params["w"]).sum()
+        return total, {"loss": Mean(total, jnp.float32(8))}
+
+    tx = optim.build(cfg, {("w",): (("D", "F"), w.shape)}, 10)
+    state = init_state({"w": w}, tx, jax.random.key(0))
+    step = jax.jit(partial(train_step, loss_fn=loss, tx=tx), donate_argnums=0)
+    compiled = step.lower(state, {"x": jnp.ones((8, 512))}).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * w.nbytes  # the gradient
+
+
 def test_accumulation_is_exact_with_ragged_weights():
     ends = []
     for micro in (1, 2, 4):
