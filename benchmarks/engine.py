@@ -8,10 +8,12 @@ prompt of their own or with a shared one. Then texts are generated in all slots 
 prompt of `long` tokens comes in. The weights are random, by default of GPT-2 124M's shape.
 """
 
+import itertools
 import statistics
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from jaxgpt.config import Config
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import ComputeConfig, GPTConfig, init
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.serve.engine import Engine, Request
+from jaxgpt.serve.engine import Delta, Engine, Request
 from jaxgpt.tokenizer import TokenizerConfig, build
 
 
@@ -103,41 +105,53 @@ class Clients:
         return new / took, prompt / took, cached / max(prompt, 1)
 
 
+class Pieces:
+    """When the pieces of a running text came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def hear(self, delta: Delta) -> None:
+        """The listener of the text."""
+        if delta.tokens:
+            self.times.append(time.monotonic())
+
+    def gaps(self, since: float) -> list[float]:
+        """Seconds between pieces that came after a time, with the gap in which that lies."""
+        pairs = itertools.pairwise(self.times)
+        return [after - before for before, after in pairs if after > since]
+
+
 def beside_long(clients: Clients, slots: int) -> tuple[float, float, float]:
-    """Seconds between pieces of running texts: median, and the longest while a long prompt comes in;
-    and to the long prompt's first token."""
+    """What a long prompt does to running texts, in seconds.
+
+    Returns:
+        The median time between two pieces of a text before the long prompt, the longest while it
+        comes in, and the median time to its own first token.
+    """
     engine, options = clients.engine, clients.options
-    usual, longest, firsts = [], [], []
+    usual: list[float] = []
+    longest: list[float] = []
+    firsts: list[float] = []
     for _ in range(options.rounds):
-        gaps: list[tuple[float, float]] = []
-        last: dict[int, float] = {}
-        streams = []
-
-        def heard(number: int) -> None:
-            now = time.monotonic()
-            if number in last:
-                gaps.append((now, now - last[number]))
-            last[number] = now
-
-        most = options.context - 8
-        for number in range(slots - 1):
-            listener = lambda delta, number=number: heard(number) if delta.tokens else None
-            streams.append(engine.submit(Request(clients.ids(8), most), listener))
-        while len(last) < slots - 1:
+        texts = [Pieces() for _ in range(slots - 1)]
+        request = partial(Request, tokens=options.context - 8)
+        streams = [engine.submit(request(clients.ids(8)), text.hear) for text in texts]
+        while not all(text.times for text in texts):
             time.sleep(0.01)
+        settled = time.monotonic()
         time.sleep(2)
         began = time.monotonic()
-        long = engine.submit(Request(clients.ids(options.long), 1))
-        for delta in long:
+        before = [gap for text in texts for gap in text.gaps(settled)]
+        for delta in engine.submit(Request(clients.ids(options.long), 1)):
             if delta.tokens:
                 firsts.append(time.monotonic() - began)
-        time.sleep(0.2)
-        end = time.monotonic()
-        usual += [gap for at, gap in gaps if at < began]
-        longest.append(max(gap for at, gap in gaps if at > began))
+        time.sleep(0.5)  # for the pieces that the prompt's end delayed
+        usual += before
+        longest.append(max(gap for text in texts for gap in text.gaps(began)))
         for stream in streams:
             stream.cancel()
-        while engine.stats["running"] and time.monotonic() < end + 20:
+        while engine.stats["running"]:
             time.sleep(0.01)
     return statistics.median(usual), max(longest), statistics.median(firsts)
 

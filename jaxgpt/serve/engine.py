@@ -436,15 +436,16 @@ class Engine:
                     self._schedule()
                 if self._prefilling:
                     self._prefill()
-                # Prefilling and decoding take turns of equal time, so that neither stops the other.
-                began = time.monotonic()
-                if self._decoding and (not self._prefilling or began >= self._next_steps):
-                    running = self._decoding.values()
+                # Prefilling and decoding take turns of equal time, so that neither stops the other;
+                # if more prompts wait than texts run, prefilling has more in proportion.
+                began, running = time.monotonic(), self._decoding.values()
+                if running and (not self._prefilling or began >= self._next_steps):
+                    share = max(1.0, len(self._prefilling) / len(running))
                     top = MAX_LOGPROBS if any(s.request.top_logprobs for s in running) else 0
                     written = self._step(top)
                     self._emit(jax.device_get(written), top)
                     end = time.monotonic()
-                    self._next_steps = end + (end - began)
+                    self._next_steps = end + share * (end - began)
         finally:
             # Also after an exception, so that no caller waits forever.
             self.heartbeat = float("-inf")
@@ -888,7 +889,10 @@ def _score(
         )
 
     out = jnp.zeros(P), jnp.zeros((P, MAX_LOGPROBS), jnp.int32), jnp.zeros((P, MAX_LOGPROBS))
-    return jax.lax.fori_loop(0, (n + size - 1) // size, block, out)
+    # Without the branch XLA would take a single block, which does not depend on i, out of the loop.
+    return jax.lax.cond(
+        n > 0, lambda: jax.lax.fori_loop(0, (n + size - 1) // size, block, out), lambda: out
+    )
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Prompts in chunks, and the reuse of what the KV cache holds of earlier ones: no answer changes."""
+"""Prompts in chunks, and the reuse of what the KV cache holds of earlier ones."""
 
 import time
 from dataclasses import replace
