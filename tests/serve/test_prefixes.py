@@ -10,6 +10,7 @@ import pytest
 from jaxgpt import model
 from jaxgpt.config import Config
 from jaxgpt.generation import constrained
+from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.trained import Trained
@@ -129,6 +130,24 @@ def test_reuse_changes_no_bit_of_an_answer_from_an_int8_cache():
     equal(found, rounds=6, cancel=True)
     for engine in found:
         engine.stop()
+
+
+def test_prompts_in_chunks_give_the_text_of_prompts_prefilled_at_once(engines, wide):
+    for engine in (engines[0], wide[0]):
+        trained = engine.trained
+        for length in (1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 43):
+            asked = Request(ids(length), 12, Sampling(temperature=0))
+            tokens, logprobs, _ = decode(
+                trained.model,
+                trained.params,
+                [asked.prompt],
+                12,
+                sampling=asked.sampling,
+                vocabulary=trained.tokenizer.vocab_size,
+            )
+            found, _, _ = outcome(engine.submit(asked))
+            assert [token.id for token in found] == tokens[0].tolist()
+            np.testing.assert_allclose([t.logprob for t in found], logprobs[0], atol=1e-4)
 
 
 def cached(engine, prompt, tokens=3):
