@@ -488,21 +488,23 @@ class Engine:
         self._counts["cached_prompt_tokens"] += tokens
 
     def _prefill(self) -> None:
-        """Prefills a chunk of one prompt; after the last one the text begins, or ends.
+        """Prefills a chunk of one prompt, after whose last one its text begins.
 
         The prompt with the fewest tokens left and the oldest one take turns: a short prompt does
         not wait for a long one to end, nor a long one for all short ones that come after it.
         """
+        for slot in [*self._prefilling]:
+            if finish := self._running[slot]._abort_reason():
+                self._counts["cancelled"] += finish == "cancelled"
+                self._end(slot, Delta("", (), finish))
+        if not self._prefilling:
+            return
         self._oldest_next = not self._oldest_next
         slot = self._prefilling[0]
         if self._oldest_next:
             slot = min(self._prefilling, key=lambda slot: self._running[slot]._left)
         stream = self._running[slot]
         request, tokens = stream.request, stream._prefill
-        if finish := stream._abort_reason():
-            self._counts["cancelled"] += finish == "cancelled"
-            self._end(slot, Delta("", (), finish))
-            return
         if self._reuses(stream):
             source, most = self._prefixes.find(tokens)
             if most > stream._done:
