@@ -580,7 +580,7 @@ class Engine:
         stream._hidden = []
         if not stream.request.embeds:
             return Prompt(tokens)
-        return Prompt(tokens, sum(sums) / np.float32(len(stream.request.prompt)), lasts[-1])
+        return Prompt(tokens, np.asarray(np.sum(sums, 0) / len(stream.request.prompt)), lasts[-1])
 
     def _top_logprobs(self, ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
         """Pairs of id and log-probability, without ids of padding beyond the vocabulary."""
