@@ -405,9 +405,10 @@ def extend(
     cache: Cache,
     lengths_B: jax.Array | None = None,
     encoder_output_BSD: jax.Array | None = None,
+    row: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """`GPT.extend` with these parameters."""
-    args = tokens_BT, start_B, cache, lengths_B, encoder_output_BSD
+    args = tokens_BT, start_B, cache, lengths_B, encoder_output_BSD, row
     return _apply(model, params, "extend", *args)
 
 

@@ -175,6 +175,55 @@ def attend_cached(
     return _heads_per_row(out_BKXH, T).astype(q_BTNH.dtype)
 
 
+def attend_blocks(
+    q_1TNH: jax.Array,
+    block: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    size: int,
+    start: jax.Array,
+    window: int = 0,
+) -> jax.Array:
+    """Causal attention of T tokens of one text to keys that are read block by block.
+
+    The softmax is computed online (Milakov and Gimelshein 2018): each block corrects the sums of
+    those before by the new maximum. Only blocks that some token attends to are read.
+
+    Args:
+        q_1TNH: Queries.
+        block: Returns the float32 keys and values [1, K, size, H] of the positions from
+            `number * size` on.
+        size: Positions per block.
+        start: The position of the first query.
+        window: The sliding window; 0: all of the past.
+    """
+    _, T, N, H = q_1TNH.shape
+    first = jnp.maximum(start - window + 1, 0) // size if window else 0
+    shape = jax.eval_shape(block, jax.ShapeDtypeStruct((), jnp.int32))[0].shape
+    q_1KXH = _rows_per_head(q_1TNH.astype(jnp.float32) / math.sqrt(H), shape[1])
+    G = N // shape[1]
+    X = T * G
+
+    def add(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        most_1KX1, total_1KX1, out_1KXH = sums
+        k_1KSH, v_1KSH = block(number)
+        distance_TS = start - number * size + jnp.arange(T)[:, None] - jnp.arange(size)[None]
+        mask_TS = distance_TS >= 0
+        if window:
+            mask_TS &= distance_TS < window
+        scores_1KXS = jnp.einsum("BKXH,BKSH->BKXS", q_1KXH, k_1KSH)
+        scores_1KXS = jnp.where(jnp.repeat(mask_TS, G, 0)[None, None], scores_1KXS, -1e30)
+        new_1KX1 = jnp.maximum(most_1KX1, scores_1KXS.max(-1, keepdims=True))
+        weights_1KXS = jnp.exp(scores_1KXS - new_1KX1)
+        before_1KX1 = jnp.exp(most_1KX1 - new_1KX1)
+        total_1KX1 = total_1KX1 * before_1KX1 + weights_1KXS.sum(-1, keepdims=True)
+        out_1KXH = out_1KXH * before_1KX1 + jnp.einsum("BKXS,BKSH->BKXH", weights_1KXS, v_1KSH)
+        return new_1KX1, total_1KX1, out_1KXH
+
+    none_1KX1 = jnp.zeros((1, shape[1], X, 1))
+    sums = none_1KX1 - 1e30, none_1KX1, jnp.zeros((1, shape[1], X, H))
+    _, total_1KX1, out_1KXH = jax.lax.fori_loop(first, (start + T - 1) // size + 1, add, sums)
+    return _heads_per_row(out_1KXH / total_1KX1, T).astype(q_1TNH.dtype)
+
+
 def _rows_per_head(q_BTNH: jax.Array, K: int) -> jax.Array:
     """Queries as rows for each key/value head, [B, K, T * G, H]."""
     B, T, N, H = q_BTNH.shape

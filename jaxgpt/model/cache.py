@@ -11,12 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxgpt.model.attention import Drop, attend, attend_cached, attend_int8, prompt_attention
+from jaxgpt.model.attention import (
+    Drop,
+    attend,
+    attend_blocks,
+    attend_cached,
+    attend_int8,
+    prompt_attention,
+)
 from jaxgpt.model.quantize import quantize
 
 CacheDtype = Literal["same", "int8"]
 
 UNROLLED = 8  # up to so many tokens are written one by one, which is faster for few
+KEYS = 256  # a chunk of a prompt attends to at most so many keys at a time
 
 
 class KVCache(NamedTuple):
@@ -30,6 +38,15 @@ class KVCache(NamedTuple):
         """The cache of a whole sequence, whose token s is in slot s."""
         return cls(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
 
+    def encode(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
+        """New keys and values in the format of this cache, whose slots are the T tokens."""
+        k_BKTH, v_BKTH = KVCache.of(k_BTKH, v_BTKH)
+        return KVCache(k_BKTH.astype(self.k_BKSH.dtype), v_BKTH.astype(self.v_BKSH.dtype))
+
+    def floats(self) -> tuple[jax.Array, jax.Array]:
+        """The keys and values as float32 [B, K, S, H]."""
+        return self.k_BKSH.astype(jnp.float32), self.v_BKSH.astype(jnp.float32)
+
     def write(
         self,
         k_BTKH: jax.Array,
@@ -42,8 +59,8 @@ class KVCache(NamedTuple):
         `lengths_B` is for an empty cache: how many of a row's tokens are not padding. The slots
         after them hold padding.
         """
-        put, new = partial(_put, start_B=start_B, lengths_B=lengths_B), KVCache.of(k_BTKH, v_BTKH)
-        return KVCache(*(put(old, x.astype(old.dtype)) for old, x in zip(self, new, strict=True)))
+        put = partial(_put, start_B=start_B, lengths_B=lengths_B)
+        return KVCache(*map(put, self, self.encode(k_BTKH, v_BTKH)))
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array, drop: Drop | None = None) -> jax.Array:
         """Attention to the slots in the mask, see `attention.attend`."""
@@ -61,6 +78,18 @@ class Int8KVCache(NamedTuple):
     k_scale_BKS: jax.Array
     v_scale_BKS: jax.Array
 
+    def encode(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Int8KVCache":
+        """As `KVCache.encode`; the rounding error of a value is at most half of its scale."""
+        (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (
+            quantize(x_BKTH, (3,)) for x_BKTH in KVCache.of(k_BTKH, v_BTKH)
+        )
+        return Int8KVCache(k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT)
+
+    def floats(self) -> tuple[jax.Array, jax.Array]:
+        """As `KVCache.floats`."""
+        k_BKSH = self.k_BKSH * self.k_scale_BKS[..., None]
+        return k_BKSH, self.v_BKSH * self.v_scale_BKS[..., None]
+
     def write(
         self,
         k_BTKH: jax.Array,
@@ -68,13 +97,9 @@ class Int8KVCache(NamedTuple):
         start_B: jax.Array,
         lengths_B: jax.Array | None = None,
     ) -> "Int8KVCache":
-        """As `KVCache.write`; the rounding error of a stored value is at most half of its scale."""
-        (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (
-            quantize(x_BKTH, (3,)) for x_BKTH in KVCache.of(k_BTKH, v_BTKH)
-        )
+        """As `KVCache.write`."""
         put = partial(_put, start_B=start_B, lengths_B=lengths_B)
-        new = k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT
-        return Int8KVCache(*(put(old, x) for old, x in zip(self, new, strict=True)))
+        return Int8KVCache(*map(put, self, self.encode(k_BTKH, v_BTKH)))
 
     def attend(self, q_BTNH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
         """Attention to the slots in the mask, see `attention.attend_int8`."""
@@ -107,8 +132,12 @@ def attend_and_cache(
     start_B: jax.Array,
     lengths_B: jax.Array | None,
     window: int,
+    row: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Causal attention of new tokens to the cached ones and to themselves, and the new cache.
+
+    Tokens attend to keys and values as the cache holds them, also where these are rounded: what a
+    token computes does not depend on how many are read at once.
 
     Args:
         q_BTNH: Queries of T tokens in each row.
@@ -118,14 +147,57 @@ def attend_and_cache(
         start_B: The position of each row's first token.
         lengths_B: Prefill, where the cache is empty: how many tokens are not padding. None: decode.
         window: The sliding window; 0: all of the past.
+        row: Prefill in chunks, where B is 1: the row of the cache, see `extend_row`.
     """
+    if row is not None:
+        out_BTNH, own = extend_row(q_BTNH, k_BTKH, v_BTKH, cache.own, start_B[0], row, window)
+        return out_BTNH, cache._replace(own=own)
     own = cache.own.write(k_BTKH, v_BTKH, start_B, lengths_B)
     if lengths_B is None:
         mask_BTS = cache_mask(start_B, q_BTNH.shape[1], own.k_BKSH.shape[2], window)
         out_BTNH = own.attend(q_BTNH, mask_BTS)
     else:
+        k_BTKH, v_BTKH = (x.swapaxes(1, 2) for x in own.encode(k_BTKH, v_BTKH).floats())
         out_BTNH = prompt_attention(q_BTNH, k_BTKH, v_BTKH, window)
     return out_BTNH, cache._replace(own=own)
+
+
+def extend_row(
+    q_1TNH: jax.Array,
+    k_1TKH: jax.Array,
+    v_1TKH: jax.Array,
+    own: KVCache | Int8KVCache,
+    start: jax.Array,
+    row: jax.Array,
+    window: int,
+) -> tuple[jax.Array, KVCache | Int8KVCache]:
+    """Attention of a chunk of one row's prompt, and the cache with the chunk in that row.
+
+    The cost is that of the keys up to the chunk, not of all S slots, and the other rows are not
+    touched. The chunk must lie in the slots in one part, `start % S + T <= S`. With a sliding
+    window, the cache must have `window + T - 1` slots or one for each position: the chunk's last
+    token must not overwrite what its first one attends to.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, new, _corner(old, row, start % S))
+
+    S = own.k_BKSH.shape[2]
+    own = type(own)(*map(put, own, own.encode(k_1TKH, v_1TKH)))
+    size = next(size for size in range(min(S, KEYS), 0, -1) if S % size == 0)
+
+    def block(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the positions from `number * size` on, [1, K, size, H]."""
+        sizes = [(1, old.shape[1], size, *old.shape[3:]) for old in own]
+        corners = [_corner(old, row, number * size % S) for old in own]
+        return type(own)(*map(jax.lax.dynamic_slice, own, corners, sizes)).floats()
+
+    return attend_blocks(q_1TNH, block, size, start, window), own
+
+
+def _corner(old: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[jax.Array | int, ...]:
+    """The indices of a slot of a row in [B, K, S, ...]."""
+    return row, 0, slot, *[0] * (old.ndim - 3)
 
 
 def cache_mask(start_B: jax.Array, T: int, S: int, window: int) -> jax.Array:

@@ -44,6 +44,8 @@ class Context(NamedTuple):
     """Decoding with a KV cache: the position of the first of these tokens in each row."""
     lengths_B: jax.Array | None = None
     """Prefill: how many of these tokens are not padding, in each row."""
+    row: jax.Array | None = None
+    """Prefill in chunks: the row of the KV cache that these tokens of one text belong to."""
     encoder_output_BSD: jax.Array | None = None
     """What the encoder computed from the source."""
     cross_mask_BTS: jax.Array | None = None
@@ -89,7 +91,14 @@ class Attention(nn.Module):
             )
         else:
             out_BTNH, cache = attend_and_cache(
-                q_BTNH, k_BTKH, v_BTKH, cache, context.start_B, context.lengths_B, self.window
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                cache,
+                context.start_B,
+                context.lengths_B,
+                self.window,
+                context.row,
             )
         return self.merge_heads("o", out_BTNH, context), cache
 
@@ -240,6 +249,7 @@ class GPT(nn.Module):
         cache: Cache,
         lengths_B: jax.Array | None = None,
         encoder_output_BSD: jax.Array | None = None,
+        row: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """The hidden states [B, T, D] of tokens that follow the cached ones, and the new cache.
 
@@ -249,6 +259,8 @@ class GPT(nn.Module):
             cache: From `empty_cache` or an earlier call.
             lengths_B: Prefill of an empty cache: the number of tokens that are not padding.
             encoder_output_BSD: Prefill of an encoder-decoder: what `encode` returned.
+            row: Prefill in chunks: the row of the cache that these tokens, of which B is 1, belong
+                to; the other rows stay as they are. See `cache.extend_row` for the sizes.
         """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
         cross_mask_BTS = None if cache.source_BS is None else cache.source_BS[:, None]
@@ -257,6 +269,7 @@ class GPT(nn.Module):
             rotary,
             start_B=start_B,
             lengths_B=lengths_B,
+            row=row,
             encoder_output_BSD=encoder_output_BSD,
             cross_mask_BTS=cross_mask_BTS,
         )

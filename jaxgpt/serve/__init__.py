@@ -55,6 +55,10 @@ class ServeConfig:
     cache: CacheDtype = "same"
     """The data type of the KV cache; "same": that of the activations. int8 leaves room for more
     slots or a longer context."""
+    prefix_cache: bool = True
+    """Whether a prompt that begins like an earlier one is prefilled only from where they differ, if
+    the KV cache still holds that beginning. It changes no answer. False: nobody can learn from the
+    time to the first token, or from `cached_tokens`, what others have sent."""
 
 
 def run(path: str, cfg: ServeConfig = ServeConfig()) -> None:

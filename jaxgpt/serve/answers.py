@@ -121,6 +121,7 @@ class Answer(ABC):
         self._places = [served.tokenizer.place(before) for before in self._before]
         self._prompt_tokens = sum(len(request.prompt) for request in requests[:: body.texts])
         self._tokens = 0
+        self._cached = [0] * len(requests)
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -143,6 +144,7 @@ class Answer(ABC):
             tokens = tuple(token for delta in some for token in delta.tokens)
             self._tokens += len(tokens)
             first, last = some[0], some[-1]
+            self._cached[text] = last.cached
             shown = "".join(delta.text for delta in some)
             texts.append((text, Delta(shown, tokens, last.finish, last.end, first.prompt)))
         choices: list[JSONObject] = []
@@ -186,6 +188,7 @@ class Answer(ABC):
                     continue
                 choice, delta = item
                 self._tokens += len(delta.tokens)
+                self._cached[choice] = delta.cached
                 # A delta may have tokens and no text yet, if that may be part of a stop string.
                 has_logprobs = (delta.tokens or delta.prompt) and self._body.top is not None
                 if delta.text or delta.finish or has_logprobs:
@@ -235,11 +238,13 @@ class Answer(ABC):
     def _token_bytes(self, id: int, place: Place) -> bytes:
         return self._tokenizer.spell([id], *place)[0]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> JSONObject:
+        cached = sum(self._cached[:: self._body.texts])  # each prompt counts once, as above
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
             "total_tokens": self._prompt_tokens + self._tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

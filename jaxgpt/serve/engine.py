@@ -1,9 +1,10 @@
 """The generation engine: continuous batching of many requests in one thread.
 
-A request waits for a free slot of the batch. Then its prompt is prefilled into the slot's KV cache,
-and the slot takes part in every chunk of decoding steps until the text ends or is cancelled. Shapes
-are static, so nothing is compiled after `Engine.start`. A text depends on its own request only, not
-on the other slots of the batch.
+A request waits for a free slot of the batch. Then its prompt is prefilled into the slot's row of
+the KV cache in chunks, beside the decoding of other slots, and the slot takes part in every call of
+decoding steps until the text ends or is cancelled. What another row holds of the prompt is copied
+and not computed again (see `prefixes`). Shapes are static, so nothing is compiled after
+`Engine.start`. A text depends on its own request only, not on the other slots of the batch.
 """
 
 import queue
@@ -26,23 +27,23 @@ from jaxgpt.generation.decode import (
     DecodeState,
     Generated,
     decode_steps,
-    padded,
+    extend,
     prefill,
-    prefill_with_hidden,
     stops_of,
 )
-from jaxgpt.generation.sampling import Sampling, SamplingParams, sampling_params
+from jaxgpt.generation.sampling import Sampling, SamplingParams, TokenHistory, sampling_params
 from jaxgpt.generation.stream import IncrementalText
-from jaxgpt.model import GPTConfig, Params, next_logits
-from jaxgpt.model.cache import CacheDtype
+from jaxgpt.model import GPT, GPTConfig, Params, next_logits
+from jaxgpt.model.cache import Cache, CacheDtype
 from jaxgpt.pretrained.trained import Trained
+from jaxgpt.serve.prefixes import Prefixes, Ring
 
 MAX_LOGPROBS = 20
 """The most top log-probabilities per token."""
 STOPS = 8
 """The most token ids that end a text."""
 HEARTBEAT = 10.0
-"""Seconds without a heartbeat, besides the time for prefills, after which the engine is stalled."""
+"""Seconds without a heartbeat, besides the time of programs, after which the engine is stalled."""
 STATES, CLASSES = 1024, 512
 """The most states and token classes of a guide (constrained decoding)."""
 SCORED = 64
@@ -82,6 +83,16 @@ class Request:
     embeds: bool = False
     """Whether to compute embeddings of the prompt."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether the hidden states of all tokens of the prompt are needed."""
+        return self.scores or self.embeds
+
+    @property
+    def prefilled(self) -> int:
+        """The number of tokens to prefill: the first decoding step reads the last token."""
+        return len(self.prompt) - (not self.reads)
+
 
 class Token(NamedTuple):
     """A token of a text or a prompt, with its log-probability."""
@@ -115,6 +126,8 @@ class Delta(NamedTuple):
     """The token of `Request.stop_ids` that ended the text; the text does not include it."""
     prompt: Prompt | None = None
     """The prompt's log-probabilities and embeddings; only in the first delta."""
+    cached: int = 0
+    """The number of the prompt's tokens that were not computed, because the KV cache had them."""
 
 
 class Stream:
@@ -134,6 +147,14 @@ class Stream:
         self._cancelled = threading.Event()
         self._text = text
         self._prompt: Prompt | None = None
+        self._prefill = np.asarray(request.prompt[: request.prefilled], np.int32)
+        self._done = 0
+        """The number of these tokens that are in the KV cache."""
+        self._cached = 0
+        self._generated = 0
+        self._scores: list[Token] = []
+        self._hidden: list[tuple[np.ndarray, np.ndarray]] = []
+        """Of each chunk of the prompt: the sum of its last hidden states, and the last of them."""
 
     def get(self, timeout: float | None = None) -> Delta:
         """Returns the next delta; raises queue.Empty after `timeout` seconds without one."""
@@ -150,6 +171,11 @@ class Stream:
     def cancel(self) -> None:
         """Ends the text after the current chunk of steps; its `finish` is then cancelled."""
         self._cancelled.set()
+
+    @property
+    def _left(self) -> int:
+        """The number of tokens that are still to be prefilled."""
+        return len(self._prefill) - self._done
 
     def _abort_reason(self) -> str:
         """Returns cancelled or deadline if the text must end early, else the empty string."""
@@ -169,6 +195,8 @@ class Engine:
         chunk: int = 8,
         context: int = 0,
         cache: CacheDtype = "same",
+        prompt_chunk: int = 0,
+        prefix_cache: bool = True,
     ) -> None:
         """Builds an engine; `start` compiles it and begins to accept requests.
 
@@ -180,16 +208,23 @@ class Engine:
                 is delivered and free slots are filled.
             context: The most tokens of a prompt and its text together; 0: the model's context.
             cache: The data type of the KV cache.
+            prompt_chunk: The number of tokens of a prompt that are prefilled at once. Larger chunks
+                are faster for the whole prompt, and let running texts wait longer. 0: what suits
+                the device, see `chunk_of_prompts`.
+            prefix_cache: Whether prompts reuse what the KV cache holds of earlier ones.
 
         Raises:
             InputError: A number is out of range.
         """
         most = trained.config.model.decode_T
-        for name, value in (("slots", slots), ("chunk", chunk)):
-            if value < 1:
-                raise InputError(f"{name}={value} is invalid; use 1 or more")
-        if queue < 0:
-            raise InputError(f"queue={queue} is invalid; use 0 or more")
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("chunk", chunk, 1),
+            ("queue", queue, 0),
+            ("prompt_chunk", prompt_chunk, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}={value} is invalid; use {least} or more")
         if context and not 2 <= context <= most:
             raise InputError(
                 f"context={context} is invalid for a model with a context of {most}; use 2 to "
@@ -203,30 +238,46 @@ class Engine:
         self._queue = queue
         self._chunk = chunk
         self._cache: CacheDtype = cache
+        self._prompt_chunk = min(prompt_chunk or chunk_of_prompts(), self.context)
+        self._size = cache_size(trained.config.model, self.context, self._prompt_chunk)
+        self._prefix_cache = prefix_cache
         self._model = trained.model
         self._V = trained.config.model.sizes["V"]
         self._waiting: deque[Stream] = deque()
         self._running: dict[int, Stream] = {}
+        self._prefilling: list[int] = []
+        """The slots of `_running` whose prompt is not prefilled yet, the oldest first."""
+        self._oldest_next = False
+        self._next_steps = 0.0
+        """When decoding goes on, if prompts are to be prefilled until then."""
         self._change = threading.Condition()
         self._closing = False
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._counts = dict.fromkeys(("requests", "prompt_tokens", "tokens", "cancelled"), 0)
+        self._counts = dict.fromkeys(
+            ("requests", "prompt_tokens", "cached_prompt_tokens", "tokens", "cancelled"), 0
+        )
 
     # Methods for other threads
 
     def start(self) -> None:
         """Compiles all programs, then starts the thread that accepts requests."""
         self._state, self._at = self._empty_state(self._slots)
-        for length in self._prefill_lengths():
-            self._admit(0, Request((0,) * length, 1))  # returns when the program is compiled
+        self._prefixes = self._no_prefixes()
+        warm = Request((0, 0), 1)
+        programs: list[Callable[[], object]] = [
+            partial(self._read, 0, self._stream(warm), size) for size in self._chunk_sizes()
+        ]
+        programs += [partial(self._copy, 0, 0, 0, 0), partial(self._begin, 0, warm)]
+        programs += [partial(self._step, top) for top in (0, MAX_LOGPROBS)]
+        seconds = 0.0
+        for program in programs:
+            program()  # returns when it is compiled
             began = time.monotonic()
             jax.block_until_ready(self._state)
-            longest = time.monotonic() - began
-        # Between two heartbeats there may be a prefill of the longest prompt for every slot.
-        self._stalled_after = HEARTBEAT + 2 * self._slots * longest
-        for top in (0, MAX_LOGPROBS):
-            self._state, _ = self._step(top)
+            seconds += time.monotonic() - began
+        self._stalled_after = HEARTBEAT + 2 * seconds
+        self._prefixes = self._no_prefixes()
         self._release_slots()
         jax.block_until_ready(self._state)  # otherwise the first request would wait for this
         self.heartbeat = time.monotonic()
@@ -256,11 +307,7 @@ class Engine:
             Stopped: The engine accepts no more requests.
         """
         self.check(request)
-        until = float("inf") if deadline is None else time.monotonic() + deadline
-        context = request.prompt if request.continues else ()
-        stops, ends = request.stops, request.stop_ids
-        text = IncrementalText(self.trained.tokenizer, stops, context, ends, request.tokens)
-        stream = Stream(request, text, listener, until)
+        stream = self._stream(request, listener, deadline)
         with self._change:
             if self._closing or not self._runs:
                 raise Stopped("the engine accepts no more requests")
@@ -272,6 +319,19 @@ class Engine:
             self._counts["requests"] += 1
             self._change.notify()
         return stream
+
+    def _stream(
+        self,
+        request: Request,
+        listener: Callable[[Delta], None] | None = None,
+        deadline: float | None = None,
+    ) -> Stream:
+        """The stream of a request, which has yet to be queued; arguments as for `submit`."""
+        until = float("inf") if deadline is None else time.monotonic() + deadline
+        context = request.prompt if request.continues else ()
+        stops, ends = request.stops, request.stop_ids
+        text = IncrementalText(self.trained.tokenizer, stops, context, ends, request.tokens)
+        return Stream(request, text, listener, until)
 
     def check(self, request: Request) -> None:
         """Raises InputError if a request is invalid."""
@@ -373,15 +433,19 @@ class Engine:
                 with self._change:
                     if not (self._waiting or self._running):
                         self._change.wait(timeout=1.0)
-                    new = self._schedule()
-                for slot, stream in new:
-                    self._prefill(slot, stream)
-                    self.heartbeat = time.monotonic()
-                if self._running:
-                    running = self._running.values()
+                    self._schedule()
+                if self._prefilling:
+                    self._prefill()
+                # Prefilling and decoding take turns of equal time, so that neither stops the other;
+                # if more prompts wait than texts run, prefilling has more in proportion.
+                began, running = time.monotonic(), self._decoding.values()
+                if running and (not self._prefilling or began >= self._next_steps):
+                    share = max(1.0, len(self._prefilling) / len(running))
                     top = MAX_LOGPROBS if any(s.request.top_logprobs for s in running) else 0
-                    self._state, written = self._step(top)
+                    written = self._step(top)
                     self._emit(jax.device_get(written), top)
+                    end = time.monotonic()
+                    self._next_steps = end + share * (end - began)
         finally:
             # Also after an exception, so that no caller waits forever.
             self.heartbeat = float("-inf")
@@ -393,53 +457,130 @@ class Engine:
             for stream in left:
                 stream._listener(Delta("", (), "cancelled" if self._stopping else "error"))
 
-    def _schedule(self) -> list[tuple[int, Stream]]:
-        """Removes cancelled and expired requests from the queue, and fills the free slots.
+    @property
+    def _decoding(self) -> dict[int, Stream]:
+        """The slots that take part in decoding, with their streams."""
+        return {slot: s for slot, s in self._running.items() if slot not in self._prefilling}
 
-        Returns:
-            The slots that were filled, with their streams.
-        """
-        scheduled = []
+    def _schedule(self) -> None:
+        """Removes cancelled and expired requests from the queue, and fills the free slots."""
         for stream in [*self._waiting]:
             if finish := stream._abort_reason():
                 self._waiting.remove(stream)
                 self._counts["cancelled"] += finish == "cancelled"
                 stream._listener(Delta("", (), finish))
-        free = [slot for slot in range(self._slots) if slot not in self._running]
-        for slot in free[: len(self._waiting)]:
+        while self._waiting and len(self._running) < self._slots:
             stream = self._waiting.popleft()
+            free = [slot for slot in range(self._slots) if slot not in self._running]
+            tokens = stream._prefill if self._reuses(stream) else stream._prefill[:0]
+            slot, stream._done = self._prefixes.take(free, tokens)
+            self._count_cached(stream, stream._done)
             self._counts["prompt_tokens"] += len(stream.request.prompt)
             self._running[slot] = stream
-            scheduled.append((slot, stream))
-        return scheduled
+            self._prefilling.append(slot)
 
-    def _prefill(self, slot: int, stream: Stream) -> None:
-        """Prefills a request's prompt; ends the request if it generates no tokens."""
-        request = stream.request
-        outputs = self._admit(slot, request)
-        if request.scores or request.embeds:
-            stream._prompt = self._prompt(request, jax.device_get(outputs))
-        if request.tokens == 0:
-            del self._running[slot]
-            finish = stream._abort_reason() or "length"
-            stream._listener(Delta("", (), finish, prompt=stream._prompt))
+    def _reuses(self, stream: Stream) -> bool:
+        """Whether a request reuses prompts: not if the hidden states of all tokens are needed."""
+        return self._prefix_cache and not stream.request.reads
 
-    def _prompt(self, request: Request, outputs: "_PromptOutputs") -> Prompt:
-        """Selects the log-probabilities and embeddings that a request asks for."""
-        tokens: list[Token] = []
-        if request.scores:
-            before, top = len(request.prompt) - 1, request.top_logprobs
-            rows = zip(
-                request.prompt[1:],
-                outputs.logprobs_P[:before].tolist(),
-                outputs.top_ids_PA[:before, :top].tolist(),
-                outputs.top_logprobs_PA[:before, :top].tolist(),
-                strict=True,
-            )
-            tokens = [Token(id, p, self._top_logprobs(ids, ps)) for id, p, ids, ps in rows]
-        if not request.embeds:
-            return Prompt(tuple(tokens))
-        return Prompt(tuple(tokens), np.asarray(outputs.mean_D), np.asarray(outputs.last_D))
+    def _count_cached(self, stream: Stream, tokens: int) -> None:
+        stream._cached += tokens
+        self._counts["cached_prompt_tokens"] += tokens
+
+    def _prefill(self) -> None:
+        """Prefills a chunk of one prompt, after whose last one its text begins.
+
+        The prompt with the fewest tokens left and the oldest one take turns: a short prompt does
+        not wait for a long one to end, nor a long one for all short ones that come after it.
+        """
+        for slot in [*self._prefilling]:
+            if finish := self._running[slot]._abort_reason():
+                self._counts["cancelled"] += finish == "cancelled"
+                self._end(slot, Delta("", (), finish))
+        if not self._prefilling:
+            return
+        self._oldest_next = not self._oldest_next
+        slot = self._prefilling[0]
+        if self._oldest_next:
+            slot = min(self._prefilling, key=lambda slot: self._running[slot]._left)
+        stream = self._running[slot]
+        request, tokens = stream.request, stream._prefill
+        if self._reuses(stream):
+            source, most = self._prefixes.find(tokens)
+            if most > stream._done:
+                self._copy(source, slot, stream._done, most)
+                self._prefixes.copied(source, slot, tokens[:most])
+                self._count_cached(stream, most - stream._done)
+                stream._done = most
+        if stream._left:
+            self._read(slot, stream, self._chunk_size(stream._left))
+        if stream._left:
+            return
+        if request.reads:
+            stream._prompt = self._prompt(stream)
+        if request.tokens:
+            self._begin(slot, request)
+            self._prefixes.wrote(slot, len(request.prompt))
+            self._prefilling.remove(slot)
+        else:
+            self._end(slot, Delta("", (), "length", prompt=stream._prompt, cached=stream._cached))
+
+    def _end(self, slot: int, last: Delta) -> None:
+        """Frees the slot of a text, and delivers its last delta."""
+        if slot in self._prefilling:
+            self._prefilling.remove(slot)
+        self._prefixes.touch(slot)
+        self._running.pop(slot)._listener(last)
+
+    def _read(self, slot: int, stream: Stream, size: int) -> None:
+        """Prefills the next chunk of a prompt, padded to `size`."""
+        request, start = stream.request, stream._done
+        count = min(size, stream._left)
+        scored = min(count, len(request.prompt) - 1 - start) if request.scores else 0
+        # Of each token its id, and the id of the next one, of which it gives the probability.
+        ids_2P = np.zeros((2, size), np.int32)
+        ids_2P[0, :count] = stream._prefill[start : start + count]
+        ids_2P[1, :scored] = stream._prefill[start + 1 : start + 1 + scored]
+        self._state, outputs = _read(
+            self._model,
+            self._size[0],
+            self.trained.params,
+            self._state,
+            np.int32(slot),
+            ids_2P,
+            np.int32(start),
+            np.int32(count),
+            np.int32(scored),
+        )
+        jax.block_until_ready(outputs)  # so that the time it takes is known
+        stream._done += count
+        held = stream._prefill[: stream._done]
+        if request.reads:  # decoding will write the last token again
+            held = held[: (len(request.prompt) - 1) // self._prompt_chunk * self._prompt_chunk]
+            self._add_outputs(stream, ids_2P[1, :scored], jax.device_get(outputs))
+        self._prefixes.wrote(slot, start + max(size, count + 1), held)
+
+    def _add_outputs(self, stream: Stream, ids_P: np.ndarray, outputs: "_PromptOutputs") -> None:
+        """Adds the log-probabilities and hidden states of a chunk to those of the prompt."""
+        count, top = len(ids_P), stream.request.top_logprobs
+        rows = zip(
+            ids_P.tolist(),
+            outputs.logprobs_P[:count].tolist(),
+            outputs.top_ids_PA[:count, :top].tolist(),
+            outputs.top_logprobs_PA[:count, :top].tolist(),
+            strict=True,
+        )
+        stream._scores += [Token(id, p, self._top_logprobs(ids, ps)) for id, p, ids, ps in rows]
+        stream._hidden.append((np.asarray(outputs.sum_D), np.asarray(outputs.last_D)))
+
+    def _prompt(self, stream: Stream) -> Prompt:
+        """The log-probabilities and embeddings that a request asks for."""
+        tokens, stream._scores = tuple(stream._scores), []
+        sums, lasts = zip(*stream._hidden, strict=True)
+        stream._hidden = []
+        if not stream.request.embeds:
+            return Prompt(tokens)
+        return Prompt(tokens, np.asarray(np.sum(sums, 0) / len(stream.request.prompt)), lasts[-1])
 
     def _top_logprobs(self, ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
         """Pairs of id and log-probability, without ids of padding beyond the vocabulary."""
@@ -449,10 +590,12 @@ class Engine:
     def _emit(self, written: Generated, top: int) -> None:
         """Delivers the new tokens to the streams, and frees the slots of texts that have ended."""
         has_ended = False
-        for slot, stream in [*self._running.items()]:
+        for slot, stream in self._decoding.items():
             request, text = stream.request, stream._text
             ids = [token for token in written.tokens_Bn[slot].tolist() if token >= 0]
             self._counts["tokens"] += len(ids)
+            stream._generated += len(ids)
+            self._prefixes.wrote(slot, len(request.prompt) + stream._generated)
             new: list[Token] = []
             end: Token | None = None
             shown, finish, abort = "", "", stream._abort_reason()
@@ -475,33 +618,48 @@ class Engine:
                 finish = "stop" if text.stopped else abort or "length"
                 self._counts["cancelled"] += finish == "cancelled"
                 has_ended = True
-                del self._running[slot]
-            if shown or new or finish:
-                stream._listener(Delta(shown, tuple(new), finish, end, stream._prompt))
+            delta = Delta(shown, tuple(new), finish, end, stream._prompt, stream._cached)
+            if finish:
+                self._end(slot, delta)
+            elif shown or new:
+                stream._listener(delta)
                 stream._prompt = None
         if has_ended:
             self._release_slots()
 
     # Compiled programs
 
-    def _prefill_lengths(self) -> list[int]:
-        """The lengths to which prompts are padded: `SHORTEST`, its doubles, and the context."""
-        most, length, lengths = self.context, min(SHORTEST, self.context), []
-        while length < most:
-            lengths.append(length)
-            length *= 2
-        return [*lengths, most]
+    def _chunk_sizes(self) -> list[int]:
+        """The lengths to which chunks are padded: `SHORTEST`, its doubles, and a whole chunk."""
+        sizes = [SHORTEST]
+        while sizes[-1] < self._prompt_chunk:
+            sizes.append(2 * sizes[-1])
+        return [*sizes[:-1], self._prompt_chunk]
+
+    def _chunk_size(self, left: int) -> int:
+        """The length to which the next chunk of a prompt is padded."""
+        return next((n for n in self._chunk_sizes() if n >= left), self._prompt_chunk)
+
+    def _no_prefixes(self) -> Prefixes:
+        """The prompts in an empty KV cache."""
+        cfg = self.trained.config.model
+        window, (S, ahead) = max(cfg.windows()), self._size
+        slots = min(S, window + ahead - 1)
+        ring = Ring(window, slots) if window and slots < S else None
+        return Prefixes(self._slots, self._prompt_chunk, ring)
 
     def _empty_state(self, B: int) -> tuple[DecodeState, tuple[SamplingParams, jax.Array]]:
         """The decoding state, and the sampling settings and stop ids, of B empty slots."""
         prompts_BP, lengths_B = np.zeros((B, 1), np.int32), np.ones(B, np.int32)
+        S, ahead = self._size
         state = prefill(
             self._model,
             self.trained.params,
             prompts_BP,
             lengths_B,
             np.zeros(B, np.int32),
-            self.context,
+            S,
+            ahead=ahead,
             dtype=self._cache,
         )
         at = self._settings([Request((0,), 1)] * B), stops_of([[-1] * STOPS] * B)
@@ -521,82 +679,194 @@ class Engine:
         samplings = [request.sampling for request in requests]
         return sampling_params(samplings, vocabulary, self._V, (few_BV, next_BSC))
 
-    def _admit(self, slot: int, request: Request) -> "_PromptOutputs":
-        """Prefills a prompt into a slot; the returned arrays are on the device."""
-        prompts_1P, length_1 = padded(
-            [request.prompt], self.trained.config.model, self.context, "a prompt"
+    def _copy(self, source: int, slot: int, start: int, stop: int) -> None:
+        """Copies the keys and values of the positions from `start` to `stop` to another slot."""
+        self._state = _copy(
+            self._prompt_chunk,
+            self._size[0],
+            self._state,
+            np.int32(source),
+            np.int32(slot),
+            np.int32(start),
+            np.int32(stop),
         )
+
+    def _begin(self, slot: int, request: Request) -> None:
+        """Begins to decode in a slot, after the prefill."""
+        given_V = np.zeros(self._V, bool)
+        given_V[[*request.prompt]] = True
         stops_1E = stops_of([[*request.stop_ids, *[-1] * (STOPS - len(request.stop_ids))]])
-        self._state, self._at, outputs = _admit(
-            self._model,
-            self.trained.params,
+        self._state, self._at = _begin(
             self._state,
             self._at,
             np.int32(slot),
-            prompts_1P,
-            length_1,
-            np.asarray([request.tokens], np.int32),
+            np.int32(request.prompt[-1]),
+            np.int32(len(request.prompt) - 1),
+            np.int32(request.tokens),
+            given_V,
             (self._settings([request]), stops_1E),
-            self._cache,
-            np.bool_(request.scores),
         )
-        return outputs
 
     def _release_slots(self) -> None:
         """Stops decoding in slots that no running request uses."""
         taken_B = np.asarray([slot in self._running for slot in range(self._slots)])
         self._state = self._state._replace(left_B=_release_slots(self._state.left_B, taken_B))
 
-    def _step(self, top: int) -> tuple[DecodeState, Generated]:
+    def _step(self, top: int) -> Generated:
         at, stops_BE = self._at
-        return decode_steps(
+        self._state, written = decode_steps(
             self._model, self.trained.params, self._state, at, stops_BE, self._chunk, top=top
         )
+        return written
+
+
+def chunk_of_prompts() -> int:
+    """How many tokens of a prompt are prefilled at once, by default.
+
+    A CPU needs few for its full speed. Other devices read all parameters for each chunk, in the
+    time of computing some hundred tokens.
+    """
+    return 64 if jax.default_backend() == "cpu" else 512
+
+
+def cache_size(cfg: GPTConfig, context: int, chunk: int) -> tuple[int, int]:
+    """The arguments `S` and `ahead` of `empty_cache`, for a context and prompts in chunks.
+
+    The sizes are multiples of the chunk, with sliding windows too, so that no chunk is written in
+    two parts.
+    """
+    window = max(cfg.windows())
+    return -(-context // chunk) * chunk, -(-(window + chunk - 1) // chunk) * chunk - window + 1
 
 
 class _PromptOutputs(NamedTuple):
-    """Arrays that a prefill computes besides the KV cache, on the device."""
+    """What a chunk of a prompt computes besides keys and values, on the device."""
 
     logprobs_P: jax.Array
     """The log-probability of the token after each position. This and the next two arrays are 0
     unless the request scores its prompt."""
     top_ids_PA: jax.Array
     top_logprobs_PA: jax.Array
-    mean_D: jax.Array
+    sum_D: jax.Array
+    """The sum of the last hidden states."""
     last_D: jax.Array
 
 
-@partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 3))
-def _admit(model, params, state, at, slot, prompts_1P, length_1, new_1, at_1, cache, scores):
-    """Prefills one prompt into a slot of the batch; returns the new state, settings and outputs."""
-    P = prompts_1P.shape[1]
-    alone, hidden_1PD = prefill_with_hidden(
-        model, params, prompts_1P, length_1, new_1, P, dtype=cache
-    )
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read(
+    model: GPT,
+    S: int,
+    params: Params,
+    state: DecodeState,
+    row: jax.Array,
+    ids_2P: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    scored: jax.Array,
+) -> tuple[DecodeState, _PromptOutputs]:
+    """Prefills a chunk of a prompt into a row of the KV cache.
 
-    def put(all_, one):
-        return jax.lax.dynamic_update_slice(
-            all_, one.astype(all_.dtype), (slot, *[0] * (one.ndim - 1))
+    Args:
+        model: The model.
+        S: The positions of a row.
+        params: The parameters.
+        state: The state, which is donated.
+        row: The row.
+        ids_2P: The chunk, padded at the right, and the token after each of its tokens.
+        start: The position of the chunk.
+        count: The number of tokens in it.
+        scored: The number of tokens after which the next one is scored.
+    """
+    P = ids_2P.shape[1]
+    hidden_1PD, cache = extend(model, params, ids_2P[:1], start[None], state.cache, row=row)
+    hidden_PD = hidden_1PD[0].astype(jnp.float32)
+    outputs = _PromptOutputs(
+        *_score(model.cfg, params, ids_2P[1], scored, hidden_1PD),
+        sum_D=jnp.where((jnp.arange(P) < count)[:, None], hidden_PD, 0).sum(0),
+        last_D=hidden_PD[count - 1],
+    )
+    return _at_position(state._replace(cache=cache), S, row, start + count), outputs
+
+
+def _at_position(state: DecodeState, S: int, row: jax.Array, position: jax.Array) -> DecodeState:
+    """The state with a row at the position that its next chunk begins with.
+
+    A decoding step writes a key and a value in every row, also in those that do not take part in
+    it: here where they do no harm. If the cache is full, that is the place of the last token.
+    """
+    position_B = state.position_B.at[row].set(jnp.minimum(position, S - 1))
+    return state._replace(position_B=position_B)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _copy(
+    chunk: int,
+    S: int,
+    state: DecodeState,
+    source: jax.Array,
+    row: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+) -> DecodeState:
+    """Copies keys and values from one row to another, chunk by chunk.
+
+    Layers with a sliding window have few positions, all of which are copied.
+    """
+
+    def copy(leaf: jax.Array, slot: jax.Array | int, size: int) -> jax.Array:
+        rest = [0] * (leaf.ndim - 3)
+        shape = 1, leaf.shape[1], size, *leaf.shape[3:]
+        part = jax.lax.dynamic_slice(leaf, (source, 0, slot, *rest), shape)
+        # In one fusion with the update, reading would need a copy of the whole leaf.
+        part = jax.lax.optimization_barrier(part)
+        return jax.lax.dynamic_update_slice(leaf, part, (row, 0, slot, *rest))
+
+    def copy_chunk(number: jax.Array, cache: Cache) -> Cache:
+        return jax.tree.map(
+            lambda leaf: copy(leaf, number * chunk, chunk) if leaf.shape[2] == S else leaf, cache
         )
 
-    length = length_1[0]
-    hidden_PD = hidden_1PD[0].astype(jnp.float32)
-    is_token_P1 = (jnp.arange(P) < length)[:, None]
-    outputs = _PromptOutputs(
-        *_score(model.cfg, params, prompts_1P[0], jnp.where(scores, length - 1, 0), hidden_1PD),
-        mean_D=jnp.where(is_token_P1, hidden_PD, 0).sum(0) / length,
-        last_D=hidden_PD[length - 1],
+    cache = jax.tree.map(
+        lambda leaf: copy(leaf, 0, leaf.shape[2]) if leaf.shape[2] < S else leaf, state.cache
     )
-    return *jax.tree.map(put, (state, at), (alone, at_1)), outputs
+    cache = jax.lax.fori_loop(start // chunk, (stop + chunk - 1) // chunk, copy_chunk, cache)
+    return _at_position(state._replace(cache=cache), S, row, stop)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _begin(
+    state: DecodeState,
+    at: tuple[SamplingParams, jax.Array],
+    row: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
+    new: jax.Array,
+    given_V: jax.Array,
+    at_1: tuple[SamplingParams, jax.Array],
+) -> tuple[DecodeState, tuple[SamplingParams, jax.Array]]:
+    """Begins to decode in a row: after a token, with the settings of a request."""
+    memory = TokenHistory(
+        state.memory.written_BV.at[row].set(0),
+        state.memory.given_BV.at[row].set(given_V),
+        state.memory.guide_B.at[row].set(0),
+    )
+    state = DecodeState(
+        cache=state.cache,
+        token_B=state.token_B.at[row].set(token),
+        position_B=state.position_B.at[row].set(position),
+        left_B=state.left_B.at[row].set(new),
+        memory=memory,
+    )
+    return state, jax.tree.map(lambda all_, one: all_.at[row].set(one[0]), at, at_1)
 
 
 _Scores = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _score(
-    cfg: GPTConfig, params: Params, prompt_P: jax.Array, n: jax.Array, hidden_1PD: jax.Array
+    cfg: GPTConfig, params: Params, next_P: jax.Array, n: jax.Array, hidden_1PD: jax.Array
 ) -> _Scores:
-    """Scores the prompt: log-probabilities of the tokens after the first n positions.
+    """Scores a chunk of a prompt: log-probabilities of the tokens after the first n positions.
 
     Logits are computed for a block of `SCORED` positions at a time, because the logits of all
     positions would not fit in memory.
@@ -605,9 +875,8 @@ def _score(
         Log-probabilities [P], and the ids and log-probabilities of the `MAX_LOGPROBS` most likely
         tokens at each position [P, A].
     """
-    P = len(prompt_P)
+    P = len(next_P)
     size = min(SCORED, P)
-    next_P = jnp.roll(prompt_P, -1)
 
     def block(i: jax.Array, out: _Scores) -> _Scores:
         start = jnp.minimum(i * size, P - size)
@@ -622,7 +891,10 @@ def _score(
         )
 
     out = jnp.zeros(P), jnp.zeros((P, MAX_LOGPROBS), jnp.int32), jnp.zeros((P, MAX_LOGPROBS))
-    return jax.lax.fori_loop(0, (n + size - 1) // size, block, out)
+    # Without the branch XLA would take a single block, which does not depend on i, out of the loop.
+    return jax.lax.cond(
+        n > 0, lambda: jax.lax.fori_loop(0, (n + size - 1) // size, block, out), lambda: out
+    )
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -14,10 +14,10 @@ import jax
 
 from jaxgpt.errors import InputError
 from jaxgpt.model import empty_cache
-from jaxgpt.model.cache import CacheDtype
+from jaxgpt.model.cache import KEYS, CacheDtype
 from jaxgpt.pretrained.load import ModelSource
 from jaxgpt.pretrained.trained import Dtype, Trained, convert_dtype
-from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS
+from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS, cache_size, chunk_of_prompts
 
 SLOTS = 8
 """The most slots that are chosen by default."""
@@ -29,8 +29,6 @@ USED = {"cpu": 0.8}
 """The fraction of the free memory to use, by backend; on a CPU other programs need memory too."""
 USED_ELSE = 0.92
 """The fraction of the free memory to use on other backends."""
-CHUNK = 64
-"""The number of queries for which attention computes scores at a time."""
 
 
 class MemoryPlan(NamedTuple):
@@ -87,14 +85,16 @@ class MemoryNeeds:
         sizes = self._model.cfg.sizes
         D, F, V, N, K, H = (sizes[letter] for letter in "DFVNKH")
 
-        cache = partial(empty_cache, self._model, 1, context, dtype=self._cache)
+        chunk = min(chunk_of_prompts(), context)
+        S, ahead = cache_size(self._model.cfg, context, chunk)
+        cache = partial(empty_cache, self._model, 1, S, ahead, self._cache)
         # Besides its KV cache a slot has arrays over the vocabulary, a guide and a few numbers.
         slot = _bytes(jax.eval_shape(cache)) + 13 * V + 4 * STATES * CLASSES + 4 * (STOPS + 13)
-        # A prefill has a KV cache of its own. In a decoding step attention may copy one layer's.
-        activations = 4 * context * (6 * D + 4 * F + 4 * (N + 2 * K) * H)
-        scores = 4 * 3 * (CHUNK * N * context + min(SCORED, context) * V)
-        prefill = slot + activations + scores
-        step = 4 * slots * (8 * V + 2 * N * context + 2 * K * context * H)
+        # Prompts are prefilled in chunks. In a decoding step attention may copy a layer's cache.
+        activations = 4 * chunk * (6 * D + 4 * F + 4 * (N + 2 * K) * H)
+        scores = 4 * 3 * (chunk * N * KEYS + min(SCORED, chunk) * V)
+        prefill = activations + scores
+        step = 4 * slots * (8 * V + 2 * N * S + 2 * K * S * H)
         workspace = max(prefill, step) + self._copies
         return MemoryPlan(
             slots, context, self._parameters, slot, workspace, self._loading, self._free

@@ -185,6 +185,7 @@ def _load(path: str, cfg: ServeConfig, gate: Gate, api_key: str, local: bool, ad
             queue=cfg.queue,
             context=plan.context,
             cache=cfg.cache,
+            prefix_cache=cfg.prefix_cache,
         )
         engine.start()
     except jax.errors.JaxRuntimeError as error:

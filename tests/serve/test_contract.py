@@ -40,6 +40,7 @@ def test_a_completion_has_openais_fields(port):
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
@@ -68,6 +69,7 @@ def test_a_chat_completion_has_openais_fields(port, engine):
             "prompt_tokens": len(request.prompt),
             "completion_tokens": written,
             "total_tokens": len(request.prompt) + written,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
