@@ -70,20 +70,13 @@ def as_numbers(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def at_once(items: Mapping[str, Mapping[str, Any]]) -> float:
-    """The gigabytes that Orbax may compress or decompress at a time, of these leaves by item.
+def at_once(leaves: Mapping[str, Any]) -> float:
+    """The gigabytes of an item's leaves that Orbax may write or read at a time.
 
-    Without a limit it holds another copy of the state. Orbax refuses an array above the limit.
+    Without a limit it can hold another copy of them all. It refuses an array above the limit.
     """
-    largest = max(
-        (
-            math.prod(x.shape) * x.dtype.itemsize
-            for leaves in items.values()
-            for x in leaves.values()
-        ),
-        default=0,
-    )
-    return max(IN_FLIGHT, largest + 1) / 1e9
+    sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    return max(IN_FLIGHT, max(sizes, default=0) + 1) / 1e9
 
 
 def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -139,7 +132,7 @@ def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyT
         if leaves:
             options = _restore_options([arg.sharding for arg in args.values()])
             handler = ocp.PyTreeCheckpointHandler(
-                restore_concurrent_gb=at_once({item: plain}), multiprocessing_options=options
+                restore_concurrent_gb=at_once(plain), multiprocessing_options=options
             )
             with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
                 tree = orbax.restore(

@@ -202,12 +202,13 @@ class Checkpoints:
                     )
             if self._orbax is None:
                 # Compressed, float32 takes 8% less of the disk, and another copy in memory.
-                handler = ocp.PyTreeCheckpointHandler(
-                    use_compression=False, save_concurrent_gb=at_once(flat)
-                )
-                self._orbax = ocp.AsyncCheckpointer(
-                    ocp.CompositeCheckpointHandler(**dict.fromkeys(flat, handler))
-                )
+                handlers = {
+                    item: ocp.PyTreeCheckpointHandler(
+                        use_compression=False, save_concurrent_gb=at_once(leaves)
+                    )
+                    for item, leaves in flat.items()
+                }
+                self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
                 logging.getLogger("absl").addFilter(_not_from_orbax)
                 _hide_errors_of_orbax()
             items = {
