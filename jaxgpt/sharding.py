@@ -338,15 +338,16 @@ class Layout:
         }
 
     def compile_step(
-        self, step: Callable[Args, Result], state: PyTree, batch: PyTree
+        self, step: Callable[Args, Result], state: PyTree, batch: PyTree, *frozen: PyTree
     ) -> Callable[Args, Result]:
-        """`step` for states and batches like these; the state given to it is consumed."""
+        """`step(state, batch, *frozen)` for arguments like these; it consumes the state."""
         if self.mode == "pmap":
-            return _pmap(step, donate_argnums=0).lower(state, batch).compile()
+            mapped = _pmap(step, in_axes=(None, 0, *(None for _ in frozen)), donate_argnums=0)
+            return mapped.lower(state, batch, *frozen).compile()
         out = (self.shardings(state), NamedSharding(self.mesh, P()))
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-            return jitted.lower(state, batch).compile()
+            return jitted.lower(state, batch, *frozen).compile()
 
     def compile_eval(
         self, step: Callable[Args, Result], params: PyTree, batch: PyTree, *frozen: PyTree

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt.model.config import ComputeConfig
 
@@ -109,12 +111,37 @@ def stack(tree: Tree) -> Tree:
 
 
 def unstack(tree: Tree, L: int) -> Tree:
-    """The inverse of `stack`: leaves with a leading L become a subtree `blocks/i` per layer."""
+    """The inverse of `stack`: leaves with a leading L become a subtree `blocks/i` per layer.
+
+    Outside of a compiled program, arrays that were placed on CPUs are not copied: the layers are
+    views of the same memory. JAX copies it before a step overwrites donated arrays in it.
+    """
 
     def one(stacked: Params) -> Params:
-        return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(L)}
+        separate = jax.tree.map(lambda leaf: _layers(leaf, L), stacked)
+        return {
+            str(i): jax.tree.map(lambda _, layers, i=i: layers[i], stacked, separate)
+            for i in range(L)
+        }
 
     return _map_layers(one, tree)
+
+
+def _layers(leaf: jax.Array, L: int) -> list[jax.Array]:
+    """The layers of a stacked leaf, on the devices where they are."""
+    placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not placed or not leaf.committed or any(d.platform != "cpu" for d in leaf.devices()):
+        return [leaf[i] for i in range(L)]
+    place = leaf.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    shards = [(np.asarray(shard.data), shard.device) for shard in leaf.addressable_shards]
+    return [
+        jax.make_array_from_single_device_arrays(
+            leaf.shape[1:], place, [jax.device_put(data[i], device) for data, device in shards]
+        )
+        for i in range(L)
+    ]
 
 
 def _map_layers(function: Callable[[Params], Params], tree: Tree) -> Tree:

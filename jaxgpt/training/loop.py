@@ -158,7 +158,7 @@ class Training:
         ):
             with clock("compile"):
                 self.batch = run.rollout(self.state, run.batch(run.start))
-                self.take_step = run.layout.compile_step(run.take_step, self.state, self.batch)
+                self.take_step = run.compile_step(self.state, self.batch)
                 self.evaluate = run.compile_evaluate(self.state, self.batch)
             alone = jax.process_count() == 1
             limit = 0 if alone else 60 * self.cfg.checkpoint.patience  # others may never answer

@@ -109,6 +109,30 @@ class Run:
             params = model.unstack(params, self.cfg.model.L)
         return Trained(self.cfg, params, self.tokenizer, self.description["generation_config"])
 
+    def compile_step(self, state: TrainState, example: Batch) -> StepFn:
+        """The compiled training step, which consumes the state, and not what is frozen in it.
+
+        So a save in the background can read frozen parameters without a copy.
+        """
+        if state.frozen.empty:
+            return self.layout.compile_step(self.take_step, state, example)
+
+        def step(
+            state: TrainState, batch: Batch, frozen: Frozen, **settings: object
+        ) -> tuple[TrainState, Sums]:
+            state, metrics = self.take_step(state._replace(frozen=frozen), batch, **settings)
+            return state._replace(frozen=NOTHING_FROZEN), metrics
+
+        rest = state._replace(frozen=NOTHING_FROZEN)
+        compiled = self.layout.compile_step(step, rest, example, state.frozen)
+
+        def take_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+            frozen = state.frozen
+            state, metrics = compiled(state._replace(frozen=NOTHING_FROZEN), batch, frozen)
+            return state._replace(frozen=frozen), metrics
+
+        return take_step
+
     def compile_evaluate(self, state: TrainState, example: Batch) -> Callable[..., Sums]:
         """The compiled function (params, batch, frozen) -> the objective's sums."""
         step = partial(eval_step, loss_fn=self.loss_fn)

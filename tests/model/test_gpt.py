@@ -279,6 +279,24 @@ def test_scan_over_stacked_layers_equals_unrolled():
     assert_trees_close(grads, loss_grads(unrolled), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_unstacked_layers_are_views_that_outlive_the_donated_stack(devices):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.P(None, "data"))
+    expected = np.arange(3 * 64 * 16, dtype=np.float32).reshape(3, 64, 16)
+    stacked = {"blocks": {"w": jax.device_put(expected.copy(), spread)}}
+    first = [
+        shard.data.unsafe_buffer_pointer() for shard in stacked["blocks"]["w"].addressable_shards
+    ]
+    layers = model.unstack(stacked, 3)["blocks"]
+    w = layers["0"]["w"]
+    assert [shard.data.unsafe_buffer_pointer() for shard in w.addressable_shards] == first
+    assert w.sharding == jax.sharding.NamedSharding(mesh, jax.P("data"))
+    jax.block_until_ready(jax.jit(lambda x: -x, donate_argnums=0)(stacked["blocks"]["w"]))
+    for i in range(3):
+        np.testing.assert_array_equal(layers[str(i)]["w"], expected[i])
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_stack_and_unstack_are_inverse_on_a_whole_state(name):
     def state(layers):

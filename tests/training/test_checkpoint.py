@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import manifest
 from jaxgpt.errors import InputError, TrainingError
 from jaxgpt.training import checkpoint
-from jaxgpt.training.checkpoint import CheckpointConfig, Checkpoints, writer
+from jaxgpt.training.checkpoint import CheckpointConfig, Checkpoints, arrays, writer
 
 
 class Train(NamedTuple):
@@ -136,6 +136,30 @@ def test_the_saved_state_is_that_at_the_call_even_if_buffers_are_donated(folder)
     jax.block_until_ready(x)
     restored = checkpoints.restore(1, {"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
     np.testing.assert_array_equal(restored["params"]["x"], expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+def test_saving_holds_no_copy_of_the_state(folder, monkeypatch):
+    monkeypatch.setattr(arrays, "IN_FLIGHT", 1 << 24)
+    rng = np.random.default_rng(0)
+    state = {
+        "params": {str(i): jnp.asarray(rng.random(1 << 22, np.float32)) for i in range(12)},
+    }
+    checkpoints = save(folder.with_name("first"), 0)  # whose imports and threads stay in memory
+    checkpoints.close()
+    jax.block_until_ready(state)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the memory of now
+    before = peak_memory()
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    assert peak_memory() - before < sum(x.nbytes for x in jax.tree.leaves(state)) / 2
+
+
+def peak_memory():
+    """The most memory that this process had, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def test_saving_goes_on_in_the_background(folder, monkeypatch):

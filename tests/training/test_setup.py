@@ -6,12 +6,14 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import config, load
+from jaxgpt import config, load, sharding
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig, RecordsConfig
 from jaxgpt.errors import InputError
@@ -21,9 +23,11 @@ from jaxgpt.pretrained.load import find_tokenizer
 from jaxgpt.sharding import ParallelConfig
 from jaxgpt.tokenizer import TokenizerConfig
 from jaxgpt.tokenizer.huggingface import write_tokenizer
-from jaxgpt.training import checkpoint, loop
+from jaxgpt.training import checkpoint, loop, setup
 from jaxgpt.training.finetune import TuneConfig
+from jaxgpt.training.guard import init_guard
 from jaxgpt.training.optim import OptimConfig
+from jaxgpt.training.step import Frozen, TrainState
 
 WORDS = ["".join(np.random.default_rng(n).choice([*"abcdefghij"], 4)) for n in range(200)]
 
@@ -145,6 +149,25 @@ def test_new_special_tokens_get_rows_of_the_mean(place, capsys):
     said = capsys.readouterr().out
     assert re.search(r"grown +wte +\[384, 16\] to \[512, 16\]", said)
     assert load("runs/grown").tokenizer.vocab_size == 386
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_a_step_consumes_the_state_and_not_what_is_frozen(mode):
+    def add(state, batch, axis=None):
+        params = {"w": state.params["w"] + state.frozen.rest["w"]}
+        return state._replace(params=params), {"rows": batch["x"].sum()}
+
+    layout = sharding.Layout(mode, sharding.make_mesh(ParallelConfig(mode=mode)), {})
+    frozen = Frozen(rest={"w": jnp.arange(3.0)})
+    key = jax.random.key(0)
+    made = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, (), key, init_guard(), frozen=frozen)
+    state, batch = layout.place(made), layout.put({"x": np.ones((8, 1), np.float32)})
+    take_step = setup.Run.compile_step(SimpleNamespace(layout=layout, take_step=add), state, batch)
+    after, _ = take_step(state, batch)
+    assert after.frozen is state.frozen
+    assert not after.frozen.rest["w"].is_deleted()
+    assert state.params["w"].is_deleted()
+    np.testing.assert_array_equal(after.params["w"], [1, 2, 3])
 
 
 @pytest.mark.slow

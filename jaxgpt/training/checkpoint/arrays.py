@@ -1,6 +1,7 @@
 """Converts pytrees to the form in which Orbax stores them: arrays by path, with type and shape."""
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from jax.tree_util import PyTreeDef
 
 from jaxgpt.errors import InputError
 from jaxgpt.sharding import PyTree
+
+IN_FLIGHT = 1 << 28  # bytes of arrays that are written or read at a time
 
 
 def flatten_leaves(tree: PyTree, item: str) -> tuple[dict[str, jax.Array], PyTreeDef]:
@@ -67,6 +70,15 @@ def as_numbers(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
+def at_once(leaves: Mapping[str, Any]) -> float:
+    """The gigabytes of an item's leaves that Orbax may write or read at a time.
+
+    Without a limit it can hold another copy of them all. It refuses an array above the limit.
+    """
+    sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    return max(IN_FLIGHT, max(sizes, default=0) + 1) / 1e9
+
+
 def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Reads items of an intact checkpoint.
 
@@ -119,7 +131,9 @@ def restore_items(folder: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyT
         arrays: dict[str, jax.Array] = {}
         if leaves:
             options = _restore_options([arg.sharding for arg in args.values()])
-            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+            handler = ocp.PyTreeCheckpointHandler(
+                restore_concurrent_gb=at_once(plain), multiprocessing_options=options
+            )
             with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
                 tree = orbax.restore(
                     folder.absolute() / item,

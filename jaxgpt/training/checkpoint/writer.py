@@ -30,6 +30,7 @@ from jaxgpt.paths import expand
 from jaxgpt.sharding import PyTree
 from jaxgpt.training.checkpoint.arrays import (
     as_numbers,
+    at_once,
     flatten_leaves,
     format_spec,
     list_some,
@@ -200,7 +201,14 @@ class Checkpoints:
                         f"{os.strerror(errno.ENOSPC)} ({needed:,} bytes needed, {free:,} free)",
                     )
             if self._orbax is None:
-                self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                # Compressed, float32 takes 8% less of the disk, and another copy in memory.
+                handlers = {
+                    item: ocp.PyTreeCheckpointHandler(
+                        use_compression=False, save_concurrent_gb=at_once(leaves)
+                    )
+                    for item, leaves in flat.items()
+                }
+                self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
                 logging.getLogger("absl").addFilter(_not_from_orbax)
                 _hide_errors_of_orbax()
             items = {
