@@ -52,9 +52,9 @@ class Options:
     """The tokens of the longest runs."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """The seeds of the runs that are compared; the sweeps use the first."""
-    baseline_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    baseline_rates: tuple[float, ...] = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3)
     """The learning rates that the baseline is tuned with."""
-    recipe_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
+    recipe_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
     """The learning rates of Muon that the recipe is tuned with; AdamW's is 0.3 times as large."""
     changes: tuple[str, ...] = ()
     """Variants of the recipe: options of `train.py`, as name=value, with spaces between them."""
