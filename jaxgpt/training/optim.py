@@ -6,7 +6,6 @@ of the blocks; embeddings, output layer, norms and biases are left to AdamW.
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Literal
 
 import jax
@@ -16,8 +15,9 @@ from jax.tree_util import DictKey
 
 from jaxgpt.bounds import Ge, Gt, Le, Lt, check_bounds
 from jaxgpt.model import Leaves, Params
-from jaxgpt.model.params import Path, first_contracted_axis
+from jaxgpt.model.params import Path
 from jaxgpt.sharding import PyTree
+from jaxgpt.training.muon import muon
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def build(cfg: OptimConfig, letters: Leaves, steps: int) -> optax.GradientTransf
         rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask
     )
     if cfg.name == "muon":
-        muon = _muon(cfg, letters, schedule(cfg, cfg.muon_learning_rate, steps))
-        tx = optax.partition({"muon": muon, "adamw": tx}, partial(_labels, letters))
+        matrices = muon(schedule(cfg, cfg.muon_learning_rate, steps), letters, cfg.weight_decay)
+        tx = optax.partition({"muon": matrices, "adamw": tx}, _labels)
     elif cfg.name == "lion":
         tx = optax.lion(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask)
     elif cfg.name == "adafactor":
@@ -144,35 +144,14 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _muon(cfg: OptimConfig, letters: Leaves, rate: optax.Schedule) -> optax.GradientTransformation:
-    def axes(params: Params) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: matrix_axes(_keys(path), letters[_keys(path)][0]), params
-        )
+def _labels(params: Params) -> PyTree:
+    """Which optimizer trains a parameter, if Muon trains the matrices of the blocks."""
 
-    return optax.contrib.muon(
-        rate, weight_decay=cfg.weight_decay, muon_weight_dimension_numbers=axes
-    )
-
-
-def _labels(letters: Leaves, params: Params) -> PyTree:
     def one(path: tuple[DictKey, ...], _: jax.Array) -> str:
-        is_matrix = matrix_axes(_keys(path), letters[_keys(path)][0]) is not None
-        return "muon" if is_matrix else "adamw"
+        keys = _keys(path)
+        return "muon" if keys[0] == "blocks" and keys[-1] == "w" else "adamw"
 
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def matrix_axes(path: Path, names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """The input and output axes of a block's matrix, for Muon; None for any other parameter.
-
-    The leading L of stacked leaves is neither, so that each layer is orthogonalized by itself.
-    """
-    if path[0] != "blocks" or path[-1] != "w":
-        return None
-    middle = first_contracted_axis(names)
-    writes = tuple(axis for axis in range(middle) if names[axis] != "L")
-    return optax.contrib.MuonDimensionNumbers(tuple(range(middle, len(names))), writes)
 
 
 def _keys(path: tuple[DictKey, ...]) -> Path:
