@@ -37,7 +37,7 @@ def newton_schulz(matrices: jax.Array, coefficients: jax.Array) -> jax.Array:
         [batch, rows, columns].
     """
     a, b, c = coefficients
-    x = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-8)
+    x: jax.Array = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-8)
     for _ in range(ITERATIONS):
         gram = x @ x.swapaxes(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -126,8 +126,9 @@ def scale_by_muon(letters: Leaves, beta: float = 0.95) -> optax.GradientTransfor
         ahead = jax.tree.map(lambda m, g: beta * m / then + (1 - beta) * g / now, momentum, grads)
         leaves, structure = jax.tree_util.tree_flatten_with_path(ahead)
         by_path = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
-        updates = muon_updates(by_path, letters, state.ns_coeffs)
-        return structure.unflatten(updates.values()), MuonState(count, momentum, state.ns_coeffs)
+        done = muon_updates(by_path, letters, state.ns_coeffs)
+        updates = jax.tree.unflatten(structure, done.values())
+        return updates, MuonState(count, momentum, state.ns_coeffs)
 
     return optax.GradientTransformation(init, update)
 
