@@ -35,7 +35,7 @@ class Bigrams:
     def apply(self, variables, tokens, positions, segments, rngs=None, method=None):
         params = variables["params"]
         hidden = params["inputs"][tokens] + 0.1 * positions[..., None] - segments[..., None]
-        return hidden if method == "hidden" else logits(self.cfg, hidden, params["wte"].T)
+        return hidden if method == "hidden" else logits(self.cfg, hidden, params["wte"])
 
 
 STUDENT, TEACHER = Bigrams(D=8), Bigrams(D=16, logit_softcap=3.0)

@@ -45,7 +45,7 @@ class Bigrams:
         hidden = params["inputs"][tokens]
         if positions is not None:
             hidden = hidden + 0.1 * positions[..., None] - segments[..., None]
-        return hidden if method == "hidden" else logits(self.cfg, hidden, params["wte"].T)
+        return hidden if method == "hidden" else logits(self.cfg, hidden, params["wte"])
 
 
 def bigrams(seed):

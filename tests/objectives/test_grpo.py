@@ -35,7 +35,7 @@ class Bigrams:
 
     def apply(self, variables, tokens, positions=None, segments=None, rngs=None, method=None):
         hidden = variables["params"]["inputs"][tokens]
-        return hidden if method == "hidden" else logits(CFG, hidden, variables["params"]["wte"].T)
+        return hidden if method == "hidden" else logits(CFG, hidden, variables["params"]["wte"])
 
 
 def bigrams(seed):

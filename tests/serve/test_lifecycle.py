@@ -243,7 +243,9 @@ def test_the_start_prints_the_memory_plan_the_address_and_how_to_stop(monkeypatc
     said = []
     serve.run(".", serve.ServeConfig(port=0))
     until(lambda: "stop" in (said.append(capsys.readouterr().out) or "".join(said)), 10)
-    assert made == [{"slots": 3, "context": 640, "queue": 64, "cache": "same"}]
+    assert made == [
+        {"slots": 3, "context": 640, "queue": 64, "cache": "same", "prefix_cache": True}
+    ]
     assert "3 slots of 640 tokens need 1.3 GB of memory, of which 2.0 GB are free" in "".join(said)
     for part in ("little is ready", "/v1, documented at http://127.0.0.1:", "Ctrl-C"):
         assert part in "".join(said)

@@ -92,7 +92,7 @@ def test_the_update_is_that_of_an_optax_chain(clip):
     tx = optim.build(cfg, {("w",): (("D",), (3,)), ("b",): ((), ())}, 10)
     step, state = stepper(tx=tx)
     decays = {"w": True, "b": False}
-    adamw = optax.adamw(0.1, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=0.1, mask=decays)
+    adamw = optax.adamw(lambda _: 0.1, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=0.1, mask=decays)
     chain = optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
     params, opt = state.params, chain.init(state.params)
     for seed in range(4):
