@@ -154,8 +154,8 @@ def decode_steps(
         tempered: Whether log-probabilities are those after dividing by the temperature.
     """
     B = len(state.token_B)
-    # With an axis of one row, XLA for CPU would copy the cache in each step, once for the loop and
-    # once for attention, which drops the axis.
+    # Attention on a CPU drops the axis of a single row. If the loop kept it, XLA would copy the
+    # cache three times in each step.
     pack: Callable[[Cache], Any] = lambda cache: cache  # noqa: E731
     unpack = pack
     if B == 1:

@@ -123,7 +123,8 @@ def sum_in_lanes(x: jax.Array) -> jax.Array:
     y = x.reshape(*lead, vectors // added, added, lanes).sum(-2)
     y = jax.lax.optimization_barrier(y).reshape(*lead, -1)
     while (left := y.shape[-1]) > 1:
-        y = y.reshape(*lead, -1, max(n for n in range(1, 33) if left % n == 0)).sum(-1)
+        part = max(n for n in range(1, 33) if left % n == 0)
+        y = y.reshape(*lead, -1, part if part > 1 else left).sum(-1)
     total: jax.Array = y[..., 0]
     return total
 

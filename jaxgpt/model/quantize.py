@@ -244,7 +244,7 @@ def _int4_matvec(x: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
     low_codes, high_codes = ((c.astype(jnp.int32) - 8) for c in (packed & 15, packed >> 4))
     products = (low_codes * low[lead] + high_codes * high[lead]) * scales[..., None]
     sums = sum_in_lanes(products.reshape(*scale.shape, -1))
-    return (sums.astype(jnp.float32) * x_scale * scale)[None, None]
+    return (sums.astype(jnp.float32) * x_scale[0] * scale)[None, None]
 
 
 def dequantized_matmul(
