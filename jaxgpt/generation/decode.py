@@ -155,7 +155,7 @@ def decode_steps(
     """
     B = len(state.token_B)
     # Attention on a CPU drops the axis of a single row. If the loop kept it, XLA would copy the
-    # cache three times in each step.
+    # cache four times in each step.
     pack: Callable[[Cache], Any] = lambda cache: cache  # noqa: E731
     unpack = pack
     if B == 1:
