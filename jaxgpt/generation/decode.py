@@ -11,7 +11,7 @@ shape, and prompts are padded to powers of two, so that there are few shapes.
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -154,11 +154,17 @@ def decode_steps(
         tempered: Whether log-probabilities are those after dividing by the temperature.
     """
     B = len(state.token_B)
+    # Attention on a CPU drops the axis of a single row. If the loop kept it, XLA would copy the
+    # cache four times in each step.
+    pack: Callable[[Cache], Any] = lambda cache: cache  # noqa: E731
+    unpack = pack
+    if B == 1:
+        pack, unpack = (partial(jax.tree.map, f) for f in (lambda x: x[0], lambda x: x[None]))
 
     def step(carry: _Loop) -> _Loop:
         i, state, out = carry
         hidden_B1D, cache = extend(
-            model, params, state.token_B[:, None], state.position_B, state.cache
+            model, params, state.token_B[:, None], state.position_B, unpack(state.cache)
         )
         logits_BV = next_logits(model.cfg, params, hidden_B1D)[:, 0]
         going_B = state.left_B > 0
@@ -173,7 +179,7 @@ def decode_steps(
         new = jnp.where(going_B, token_B, -1), jnp.where(going_B, logprob_B, 0), *top_B[::-1]
         out = tuple(all_.at[:, i].set(one) for all_, one in zip(out, new, strict=True))
         state = DecodeState(
-            cache=cache,
+            cache=pack(cache),
             token_B=jnp.where(going_B, token_B, state.token_B),
             position_B=state.position_B + going_B,
             left_B=jnp.where(stopped_B, 0, jnp.maximum(state.left_B - 1, 0)),
@@ -188,8 +194,9 @@ def decode_steps(
     out: tuple[jax.Array, ...] = jnp.full((B, n), -1), jnp.zeros((B, n))
     if top:
         out += jnp.zeros((B, n, top), jnp.int32), jnp.zeros((B, n, top))
-    begin: _Loop = 0, state, out
+    begin: _Loop = 0, state._replace(cache=pack(state.cache)), out
     _, state, out = jax.lax.while_loop(goes_on, step, begin)
+    state = state._replace(cache=unpack(state.cache))
     none = jnp.zeros((B, n, 0), jnp.int32), jnp.zeros((B, n, 0))
     return state, Generated(*out, *(() if top else none))
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
-from jaxgpt.model.matmul import matmul, product
+from jaxgpt.model.matmul import materialized, matmul, product, sum_in_lanes
 from jaxgpt.model.params import Leaves, Params, Path, first_contracted_axis, flat, nested
 
 FourBits = Literal["int4", "nf4"]
@@ -234,23 +234,17 @@ def quantized_matmul(x: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array
 def _int4_matvec(x: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
     """The product of one token, in a single pass over packed weights that writes no others."""
     scales, scale = leaves["w_int4"], leaves["w_scale"]
-    packed = leaves["w"].reshape(*scales.shape, -1)
-    values, x_scale = quantize(x.reshape(-1).astype(jnp.float32), (0,))
-    low, high = jnp.moveaxis(values.reshape(scales.shape[-1], 2, -1), 1, 0).astype(jnp.int32)
+    # Else XLA would unpack the weights before the loop of decoding, and each step read the codes.
+    x, packed = jax.lax.optimization_barrier((x, leaves["w"]))
+    packed = packed.reshape(*scales.shape, -1)
+    values, x_scale = quantize(x.reshape(1, -1).astype(jnp.float32), (1,))
+    values_1F = materialized(values.astype(jnp.int32))
+    low, high = jnp.moveaxis(values_1F.reshape(scales.shape[-1], 2, -1), 1, 0)
     lead = (None,) * scale.ndim
     low_codes, high_codes = ((c.astype(jnp.int32) - 8) for c in (packed & 15, packed >> 4))
-    sums = (low_codes * low[lead] + high_codes * high[lead]).sum(-1) * scales
-    y = _sum_in_parts(sums).astype(jnp.float32) * x_scale * scale
-    return y[None, None]
-
-
-def _sum_in_parts(x: jax.Array) -> jax.Array:
-    """The sum over the last axis. XLA for CPU would split one of more than 32 off the loop before
-    it, and write what that computes."""
-    for part in range(32, 1, -1):
-        if x.shape[-1] % part == 0 and x.shape[-1] > part:
-            return x.reshape(*x.shape[:-1], -1, part).sum(-1).sum(-1)
-    return x.sum(-1)
+    products = (low_codes * low[lead] + high_codes * high[lead]) * scales[..., None]
+    sums = sum_in_lanes(products.reshape(*scale.shape, -1))
+    return (sums.astype(jnp.float32) * x_scale[0] * scale)[None, None]
 
 
 def dequantized_matmul(

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from dataclasses import fields, replace
 from functools import cache, partial
 from typing import get_args, get_type_hints
@@ -11,11 +12,13 @@ import pytest
 from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.generation.beam import beam_search
-from jaxgpt.generation.decode import decode, generate, stops_of
+from jaxgpt.generation.decode import decode, decode_steps, generate, stops_of
 from jaxgpt.generation.decode import prefill as read_prompts
 from jaxgpt.generation.sampling import Sampling, sampling_params
 from jaxgpt.model import EncoderDecoder, GPTConfig
 from jaxgpt.model.cache import _put, _put_by_mask, _put_by_update, empty
+from jaxgpt.model.params import flat
+from jaxgpt.model.quantize import quantize_params
 from jaxgpt.model.rotary import RopeScaling
 from tests import tiny
 from tests.tiny import PLAIN
@@ -173,6 +176,34 @@ def test_decoding_is_compiled_once_for_parameters_that_change():
         tokens = np.asarray(written.tokens_Bn)
         np.testing.assert_array_equal(tokens[tokens >= 0], alone[tokens >= 0])
     assert len(traces) == 1
+
+
+def compiled_steps(gpt, params, B, S):
+    """The program of four steps of decoding after a prompt of 8 tokens."""
+    at = sampling_params([Sampling(temperature=0)] * B, gpt.cfg.V, gpt.cfg.sizes["V"])
+    lengths, new = np.full(B, 8, np.int32), np.full(B, 4, np.int32)
+    state = read_prompts(gpt, params, np.ones((B, 8), np.int32), lengths, new, S)
+    return decode_steps.lower(gpt, params, state, at, stops_of([[]] * B), 4).compile()
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_step_of_decoding_copies_no_cache(B):
+    gpt, S = SMALL.build(PLAIN), 24
+    text = compiled_steps(gpt, random_params(gpt), B, S).as_text()
+    K, H = gpt.cfg.sizes["K"], gpt.cfg.sizes["H"]
+    shapes = "|".join(rf"\[{lead}{S},{H}\]" for lead in (f"{B},{K},", f"{K},", f"{B * K},"))
+    inside = text[: text.index("ENTRY")]  # the loop is before the main computation
+    assert re.search(shapes, inside)
+    assert not re.findall(rf"= f32(?:{shapes})\S* copy\(", inside)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_decoding_unpacks_no_weights_before_its_loop(kind):
+    gpt = GPTConfig(L=2, D=128, N=2, T=32, V=50).build(PLAIN)
+    params = quantize_params(random_params(gpt), model.letters(gpt), kind)
+    matrices = sum(math.prod(leaf.shape) for path, leaf in flat(params).items() if path[-1] == "w")
+    used = compiled_steps(gpt, params, 1, 16).memory_analysis().temp_size_in_bytes
+    assert used < 4 * matrices / 2  # half of what they take in int32
 
 
 def test_scanned_layers_are_refused_with_what_to_set():

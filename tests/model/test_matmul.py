@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxgpt.model.matmul import matmul
+from jaxgpt.model.matmul import matmul, sum_in_lanes
 from jaxgpt.model.quantize import int8_matmul
 
 EQUATIONS = {
@@ -89,3 +89,9 @@ def test_a_rounded_product_is_that_of_whole_numbers_times_each_token_s_scale(sha
     np.testing.assert_allclose(y, exact * scale[..., 0], rtol=1e-5)
     zero = int8_matmul(np.zeros_like(x), w)
     assert not np.asarray(zero).any()
+
+
+@pytest.mark.parametrize("F", [1, 32, 37, 768, 1200, 3072])
+def test_a_sum_in_lanes_is_exact_for_any_number_of_integers(F):
+    x = np.random.default_rng(3).integers(-(2**14), 2**14, (2, 3, F)).astype(np.int32)
+    np.testing.assert_array_equal(jax.jit(sum_in_lanes)(x), x.sum(-1))
