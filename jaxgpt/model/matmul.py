@@ -46,27 +46,29 @@ def matmul(equation: str, x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.A
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x_BTF: jax.Array, w_YF: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return product("BTF,YF->BTY", x_BTF.astype(dtype), w_YF.astype(dtype), jnp.float32)
+    return product(x_BTF.astype(dtype), w_YF.astype(dtype), jnp.float32)
 
 
-def product(equation: str, x: jax.Array, w: jax.Array, accumulator: DTypeLike) -> jax.Array:
-    """`einsum(equation, x, w)`, accumulated and returned in a dtype; fast for few tokens."""
-    einsum = partial(jnp.einsum, equation, preferred_element_type=accumulator)
-    rows = math.prod(x.shape[:2])
-    if equation != "BTF,YF->BTY" or rows > FEW_ROWS:
-        return einsum(x, w)
+def product(x_BTF: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> jax.Array:
+    """The product [B, T, Y], accumulated and returned in a dtype; fast for few tokens."""
+    einsum = partial(jnp.einsum, "BTF,YF->BTY", preferred_element_type=accumulator)
+    rows = math.prod(x_BTF.shape[:2])
+    if rows > FEW_ROWS:
+        return einsum(x_BTF, w_YF)
     weights_first, equal_rows, rows_alone = (
         partial(f, accumulator=accumulator) for f in (_weights_first, _four_equal_rows, _rows_alone)
     )
     on_tpu = on_cpu = equal_rows if rows == 1 else einsum
-    if w.dtype == jnp.float32:
+    if w_YF.dtype == jnp.float32:
         on_cpu = weights_first
-    elif w.dtype == jnp.int8 and rows <= ROWS_ALONE:
+    elif w_YF.dtype == jnp.int8 and rows <= ROWS_ALONE:
         on_cpu = rows_alone
     if on_cpu is on_tpu is einsum:
-        return einsum(x, w)
-    y: jax.Array = jax.lax.platform_dependent(x, w, cpu=on_cpu, tpu=on_tpu, default=einsum)
-    return y
+        return einsum(x_BTF, w_YF)
+    y_BTY: jax.Array = jax.lax.platform_dependent(
+        x_BTF, w_YF, cpu=on_cpu, tpu=on_tpu, default=einsum
+    )
+    return y_BTY
 
 
 def _weights_first(x_BTF: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> jax.Array:

@@ -271,7 +271,7 @@ def int8_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     values_BTF, scale_BT = quantize(x.reshape(B, T, -1).astype(jnp.float32), (2,))
     outputs = w.shape[: w.ndim - len(x.shape[2:])]
     w_YF = w.reshape(-1, values_BTF.shape[-1])
-    y_BTY = product("BTF,YF->BTY", values_BTF, w_YF, jnp.int32).astype(jnp.float32)
+    y_BTY = product(values_BTF, w_YF, jnp.int32).astype(jnp.float32)
     return (y_BTY * scale_BT[..., None]).reshape(B, T, *outputs)
 
 
