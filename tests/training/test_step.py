@@ -106,6 +106,9 @@ def test_the_update_is_that_of_an_optax_chain(clip):
     assert_trees_close(state.opt, opt)  # and they have the same structure
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8, 1), reason="jax before 0.8.1 copies a gradient of a product"
+)
 def test_an_update_copies_neither_the_gradient_nor_the_state():
     cfg = optim.OptimConfig(warmup=0)
     w = jnp.ones((512, 512))
