@@ -144,6 +144,11 @@ class Found:
         return [tokens_at(self.tokens, losses, target) for losses, target in pairs]
 
     @property
+    def at_least(self) -> str:
+        """ "at least " if even the shortest run of a seed has reached its baseline."""
+        return "at least " if (self.recipe[:, 0] <= self.baseline).any() else ""
+
+    @property
     def ratios(self) -> list[float]:
         """How many times fewer tokens that is."""
         return [float(self.tokens[-1]) / each for each in self.needed]
@@ -152,12 +157,11 @@ class Found:
 def tokens_at(tokens: np.ndarray, losses: np.ndarray, target: float) -> float:
     """The tokens at which losses, which fall over the logarithm of the tokens, reach a target.
 
-    Outside the lengths, the line between the nearest two goes on.
+    If the shortest run has reached it, those of that run, and if the longest has not, infinity.
     """
-    x = np.log(tokens)
-    last = int(np.clip(np.searchsorted(-losses, -target), 1, len(losses) - 1))
-    slope = (losses[last] - losses[last - 1]) / (x[last] - x[last - 1])
-    return math.exp(x[last] + (target - losses[last]) / slope)
+    if target < losses[-1]:
+        return math.inf
+    return math.exp(np.interp(-target, -losses, np.log(tokens)))
 
 
 def measure(options: Options, trainer: Trainer) -> Found:
@@ -199,8 +203,11 @@ def report(found: Found) -> None:
     print(f"  {'baseline':<12} {total:>8,} tokens  loss {shown(found.baseline, '.4f')}")
     for tokens, losses in zip(found.tokens, found.recipe.T, strict=True):
         print(f"  {'recipe':<12} {int(tokens):>8,} tokens  loss {shown(losses, '.4f')}")
-    print(f"  the recipe reaches the baseline's loss with {shown(found.needed, ',.0f')} tokens")
-    print(f"  {shown(found.ratios, '.2f')} times fewer")
+    print(
+        f"  the recipe reaches that with {found.at_least.replace('least', 'most')}"
+        f"{shown(found.needed, ',.0f')} tokens, {found.at_least}{shown(found.ratios, '.2f')} "
+        "times fewer"
+    )
     for change, losses in found.changed.items():
         paired = losses - found.recipe[:, 1]
         print(f"  {change}: loss {shown(paired, '+.4f')}, as pairs of runs with the same seed")
@@ -243,7 +250,7 @@ def draw(all_found: Sequence[Found], path: Path) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.annotate(
-            f"{fmean(found.ratios):.2f} times fewer tokens",
+            f"{found.at_least}{fmean(found.ratios):.2f} times fewer tokens",
             (needed, target),
             (0, 8),
             textcoords="offset points",
