@@ -9,7 +9,7 @@ What lies in a TPU's on-chip memory, which layouts mark with S(1), is no traffic
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -165,6 +165,27 @@ def read(text: str) -> Found:
     )
 
 
+def _batch(attributes: str, shapes: Sequence[Shape]) -> int:
+    """How many products a product or convolution of two factors to a result consists of.
+
+    On a TPU, a batch of products is a convolution in which all three have the batch as a dimension
+    of space.
+    """
+    if found := re.search(r"lhs_batch_dims=\{([\d,]+)\}", attributes):
+        return math.prod(shapes[0].dimensions[int(at)] for at in found[1].split(","))
+    if found := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes):
+        first, second, result = (
+            {label: size for label, size in zip(labels, shape.dimensions, strict=True)}
+            for labels, shape in zip(found.groups(), shapes, strict=True)
+        )
+        return math.prod(
+            size
+            for label, size in first.items()
+            if label.isdigit() and second.get(label) == result.get(label) == size
+        )
+    return 1
+
+
 class _Program:
     """The computations of a program by name."""
 
@@ -267,9 +288,12 @@ class _Program:
             return 0.0
         around = self.by_name[computation]
         factors = [around[name].shapes[0] for name in one.operands if name in around]
+        if len(factors) < 2:
+            return 0.0
         sizes = [math.prod(shape.dimensions) for shape in (*factors, one.shapes[0])]
-        # m k, k n and m n numbers make 2 m k n operations.
-        return 2 * math.sqrt(math.prod(sizes)) if len(sizes) == 3 else 0.0
+        # b products of m k and k n numbers, which are b m n, make 2 b m k n operations.
+        batch = _batch(one.attributes, [*factors, one.shapes[0]])
+        return 2 * math.sqrt(math.prod(sizes) / batch)
 
     def read_inside(self, name: str, parameter: str) -> float:
         """Bytes that a fused computation reads of one of its parameters."""
