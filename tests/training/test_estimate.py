@@ -141,6 +141,28 @@ def test_collectives_are_read_with_their_groups_and_loops():
     assert found.sent == 3 * 2 * (4 - 1) / 4 * 4096
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        "dot(%x, %y), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, "
+        "rhs_contracting_dims={2}",
+        # what libtpu makes of it
+        "convolution(%x, %y), window={size=12 stride=11 lhs_dilate=12}, dim_labels=0bf_0oi->0bf",
+    ],
+    ids=["dot", "convolution"],
+)
+def test_a_batch_of_products_has_the_flops_of_each(product):
+    text = f"""HloModule batched
+ENTRY main (a: f32[12,64,256], b: f32[12,32,256]) -> f32[12,64,32] {{
+  %x = f32[12,64,256]{{2,1,0}} parameter(0)
+  %y = f32[12,32,256]{{2,1,0}} parameter(1)
+  ROOT %z = f32[12,64,32]{{2,1,0}} {product}
+}}
+"""
+    (cost,) = hlo.read(text).costs
+    assert cost.flops == 2 * 12 * 64 * 32 * 256
+
+
 def test_memory_is_what_the_compiler_says_of_the_step_that_runs():
     found = estimate.estimate(TINY, "here")
     network = setup.build_network(TINY, None)
