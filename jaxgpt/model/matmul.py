@@ -149,15 +149,14 @@ def _matmul_backward(dtype: DTypeLike, saved: Factors, dy_BTY: jax.Array) -> Fac
     x, w, dy = x_BTF.astype(dtype), w_YF.astype(dtype), dy_BTY.astype(dtype)
     dx_BTF = einsum("BTY,YF->BTF", dy, w)
 
-    def on_cpu(dy: jax.Array, x: jax.Array) -> jax.Array:
-        # XLA for CPU has fast products of bfloat16 that sum over two axes; of float32, only those
-        # that sum over one are fast.
-        lead = (-1,) if x.dtype == jnp.float32 else (1, -1)
-        letters = "BT"[-len(lead) :]
-        flat = (a.reshape(*lead, a.shape[-1]) for a in (dy, x))
-        return einsum(f"{letters}Y,{letters}F->YF", *flat)
+    add_up = partial(einsum, "BTY,BTF->YF")
 
-    dw_YF = jax.lax.platform_dependent(dy, x, cpu=on_cpu, default=partial(einsum, "BTY,BTF->YF"))
+    def on_cpu(*factors: jax.Array) -> jax.Array:
+        # XLA for CPU has fast products that sum over two axes, if the first has a single element.
+        # Of those that sum over one, the rounding depends on the number of threads.
+        return add_up(*(a.reshape(1, -1, a.shape[-1]) for a in factors))
+
+    dw_YF = jax.lax.platform_dependent(dy, x, cpu=on_cpu, default=add_up)
     return dx_BTF.astype(x_BTF.dtype), dw_YF.astype(w_YF.dtype)
 
 
