@@ -31,7 +31,8 @@ data.beam
 terminal
 evaluation.charts evaluation.document evaluation.history evaluation.report
 evaluation.inspect
-serve.prefixes serve.engine
+serve.prefixes serve.programs
+serve.engine
 evaluation.generate evaluation.tasks
 evaluation.measure evaluation.suite evaluation.harness evaluation.judge
 training.inputs training.description training.setup training.tasks training.loop training.runs

@@ -11,7 +11,7 @@ shape, and prompts are padded to powers of two, so that there are few shapes.
     tokens_Bn, logprobs_Bn, lengths_B = decode(model, params, prompts, new, stops=(eot,))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -154,12 +154,14 @@ def decode_steps(
         tempered: Whether log-probabilities are those after dividing by the temperature.
     """
     B = len(state.token_B)
+
     # Attention on a CPU drops the axis of a single row. If the loop kept it, XLA would copy the
     # cache four times in each step.
-    pack: Callable[[Cache], Any] = lambda cache: cache  # noqa: E731
-    unpack = pack
-    if B == 1:
-        pack, unpack = (partial(jax.tree.map, f) for f in (lambda x: x[0], lambda x: x[None]))
+    def pack(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[0], cache) if B == 1 else cache
+
+    def unpack(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[None], cache) if B == 1 else cache
 
     def step(carry: _Loop) -> _Loop:
         i, state, out = carry

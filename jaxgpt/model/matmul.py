@@ -109,8 +109,11 @@ def _rows_alone(x_BTF: jax.Array, w_YF: jax.Array, accumulator: DTypeLike) -> ja
 
 
 def materialized(x: jax.Array) -> jax.Array:
-    """Integers from int8, as an array of its own, which XLA for CPU does not compute again in each
-    loop that reads it: what a condition returns is not fused. No number is so large."""
+    """The same integers, at most 2^30, as an array that XLA for CPU writes to memory once.
+
+    Otherwise it computes them again in each loop that reads them. What a conditional returns is not
+    fused; this one always returns `x`.
+    """
     same: jax.Array = jax.lax.cond(x[0, 0] > 1 << 30, jnp.zeros_like, lambda x: x, x)
     return same
 

@@ -17,7 +17,8 @@ from jaxgpt.model import empty_cache
 from jaxgpt.model.cache import KEYS, CacheDtype
 from jaxgpt.pretrained.load import ModelSource
 from jaxgpt.pretrained.trained import Dtype, Trained, convert_dtype
-from jaxgpt.serve.engine import CLASSES, SCORED, STATES, STOPS, cache_size, chunk_of_prompts
+from jaxgpt.serve.engine import CLASSES, STATES, STOPS, cache_size, chunk_of_prompts
+from jaxgpt.serve.programs import SCORED
 
 SLOTS = 8
 """The most slots that are chosen by default."""

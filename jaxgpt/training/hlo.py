@@ -166,16 +166,15 @@ def read(text: str) -> Found:
 
 
 def _batch(attributes: str, shapes: Sequence[Shape]) -> int:
-    """How many products a product or convolution of two factors to a result consists of.
+    """The batch size of a dot or convolution, of which these are the two factors and the result.
 
-    On a TPU, a batch of products is a convolution in which all three have the batch as a dimension
-    of space.
+    On a TPU, a batched dot is a convolution with the batch as a spatial dimension of all three.
     """
     if found := re.search(r"lhs_batch_dims=\{([\d,]+)\}", attributes):
         return math.prod(shapes[0].dimensions[int(at)] for at in found[1].split(","))
     if found := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes):
         first, second, result = (
-            {label: size for label, size in zip(labels, shape.dimensions, strict=True)}
+            dict(zip(labels, shape.dimensions, strict=True))
             for labels, shape in zip(found.groups(), shapes, strict=True)
         )
         return math.prod(

@@ -1,5 +1,9 @@
 """Products with weights against einsum, numpy and finite differences."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ from jax.test_util import check_grads
 
 from jaxgpt.model.matmul import matmul, sum_in_lanes
 from jaxgpt.model.quantize import int8_matmul
+from tests.tiny import ROOT
 
 EQUATIONS = {
     "BTD,NHD->BTNH": ((2, 3, 4), (2, 3, 4)),
@@ -31,6 +36,27 @@ def test_gradient_of_matmul_is_that_of_einsum(equation):
     for a, b in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     check_grads(ours, (x, w), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)  # finite differences
+
+
+THREADS = """
+import hashlib, jax, jax.numpy as jnp
+from jaxgpt.model.matmul import matmul
+x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 256, 128), (128, 128)]))
+total = lambda x, w: jnp.sin(matmul("BTD,FD->BTF", x, w, jnp.float32)).sum()
+print(*(hashlib.sha256(g.tobytes()).hexdigest() for g in jax.jit(jax.grad(total, (0, 1)))(x, w)))
+"""
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8, 1), reason="before, all products of float32 round by threads"
+)
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    found = set()
+    for devices in (1, 8):  # with more devices than cores, XLA has as many threads
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        found.add(subprocess.check_output([sys.executable, "-c", THREADS], env=env, text=True))
+    assert len(found) == 1
 
 
 def test_a_weight_in_another_order_is_refused():

@@ -18,7 +18,7 @@ from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.serve import engine as engines
+from jaxgpt.serve import programs
 from jaxgpt.serve.engine import Busy, Engine, Request, Stopped
 from jaxgpt.tokenizer import TokenizerConfig, build
 
@@ -53,7 +53,7 @@ def trained():
 def engine(trained):
     made = Engine(trained, slots=3, queue=40, chunk=4)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(engines, "SCORED", 24)  # several blocks, the last one partial
+        monkeypatch.setattr(programs, "SCORED", 24)  # several blocks, the last one partial
         made.start()
     yield made
     made.stop()
