@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -18,6 +18,7 @@ from tests.tiny import ROOT
 
 GOOD = dict(lanes.LANES["python311"])
 TRAINED = {"loss": 5.5, "expected": 5.545, "compile": 1.0, "seconds": 0.01}
+ROOMY = SimpleNamespace(free=2**40)  # what the disk under the tests has left is no concern of theirs
 ON_CPU = [{"platform": "cpu", "kind": "cpu", "count": 1}, TRAINED]
 
 V5E = {
@@ -239,6 +240,7 @@ def environment(tmp_path, monkeypatch):
         monkeypatch.setattr(diagnosis, "wanted_libtpu", lambda: "0.0.42")
         monkeypatch.setattr(diagnosis, "requires", lambda name: needs.get(name, []))
         monkeypatch.setattr(diagnosis.platform, "python_version", lambda: "3.11.7")
+        monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda _: ROOMY)
         monkeypatch.setattr(diagnosis, "_started_here", lambda: False)
         monkeypatch.setenv("PATH", str(tmp_path))  # there is no nvidia-smi
         probed = [dict(part) for part in broken.probed]
