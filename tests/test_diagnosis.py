@@ -18,7 +18,7 @@ from tests.tiny import ROOT
 
 GOOD = dict(lanes.LANES["python311"])
 TRAINED = {"loss": 5.5, "expected": 5.545, "compile": 1.0, "seconds": 0.01}
-ROOMY = SimpleNamespace(free=2**40)  # what the disk under the tests has left is no concern of theirs
+ROOMY = SimpleNamespace(free=2**40)  # whatever the disk has left that the tests run on
 ON_CPU = [{"platform": "cpu", "kind": "cpu", "count": 1}, TRAINED]
 
 V5E = {
