@@ -12,13 +12,14 @@ is in `jaxgpt/training/loop.py`.
 import signal
 import sys
 
-if (
-    __name__ == "__main__"
-    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    and "ipykernel" not in sys.modules  # under %run, where this would end the notebook's kernel
-):
-    # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from jaxgpt.huge_pages import restart_with_huge_pages
+from jaxgpt.streams import in_kernel
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and not in_kernel():
+        # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from jaxgpt.signals import end_if_abandoned
 from jaxgpt.terminal import survive_closed_output

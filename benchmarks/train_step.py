@@ -7,9 +7,11 @@
 Both sides train a model from random weights with AdamW (decay on matrices and embeddings only) and
 clipping at 1.0, on the same tokens, distributed by Zipf's law. Each side has its own process and
 memory. They run a few steps in turn, never at once, and the side that is first in one round is
-second in the next. MFU is the fraction of the device's peak FLOP/s, where that is known, with the
-FLOPs of attention counted in full and, in brackets, only those that a causal mask leaves. Run it on
-an idle machine. Needs `pip install torch transformers`, but not with `--documents`.
+second in the next. A turn begins with a step that is not timed: in the seconds of rest before, a
+virtual machine may give freed memory back to its host, which a run in one go never waits for. Both
+sides use huge pages, as the commands of jaxgpt do, except with GLIBC_TUNABLES=glibc.malloc.hugetlb=0.
+MFU is the fraction of the device's peak FLOP/s, where that is known, with the FLOPs of attention
+counted in full and, in brackets, only those that a causal mask leaves. Run it on an idle machine. Needs `pip install torch transformers`, but not with `--documents`.
 """
 
 import importlib.util
@@ -287,6 +289,7 @@ def main(options: Options) -> None:
     losses = [0.0, 0.0]
     for number in range(options.rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
+            run(pipes[side], 1)
             seconds, cpu, losses[side] = run(pipes[side], options.steps)
             rates[side].append(tokens / seconds)
             cpus[side].append(cpu / options.steps)
@@ -321,4 +324,7 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     import tyro
 
+    from jaxgpt.huge_pages import restart_with_huge_pages
+
+    restart_with_huge_pages()
     main(tyro.cli(Options, description=__doc__))

@@ -3,9 +3,12 @@
 import signal
 import sys
 
+from jaxgpt.huge_pages import restart_with_huge_pages
+
 
 def run() -> None:
     """Runs the command line, and ends the process with its exit status."""
+    restart_with_huge_pages()
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.SIG_IGN:
         # While jax is imported, Python's own handler of Ctrl-C may be ignored, or crash.

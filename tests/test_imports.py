@@ -14,7 +14,7 @@ LAYERS = """
 errors lanes
 bounds
 streams display accelerators paths strict_json manifest download signals synonyms sharding processes
-store
+store huge_pages
 model
 tokenizer
 chat
