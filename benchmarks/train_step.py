@@ -9,9 +9,10 @@ clipping at 1.0, on the same tokens, distributed by Zipf's law. Each side has it
 memory. They run a few steps in turn, never at once, and the side that is first in one round is
 second in the next. A turn begins with a step that is not timed: in the seconds of rest before, a
 virtual machine may give freed memory back to its host, which a run in one go never waits for. Both
-sides use huge pages, as the commands of jaxgpt do, except with GLIBC_TUNABLES=glibc.malloc.hugetlb=0.
+sides use huge pages, as jaxgpt's commands do, except with GLIBC_TUNABLES=glibc.malloc.hugetlb=0.
 MFU is the fraction of the device's peak FLOP/s, where that is known, with the FLOPs of attention
-counted in full and, in brackets, only those that a causal mask leaves. Run it on an idle machine. Needs `pip install torch transformers`, but not with `--documents`.
+counted in full and, in brackets, only those that a causal mask leaves. Run it on an idle machine.
+Needs `pip install torch transformers`, but not with `--documents`.
 """
 
 import importlib.util
