@@ -316,20 +316,22 @@ def window_order(
         seed: Seed of the shuffle; None: windows in order.
 
     Raises:
-        InputError: Grain is not installed, and there are weights or many windows. (Without Grain,
-            which some CUDA machines lack, fewer windows have the same order as with it.)
+        InputError: Grain is not installed, and there are weights, or many windows to shuffle.
     """
+    count = firsts[-1]
+    if not weights:  # the same orders as below, without the time that importing Grain takes
+        if seed is None:
+            return lambda k: k % count
+        if count < GRAIN_SHUFFLES:
+            return _permutations(0, count, (seed, 0))
     try:
         grain = import_grain()
     except ImportError:
-        if weights or firsts[-1] >= GRAIN_SHUFFLES:
-            raise InputError(
-                "data.weights, data.epochs and large corpora need Grain, which is not installed: "
-                "pip install grain",
-                field="data.weights",
-            ) from None
-        count = firsts[-1]
-        return (lambda k: k % count) if seed is None else _permutations(0, count, (seed, 0))
+        raise InputError(
+            "data.weights, data.epochs and large corpora need Grain, which is not installed: "
+            "pip install grain",
+            field="data.weights",
+        ) from None
     parts = []
     for path, (first, end) in enumerate(pairwise(firsts)):
         windows = grain.MapDataset.range(first, end)

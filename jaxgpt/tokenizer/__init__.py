@@ -16,15 +16,19 @@ All tokenizers built here have the special token `<|endoftext|>`.
 
 import base64
 import binascii
+import json
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from jaxgpt.errors import InputError
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
-from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, train
+from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, sample, train_on, training_digest
 from jaxgpt.tokenizer.byte_char import Bytes, Characters
 from jaxgpt.tokenizer.huggingface import HuggingFace
 from jaxgpt.tokenizer.published import PUBLISHED, File, published_bpe
@@ -101,12 +105,14 @@ class TokenizerConfig:
             )
 
 
-def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+def build(cfg: TokenizerConfig, documents: Iterable[str], cache: Path | None = None) -> Tokenizer:
     """Builds the tokenizer that a config describes.
 
     Args:
         cfg: The config.
         documents: The corpus; read once for the kinds bpe and characters, otherwise ignored.
+        cache: A folder for trained tokenizers, made if needed: the same text with the same options
+            is trained on once. None: train.
 
     Returns:
         The tokenizer.
@@ -125,7 +131,7 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
         check_not_empty(alphabet)
         return Characters("".join(sorted(alphabet)))
     if cfg.kind == "bpe":
-        return train(documents, cfg.vocab_size, cfg.sample_bytes, PATTERNS[cfg.pattern])
+        return _trained(sample(documents, cfg.sample_bytes), cfg, cache)
     if cfg.kind == "huggingface":
         raise InputError(
             "tokenizer.kind=huggingface cannot be built, because it comes with a model; set start "
@@ -134,6 +140,26 @@ def build(cfg: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
             field="tokenizer.kind",
         )
     return published_bpe(cfg.kind)
+
+
+def _trained(texts: Sequence[str], cfg: TokenizerConfig, cache: Path | None) -> Tokenizer:
+    """The BPE tokenizer trained on some texts, read from the cache if it was trained before."""
+    pattern = PATTERNS[cfg.pattern]
+    if cache is None:
+        return train_on(texts, cfg.vocab_size, pattern)
+    path = cache / f"{training_digest(texts, cfg.vocab_size, pattern)}.json"
+    with suppress(OSError, ValueError, RecursionError):  # missing or damaged
+        return from_json(json.loads(path.read_bytes()))
+    trained = train_on(texts, cfg.vocab_size, pattern)
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
+    with suppress(OSError):  # a folder that cannot be written costs time, not the run
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps(trained.to_json()))
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return trained
 
 
 def from_json(values: JsonObject) -> Tokenizer:

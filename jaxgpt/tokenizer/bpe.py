@@ -1,9 +1,12 @@
 """Byte pair encoding (BPE): encoding with tiktoken, and training on a corpus with rustbpe."""
 
 import base64
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 
 import numpy as np
 import tiktoken
@@ -165,11 +168,15 @@ def train(
     Raises:
         InputError: The corpus is empty, or too small for so large a vocabulary.
     """
+    return train_on(sample(documents, sample_bytes), vocab_size, pattern)
+
+
+def train_on(texts: Sequence[str], vocab_size: int, pattern: str) -> BPE:
+    """Trains a BPE tokenizer on all of the texts; see `train`."""
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    sample = _sample(documents, sample_bytes)
-    trainer.train_from_iterator(iter(sample), vocab_size=vocab_size - 1, pattern=pattern)
+    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1, pattern=pattern)
     ranks = [bytes(piece) for piece, _ in trainer.get_mergeable_ranks()]
     if len(ranks) < vocab_size - 1:
         raise InputError(
@@ -180,10 +187,21 @@ def train(
     return BPE("bpe", ranks, pattern, {EOT: len(ranks)})
 
 
-def _sample(documents: Iterable[str], limit: int, block: int = BLOCK) -> list[str]:
-    """Samples at most `limit` bytes: every n-th block, with n the smallest power of 2 that fits.
+def training_digest(texts: Sequence[str], vocab_size: int, pattern: str) -> str:
+    """Returns a hash of all that `train_on` depends on: its arguments and rustbpe's version."""
+    settings = json.dumps([vocab_size, pattern, EOT, version("rustbpe"), len(texts)])
+    digest = hashlib.sha256(settings.encode())
+    for text in texts:
+        data = encoded(text)
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
 
-    A block has `block` characters.
+
+def sample(documents: Iterable[str], limit: int, block: int = BLOCK) -> list[str]:
+    """Returns a sample of at most `limit` bytes: every n-th block of `block` characters.
+
+    n is the smallest power of 2 that fits.
     """
     kept: list[str] = []
     total = size = 0

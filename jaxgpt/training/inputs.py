@@ -11,7 +11,7 @@ import jax
 
 from jaxgpt import config, data, processes, tokenizer
 from jaxgpt.errors import InputError
-from jaxgpt.paths import place_of
+from jaxgpt.paths import cache_folder, place_of
 from jaxgpt.pretrained.load import ModelSource, check_exists, find_tokenizer, source
 from jaxgpt.training import checkpoint
 from jaxgpt.training.mirror import has_begun
@@ -160,7 +160,8 @@ def find_text_tokenizer(
         texts = data.strings([record for records in sets for record in records])
     else:
         texts = data.texts(pinned, held_out=alphabet)
-    built = partial(tokenizer.build, cfg.tokenizer, texts)
+    cache = cache_folder(getattr(pinned, "cache", "")) / "tokenizers"
+    built = partial(tokenizer.build, cfg.tokenizer, texts, cache)
     described = processes.from_first_process(lambda: json.dumps(built().to_json()))
     return cfg, tokenizer.from_json(json.loads(described))
 

@@ -233,7 +233,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(count):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_without_grain_a_small_corpus_has_the_same_batches(monkeypatch, shuffle):
-    with_grain = rows(batches_of(corpus_of(1000), shuffle=shuffle), 300)
+    with_grain = rows(batches_of(corpus_of(1000), shuffle=shuffle, weights=(1.0,)), 300)
     monkeypatch.setitem(sys.modules, "grain", None)
     np.testing.assert_array_equal(
         rows(batches_of(corpus_of(1000), shuffle=shuffle), 300), with_grain

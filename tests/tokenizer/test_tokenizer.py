@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
+import jaxgpt.tokenizer as tokenizer_module
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import (
     BPE,
@@ -177,15 +179,85 @@ def test_training_is_deterministic():
     assert first.fingerprint == second.fingerprint
 
 
+@pytest.fixture
+def count_trainings(monkeypatch):
+    """The number of tokenizers trained so far, in a list of that length."""
+    trainings = []
+    train_on = tokenizer_module.train_on
+
+    def counted(*args):
+        trainings.append(args)
+        return train_on(*args)
+
+    monkeypatch.setattr(tokenizer_module, "train_on", counted)
+    return trainings
+
+
+def test_a_tokenizer_is_trained_once_on_the_same_text(tmp_path, count_trainings):
+    cfg = TokenizerConfig(vocab_size=300)
+    first, again = (build(cfg, iter([CORPUS, "more"]), tmp_path / "new") for _ in range(2))
+    assert len(count_trainings) == 1
+    assert again.to_json() == first.to_json() == build(cfg, [CORPUS, "more"]).to_json()
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"vocab_size": 301}, [CORPUS]),
+        ({"pattern": "qwen2"}, [CORPUS]),
+        ({}, [CORPUS + "!"]),
+        ({}, [CORPUS[:9], CORPUS[9:]]),
+    ],
+)
+def test_a_tokenizer_of_other_text_or_options_is_trained_again(
+    tmp_path, count_trainings, options, texts
+):
+    cfg = TokenizerConfig(vocab_size=300)
+    build(cfg, [CORPUS], tmp_path)
+    found = build(replace(cfg, **options), texts, tmp_path)
+    expected = build(replace(cfg, **options), texts)
+    assert len(count_trainings) == 3
+    assert found.fingerprint == expected.fingerprint
+
+
+def test_a_tokenizer_of_another_version_of_rustbpe_is_trained_again(
+    tmp_path, count_trainings, monkeypatch
+):
+    build(TokenizerConfig(vocab_size=300), [CORPUS], tmp_path)
+    monkeypatch.setattr(bpe, "version", lambda name: f"another version of {name}")
+    build(TokenizerConfig(vocab_size=300), [CORPUS], tmp_path)
+    assert len(count_trainings) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{", b"\xff", None])
+def test_a_damaged_tokenizer_in_the_cache_is_trained_again(tmp_path, count_trainings, damage):
+    cfg = TokenizerConfig(vocab_size=300)
+    expected = build(cfg, [CORPUS], tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    values = json.loads(whole)
+    values["ranks"][270], values["ranks"][271] = values["ranks"][271], values["ranks"][270]
+    path.write_bytes(json.dumps(values).encode() if damage is None else damage)
+    assert build(cfg, [CORPUS], tmp_path).fingerprint == expected.fingerprint
+    assert len(count_trainings) == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    cfg = TokenizerConfig(vocab_size=300)
+    assert build(cfg, [CORPUS], tmp_path / "file").vocab_size == 300
+
+
 def test_a_large_corpus_is_sampled_evenly_within_the_limit(capsys):
     documents = [f"{number % 10}" * 1000 for number in range(4096)]  # 4.1 MB of blocks
-    sample = bpe._sample(iter(documents), 1_100_000, block=1000)
+    sample = bpe.sample(iter(documents), 1_100_000, block=1000)
     assert sample == documents[::4]
     assert "1.0 of 4.1 MB, one block in 4" in capsys.readouterr().err
 
 
 def test_a_long_document_is_sampled_too():
-    sample = bpe._sample(["é" * 1_000_000], 1_000_000)
+    sample = bpe.sample(["é" * 1_000_000], 1_000_000)
     assert 500_000 < len("".join(sample).encode()) <= 1_000_000
 
 
