@@ -8,6 +8,7 @@ changes. `pmap` is the alternative without a mesh: the same step, mapped over th
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
@@ -313,13 +314,12 @@ class Layout:
 
         Trees of arrays that are given to it, as loaded parameters are, are consumed.
         """
-        shardings = self.shardings(jax.eval_shape(make, *args))
         given = tuple(range(len(args)))
-        jitted = jax.jit(make, out_shardings=shardings, donate_argnums=given)
-        if self.mode == "pmap":
-            return jitted(*args)
-        with jax.set_mesh(self.mesh):
-            return jitted(*args)
+        # The shapes are computed in the same context, so that JAX traces `make` only once.
+        context: Any = nullcontext() if self.mode == "pmap" else jax.set_mesh(self.mesh)
+        with context:
+            shardings = self.shardings(jax.eval_shape(make, *args))
+            return jax.jit(make, out_shardings=shardings, donate_argnums=given)(*args)
 
     def place(self, tree: Tree) -> Tree:
         """A tree of arrays, moved to their places."""

@@ -187,6 +187,18 @@ def test_involuntary_rematerialization_would_be_noticed():
     assert REMATERIALIZED in stderr.text
 
 
+@pytest.mark.parametrize("name", ["data", "pmap"])
+def test_the_state_is_traced_once(name):
+    traced = []
+
+    def make():
+        traced.append(new_state(TIED))
+        return traced[-1]
+
+    layout_of(TIED, name).create(make)
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("name", ["data", "fsdp"])
 def test_the_state_stays_where_it_was_made(name):
     layout = layout_of(TIED, name)
