@@ -48,6 +48,8 @@ STOPS = 8
 """The most token ids that end a text."""
 HEARTBEAT = 10.0
 """Seconds without a heartbeat, besides the time of programs, after which the engine is stalled."""
+CHEAP = 1 << 32
+"""The most multiplications of a large chunk of a prompt on a CPU: some ten milliseconds."""
 STATES, CLASSES = 1024, 512
 """The most states and token classes of a guide (constrained decoding)."""
 
@@ -212,7 +214,7 @@ class Engine:
             cache: The data type of the KV cache.
             prompt_chunk: The number of tokens of a prompt that are prefilled at once. Larger chunks
                 are faster for the whole prompt, and let running texts wait longer. 0: what suits
-                the device, see `chunk_of_prompts`.
+                the device and the model, see `chunk_of_prompts`.
             prefix_cache: Whether prompts reuse what the KV cache holds of earlier ones.
 
         Raises:
@@ -240,7 +242,8 @@ class Engine:
         self._queue = queue
         self._chunk = chunk
         self._cache: CacheDtype = cache
-        self._prompt_chunk = min(prompt_chunk or chunk_of_prompts(), self.context)
+        chosen = prompt_chunk or chunk_of_prompts(trained.config.model, self.context)
+        self._prompt_chunk = min(chosen, self.context)
         self._size = cache_size(trained.config.model, self.context, self._prompt_chunk)
         self._prefix_cache = prefix_cache
         self._model = trained.model
@@ -722,13 +725,21 @@ class Engine:
         return written
 
 
-def chunk_of_prompts() -> int:
+def chunk_of_prompts(cfg: GPTConfig, context: int) -> int:
     """How many tokens of a prompt are prefilled at once, by default.
 
-    A CPU needs few for its full speed. Other devices read all parameters for each chunk, in the
-    time of computing some hundred tokens.
+    A CPU needs few for its full speed, so that only small models, whose programs take less time
+    than calling them, have larger chunks. Whole chunks are reused, so those of a short context are
+    small. Other devices read all parameters for each chunk, in the time of computing some hundred
+    tokens.
     """
-    return 64 if jax.default_backend() == "cpu" else 512
+    if jax.default_backend() != "cpu":
+        return min(512, context)
+    weights = cfg.matmul_weights - cfg.sizes["V"] * cfg.sizes["D"]  # prefilling has no logits
+    size = 64
+    while size < 256 and 8 * size <= context and 2 * size * weights <= CHEAP:
+        size *= 2
+    return min(size, context)
 
 
 def cache_size(cfg: GPTConfig, context: int, chunk: int) -> tuple[int, int]:

@@ -86,7 +86,7 @@ class MemoryNeeds:
         sizes = self._model.cfg.sizes
         D, F, V, N, K, H = (sizes[letter] for letter in "DFVNKH")
 
-        chunk = min(chunk_of_prompts(), context)
+        chunk = chunk_of_prompts(self._model.cfg, context)
         S, ahead = cache_size(self._model.cfg, context, chunk)
         cache = partial(empty_cache, self._model, 1, S, ahead, self._cache)
         # Besides its KV cache a slot has arrays over the vocabulary, a guide and a few numbers.

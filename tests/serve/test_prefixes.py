@@ -14,7 +14,7 @@ from jaxgpt.generation.decode import decode
 from jaxgpt.generation.sampling import Sampling
 from jaxgpt.model import GPTConfig
 from jaxgpt.pretrained.trained import Trained
-from jaxgpt.serve.engine import Engine, Request
+from jaxgpt.serve.engine import Engine, Request, chunk_of_prompts
 from jaxgpt.serve.prefixes import Prefixes, Ring
 from jaxgpt.tokenizer import TokenizerConfig, build
 
@@ -31,6 +31,22 @@ def small(cache="same", **fields):
     trained = Trained(Config(model=cfg), jax.device_put(params, jax.devices()[0]), tokenizer)
     options = {"slots": 3, "chunk": 4, "prompt_chunk": CHUNK, "cache": cache}
     return [Engine(trained, **options, prefix_cache=reuses) for reuses in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "context", "chunk"),
+    [
+        ({"L": 12, "D": 768, "N": 12}, 1024, 64),
+        ({"L": 2, "D": 64, "N": 4}, 1024, 256),
+        ({"L": 2, "D": 64, "N": 4}, 512, 128),
+        ({"L": 2, "D": 64, "N": 4}, 256, 64),
+        ({"L": 2, "D": 64, "N": 4}, 20, 20),
+        ({"L": 8, "D": 512, "N": 8}, 1024, 128),
+    ],
+)
+def test_chunks_are_large_where_they_are_cheap_and_the_context_has_four(sizes, context, chunk):
+    cfg = GPTConfig(**sizes, T=1024, V=50_257)
+    assert chunk_of_prompts(cfg, context) == chunk
 
 
 @pytest.fixture(scope="module")
