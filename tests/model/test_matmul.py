@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxgpt.model.matmul import matmul, sum_in_lanes
+from jaxgpt.model.matmul import matmul, product, sum_in_lanes
 from jaxgpt.model.quantize import int8_matmul
 from tests.tiny import ROOT
 
@@ -121,3 +121,16 @@ def test_a_rounded_product_is_that_of_whole_numbers_times_each_token_s_scale(sha
 def test_a_sum_in_lanes_is_exact_for_any_number_of_integers(F):
     x = np.random.default_rng(3).integers(-(2**14), 2**14, (2, 3, F)).astype(np.int32)
     np.testing.assert_array_equal(jax.jit(sum_in_lanes)(x), x.sum(-1))
+
+
+@pytest.mark.parametrize("F", [7, 64, 96, 768])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+def test_products_of_int8_are_exact_for_the_largest_numbers(rows, F):
+    rng = np.random.default_rng(0)
+    x = rng.choice([-127, 127], (rows, 1, F)).astype(np.int8)
+    w = rng.choice([-127, 127], (12, F)).astype(np.int8)
+    w[0] = x[0, 0]
+    y = jax.jit(lambda x, w: product(x, w, jnp.int32))(x, w)
+    expected = np.einsum("BTF,YF->BTY", x.astype(np.int64), w.astype(np.int64))
+    assert expected[0, 0, 0] == 127 * 127 * F
+    np.testing.assert_array_equal(y, expected)
