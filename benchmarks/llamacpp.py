@@ -1,4 +1,4 @@
-"""Exported models in llama.cpp beside jaxgpt: perplexity, tokens/s at batch 1, and greedy tokens.
+"""Exported models in llama.cpp beside jaxgpt: perplexity, tokens/s, and greedy tokens.
 
     pip install "jaxgpt[gguf]" llama-cpp-python    # builds llama.cpp, in 5 to 15 minutes
     python benchmarks/llamacpp.py --path runs/default
@@ -39,6 +39,8 @@ class Options:
     """Tokens of the prompt."""
     new: int = 64
     """New tokens."""
+    batches: tuple[int, ...] = (8, 32)
+    """Batch sizes for a second table of speeds; llama.cpp decodes each row as a sequence."""
     rounds: int = 3
     """How often decoding is timed; the median counts."""
     python: str = sys.executable
@@ -77,8 +79,62 @@ def llama_cpp(file: str, windows: list[list[int]], prompt: list[int], new: int, 
     return {"losses": losses, "seconds": statistics.median(times[1:]), "tokens": written}
 
 
+def llama_cpp_batch(file: str, prompts: list[list[int]], new: int, rounds: int) -> Any:
+    """Their side with a sequence for each prompt, of which all have the same length."""
+    import ctypes
+
+    import llama_cpp
+
+    B, P = len(prompts), len(prompts[0])
+    llama_cpp.llama_backend_init()
+    options = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(file.encode(), options)
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_seq_max, settings.n_batch = B * (P + new), B, max(B, P)
+    settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
+    context = llama_cpp.llama_init_from_model(model, settings)
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    batch = llama_cpp.llama_batch_init(max(B, P), 0, 1)
+
+    def read(tokens: list[int], positions: list[int], rows: list[int], wanted: list[int]) -> None:
+        """Reads a token at a position of each row; logits are computed of the wanted ones."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, row) in enumerate(zip(tokens, positions, rows, strict=True)):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            batch.logits[i] = i in wanted
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit("llama_decode failed")
+
+    def best(index: int) -> int:
+        """The most probable token."""
+        logits = llama_cpp.llama_get_logits_ith(context, index)
+        pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(pointer, (vocabulary,)).argmax())
+
+    times = []
+    for _ in range(rounds + 1):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        written: list[list[int]] = []
+        for row, prompt in enumerate(prompts):
+            read(prompt, list(range(P)), [row] * P, [P - 1])
+            written.append([best(P - 1)])
+        began = time.perf_counter()
+        for i in range(new - 1):
+            read([tokens[-1] for tokens in written], [P + i] * B, list(range(B)), list(range(B)))
+            for row, tokens in enumerate(written):
+                tokens.append(best(row))
+        times.append((time.perf_counter() - began) * new / (new - 1))
+    return {"seconds": statistics.median(times[1:]), "tokens": written}
+
+
 def jaxgpt(
-    path: str, dtype: str, windows: list[list[int]], prompt: list[int], new: int, rounds: int
+    path: str,
+    dtype: str,
+    windows: list[list[int]],
+    prompts: list[list[int]],
+    new: int,
+    rounds: int,
 ) -> Any:
     """Our side. Decoding is timed with two lengths, so that the prompt does not count."""
     import jax
@@ -96,21 +152,23 @@ def jaxgpt(
         logits = apply(found.params, jnp.asarray([tokens]))[0, :, : cfg.V]
         losses += _losses(np.asarray(logits), tokens)
 
-    def write(count: int) -> tuple[float, list[int]]:
-        at = sampling_params([Sampling(temperature=0)], cfg.V, cfg.sizes["V"])
+    B, P = len(prompts), len(prompts[0])
+
+    def write(count: int) -> tuple[float, list[list[int]]]:
+        at = sampling_params([Sampling(temperature=0)] * B, cfg.V, cfg.sizes["V"])
         began = time.perf_counter()
         written = generate(
-            model, found.params, np.array([prompt]), np.array([len(prompt)], np.int32), at,
-            stops_of([[]]), count, S=positions(len(prompt) + new, cfg),
+            model, found.params, np.array(prompts), np.full(B, P, np.int32), at,
+            stops_of([[]] * B), count, S=positions(P + new, cfg),
         )  # fmt: skip
-        tokens = np.asarray(written.tokens_Bn)[0].tolist()
+        tokens: list[list[int]] = np.asarray(written.tokens_Bn).tolist()
         return time.perf_counter() - began, tokens
 
     times = []
     for _ in range(rounds + 1):
         (long, tokens), (short, _) = write(new), write(1)
         times.append((long - short) * new / (new - 1))
-    return {"losses": losses, "seconds": statistics.median(times[1:]), "tokens": tokens[:new]}
+    return {"losses": losses, "seconds": statistics.median(times[1:]), "tokens": tokens}
 
 
 def _losses(logits: np.ndarray, tokens: list[int]) -> list[float]:
@@ -175,24 +233,36 @@ def main(path: str = "", options: Options = Options()) -> None:
             trained = load(path)
             windows = _held_out(trained, options.windows)
             prompt = windows[0][: options.prompt]
-        with_prompt = {
-            "windows": windows, "prompt": prompt, "new": options.new, "rounds": options.rounds
-        }  # fmt: skip
+        counts: dict[str, Any] = {"new": options.new, "rounds": options.rounds}
+        one = {"windows": windows, "prompts": [prompt]}
         ours = {
-            dtype: _child(sys.executable, "jaxgpt", path=path, dtype=dtype, **with_prompt)
+            dtype: _child(sys.executable, "jaxgpt", path=path, dtype=dtype, **one, **counts)
             for dtype in sorted({_beside(type_) for type_ in options.types})
         }
-        rows = []
+        batches = {B: [np.roll(prompt, row).tolist() for row in range(B)] for B in options.batches}
+        rows, batched = [], []
         for type_ in options.types:
             file = str(place / f"{type_}.gguf")
             to_gguf(path, file, dtype=type_)
-            theirs = _child(options.python, "llama_cpp", file=file, **with_prompt)
+            theirs = _child(
+                options.python, "llama_cpp", file=file, windows=windows, prompt=prompt, **counts
+            )
             loaded = _child(
-                sys.executable, "jaxgpt", path=file, dtype="float32",
-                **{**with_prompt, "new": options.new, "rounds": 1},
+                sys.executable, "jaxgpt", path=file, dtype="float32", **one,
+                **{**counts, "rounds": 1},
             )  # fmt: skip
             beside = _beside(type_)
             rows.append((type_, Path(file).stat().st_size, theirs, loaded, beside, ours[beside]))
+            for B, prompts in batches.items():
+                both = (
+                    _child(options.python, "llama_cpp_batch", file=file, prompts=prompts, **counts),
+                    _child(
+                        sys.executable, "jaxgpt", path=path, dtype=beside, windows=[],
+                        prompts=prompts, **counts,
+                    ),
+                )  # fmt: skip
+                rates = [B * options.new / each["seconds"] for each in both]
+                batched.append((type_, B, beside, *rates))
     command = "import importlib.metadata as m; print(m.version('llama_cpp_python'))"
     there = subprocess.run([options.python, "-c", command], capture_output=True, text=True)
     print(
@@ -206,13 +276,17 @@ def main(path: str = "", options: Options = Options()) -> None:
     )
     for type_, size, theirs, loaded, beside, our in rows:
         rate, own = options.new / theirs["seconds"], options.new / our["seconds"]
-        pairs = zip(theirs["tokens"], loaded["tokens"], strict=True)
+        pairs = zip(theirs["tokens"], loaded["tokens"][0], strict=True)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), options.new)
         print(
             f"{type_:<6} {size / 1e6:8.2f} {_perplexity(theirs):>11} {_perplexity(loaded):>11} "
             f"{beside:>8} {_perplexity(our):>7} {rate:10.1f} {own:8.1f} {own / rate:6.2f}  "
             f"{same} of {options.new}"
         )
+    if batched:
+        print(f"\n{'type':<6} {'batch':>5} {'beside':>8} {'tokens/s':>10} {'ours':>8} {'ratio':>6}")
+    for type_, B, beside, rate, own in batched:
+        print(f"{type_:<6} {B:5} {beside:>8} {rate:10.1f} {own:8.1f} {own / rate:6.2f}")
 
 
 def _beside(type_: str) -> str:
@@ -229,7 +303,9 @@ def _perplexity(measured: Any) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--child"]:
         asked = json.load(sys.stdin)
-        side = {"llama_cpp": llama_cpp, "jaxgpt": jaxgpt}[asked.pop("side")]
+        side = {"llama_cpp": llama_cpp, "llama_cpp_batch": llama_cpp_batch, "jaxgpt": jaxgpt}[
+            asked.pop("side")
+        ]
         print(json.dumps(side(**asked)))
     else:
         import tyro
