@@ -59,13 +59,19 @@ def smallest(cfg: config.Config, device: str, options: Options) -> Estimate:
     for count in counts if options.search else counts[:1]:
         name = find_device(device).of(count).name
         try:
-            # Traced first: it takes seconds to see that a slice is too small.
+            # Traced first: it takes seconds to see that a slice is too small, and which options
+            # make it large enough. So a program is compiled once, if it fits as it is traced to.
             traced = estimate(cfg, name, search=options.search, quick=True, counts=())
             if options.search and not traced.memory.fits:
                 continue
             if options.quick:
                 return traced
-            found = estimate(cfg, name, search=options.search, counts=())
+            words = [word for option in traced.options for word in option.split()]
+            fitting = config.override(cfg, words)
+            found = estimate(fitting, name, search=False, counts=())
+            found = replace(found, options=traced.options, given=traced.given)
+            if options.search and not found.memory.fits:
+                found = estimate(cfg, name, counts=())
         except InputError as error:
             failed = error
             continue

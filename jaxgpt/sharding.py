@@ -218,6 +218,40 @@ def sum_over_devices(
     )
 
 
+def sum_over_rows(
+    f: Callable[..., tuple[PyTree, jax.Array, PyTree]], *rows: PyTree, whole: PyTree = None
+) -> tuple[PyTree, jax.Array, PyTree]:
+    """`f(*rows) -> (sums, gradient_VD, out)`, where the gradient is that of a table (FSDP).
+
+    Each device computes f for its own rows. Then the sums and the gradient are added up over the
+    devices, once, and of the gradient each device gets its columns (reduce-scatter). Left to the
+    compiler, all devices get all of it, and in each iteration of a loop in f. That is so where the
+    mesh has a `tensor` axis.
+
+    Args:
+        f: Its sums and its gradient are sums over rows; `out` has the rows first.
+        rows: Arrays with the rows first.
+        whole: Arrays that every device has, the last argument of f if there are any.
+    """
+    given = () if whole is None else (whole,)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not under_mesh() or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        sums, gradient_VD, out = f(*rows, *given)
+        return sums, constrain(constrain(gradient_VD, "V-"), "VD"), out
+
+    def local(*args: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
+        sums, part_VD, out = f(*args)
+        part_VD = jax.lax.psum_scatter(part_VD, "fsdp", scatter_dimension=1, tiled=True)
+        if mesh.shape["data"] > 1:  # XLA for TPU would add up over one device too
+            part_VD = jax.lax.psum(part_VD, "data")
+        return jax.lax.psum(sums, TABLE["B"]), part_VD, out
+
+    in_specs = (*(spec("B") for _ in rows), *(P() for _ in given))
+    out_specs = (P(), spec("VD"), spec("B"))
+    apart = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return apart(*rows, *given)
+
+
 def check_splits(sizes: dict[str, int], batch: int, micro: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises InputError where the batch or a size of the model does not divide over the mesh."""
 

@@ -17,7 +17,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
 from jaxgpt.sharding import Layout, ParallelConfig, check_splits, make_mesh, spec
-from jaxgpt.training import optim
+from jaxgpt.training import hlo, optim
 from jaxgpt.training.step import eval_step, init_state, train_step
 from tests import tiny
 from tests.tiny import PLAIN
@@ -34,6 +34,7 @@ LAYOUTS = {
     "one device": ParallelConfig(devices=1),
     "data": ParallelConfig(),
     "fsdp": ParallelConfig(data=1, fsdp=8),
+    "data x fsdp": ParallelConfig(data=2, fsdp=4),
     "fsdp x tensor": ParallelConfig(data=1, fsdp=-1, tensor=2),
     "data x fsdp x tensor": ParallelConfig(data=2, fsdp=2, tensor=2),
     "pmap": ParallelConfig(mode="pmap"),
@@ -104,7 +105,7 @@ def trained(gpt, name, micro):
         jax.tree.map(lambda x: x.sharding, state),
         all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)),
         stderr.text,
-        compiled.as_text() if name == "data" else "",
+        compiled.as_text() if name in ("data", "fsdp") else "",
     )
 
 
@@ -128,6 +129,7 @@ MODELS = {"tied": TIED, "untied": UNTIED}
 SPLITS = [
     ("tied", "data", 1),
     ("tied", "fsdp", 1),
+    ("tied", "data x fsdp", 2),
     ("tied", "data x fsdp x tensor", 2),
     ("tied", "pmap", 1),
     ("untied", "fsdp x tensor", 1),
@@ -167,6 +169,17 @@ def test_every_split_evaluates_alike(name):
 def test_the_gradient_of_a_tied_embedding_is_added_up_over_devices_once():
     sums = re.findall(r" = (.*) all-reduce(?:-start)?\(", trained(TIED, "data", 1).program)
     assert sum(made.count("f32[128,16]") + made.count("f32[16,128]") for made in sums) == 1
+
+
+def test_under_fsdp_gradients_of_a_tied_embedding_are_scattered_over_devices_outside_of_loops():
+    program = trained(TIED, "fsdp", 1).program
+    whole = r" = (?:.*)f32\[(?:128,16|16,128)\](?:.*) {}(?:-start)?\("
+    assert not re.search(whole.format("all-reduce"), program)
+    assert len(re.findall(whole.format("all-gather"), program)) == 1
+    scattered = [one for one in hlo.read(program).collectives if one.kind == "reduce-scatter"]
+    columns = 4 * 128 * 16 / 8  # bytes of the table on a device
+    # Those of the lookup and of the output layer, whose loss is computed in two chunks.
+    assert [one.times for one in scattered if one.array == columns] == [1, 1]
 
 
 REMATERIALIZED = "Involuntary full rematerialization"

@@ -291,9 +291,8 @@ class GPT(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None]
         rotary = None
-        # Under FSDP the tables are gathered whole in D: looking up split rows would split B anew.
         scale_V: jax.Array | None = self.get_variable("params", "wte_scale")
-        x_BTD = embedding_lookup(constrain(self.wte, "V-"), scale_V, tokens_BT)
+        x_BTD = embedding_lookup(self.wte, scale_V, tokens_BT)
         x_BTD = constrain(x_BTD, "BTD")
         if cfg.scale_embedding:
             x_BTD *= math.sqrt(cfg.D)

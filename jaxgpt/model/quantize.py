@@ -29,6 +29,7 @@ import numpy as np
 from jaxgpt.errors import InputError
 from jaxgpt.model.matmul import materialized, matmul, product, sum_in_lanes
 from jaxgpt.model.params import Leaves, Params, Path, first_contracted_axis, flat, nested
+from jaxgpt.sharding import constrain, sum_over_rows
 
 FourBits = Literal["int4", "nf4"]
 Format = Literal["int8", FourBits]
@@ -275,12 +276,41 @@ def int8_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return (y_BTY * scale_BT[..., None]).reshape(B, T, *outputs)
 
 
+@jax.custom_vjp
+def _lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return constrain(table_VD, "V-")[tokens_BT]
+
+
+def _lookup_forward(
+    table_VD: jax.Array, tokens_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _lookup(table_VD, tokens_BT), (table_VD, tokens_BT)
+
+
+def _lookup_backward(
+    saved: tuple[jax.Array, jax.Array], dx_BTD: jax.Array
+) -> tuple[jax.Array, None]:
+    table_VD, tokens_BT = saved
+
+    def add_up(dx_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[None, jax.Array, None]:
+        return None, jnp.zeros(table_VD.shape, table_VD.dtype).at[tokens_BT].add(dx_BTD), None
+
+    return sum_over_rows(add_up, dx_BTD, tokens_BT)[1], None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 def embedding_lookup(
     table_VD: jax.Array, scale_V: jax.Array | None, tokens_BT: jax.Array
 ) -> jax.Array:
-    """Rows [B, T, D] of an embedding; of an int8 one, multiplied by the scales."""
+    """Rows [B, T, D] of an embedding; of an int8 one, multiplied by the scales.
+
+    Under FSDP the table is gathered whole in D: looking up split rows would split B anew.
+    """
     if scale_V is None:
-        return table_VD[tokens_BT]
+        return _lookup(table_VD, tokens_BT)
+    table_VD = constrain(table_VD, "V-")
     # For one token a TPU would first copy the whole int8 table; for two it does not.
     if tokens_BT.size == 1:
         rows_BTD = table_VD[jnp.repeat(tokens_BT, 2, 0)][:1]

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgpt.model import GPT, Params, logits, output_weights
-from jaxgpt.sharding import constrain, parts
+from jaxgpt.sharding import constrain, parts, sum_over_rows
 
 LOGITS = 512 << 20
 """The largest float32 logits of a chunk on a TPU or GPU, in bytes per device: 2,668 tokens of a
@@ -84,18 +84,24 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Report], Saved]:
     w_VD = constrain(w_VD, "V-")  # under FSDP the table is gathered once, not once a chunk
 
-    def part(
-        hidden_BtD: jax.Array, chunk: Batch
-    ) -> tuple[tuple[jax.Array, Report, jax.Array], jax.Array]:
-        total, gradient, report = jax.vjp(
-            lambda hidden_BtD, w_VD: loss(hidden_BtD, w_VD, chunk), hidden_BtD, w_VD, has_aux=True
-        )
-        dhidden_BtD, dw_VD = gradient(jnp.ones_like(total))
-        return (total, report, dw_VD), dhidden_BtD
+    def gradients(
+        hidden_BTD: jax.Array, batch: Batch, w_VD: jax.Array
+    ) -> tuple[tuple[jax.Array, Report], jax.Array, jax.Array]:
+        def part(
+            hidden_BtD: jax.Array, chunk: Batch
+        ) -> tuple[tuple[jax.Array, Report, jax.Array], jax.Array]:
+            total, gradient, report = jax.vjp(
+                lambda hidden_BtD, w_VD: loss(hidden_BtD, w_VD, chunk),
+                *(hidden_BtD, w_VD),
+                has_aux=True,
+            )
+            dhidden_BtD, dw_VD = gradient(jnp.ones_like(total))
+            return (total, report, dw_VD), dhidden_BtD
 
-    (total, report, dw_VD), dhidden_BTD = _sweep(part, size, w_VD.shape[0], hidden_BTD, batch)
-    # Replicated until the loop ends, so that devices add up once and not once per chunk.
-    dw_VD = constrain(constrain(dw_VD, "V-"), "VD")
+        (total, report, dw_VD), dhidden_BTD = _sweep(part, size, w_VD.shape[0], hidden_BTD, batch)
+        return (total, report), dw_VD, dhidden_BTD
+
+    (total, report), dw_VD, dhidden_BTD = sum_over_rows(gradients, hidden_BTD, batch, whole=w_VD)
     return (total, report), (dhidden_BTD, dw_VD, batch)
 
 

@@ -7,10 +7,11 @@ What lies in a TPU's on-chip memory, which layouts mark with S(1), is no traffic
     found.moved, found.collectives
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -353,8 +354,13 @@ class _Program:
             )
             yield Collective(kind, times * factor * array, array, times, not whole)
         elif one.operation in ("fusion", "async-start") and one.called in self.computations:
-            for inner in self.computations[one.called]:
-                yield from self.exchanged(inner, times)
+            inside = self.computations[one.called]
+            for each in itertools.chain(*(self.exchanged(inner, times) for inner in inside)):
+                if each.kind == "all-reduce" and inside[-1].operation == "dynamic-slice":
+                    # So libtpu writes a reduce-scatter, which sends half of the bytes.
+                    array = sum(shape.bytes for shape in inside[-1].shapes)
+                    each = replace(each, kind="reduce-scatter", sent=each.sent / 2, array=array)
+                yield each
 
 
 def _instruction(line: str) -> Instruction | None:

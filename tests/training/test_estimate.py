@@ -141,6 +141,25 @@ def test_collectives_are_read_with_their_groups_and_loops():
     assert found.sent == 3 * 2 * (4 - 1) / 4 * 4096
 
 
+def test_a_reduce_scatter_is_one_as_libtpu_writes_it_too():
+    text = """HloModule scattered
+
+%all-reduce-scatter (input: f32[8,16]) -> f32[2,16] {
+  %input = f32[8,16]{1,0} parameter(0)
+  %all-reduce = f32[8,16]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice = f32[2,16]{1,0} dynamic-slice(%all-reduce, %zero, %zero)
+}
+
+ENTRY %main (x: f32[8,16]) -> f32[2,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  ROOT %fusion = f32[2,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    (found,) = hlo.read(text).collectives
+    assert (found.kind, found.array, found.sent) == ("reduce-scatter", 4 * 2 * 16, 4 * 3 * 2 * 16)
+
+
 @pytest.mark.parametrize(
     "product",
     [
