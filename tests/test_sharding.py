@@ -16,6 +16,7 @@ from jaxgpt import model
 from jaxgpt.errors import InputError
 from jaxgpt.model import ComputeConfig, GPTConfig
 from jaxgpt.objectives import NextToken
+from jaxgpt.objectives.chunks import chunked_sum
 from jaxgpt.sharding import Layout, ParallelConfig, check_splits, make_mesh, spec
 from jaxgpt.training import hlo, optim
 from jaxgpt.training.step import eval_step, init_state, train_step
@@ -180,6 +181,26 @@ def test_under_fsdp_gradients_of_a_tied_embedding_are_scattered_over_devices_out
     columns = 4 * 128 * 16 / 8  # bytes of the table on a device
     # Those of the lookup and of the output layer, whose loss is computed in two chunks.
     assert [one.times for one in scattered if one.array == columns] == [1, 1]
+
+
+def test_under_fsdp_the_loss_of_a_chunk_may_read_the_weights_of_another_model():
+    rng = np.random.default_rng(0)
+    w_VD, others_VD = np.float32(rng.normal(size=(2, 128, 16)))
+    hidden_BTD = np.float32(rng.normal(size=(16, 8, 16)))
+    weights = batch(0)["weights"]
+
+    def total(w_VD, others_VD):
+        def loss(hidden_BtD, w_VD, chunk):
+            ours, theirs = (jnp.einsum("BTD,VD->BTV", hidden_BtD, w) for w in (w_VD, others_VD))
+            return (chunk["weights"] * jnp.square(jnp.sin(ours) - theirs).sum(-1)).sum(), ()
+
+        return chunked_sum(loss, 4, jnp.asarray(hidden_BTD), w_VD, {"weights": weights})[0]
+
+    alone = jax.value_and_grad(total)(w_VD, others_VD)
+    mesh = make_mesh(LAYOUTS["data x fsdp"])
+    split = jax.device_put((w_VD, others_VD), jax.NamedSharding(mesh, spec("VD")))
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(jax.value_and_grad(total))(*split), alone, rtol=1e-4, atol=1e-3)
 
 
 REMATERIALIZED = "Involuntary full rematerialization"
