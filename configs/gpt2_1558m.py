@@ -1,11 +1,11 @@
 """GPT-2 1558m: as gpt2_124m.py, with the published larger sizes.
 
 Command:   python train.py configs/gpt2_1558m.py --data.paths "fineweb/*.parquet"
-Hardware:  one GPU of 80 GB (43.5 GiB as traced); 4 TPU v5e chips with --parallel.fsdp 4
-           --train.micro 32 (13.2 GiB), 8 with --parallel.fsdp 8 (5.2 GiB); v5e-256 with
+Hardware:  one GPU of 80 GB (43.5 GiB as traced); 4 TPU v5e chips with --parallel.fsdp 4 (15.2 GiB,
+           by the TPU's compiler); as traced, 8 with --parallel.fsdp 8 (5.2 GiB), and v5e-256 with
            --parallel.fsdp 64 --train.micro 1 (3.4 GiB)
-Time:      not measured. Predicted, traced, at the roofline: 91% MFU (attention counted causal) on
-           v5e-4 and v5e-256; 263 million tokens per hour on v5e-4, 17 billion on v5e-256
+Time:      not measured. Predicted at the roofline: on v5e-4 71% MFU (attention counted causal) and
+           205 million tokens per hour
 Expect:    not run
 """
 

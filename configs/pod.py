@@ -3,11 +3,11 @@
 Command:   python train.py configs/pod.py --parallel.processes 0
            python train.py configs/pod.py --parallel.processes 0 --data.stream True
                --data.paths hf:HuggingFaceFW/fineweb-edu/sample-100BT
-Hardware:  TPU v5e-256: 10.0 of 15.75 GiB a chip, as traced; the same command on every host, see
-           docs/parallelism.md
+Hardware:  TPU v5e-256: 7.4 of 15.75 GiB a chip, by its compiler; the same command on every host,
+           see docs/parallelism.md
 Data:      by default the Python standard library, to try it; web text as in the second command
-Time:      not measured. Predicted, traced: at the roofline 90% MFU (attention counted causal), 22
-           billion tokens per hour, and 12,000 steps in at least 1.1 hours
+Time:      not measured. Predicted: at the roofline 92% MFU (attention counted causal), 22 billion
+           tokens per hour, and 12,000 steps in at least 1.1 hours
 Expect:    not run
 """
 

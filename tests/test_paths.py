@@ -1,6 +1,7 @@
 """Paths that are URLs are refused where a file or a folder is written, before anything is done."""
 
 import os
+import sys
 
 import pytest
 
@@ -37,6 +38,7 @@ def test_places_are_joined_and_compared():
 @pytest.mark.parametrize("option", ["--name", "--data.cache", "--checkpoint.local"])
 def test_training_refuses_a_url_and_makes_no_folder(option, tmp_path, monkeypatch, capsys):
     runs.settle(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of the config file
     before = os.listdir()
     assert runs.run(option, "gs://bucket/x") == 2
     assert "gs://bucket/x is a URL" in capsys.readouterr().err
