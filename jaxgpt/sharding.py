@@ -221,15 +221,15 @@ def sum_over_devices(
 def sum_over_rows(
     f: Callable[..., tuple[PyTree, jax.Array, PyTree]], *rows: PyTree, whole: PyTree = None
 ) -> tuple[PyTree, jax.Array, PyTree]:
-    """`f(*rows) -> (sums, gradient_VD, out)`, where the gradient is that of a table (FSDP).
+    """Calls `f(*rows) -> (sums, gradient_VD, out)`; under FSDP each device calls it for its rows.
 
-    Each device computes f for its own rows. Then the sums and the gradient are added up over the
-    devices, once, and of the gradient each device gets its columns (reduce-scatter). Left to the
-    compiler, all devices get all of it, and in each iteration of a loop in f. That is so where the
-    mesh has a `tensor` axis.
+    There the sums and the gradient are then added up over the devices, once, and each device gets
+    its columns of the gradient (reduce-scatter). The compiler by itself adds up the whole gradient
+    on all devices, in each iteration of a loop in f; so it is where `tensor` is more than 1.
 
     Args:
-        f: Its sums and its gradient are sums over rows; `out` has the rows first.
+        f: Its sums, and its gradient of a table [V, D], are sums over rows; `out` has the rows
+            first.
         rows: Arrays with the rows first.
         whole: Arrays that every device has, the last argument of f if there are any.
     """

@@ -49,7 +49,7 @@ STOPS = 8
 HEARTBEAT = 10.0
 """Seconds without a heartbeat, besides the time of programs, after which the engine is stalled."""
 CHEAP = 1 << 32
-"""The most multiplications of a large chunk of a prompt on a CPU: some ten milliseconds."""
+"""The most multiplications of a large chunk of a prompt on a CPU: tens of milliseconds."""
 STATES, CLASSES = 1024, 512
 """The most states and token classes of a guide (constrained decoding)."""
 

@@ -28,7 +28,7 @@ from typing import Literal, cast, get_args
 from jaxgpt.errors import InputError
 from jaxgpt.strict_json import JsonObject
 from jaxgpt.tokenizer.base import EOT, Kind, TextDecoder, Tokenizer, check_not_empty, encoded, field
-from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, sample, train_on, training_digest
+from jaxgpt.tokenizer.bpe import BPE, PATTERN, PATTERNS, sample, train, training_digest
 from jaxgpt.tokenizer.byte_char import Bytes, Characters
 from jaxgpt.tokenizer.huggingface import HuggingFace
 from jaxgpt.tokenizer.published import PUBLISHED, File, published_bpe
@@ -146,11 +146,11 @@ def _trained(texts: Sequence[str], cfg: TokenizerConfig, cache: Path | None) -> 
     """The BPE tokenizer trained on some texts, read from the cache if it was trained before."""
     pattern = PATTERNS[cfg.pattern]
     if cache is None:
-        return train_on(texts, cfg.vocab_size, pattern)
+        return train(texts, cfg.vocab_size, pattern)
     path = cache / f"{training_digest(texts, cfg.vocab_size, pattern)}.json"
     with suppress(OSError, ValueError, RecursionError):  # missing or damaged
         return from_json(json.loads(path.read_bytes()))
-    trained = train_on(texts, cfg.vocab_size, pattern)
+    trained = train(texts, cfg.vocab_size, pattern)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")
     with suppress(OSError):  # a folder that cannot be written costs time, not the run
         try:

@@ -154,25 +154,17 @@ def _check_ranks_and_specials(ranks: Sequence[bytes], specials: dict[str, int]) 
         raise InputError("specials has a duplicate id")
 
 
-def train(
-    documents: Iterable[str], vocab_size: int, sample_bytes: int, pattern: str = PATTERN
-) -> BPE:
+def train(texts: Sequence[str], vocab_size: int, pattern: str = PATTERN) -> BPE:
     """Trains a BPE tokenizer.
 
     Args:
-        documents: The corpus.
+        texts: The text to train on; see `sample`.
         vocab_size: Vocabulary size, including the 256 bytes and `<|endoftext|>`.
-        sample_bytes: Maximum bytes of text to train on; a larger corpus is sampled evenly.
         pattern: The regular expression that splits text into chunks.
 
     Raises:
         InputError: The corpus is empty, or too small for so large a vocabulary.
     """
-    return train_on(sample(documents, sample_bytes), vocab_size, pattern)
-
-
-def train_on(texts: Sequence[str], vocab_size: int, pattern: str) -> BPE:
-    """Trains a BPE tokenizer on all of the texts; see `train`."""
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
@@ -188,7 +180,7 @@ def train_on(texts: Sequence[str], vocab_size: int, pattern: str) -> BPE:
 
 
 def training_digest(texts: Sequence[str], vocab_size: int, pattern: str) -> str:
-    """Returns a hash of all that `train_on` depends on: its arguments and rustbpe's version."""
+    """Returns a hash of all that `train` depends on: its arguments and rustbpe's version."""
     settings = json.dumps([vocab_size, pattern, EOT, version("rustbpe"), len(texts)])
     digest = hashlib.sha256(settings.encode())
     for text in texts:

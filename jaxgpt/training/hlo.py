@@ -7,7 +7,6 @@ What lies in a TPU's on-chip memory, which layouts mark with S(1), is no traffic
     found.moved, found.collectives
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -355,12 +354,14 @@ class _Program:
             yield Collective(kind, times * factor * array, array, times, not whole)
         elif one.operation in ("fusion", "async-start") and one.called in self.computations:
             inside = self.computations[one.called]
-            for each in itertools.chain(*(self.exchanged(inner, times) for inner in inside)):
-                if each.kind == "all-reduce" and inside[-1].operation == "dynamic-slice":
+            root = inside[-1]
+            for each in (found for inner in inside for found in self.exchanged(inner, times)):
+                if each.kind == "all-reduce" and root.operation == "dynamic-slice":
                     # So libtpu writes a reduce-scatter, which sends half of the bytes.
-                    array = sum(shape.bytes for shape in inside[-1].shapes)
-                    each = replace(each, kind="reduce-scatter", sent=each.sent / 2, array=array)
-                yield each
+                    array = sum(shape.bytes for shape in root.shapes)
+                    yield replace(each, kind="reduce-scatter", sent=each.sent / 2, array=array)
+                else:
+                    yield each
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -128,8 +128,8 @@ def test_a_sum_in_lanes_is_exact_for_any_number_of_integers(F):
 def test_products_of_int8_are_exact_for_the_largest_numbers(rows, F):
     rng = np.random.default_rng(0)
     x = rng.choice([-127, 127], (rows, 1, F)).astype(np.int8)
-    w = rng.choice([-127, 127], (12, F)).astype(np.int8)
-    w[0] = x[0, 0]
+    w = rng.choice([-128, 127], (12, F)).astype(np.int8)
+    w[0], w[1] = x[0, 0], np.where(x[0, 0] < 0, 127, -128)  # the largest sum, and the smallest
     y = jax.jit(lambda x, w: product(x, w, jnp.int32))(x, w)
     expected = np.einsum("BTF,YF->BTY", x.astype(np.int64), w.astype(np.int64))
     assert expected[0, 0, 0] == 127 * 127 * F

@@ -175,7 +175,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(change, says):
 
 
 def own(pattern):
-    return train(CORPUS, 330, 1 << 20, PATTERNS[pattern])
+    return train(CORPUS, 330, PATTERNS[pattern])
 
 
 def as_hugging_face(tokenizer, **changes):

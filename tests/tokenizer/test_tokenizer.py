@@ -183,13 +183,13 @@ def test_training_is_deterministic():
 def count_trainings(monkeypatch):
     """The number of tokenizers trained so far, in a list of that length."""
     trainings = []
-    train_on = tokenizer_module.train_on
+    train = tokenizer_module.train
 
     def counted(*args):
         trainings.append(args)
-        return train_on(*args)
+        return train(*args)
 
-    monkeypatch.setattr(tokenizer_module, "train_on", counted)
+    monkeypatch.setattr(tokenizer_module, "train", counted)
     return trainings
 
 
