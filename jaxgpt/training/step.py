@@ -173,20 +173,22 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
     whole = part if micro == 1 else accumulated
     loss, metrics, grads = sum_over_devices(whole, axis, batch, key, state.params, state.frozen)
-    count = metrics["loss"].count
+    # To multiply by: XLA for CPU would write quotients to memory, but computes products again in
+    # each loop that reads them.
+    scale = 1 / metrics["loss"].count
 
     def means() -> PyTree:
-        return jax.tree.map(lambda g: g / count, grads)
+        return jax.tree.map(lambda g: g * scale, grads)
 
     # Of the means: XLA for CPU would sum the squares of the sums in another way, whose rounding
     # depends on the number of threads.
     norm = optax.tree.norm(means())
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    mean = (loss / count).astype(jnp.float32)
+    mean = (loss * scale).astype(jnp.float32)
     updated = finite & ~is_spike(state.guard, mean, norm, spike) if spike else finite
 
     def update(params: Params, opt: optax.OptState, average: Params | None) -> tuple[PyTree, ...]:
-        # Divided here again: XLA then fuses the division with all that follows, and copies no leaf.
+        # Multiplied here again: XLA then fuses that with all that follows, and copies no leaf.
         updates, opt = optax.with_extra_args_support(tx).update(means(), opt, params, norm=norm)
         params = optax.apply_updates(params, updates)
         if ema:
