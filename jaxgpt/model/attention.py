@@ -1,13 +1,14 @@
 """Attention: `attend` with any mask, and causal self-attention in four implementations.
 
-`plain` and `chunked` are the same few lines of JAX, over all queries at once or 64 at a time with
-only the keys they attend to (on a CPU that is 2.2 to 2.5 times faster); `cudnn` is NVIDIA's flash
-attention, `splash` the Pallas kernel for TPU. `choose` says which one runs, and why.
+`plain` and `chunked` are the same lines of JAX, over all queries at once or 64 at a time with only
+the keys they attend to (on a CPU that is 2.2 to 2.5 times faster), and their backward pass computes
+the weights again; `cudnn` is NVIDIA's flash attention, `splash` the Pallas kernel for TPU. `choose`
+says which one runs, and why.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.errors import InputError
+from jaxgpt.model.recompute import not_before
 from jaxgpt.sharding import spec, under_mesh
 
 CHUNK = 64
@@ -298,22 +300,144 @@ def _chunked(
     segments_BT: jax.Array | None,
     drop: Drop,
 ) -> jax.Array:
-    T = q_BTNH.shape[1]
+    if drop is None:
+        return _recomputed(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)
     # Here and not chunk by chunk, for the gradients of the chunks are added up in float32.
     k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
     outs = []
+    for queries, keys in _chunks(q_BTNH.shape[1], chunk, window):
+        mask_BTS = _causal_mask(queries, keys, window, segments_BT)
+        outs.append(attend(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], mask_BTS, drop))
+    return jnp.concatenate(outs, axis=1)
+
+
+def _chunks(T: int, chunk: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """The queries of each chunk, and the keys that any of them attends to."""
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
-        first = max(0, start - window + 1) if window else 0
-        keys = slice(first, stop)
-        distance_TS = np.arange(start, stop)[:, None] - np.arange(first, stop)[None]
-        mask_BTS = jnp.asarray((distance_TS >= 0) & (distance_TS < (window or T)))[None]
-        if segments_BT is not None:
-            same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, keys]
-            mask_BTS = mask_BTS & same_BTS
-        q_BtNH = q_BTNH[:, start:stop]
-        outs.append(attend(q_BtNH, k_BSKH[:, keys], v_BSKH[:, keys], mask_BTS, drop))
-    return jnp.concatenate(outs, axis=1)
+        yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
+
+
+def _causal_mask(
+    queries: slice, keys: slice, window: int, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Which of these keys each of these queries attends to, [B or 1, t, S]."""
+    query_t1 = np.arange(queries.start, queries.stop)[:, None]
+    distance_tS = query_t1 - np.arange(keys.start, keys.stop)[None]
+    mask_BtS = jnp.asarray((distance_tS >= 0) & (distance_tS < (window or queries.stop)))[None]
+    if segments_BT is None:
+        return mask_BtS
+    return mask_BtS & (segments_BT[:, queries, None] == segments_BT[:, None, keys])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _recomputed(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    chunk: int,
+    window: int,
+) -> jax.Array:
+    """Causal attention whose backward pass computes the weights again, chunk by chunk.
+
+    Between the passes only the output and the logarithm of each softmax's denominator are kept, as
+    in FlashAttention (Dao et al. 2022, section 3.1), and not T^2 weights for each head.
+    """
+    return _recomputed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)[0]
+
+
+def _recomputed_forward(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    chunk: int,
+    window: int,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BTKH, v_BTKH)
+    outs, log_totals = [], []
+    for queries, keys in _chunks(q_BTNH.shape[1], chunk, window):
+        mask_BtS = _causal_mask(queries, keys, window, segments_BT)
+        scores_BKGtS = _scores(q_BKGTH[:, :, :, queries], k_BKSH[:, :, keys], mask_BtS)
+        most_BKGt1 = scores_BKGtS.max(-1, keepdims=True)
+        weights_BKGtS = jnp.exp(scores_BKGtS - most_BKGt1)
+        total_BKGt1 = weights_BKGtS.sum(-1, keepdims=True)
+        out_BKGtH = jnp.einsum("BKGtS,BKSH->BKGtH", weights_BKGtS, v_BKSH[:, :, keys])
+        outs.append(out_BKGtH / total_BKGt1)
+        log_totals.append(most_BKGt1 + jnp.log(total_BKGt1))
+    out_BTNH = _heads_last(jnp.concatenate(outs, 3)).astype(q_BTNH.dtype)
+    log_total_BKGT1 = jnp.concatenate(log_totals, 3)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, log_total_BKGT1)
+
+
+def _recomputed_backward(
+    chunk: int, window: int, saved: tuple[jax.Array, ...], d_out_BTNH: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, log_total_BKGT1 = saved
+    K = k_BTKH.shape[2]
+    q_BTNH, k_BTKH, v_BTKH = (
+        not_before(x, d_out_BTNH[:, :, : x.shape[2]]) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BTKH, v_BTKH)
+    scale = 1 / math.sqrt(q_BTNH.shape[-1])
+    d_out_BKGTH = _grouped(d_out_BTNH, K)
+    # The gradient of a softmax is weights * (d_weights - sum of weights * d_weights), and that sum
+    # is the product of the output and its gradient.
+    products_BTNH = d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)
+    mean_BKGT1 = _grouped(products_BTNH.sum(-1, keepdims=True), K)
+    d_queries = []
+    d_k_BKSH, d_v_BKSH = jnp.zeros_like(k_BKSH), jnp.zeros_like(v_BKSH)
+    for queries, keys in _chunks(q_BTNH.shape[1], chunk, window):
+        mask_BtS = _causal_mask(queries, keys, window, segments_BT)
+        q_BKGtH, d_out_BKGtH = q_BKGTH[:, :, :, queries], d_out_BKGTH[:, :, :, queries]
+        scores_BKGtS = _scores(q_BKGtH, k_BKSH[:, :, keys], mask_BtS)
+        weights_BKGtS = jnp.exp(scores_BKGtS - log_total_BKGT1[:, :, :, queries])
+        d_weights_BKGtS = jnp.einsum("BKGtH,BKSH->BKGtS", d_out_BKGtH, v_BKSH[:, :, keys])
+        d_scores_BKGtS = weights_BKGtS * (d_weights_BKGtS - mean_BKGT1[:, :, :, queries])
+        d_queries.append(jnp.einsum("BKGtS,BKSH->BKGtH", d_scores_BKGtS, k_BKSH[:, :, keys]))
+        d_k_BKSH = _add_to(d_k_BKSH, keys, jnp.einsum("BKGtS,BKGtH->BKSH", d_scores_BKGtS, q_BKGtH))
+        d_v_BKSH = _add_to(
+            d_v_BKSH, keys, jnp.einsum("BKGtS,BKGtH->BKSH", weights_BKGtS, d_out_BKGtH)
+        )
+    d_q_BTNH = _heads_last(jnp.concatenate(d_queries, 3) * scale).astype(q_BTNH.dtype)
+    d_k_BTKH, d_v_BTKH = d_k_BKSH.swapaxes(1, 2), d_v_BKSH.swapaxes(1, 2)
+    return d_q_BTNH, d_k_BTKH.astype(k_BTKH.dtype), d_v_BTKH.astype(v_BTKH.dtype), None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+
+
+def _heads_first(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, K, G, T, H], scaled, and keys and values [B, K, T, H]; in float32."""
+    q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2]) / math.sqrt(q_BTNH.shape[-1])
+    k_BKSH, v_BKSH = (x.astype(jnp.float32).swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
+    return q_BKGTH, k_BKSH, v_BKSH
+
+
+def _grouped(x_BTNH: jax.Array, K: int) -> jax.Array:
+    """The heads of each key/value head together, [B, K, G, T, H] in float32."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x_BKGTH: jax.Array) -> jax.Array:
+    """The inverse of `_grouped`, [B, T, N, H]."""
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _scores(q_BKGtH: jax.Array, k_BKSH: jax.Array, mask_BtS: jax.Array) -> jax.Array:
+    scores_BKGtS = jnp.einsum("BKGtH,BKSH->BKGtS", q_BKGtH, k_BKSH)
+    return jnp.where(mask_BtS[:, None, None], scores_BKGtS, -1e30)
+
+
+def _add_to(sum_BKSH: jax.Array, keys: slice, part_BKsH: jax.Array) -> jax.Array:
+    """The sum with a part added in place."""
+    more = sum_BKSH[:, :, keys] + part_BKsH
+    return jax.lax.dynamic_update_slice_in_dim(sum_BKSH, more, keys.start, 2)
 
 
 def tree_attention(

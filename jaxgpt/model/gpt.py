@@ -23,7 +23,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.model.attention import Drop, attention, tree_attention
 from jaxgpt.model.cache import Cache, CacheDtype, LayerCache, attend_and_cache, empty
 from jaxgpt.model.config import GATED, ComputeConfig, GPTConfig
-from jaxgpt.model.layers import Norm, linear_layers, parameter
+from jaxgpt.model.layers import Norm, activation, linear_layers, parameter
 from jaxgpt.model.output import next_logits
 from jaxgpt.model.quantize import embedding_lookup
 from jaxgpt.model.rotary import RopeScaling, Tables, rotary_tables, rotate
@@ -130,15 +130,9 @@ class MLP(nn.Module):
         """The output [B, T, D]."""
         cfg = self.cfg
         linear = linear_layers(cfg, self.compute, context.decoding)
-        gelu = partial(nn.gelu, approximate=True)
-        h_BTF = linear("BTD,FD->BTF", name="up")(x_BTD)
-        if cfg.mlp in GATED:
-            activation = nn.silu if cfg.mlp == "swiglu" else gelu
-            h_BTF = activation(linear("BTD,FD->BTF", name="gate")(x_BTD)) * h_BTF
-        elif cfg.mlp == "relu2":
-            h_BTF = jnp.square(nn.relu(h_BTF))
-        else:
-            h_BTF = gelu(h_BTF)
+        inputs = ("up", "gate") if cfg.mlp in GATED else ("up",)
+        inputs_BTF = [linear("BTD,FD->BTF", name=name)(x_BTD) for name in inputs]
+        h_BTF = activation(cfg.mlp, *inputs_BTF)
         scale = 1 / math.sqrt(2 * cfg.L)
         return linear("BTF,DF->BTD", init_scale=scale, name="down")(h_BTF)
 

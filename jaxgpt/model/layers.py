@@ -1,5 +1,6 @@
-"""The layers that models are built of: linear layers and norms."""
+"""The layers that models are built of: linear layers, activations and norms."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -11,6 +12,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt.model.config import ComputeConfig, GPTConfig
 from jaxgpt.model.lora import adapted_matmul
 from jaxgpt.model.matmul import matmul
+from jaxgpt.model.recompute import recomputed
+
+_gelu = partial(nn.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
+    "gelu": _gelu,
+    "swiglu": lambda up, gate: nn.silu(gate) * up,
+    "geglu": lambda up, gate: _gelu(gate) * up,
+    "relu2": lambda up: jnp.square(nn.relu(up)),
+}
+
+
+def activation(kind: str, *inputs: jax.Array) -> jax.Array:
+    """What lies between the matrices of an MLP, computed in float32.
+
+    Args:
+        kind: As `GPTConfig.mlp`.
+        inputs: The output of `up`, and that of `gate` if there is one.
+    """
+
+    def function(*inputs: jax.Array) -> jax.Array:
+        y = ACTIVATIONS[kind](*(x.astype(jnp.float32) for x in inputs))
+        return y.astype(inputs[0].dtype)
+
+    return recomputed(function)(*inputs)
 
 
 class Linear(nn.Module):
@@ -62,18 +87,20 @@ class Norm(nn.Module):
         """The normalized and scaled x, in its dtype; LayerNorm adds a bias if the config does."""
         kind = self.kind or self.cfg.norm
         layernorm, offset = kind == "layernorm", kind == "rmsnorm+1"
-        ones = nn.initializers.zeros if offset else nn.initializers.ones
-        scale: jax.Array = self.param("scale", *parameter(self.cfg, self.letter, ones)) + offset
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        leaf = zeros if offset else ones
+        leaves = [self.param("scale", *parameter(self.cfg, self.letter, leaf)) + offset]
+        if layernorm and self.cfg.bias:
+            leaves.append(self.param("b", *parameter(self.cfg, self.letter, zeros)))
+        return recomputed(partial(self._normalized, layernorm))(x, *leaves)
+
+    def _normalized(self, layernorm: bool, x: jax.Array, *leaves: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         if layernorm:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.cfg.norm_eps)
-        lead = (None,) * (x.ndim - 1)
-        y = y * scale[lead]
-        if layernorm and self.cfg.bias:
-            b: jax.Array = self.param("b", *parameter(self.cfg, self.letter, nn.initializers.zeros))
-            y = y + b[lead]
-        return y.astype(x.dtype)
+        scale, *b = (leaf[(None,) * (x.ndim - 1)] for leaf in leaves)
+        return sum(b, y * scale).astype(x.dtype)
 
 
 def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> partial[Linear]:

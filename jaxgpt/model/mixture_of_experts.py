@@ -19,7 +19,7 @@ from jaxgpt.bounds import Ge
 from jaxgpt.errors import InputError
 from jaxgpt.model.config import GATED, ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, Block, Context
-from jaxgpt.model.layers import linear_layers
+from jaxgpt.model.layers import activation, linear_layers
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Experts(nn.Module):
         logits_BTE = linear("BTD,ED->BTE", name="router", bias=False)(x_BTD).astype(jnp.float32)
         weights_BTE = jax.nn.softmax(keep_top(logits_BTE, self.cfg.active))
         gate_BTEF = linear("BTD,EFD->BTEF", name="gate")(x_BTD)
-        h_BTEF = nn.silu(gate_BTEF) * linear("BTD,EFD->BTEF", name="up")(x_BTD)
+        up_BTEF = linear("BTD,EFD->BTEF", name="up")(x_BTD)
+        h_BTEF = activation("swiglu", up_BTEF, gate_BTEF)
         h_BTEF = (h_BTEF * weights_BTE[..., None]).astype(h_BTEF.dtype)
         scale = (2 * self.cfg.L) ** -0.5
         return linear("BTEF,DEF->BTD", init_scale=scale, name="down")(h_BTEF)

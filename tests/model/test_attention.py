@@ -88,19 +88,45 @@ def test_key_value_heads_are_shared_by_neighbours(K):
     np.testing.assert_allclose(ours, numpy_attention(q, k, v, 0, None), atol=2e-6)
 
 
-def test_chunked_has_the_gradient_of_plain():
-    arrays = (*inputs(CHUNK + 3), documents(CHUNK + 3))
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize(("T", "window", "masked"), CASES.values(), ids=CASES)
+def test_gradient_is_that_of_jax(implementation, T, window, masked):
+    q, k, v = inputs(T, N=4, K=2 if window else 4)
+    segments = documents(T) if masked else None
+    distance = np.arange(T)[:, None] - np.arange(T)
+    mask = ((distance >= 0) & (distance < (window or T)))[None]
+    if masked:
+        mask = mask & (segments[:, :, None] == segments[:, None])
+    weights = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
 
-    def loss(q, k, v, segments, implementation):
-        out = attention(q, k, v, implementation=implementation, window=9, segments_BT=segments)
-        return (out * np.arange(6)[None, None, None]).sum()
+    def loss(attend, *arrays):
+        return (attend(*arrays) * weights).sum()
 
-    grads = [
-        jax.jit(jax.grad(partial(loss, implementation=name), (0, 1, 2)))(*arrays)
-        for name in ("plain", "chunked")
-    ]
-    for plain, chunked in zip(*grads, strict=True):
-        np.testing.assert_allclose(chunked, plain, atol=1e-5)
+    ours = partial(attention, implementation=implementation, window=window, segments_BT=segments)
+    found, expected = (
+        jax.jit(jax.grad(partial(loss, function), (0, 1, 2)))(q, k, v)
+        for function in (ours, lambda *qkv: attend(*qkv, mask))
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_the_weights_of_attention_are_not_kept_for_the_backward_pass(implementation):
+    T = 512
+    q, k, v = inputs(T, N=2, K=2, H=8, B=1)
+
+    def temporaries(layers):
+        def loss(q, k, v):
+            for _ in range(layers):
+                q = attention(q, k, v, implementation=implementation)
+            return q.sum()
+
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    of_weights = 2 * T * T * 4 // (2 if implementation == "chunked" else 1)
+    assert (temporaries(8) - temporaries(4)) / 4 < of_weights / 4
 
 
 def numpy_attend(q, k, v, mask):
