@@ -312,6 +312,23 @@ SPLASH = {
 }
 
 
+@pytest.mark.parametrize(
+    ("platform", "layers", "version", "warned"),
+    [
+        ("cpu", "unrolled", (0, 10, 2), True),
+        ("cpu", "unrolled", (0, 11, 1), False),
+        ("cpu", "scan", (0, 10, 2), False),
+        ("tpu", "unrolled", (0, 10, 2), False),
+    ],
+)
+def test_remat_that_xla_ignores_is_said(monkeypatch, platform, layers, version, warned):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    compute = ComputeConfig(dtype="float32", layers=layers, remat="full", attention="plain")
+    line = compute.resolve(GPTConfig(), platform)[1]
+    assert "remat full" in line
+    assert ("no effect" in line) is warned
+
+
 @pytest.mark.parametrize("case", SPLASH.values(), ids=SPLASH)
 def test_splash_and_its_gradients_equal_plain(case):
     T, window, causal = 384, case.get("window", 0), case.get("causal", True)
