@@ -2,6 +2,7 @@
 
 Newton-Schulz iterations orthogonalize with nothing but matrix products. All matrices of equal
 shape, of all layers, share one batched product, also with those that are wide where they are tall.
+Devices that split the rows of a batch, or the parameters, split these matrices too.
 """
 
 import math
@@ -15,13 +16,13 @@ from optax.contrib import MuonState
 
 from jaxgpt.model import Leaves
 from jaxgpt.model.params import Path, first_contracted_axis
-from jaxgpt.sharding import PyTree
+from jaxgpt.sharding import PyTree, constrain, parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Those of every iteration, which end with singular values between 0.7 and 1.2 (Jordan 2024)."""
 ITERATIONS = 5
 BUDGET = 1 << 25
-"""The numbers of the matrices that share a product; one matrix may have more."""
+"""The numbers of the matrices of a device that share a product; one matrix may have more."""
 
 
 def newton_schulz(matrices: jax.Array, coefficients: jax.Array) -> jax.Array:
@@ -47,6 +48,9 @@ def newton_schulz(matrices: jax.Array, coefficients: jax.Array) -> jax.Array:
 def orthogonalize(stacks: Sequence[jax.Array], coefficients: jax.Array) -> list[jax.Array]:
     """`newton_schulz` of stacks of matrices, those of equal shape in one batch.
 
+    Under a mesh, each device has some of the matrices of a batch, whole: products of matrices that
+    are split would be added up over the devices in every iteration.
+
     Args:
         stacks: Arrays [layers, outputs, inputs], each with sizes of its own.
         coefficients: a, b and c [3].
@@ -60,11 +64,14 @@ def orthogonalize(stacks: Sequence[jax.Array], coefficients: jax.Array) -> list[
     results: dict[int, jax.Array] = {}
     for (rows, columns), members in batches.items():
         batch = jnp.concatenate([_wide(stacks[index]) for index in members])
-        most = max(1, BUDGET // (rows * columns))
+        most = max(1, BUDGET // (rows * columns)) * parts("B")
         bounds = list(range(most, len(batch), most))
-        parts = [newton_schulz(part, coefficients) for part in jnp.split(batch, bounds)]
+        done = [
+            constrain(newton_schulz(constrain(part, "B--"), coefficients), "B--")
+            for part in jnp.split(batch, bounds)
+        ]
         ends = [sum(len(stacks[i]) for i in members[: n + 1]) for n in range(len(members) - 1)]
-        results |= zip(members, jnp.split(jnp.concatenate(parts), ends), strict=True)
+        results |= zip(members, jnp.split(jnp.concatenate(done), ends), strict=True)
     return [
         results[i] if results[i].shape == x.shape else results[i].swapaxes(1, 2)
         for i, x in enumerate(stacks)

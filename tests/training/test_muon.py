@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import model
 from jaxgpt.model import GPTConfig
 from jaxgpt.model.params import flat, nested
+from jaxgpt.sharding import ParallelConfig, make_mesh
 from jaxgpt.training import muon
 from jaxgpt.training.muon import COEFFICIENTS, newton_schulz, orthogonalize
 from tests.tiny import PLAIN, random_params
@@ -86,3 +88,25 @@ def test_muon_is_that_of_optax_with_the_same_state(layers):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), updates, expected)
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, expected_state)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_devices_share_the_matrices(data, fsdp):
+    shapes = [(6, 32, 48), (2, 48, 32), (3, 32, 32)]
+    stacks = [jnp.array(draw(i, *shape)) for i, shape in enumerate(shapes)]
+    coefficients = jnp.array(COEFFICIENTS)
+    mesh = make_mesh(ParallelConfig(data=data, fsdp=fsdp))
+    split = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+
+    def program(stacks):
+        return jax.jit(lambda stacks: orthogonalize(stacks, coefficients)).lower(stacks).compile()
+
+    alone = program(stacks)
+    placed = [jax.device_put(x, split) for x in stacks]
+    with jax.set_mesh(mesh):
+        shared = program(placed)
+    for one, other in zip(alone(stacks), shared(placed), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    # A device has one of eight matrices of 32 x 48, and one of three of 32 x 32.
+    flops = [compiled.cost_analysis()["flops"] for compiled in (shared, alone)]
+    assert flops[0] < 0.2 * flops[1]
