@@ -89,7 +89,8 @@ def test_nothing_is_rematerialized_involuntarily():
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    # Under FSDP Muon adds up in its own products too, which is much for so small a model.
+    # Under FSDP some matrices that the devices share for Muon are gathered by adding them up, which
+    # is much for so small a model.
     [(n, layout) for layout in LAYOUTS for n in CONFIGS if (n, layout) != ("default", "fsdp")],
 )
 def test_each_gradient_is_added_up_over_the_chips_once(name, layout):

@@ -2,7 +2,7 @@
 
 Newton-Schulz iterations orthogonalize with nothing but matrix products. All matrices of equal
 shape, of all layers, share one batched product, also with those that are wide where they are tall.
-Devices that split the rows of a batch, or the parameters, split these matrices too.
+Under FSDP the devices share these matrices.
 """
 
 import math
@@ -48,8 +48,9 @@ def newton_schulz(matrices: jax.Array, coefficients: jax.Array) -> jax.Array:
 def orthogonalize(stacks: Sequence[jax.Array], coefficients: jax.Array) -> list[jax.Array]:
     """`newton_schulz` of stacks of matrices, those of equal shape in one batch.
 
-    Under a mesh, each device has some of the matrices of a batch, whole: products of matrices that
-    are split would be added up over the devices in every iteration.
+    Under FSDP each device has some of the matrices of a batch, whole: products of matrices that are
+    split would be added up over the devices in every iteration. Where all devices have all
+    parameters, each computes all of it, for gathering the results takes as long.
 
     Args:
         stacks: Arrays [layers, outputs, inputs], each with sizes of its own.
@@ -64,18 +65,20 @@ def orthogonalize(stacks: Sequence[jax.Array], coefficients: jax.Array) -> list[
     results: dict[int, jax.Array] = {}
     for (rows, columns), members in batches.items():
         batch = jnp.concatenate([_wide(stacks[index]) for index in members])
-        most = max(1, BUDGET // (rows * columns)) * parts("B")
+        most = max(1, BUDGET // (rows * columns)) * (parts("B") if parts("D") > 1 else 1)
         bounds = list(range(most, len(batch), most))
-        done = [
-            constrain(newton_schulz(constrain(part, "B--"), coefficients), "B--")
-            for part in jnp.split(batch, bounds)
-        ]
+        split = jnp.split(batch, bounds)
+        done = [_shared(newton_schulz(_shared(part), coefficients)) for part in split]
         ends = [sum(len(stacks[i]) for i in members[: n + 1]) for n in range(len(members) - 1)]
         results |= zip(members, jnp.split(jnp.concatenate(done), ends), strict=True)
     return [
         results[i] if results[i].shape == x.shape else results[i].swapaxes(1, 2)
         for i, x in enumerate(stacks)
     ]
+
+
+def _shared(x: jax.Array) -> jax.Array:
+    return constrain(x, "B--") if parts("D") > 1 else x
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -90,8 +90,8 @@ def test_muon_is_that_of_optax_with_the_same_state(layers):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, expected_state)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
-def test_devices_share_the_matrices(data, fsdp):
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (2, 4)])
+def test_under_fsdp_devices_share_the_matrices(data, fsdp):
     shapes = [(6, 32, 48), (2, 48, 32), (3, 32, 32)]
     stacks = [jnp.array(draw(i, *shape)) for i, shape in enumerate(shapes)]
     coefficients = jnp.array(COEFFICIENTS)
