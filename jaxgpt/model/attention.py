@@ -411,7 +411,7 @@ _recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 def _heads_first(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, K, G, T, H], scaled, and keys and values [B, K, T, H]; in float32."""
+    """Queries [B, K, G, T, H], scaled, and keys and values [B, K, S, H]; in float32."""
     q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2]) / math.sqrt(q_BTNH.shape[-1])
     k_BKSH, v_BKSH = (x.astype(jnp.float32).swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
     return q_BKGTH, k_BKSH, v_BKSH

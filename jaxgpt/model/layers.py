@@ -99,8 +99,11 @@ class Norm(nn.Module):
         if layernorm:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.cfg.norm_eps)
-        scale, *b = (leaf[(None,) * (x.ndim - 1)] for leaf in leaves)
-        return sum(b, y * scale).astype(x.dtype)
+        scale, *biases = (leaf[(None,) * (x.ndim - 1)] for leaf in leaves)
+        y = y * scale
+        for b in biases:
+            y = y + b
+        return y.astype(x.dtype)
 
 
 def linear_layers(cfg: GPTConfig, compute: ComputeConfig, decoding: bool) -> partial[Linear]:
