@@ -7,11 +7,11 @@ Command:   python train.py configs/colab_tpu.py
            python train.py configs/colab_tpu.py --data.stream True
                --data.paths hf:HuggingFaceFW/fineweb-edu/sample-10BT
                --runs /content/drive/MyDrive/runs --checkpoint.local /content/runs
-Hardware:  one TPU v5e chip (Colab): 5.4 of its 15.75 GiB, by the TPU's compiler
+Hardware:  one TPU v5e chip (Colab): 4.9 of its 15.75 GiB, by the TPU's compiler
 Data:      by default the Python standard library, to try it; web text as in the second command,
            which trains on the machine's disk and copies the run to Google Drive in the background
-Time:      not measured. Predicted: a step takes at least 1.23 s (90% MFU at the roofline, attention
-           counted causal; 765 million tokens per hour), and 2,500 steps at least 0.86 hours
+Time:      not measured. Predicted: a step takes at least 1.18 s (94% MFU at the roofline, attention
+           counted causal; 802 million tokens per hour), and 2,500 steps at least 0.82 hours
 Expect:    not run
 """
 

@@ -5,8 +5,8 @@ Hardware:  one TPU v5e chip of 16 GB (7.8 GiB, by the TPU's compiler), or one GP
            (8.7 GiB, as traced). On several devices fewer micro-batches are faster: --train.micro 4
            on 8 of them, 1 on 64; on v5e-256 --parallel.fsdp 256 --train.micro 1
 Data:      any large text; FineWeb or OpenWebText as parquet with a `text` column
-Time:      not measured. Predicted: on v5e-1 at the roofline 90% MFU (attention counted causal) and
-           799 million tokens per hour
+Time:      not measured. Predicted: on v5e-1 at the roofline 92% MFU (attention counted causal) and
+           821 million tokens per hour
 Expect:    not run; nanoGPT reports a validation loss of about 2.85 on OpenWebText after 600,000
            steps, and GPT-2's own weights 3.11 there
 """

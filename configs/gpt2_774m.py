@@ -3,7 +3,7 @@
 Command:   python train.py configs/gpt2_774m.py --data.paths "fineweb/*.parquet"
 Hardware:  one GPU of 80 GB (23.1 GiB as traced, a chip of 16 GB is too small); 4 TPU v5e chips with
            --parallel.fsdp 2 (11.6 GiB, by the TPU's compiler); v5e-256 with --parallel.fsdp 256
-           --train.micro 1 (1.9 GiB as traced)
+           --train.micro 1 (5.6 GiB, by the compiler)
 Time:      not measured. Predicted at the roofline: on v5e-4 91% MFU (attention counted causal) and
            526 million tokens per hour
 Expect:    not run

@@ -2,8 +2,8 @@
 
 `plain` and `chunked` are the same lines of JAX, over all queries at once or 64 at a time with only
 the keys they attend to (on a CPU that is 2.2 to 2.5 times faster), and their backward pass computes
-the weights again; `cudnn` is NVIDIA's flash attention, `splash` the Pallas kernel for TPU. `choose`
-says which one runs, and why.
+the weights again, unless there is dropout on them; `cudnn` is NVIDIA's flash attention, `splash` the
+Pallas kernel for TPU. `choose` says which one runs, and why.
 """
 
 import itertools
@@ -301,7 +301,7 @@ def _chunked(
     drop: Drop,
 ) -> jax.Array:
     if drop is None:
-        return _recomputed(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)
+        return _causal(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)
     # Here and not chunk by chunk, for the gradients of the chunks are added up in float32.
     k_BSKH, v_BSKH = k_BTKH.astype(jnp.float32), v_BTKH.astype(jnp.float32)
     outs = []
@@ -331,7 +331,7 @@ def _causal_mask(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _recomputed(
+def _causal(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -344,10 +344,10 @@ def _recomputed(
     Between the passes only the output and the logarithm of each softmax's denominator are kept, as
     in FlashAttention (Dao et al. 2022, section 3.1), and not T^2 weights for each head.
     """
-    return _recomputed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)[0]
+    return _causal_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)[0]
 
 
-def _recomputed_forward(
+def _causal_forward(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -356,7 +356,7 @@ def _recomputed_forward(
     window: int,
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BTKH, v_BTKH)
-    outs, log_totals = [], []
+    outs, logsumexps = [], []
     for queries, keys in _chunks(q_BTNH.shape[1], chunk, window):
         mask_BtS = _causal_mask(queries, keys, window, segments_BT)
         scores_BKGtS = _scores(q_BKGTH[:, :, :, queries], k_BKSH[:, :, keys], mask_BtS)
@@ -365,16 +365,16 @@ def _recomputed_forward(
         total_BKGt1 = weights_BKGtS.sum(-1, keepdims=True)
         out_BKGtH = jnp.einsum("BKGtS,BKSH->BKGtH", weights_BKGtS, v_BKSH[:, :, keys])
         outs.append(out_BKGtH / total_BKGt1)
-        log_totals.append(most_BKGt1 + jnp.log(total_BKGt1))
+        logsumexps.append(most_BKGt1 + jnp.log(total_BKGt1))
     out_BTNH = _heads_last(jnp.concatenate(outs, 3)).astype(q_BTNH.dtype)
-    log_total_BKGT1 = jnp.concatenate(log_totals, 3)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, log_total_BKGT1)
+    logsumexp_BKGT1 = jnp.concatenate(logsumexps, 3)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, logsumexp_BKGT1)
 
 
-def _recomputed_backward(
+def _causal_backward(
     chunk: int, window: int, saved: tuple[jax.Array, ...], d_out_BTNH: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, log_total_BKGT1 = saved
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, logsumexp_BKGT1 = saved
     K = k_BTKH.shape[2]
     q_BTNH, k_BTKH, v_BTKH = (
         not_before(x, d_out_BTNH[:, :, : x.shape[2]]) for x in (q_BTNH, k_BTKH, v_BTKH)
@@ -392,7 +392,7 @@ def _recomputed_backward(
         mask_BtS = _causal_mask(queries, keys, window, segments_BT)
         q_BKGtH, d_out_BKGtH = q_BKGTH[:, :, :, queries], d_out_BKGTH[:, :, :, queries]
         scores_BKGtS = _scores(q_BKGtH, k_BKSH[:, :, keys], mask_BtS)
-        weights_BKGtS = jnp.exp(scores_BKGtS - log_total_BKGT1[:, :, :, queries])
+        weights_BKGtS = jnp.exp(scores_BKGtS - logsumexp_BKGT1[:, :, :, queries])
         d_weights_BKGtS = jnp.einsum("BKGtH,BKSH->BKGtS", d_out_BKGtH, v_BKSH[:, :, keys])
         d_scores_BKGtS = weights_BKGtS * (d_weights_BKGtS - mean_BKGT1[:, :, :, queries])
         d_queries.append(jnp.einsum("BKGtS,BKSH->BKGtH", d_scores_BKGtS, k_BKSH[:, :, keys]))
@@ -405,7 +405,7 @@ def _recomputed_backward(
     return d_q_BTNH, d_k_BTKH.astype(k_BTKH.dtype), d_v_BTKH.astype(v_BTKH.dtype), None
 
 
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+_causal.defvjp(_causal_forward, _causal_backward)
 
 
 def _heads_first(

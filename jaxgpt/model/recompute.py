@@ -33,6 +33,7 @@ def not_before(x: jax.Array, dy: jax.Array) -> jax.Array:
 
     So what is computed from it in the backward pass is neither kept from the forward pass nor
     computed before that has ended. XLA for CPU would do both: it drops the optimization barriers,
-    of which `jax.checkpoint` makes use, before it looks for equal computations.
+    of which `jax.checkpoint` makes use, before it looks for equal computations. Where dy is not
+    finite the result is NaN, and so are gradients that would not be finite either.
     """
     return x + (0 * dy).astype(x.dtype)

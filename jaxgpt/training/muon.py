@@ -50,7 +50,7 @@ def orthogonalize(stacks: Sequence[jax.Array], coefficients: jax.Array) -> list[
 
     Under FSDP each device has some of the matrices of a batch, whole: products of matrices that are
     split would be added up over the devices in every iteration. Where all devices have all
-    parameters, each computes all of it, for gathering the results takes as long.
+    parameters, each computes all of it, so that no results have to be gathered.
 
     Args:
         stacks: Arrays [layers, outputs, inputs], each with sizes of its own.
