@@ -1,8 +1,8 @@
 """Attention: `attend` with any mask, and causal self-attention in four implementations.
 
 `plain` and `chunked` are the same lines of JAX, over all queries at once or 64 at a time with only
-the keys they attend to (on a CPU that is 2.2 to 2.5 times faster), and their backward pass computes
-the weights again, unless there is dropout on them; `cudnn` is NVIDIA's flash attention, `splash` the
+the keys they attend to (on a CPU that is 2.2 to 2.5 times faster). Their backward pass computes the
+weights again, unless there is dropout on them. `cudnn` is NVIDIA's flash attention, `splash` the
 Pallas kernel for TPU. `choose` says which one runs, and why.
 """
 
