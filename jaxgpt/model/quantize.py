@@ -253,8 +253,8 @@ def dequantized_matmul(
 ) -> jax.Array:
     """`matmul` with a layer's quantized weights, which get no gradient.
 
-    The backward pass dequantizes them again. In scanned layers, floats of one layer exist at a time;
-    of unrolled layers XLA for CPU may dequantize many at once.
+    The backward pass dequantizes them again. In scanned layers, floats of one layer exist at a
+    time; of unrolled layers XLA for CPU may dequantize many at once.
     """
 
     def run(x: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
